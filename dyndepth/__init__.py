@@ -1,0 +1,52 @@
+"""Benchmarks of dynamic depth for decoder-only language models.
+
+Importing the package is instant and touches neither torch nor the network: each public name is
+imported from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dyndepth.corpus import load_corpus
+    from dyndepth.method import DynamicDepthMethod
+    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.registry import load_method
+    from dyndepth.runtime import attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicDepthMethod",
+    "__version__",
+    "attach",
+    "load_corpus",
+    "load_method",
+    "load_model",
+    "load_tokenizer",
+]
+
+# `evaluate` stays out: a function of that name would hide the module dyndepth.evaluate, or be
+# hidden by it, depending on which was imported first.
+_HOMES = {
+    "DynamicDepthMethod": "dyndepth.method",
+    "attach": "dyndepth.runtime",
+    "load_corpus": "dyndepth.corpus",
+    "load_method": "dyndepth.registry",
+    "load_model": "dyndepth.models",
+    "load_tokenizer": "dyndepth.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

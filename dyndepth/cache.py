@@ -1,0 +1,64 @@
+"""Keeps a Hugging Face cache honest about tokens that a layer never saw.
+
+Lengths and masks of a forward are read from one layer's cache, usually the first. A layer whose
+attention was skipped stores nothing, so it must still count; otherwise positions and masks of every
+later step are silently wrong.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+
+def skip_tokens(past: Any, layer: int, tokens: int) -> None:
+    """Tell the cache that ``layer`` was passed by ``tokens`` tokens without storing them.
+
+    ``past`` is a ``transformers`` Cache. Layers that count by themselves (sliding windows, static
+    caches) are advanced; the others get a counting class of their own.
+    """
+    while len(past.layers) <= layer and past.layer_class_to_replicate is not None:
+        past.layers.append(past.layer_class_to_replicate())
+    slot = past.layers[layer]
+    if hasattr(slot, "cumulative_length"):
+        slot.cumulative_length += tokens
+        return
+    if not hasattr(slot, "skipped"):
+        slot.skipped = 0
+        slot.__class__ = _counting(type(slot))  # type: ignore[arg-type]
+    slot.skipped += tokens
+
+
+@cache
+def _counting(stock: Any) -> type:
+    """A cache layer class that adds the skipped tokens to its length."""
+
+    class Counting(stock):
+        def get_seq_length(self) -> int:
+            return super().get_seq_length() + self.skipped
+
+        def reset(self) -> None:
+            super().reset()
+            self.skipped = 0
+
+        def crop(self, tokens_to_remove: int) -> None:
+            uncounted = min(self.skipped, abs(tokens_to_remove))
+            self.skipped -= uncounted
+            super().crop(-(abs(tokens_to_remove) - uncounted))
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            if self.is_initialized:
+                super().reorder_cache(beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            if self.is_initialized:
+                super().batch_repeat_interleave(repeats)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            if self.is_initialized:
+                super().batch_select_indices(indices)
+
+    Counting.__name__ = Counting.__qualname__ = stock.__name__
+    return Counting

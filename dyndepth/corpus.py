@@ -1,0 +1,168 @@
+"""Calibration and training text: windows of tokens, in two splits that share no document.
+
+Nothing that is evaluated on is ever read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dyndepth import assets
+from dyndepth.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["train", "calibration"]
+
+_CALIBRATION_SHARE = 0.25
+_SHORTEST_TEXT = 80
+_WEB_TYPES = ("c4", "openwebtext", "oscar")
+# Raise it when the same texts would give other windows.
+_WINDOWS_VERSION = 1
+
+
+class Corpus:
+    """Texts and the tokenizer that reads them.
+
+    Attributes:
+        texts: the documents, without duplicates, in an order that depends on their content alone.
+        tokenizer: of the model that will read the windows.
+        fingerprint: 16 hex digits over the texts.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Any) -> None:
+        by_hash = {_digest(" ".join(text.split())): text for text in texts if text.strip()}
+        if len(by_hash) < 2:
+            raise UserError(
+                f"the corpus holds {len(by_hash)} different documents; at least 2 are needed, "
+                "one to calibrate on and one to train on"
+            )
+        self.texts = [by_hash[key] for key in sorted(by_hash)]
+        self.tokenizer = tokenizer
+        self.fingerprint = _digest(f"{_WINDOWS_VERSION} " + " ".join(sorted(by_hash)))[:16]
+
+    def __repr__(self) -> str:
+        return f"Corpus({len(self.texts)} texts, {self.fingerprint})"
+
+    def documents(self, split: Split) -> list[str]:
+        """The documents of one split; a quarter of all is kept for calibration."""
+        share = max(1, round(len(self.texts) * _CALIBRATION_SHARE))
+        return self.texts[:share] if split == "calibration" else self.texts[share:]
+
+    def windows(self, length: int, count: int, seed: int, split: Split = "train") -> Tensor:
+        """``count`` windows of ``length`` tokens: int64 ``[count, length]``.
+
+        The split's documents are joined with the end-of-sequence token between them and cut at a
+        seeded offset; the windows come in a seeded order and do not overlap. For training, more
+        windows than the text holds are drawn by starting over with another offset. Raises
+        UserError if the text is too short for one window or, for calibration, for ``count``.
+        """
+        import torch
+
+        stream = self._streams[split]
+        held = len(stream) // length
+        if held == 0 or (split == "calibration" and held < count):
+            raise UserError(
+                f"the corpus is too short: its {split} split has {len(stream)} tokens, "
+                f"{count} windows of {length} need {count * length}; "
+                "give more text or ask for fewer or shorter windows"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        rounds, found = [], 0
+        while found < count:
+            spare = len(stream) - held * length
+            offset = int(torch.randint(spare + 1, (1,), generator=generator))
+            cut = stream[offset : offset + held * length].view(held, length)
+            rounds.append(cut[torch.randperm(held, generator=generator)])
+            found += held
+        return torch.cat(rounds)[:count].clone() if rounds else stream.new_zeros((0, length))
+
+    @cached_property
+    def _streams(self) -> dict[str, Tensor]:
+        return {
+            "train": self._stream(self.documents("train")),
+            "calibration": self._stream(self.documents("calibration")),
+        }
+
+    def _stream(self, documents: Sequence[str]) -> Tensor:
+        """All tokens of the documents, each closed by EOS: int64 ``[tokens]``."""
+        import torch
+
+        closing = self.tokenizer.eos_token_id
+        if closing is None:
+            raise UserError("the tokenizer names no end-of-sequence token; set its eos_token")
+        # Lengths beyond the model's context are cut into windows later: no reason to warn.
+        encoded = self.tokenizer(list(documents), add_special_tokens=False, verbose=False)
+        ids = [token for row in encoded["input_ids"] for token in (*row, closing)]
+        return torch.tensor(ids, dtype=torch.long)
+
+
+def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
+    """The corpus ``name``: "embedded", or the path of a .txt or .jsonl file.
+
+    A .txt file holds documents with an empty line between them; a .jsonl file one a line, a
+    string or an object with the key ``text``. ``tokenizer`` defaults to the embedded model's.
+    Raises UserError if the file is missing or holds something else.
+    """
+    if str(name) == "embedded":
+        texts = _embedded_texts()
+    elif not Path(name).is_file():
+        raise UserError(f"no corpus file at {str(name)!r}; give a .txt or .jsonl file")
+    elif Path(name).suffix == ".txt":
+        texts = _read(Path(name)).split("\n\n")
+    elif Path(name).suffix == ".jsonl":
+        texts = _jsonl_texts(Path(name))
+    else:
+        raise UserError(f"the corpus {str(name)!r} is neither a .txt nor a .jsonl file")
+    if tokenizer is None:
+        from dyndepth.models import load_tokenizer
+
+        tokenizer = load_tokenizer()
+    return Corpus(texts, tokenizer)
+
+
+def _embedded_texts() -> list[str]:
+    """Web text only: passages from OpenWebText, C4 and OSCAR."""
+    folder = assets.asset("data")
+    texts = [row["0"] for row in _rows(folder / "openwebtext.jsonl")]
+    mixed = _rows(folder / "text_compression.jsonl")
+    texts += [row["text"] for row in mixed if row["type"] in _WEB_TYPES]
+    return [text for text in texts if len(text) >= _SHORTEST_TEXT]
+
+
+def _rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in _read(path).split("\n") if line.strip()]
+
+
+def _jsonl_texts(path: Path) -> list[str]:
+    try:
+        rows = _rows(path)
+    except ValueError as error:
+        raise UserError(f"the corpus {str(path)!r} is not JSON lines ({error})") from error
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise UserError(
+                f"entry {number} of {str(path)!r} is no text: "
+                'each line must be a string or an object with the key "text"'
+            )
+        texts.append(text)
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the corpus {str(path)!r} is not UTF-8 text") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

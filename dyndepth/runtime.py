@@ -1,0 +1,371 @@
+"""Attaches a method to a Hugging Face model and executes its gates.
+
+``attach`` swaps the class of every decoder block for a subclass whose ``forward`` consults the
+runtime, and restores it on exit. The backend ``sparse`` computes only what the gates say; the
+backend ``masked`` computes everything and multiplies, which is what training needs and the
+yardstick that ``sparse`` must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm
+from dyndepth.cache import skip_tokens
+from dyndepth.errors import UserError
+from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Phase
+from dyndepth.selection import Selection
+
+Backend = Literal["sparse", "masked"]
+_MARK = "_dyndepth_runtime"
+
+
+class Trace:
+    """What an attached model executed, and what the caller says about its inputs.
+
+    Attributes:
+        documents: one id a sequence of the next forwards, for FLOPs by document and for methods
+            that are deterministic by document. A batch that is a multiple (beams, several returned
+            sequences) repeats each id.
+        prompt_length: tokens of each sequence that belong to the prompt phase, an int or int64
+            ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
+            generation.
+    """
+
+    def __init__(self, ledger: Ledger, head: nn.Module) -> None:
+        self.documents: Sequence[str] | None = None
+        self.prompt_length: int | Tensor | None = None
+        self._ledger = ledger
+        self._head = head
+        self.reset = ledger.reset
+        self.totals = ledger.totals
+        self.by_document = ledger.by_document
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Useful FLOPs by cause, and ``padding`` beside them."""
+        return self._ledger.totals()["by_cause"]
+
+    def executed(self, phase: str | None = None) -> Tensor:
+        """Executed fraction of tokens, float64 ``[layers, 2]`` (attention, mlp)."""
+        return self._ledger.executed(phase)
+
+    def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """LM head on chosen positions of the last forward's final hidden state.
+
+        ``hidden`` is ``[n, hidden]``, already through the final norm; ``rows`` int64 ``[n]`` names
+        each position's sequence, which the cost is billed to. Returns ``[n, vocabulary]``.
+        """
+        last = self._ledger.last
+        if last is None:
+            raise RuntimeError("readout needs a forward through the attached model before it")
+        counts = torch.bincount(rows, minlength=last.batch)
+        last.heads.append((counts, hidden.shape[0]))
+        return self._head(hidden)
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    *,
+    backend: Backend = "sparse",
+    documents: Sequence[str] | None = None,
+    prompt_length: int | Tensor | None = None,
+) -> Iterator[Trace]:
+    """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
+
+    Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
+    and without a cache, padding on either side. On exit, also by an exception, the model is
+    restored. Raises UserError for an unsupported architecture, a model that already has a method
+    attached, or one whose blocks are wrapped by somebody else.
+    """
+    if backend not in ("sparse", "masked"):
+        raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
+    if hasattr(model, "_orig_mod"):
+        raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
+    owner = decoder(model)
+    if hasattr(owner, _MARK):
+        raise UserError("the model already has a method attached; leave that attach first")
+    split = blocks(model)
+    for block in split:
+        if "forward" in vars(block.layer):
+            raise UserError(
+                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
+                "the runtime; remove it, or load the model on one device"
+            )
+    runtime = _Runtime(model, split, method, backend)
+    runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
+    handles = [
+        owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
+        runtime.head.register_forward_hook(runtime.bill_head),
+    ]
+    stock = [type(block.layer) for block in split]
+    setattr(owner, _MARK, runtime)
+    try:
+        for index, block in enumerate(split):
+            block.layer.__class__ = _patched(type(block.layer), runtime, index)
+        yield runtime.trace
+    finally:
+        for block, cls in zip(split, stock, strict=True):
+            block.layer.__class__ = cls
+        for handle in handles:
+            handle.remove()
+        delattr(owner, _MARK)
+
+
+def _patched(cls: type[nn.Module], runtime: _Runtime, index: int) -> type[nn.Module]:
+    """A subclass of a block's class whose forward asks the runtime."""
+    stock = cls.forward
+
+    def forward(self: nn.Module, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        gates = runtime.gates(index, hidden_states)
+        if gates[0] is True and gates[1] is True:
+            return stock(self, hidden_states, **arguments)
+        return runtime.execute(index, hidden_states, gates, arguments)
+
+    return type(cls.__name__, (cls,), {"forward": forward})
+
+
+class _Runtime:
+    """One method attached to one model."""
+
+    def __init__(
+        self, model: nn.Module, split: list[Block], method: DynamicDepthMethod, backend: Backend
+    ) -> None:
+        self.blocks = split
+        self.method = method
+        self.masked = backend == "masked"
+        self.project = method.kv_policy == "project"
+        self.cache_argument = split[0].cache_argument
+        self.config = causal_lm(model).config
+        self.norm: nn.Module = final_norm(model)
+        self.head: nn.Module = causal_lm(model).get_output_embeddings()
+        self.ledger = Ledger(BlockCosts.of(model))
+        self.trace = Trace(self.ledger, self.head)
+        self.forward: Forward
+        self.plan: list[tuple[Gate, Gate]] | None = None
+
+    # --- the start of a forward -----------------------------------------------------------------
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the decoder: learn the shapes, ask the method for a plan."""
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            inputs = kwargs["inputs_embeds"]
+        batch, width = inputs.shape[:2]
+        cache = kwargs.get(self.cache_argument)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None and (mask.ndim != 2 or bool(mask.all())):
+            mask = None
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", False)
+        valid = None if mask is None else mask[:, -width:].bool()
+        self.forward = forward = Forward(
+            documents=_per_row(self.trace.documents, batch, "document ids"),
+            phase="prompt" if past == 0 else "generation",
+            batch=batch,
+            width=width,
+            keys=past + width,
+            valid=valid if valid is None or not bool(valid.all()) else None,
+            generation=None,
+            context=None if mask is None else mask.sum(1),
+            project=self.project,
+            cached=cache is not None or bool(use_cache),
+            masked=self.masked,
+        )
+        self.ledger.add(forward)
+        context = ForwardContext(
+            layers=len(self.blocks),
+            batch=batch,
+            tokens=width,
+            past_length=past,
+            device=inputs.device,
+            phase="prompt",
+            valid=forward.valid,
+            generation=None,
+            documents=forward.documents,
+            head=lambda hidden: self.head(self.norm(hidden)),
+            bill=self._bill,
+            readout_flops=float(self.ledger.costs.lm_head),
+            past_real=None if mask is None else mask[:, :-width].sum(1),
+        )
+        if self.trace.prompt_length is not None:
+            length = self.trace.prompt_length
+            forward.phase, forward.generation = _phase_of_tokens(context, length)
+        context.phase = "mixed" if forward.generation is not None else forward.phase
+        context.generation = forward.generation
+        self.plan = self._plan(context)
+
+    def _plan(self, context: ForwardContext) -> list[tuple[Gate, Gate]] | None:
+        """The gates of all blocks if they are known before the forward, else None."""
+        full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
+        if self.method.phases == "generation" and context.phase == "prompt":
+            return full
+        plan = self.method.start(context)
+        if plan is None:
+            return None
+        rows = (context.batch, context.layers, 2)
+        if plan.dtype != torch.bool or tuple(plan.shape) not in (rows, rows[1:]):
+            raise TypeError(
+                f"{self.method.name}: a plan must be bool [layers, 2] or [batch, layers, 2], here "
+                f"{list(rows[1:])} or {list(rows)}, not {plan.dtype} {list(plan.shape)}"
+            )
+        if plan.ndim == 3 and bool((plan == plan[:1]).all()):
+            plan = plan[0]
+        if plan.ndim == 2:
+            return [(attention, mlp) for attention, mlp in plan.tolist()]
+        return [
+            (self._row_gate(plan[:, layer, 0], context), self._row_gate(plan[:, layer, 1], context))
+            for layer in range(context.layers)
+        ]
+
+    @staticmethod
+    def _row_gate(rows: Tensor, context: ForwardContext) -> Gate:
+        """A gate from one decision a sequence."""
+        if bool(rows.all()) or not bool(rows.any()):
+            return bool(rows[0])
+        return rows.to(context.device)[:, None].expand(context.batch, context.tokens)
+
+    def _bill(self, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
+        self.forward.bills.append(Bill(cause, flops_per_token, tokens))
+
+    def bill_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the LM head: bills calls made by the causal LM itself."""
+        (hidden,) = args
+        if hidden.ndim == 3 and hidden.shape[0] == self.forward.batch:
+            self.forward.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
+
+    # --- one block ------------------------------------------------------------------------------
+
+    def gates(self, layer: int, hidden: Tensor) -> tuple[Any, Any]:
+        """Gates of one block as they will be executed; also written to the ledger."""
+        if self.plan is not None:
+            attention, mlp = self.plan[layer]
+        else:
+            attention, mlp = self.method.gates(layer, hidden)
+        first = self._executed(attention, hidden)
+        second = first if mlp is attention else self._executed(mlp, hidden)
+        if self.masked:
+            self.forward.gates.append((_decided(first), _decided(second)))
+        else:
+            self.forward.gates.append((first, second))
+        return first, second
+
+    def _executed(self, gate: Gate, hidden: Tensor) -> Any:
+        """A method's gate with padding and prompt tokens of generation methods settled.
+
+        Under ``sparse`` the result is True, False or a Selection; under ``masked`` it is True,
+        False or a mask, which may be float and carry a gradient.
+        """
+        forward = self.forward
+        generation = forward.generation if self.method.phases == "generation" else None
+        if isinstance(gate, bool):
+            if gate or generation is None:
+                return gate
+            gate = ~generation
+        elif gate.shape != hidden.shape[:2] or not (gate.dtype == torch.bool or self.masked):
+            raise TypeError(
+                f"{self.method.name}: a gate must be a bool, or a bool tensor [batch, tokens], "
+                f"here {list(hidden.shape[:2])}, not {gate.dtype} {list(gate.shape)}"
+            )
+        elif generation is not None:
+            gate = torch.where(generation, gate, torch.ones_like(gate))
+        if self.masked:
+            return gate
+        return Selection.of(gate if forward.valid is None else gate & forward.valid, forward.valid)
+
+    def execute(
+        self, index: int, hidden: Tensor, gates: tuple[Any, Any], arguments: dict[str, Any]
+    ) -> Tensor:
+        """One block whose gates are not both True."""
+        block = self.blocks[index]
+        if self.masked:
+            hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), gates[0])
+            return hidden + _multiplied(block.mlp_branch(hidden), gates[1])
+        attention, mlp = gates
+        entered = hidden
+        if attention is True:
+            hidden = hidden + block.attention_branch(hidden, arguments)
+        elif attention is False:
+            self._skip_attention(block, hidden, arguments)
+        else:
+            hidden = self._attend_selected(block, hidden, attention, arguments)
+        if mlp is True:
+            return hidden + block.mlp_branch(hidden)
+        if mlp is False:
+            return hidden
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        update = block.mlp_branch(flat.index_select(0, mlp.index))
+        if hidden is entered:  # the caller's tensor: never written to
+            return flat.index_add(0, mlp.index, update).view_as(hidden)
+        return flat.index_add_(0, mlp.index, update).view_as(hidden)
+
+    def _skip_attention(self, block: Block, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """What a wholly skipped attention still owes to the cache."""
+        cache = arguments.get(block.cache_argument)
+        if cache is None:
+            return
+        if self.project:
+            block.keys_values(block.attention_norm(hidden), arguments)
+        else:
+            skip_tokens(cache, block.index, hidden.shape[1])
+
+    def _attend_selected(
+        self, block: Block, hidden: Tensor, selection: Selection, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Attention of the selected tokens over all keys; every token's K and V are computed."""
+        normed = block.attention_norm(hidden)
+        keys, values = block.keys_values(normed, arguments)
+        flat = normed.reshape(-1, normed.shape[-1]).index_select(0, selection.index)
+        cosine, sine = (selection.gather(table) for table in arguments["position_embeddings"])
+        queries = selection.into_slots(block.queries(flat, cosine, sine))
+        mask = selection.mask_rows(arguments.get("attention_mask"), keys)
+        out = selection.out_of_slots(block.attend(queries, keys, values, mask))
+        update = block.output(out)
+        stream = hidden.reshape(-1, hidden.shape[-1])
+        return stream.index_add(0, selection.index, update).view_as(hidden)
+
+
+def _phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
+    """Phase of a forward under an explicit prompt length, and the mask if it holds both."""
+    if isinstance(length, Tensor):
+        rows: Tensor = _per_row(length, context.batch, "prompt lengths")
+        length = rows.to(context.device)[:, None]
+    generation = context.positions >= length
+    seen = generation if context.valid is None else generation[context.valid]
+    if bool(seen.all()):
+        return "generation", None
+    return "prompt", generation if bool(seen.any()) else None
+
+
+def _per_row(values: Any, batch: int, what: str) -> Any:
+    """One value a sequence; each is repeated where the batch is a multiple (beams)."""
+    if values is None or len(values) == batch:
+        return values
+    if not len(values) or batch % len(values):
+        raise UserError(f"{len(values)} {what} were given for a batch of {batch} sequences")
+    times = batch // len(values)
+    if isinstance(values, Tensor):
+        return values.repeat_interleave(times)
+    return [value for value in values for _ in range(times)]
+
+
+def _decided(gate: Any) -> Any:
+    """The decision behind a masked gate, as the ledger takes it."""
+    return gate if isinstance(gate, bool) else Selection.of(gate.detach() > 0.5, None)
+
+
+def _multiplied(branch: Tensor, gate: Any) -> Tensor:
+    """A computed branch times its gate."""
+    if isinstance(gate, bool):
+        return branch * float(gate)
+    return branch * gate.to(branch.dtype)[..., None]
