@@ -1,0 +1,105 @@
+"""What a sweep will cost, before it runs: FLOPs from the architecture, seconds from a rate.
+
+The FLOPs of a token are exact (read off the model's shapes, on no device); the tokens of a document
+are assumed, and the rate is that of a matrix product measured here, times an assumed utilisation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dyndepth.console import print_table
+from dyndepth.grid import Plan, limits
+from dyndepth.options import Settings
+
+TOKENS = 100
+"""Assumed tokens of a document with all its choices."""
+DOCUMENTS = 2000
+"""Assumed documents of a task that is scored whole."""
+UTILISATION = 0.5
+"""Assumed share of the matrix product's rate that a model reaches."""
+TIMING_SECONDS = {"off": 0.0, "quick": 9.0, "full": 300.0}
+"""Assumed seconds that the timing of a cell takes on a small model."""
+
+
+def skeleton(settings: Settings) -> Any:
+    """The model's modules without their weights, on torch's meta device.
+
+    Raises:
+        UserError: a missing model or an unsupported architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dyndepth.workbench import supported_config
+
+    config = supported_config(settings)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def cell_flops(plan: Plan, settings: Settings, tasks: Sequence[str], model: Any) -> float:
+    """FLOPs of scoring one cell: blocks at the target speedup, LM head on every token."""
+    from dyndepth.flops import BlockCosts
+
+    costs = BlockCosts.of(model)
+    documents = sum(number or DOCUMENTS for number in limits(settings, tasks).values())
+    tokens = documents * TOKENS
+    return tokens * (costs.block(TOKENS / 2) / plan.target_speedup + costs.lm_head)
+
+
+def measured_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
+    """FLOPs per second of a large matrix product here."""
+    import torch
+
+    size = 4096 if device.startswith("cuda") else 768
+    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+
+    def product() -> None:
+        torch.mm(matrix, matrix)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    product()
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        product()
+        runs += 1
+    return 2 * size**3 * runs / (time.perf_counter() - started)
+
+
+def print_estimate(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) -> None:
+    """Print the cells with FLOPs and rough seconds each, and what was assumed."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dyndepth.workbench import resolve_device
+
+    model = skeleton(settings)
+    device = resolve_device(settings.device)
+    rate = measured_rate(device, settings.dtype)
+    table = Table(title="Cells of this sweep (dry run: nothing was written)")
+    for heading in ("#", "cell", "trains", "GFLOPs", "seconds"):
+        table.add_column(heading, justify="left" if heading == "cell" else "right")
+    whole = None in limits(settings, tasks).values()
+    total = 0.0
+    for index, plan in enumerate(cells, start=1):
+        flops = cell_flops(plan, settings, tasks, model)
+        seconds = flops / (UTILISATION * rate) + TIMING_SECONDS[settings.timing]
+        total += seconds
+        trains = "yes" if plan.build().needs_training else ""
+        table.add_row(
+            str(index), escape(plan.describe()), trains, f"{flops / 1e9:,.0f}", f"{seconds:,.0f}"
+        )
+    print_table(table)
+    print(
+        f"about {total / 60:.1f} minutes in all; assumed: {TOKENS} tokens a document"
+        f"{f', {DOCUMENTS} documents of a whole task' if whole else ''}, "
+        f"{UTILISATION:.0%} of the measured {rate / 1e9:,.0f} GFLOP/s of a matrix product on "
+        f"{device}, {TIMING_SECONDS[settings.timing]:.0f} s of timing a cell; "
+        "training, where a method needs it and has no cached fit, comes on top"
+    )

@@ -1,0 +1,139 @@
+"""From settings to the cells of a sweep, everything checked that needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.options import DEFAULT_LIMIT, OTHERS, Settings
+from dyndepth.records import Row
+
+DENSE = "dense"
+"""Name of the entry point that executes everything: the yardstick of every comparison."""
+
+HIDDEN = ("target_speedup", "seed", "phases")
+"""Fields of a method that have columns of their own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell before anything was loaded: which method, with which parameters, at what speedup."""
+
+    method: str
+    target_speedup: float = 1.0
+    seed: int = 0
+    parameters: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def build(self) -> Any:
+        """The method, not fitted yet.
+
+        Raises:
+            UserError: a parameter has a value that the method refuses.
+        """
+        from dyndepth.registry import load_method
+
+        speedup, seed = self.target_speedup, self.seed
+        return load_method(self.method, **self.parameters, target_speedup=speedup, seed=seed)
+
+    def describe(self) -> str:
+        """The cell in a few words."""
+        inner = ", ".join(f"{key}={value}" for key, value in self.parameters.items())
+        return (
+            f"{self.method}{f'({inner})' if inner else ''} "
+            f"at {self.target_speedup:g}x, seed {self.seed}"
+        )
+
+
+def plans(settings: Settings, layers: int) -> list[Plan]:
+    """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
+
+    A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell.
+
+    Raises:
+        UserError: an unknown method or parameter, or a speedup beyond what a method can reach.
+    """
+    from dyndepth.registry import method_class, parse_methods
+
+    chosen = parse_methods(settings.methods) if settings.methods else []
+    found: dict[str, Plan] = {}
+    for name, parameters in [(DENSE, {}), *chosen]:
+        with_phases = parameters | _phases(method_class(name), parameters, settings.phases)
+        base = Plan(name, parameters=with_phases)
+        _refuse_own(name, parameters)
+        reach = base.build().max_speedup(layers)
+        if reach == 1.0:
+            cells = [base]
+        else:
+            _check_reach(base, reach, settings.speedups, layers)
+            cells = [
+                replace(base, target_speedup=speedup, seed=seed)
+                for speedup in settings.speedups
+                for seed in settings.seed
+            ]
+        found |= {repr(cell.build()): cell for cell in cells if repr(cell.build()) not in found}
+    return list(found.values())
+
+
+def _phases(cls: type, parameters: dict[str, Any], phases: str) -> dict[str, str]:
+    """What ``--phases`` adds to a method: nothing where it has no choice or the user made one."""
+    choosable = any(f.name == "phases" for f in fields(cls))
+    if phases == "published" or "phases" in parameters or not choosable:
+        return {}
+    return {"phases": phases}
+
+
+def _refuse_own(name: str, parameters: dict[str, Any]) -> None:
+    for key, flag in (("target_speedup", "--speedups"), ("seed", "--seed")):
+        if key in parameters:
+            raise UserError(f"{name}: give {key} by {flag}, so that every method gets the same")
+
+
+def _check_reach(plan: Plan, reach: float, speedups: Sequence[float], layers: int) -> None:
+    beyond = [speedup for speedup in speedups if speedup > reach]
+    if beyond:
+        raise UserError(
+            f"{plan.method} reaches at most {reach:.3g}x on a model of {layers} blocks, "
+            f"so {max(beyond):g}x of --speedups is out of its reach"
+        )
+
+
+def limits(settings: Settings, tasks: Sequence[str]) -> dict[str, int | None]:
+    """Documents to score by task; None: all.
+
+    Raises:
+        UserError: ``--limit`` names a task that is not scored.
+    """
+    for named in settings.limit:
+        own = settings.limit is not DEFAULT_LIMIT.get(settings.model)
+        if own and named != OTHERS and named not in tasks:
+            raise UserError(
+                f"--limit names the task {named!r}, which is not scored; "
+                f"the tasks are {', '.join(tasks)}"
+            )
+    return {task: settings.limit.get(task, settings.limit[OTHERS]) for task in tasks}
+
+
+def parameters_text(method: Any) -> str:
+    """The method's hyper-parameters as its repr gives them, without those with own columns."""
+    return ", ".join(
+        f"{f.name}={getattr(method, f.name)!r}"
+        for f in fields(method)
+        if f.repr and f.name not in HIDDEN
+    )
+
+
+def method_identity(method: Any) -> Row:
+    """The part of a cell's identity that the method itself gives."""
+    from dyndepth.provenance import method_code
+
+    return {
+        "method": method.name,
+        "parameters": parameters_text(method),
+        "phases": method.phases,
+        "target_speedup": float(method.target_speedup),
+        "seed": method.seed,
+        "fit_version": method.fit_version,
+        "method_code": method_code(type(method)),
+    }

@@ -1,0 +1,259 @@
+"""One row a cell: what it scores, what it retains of dense, what it saves.
+
+``python -m dyndepth.leaderboard RUN...`` merges runs, prints the table, writes it with --output.
+Accuracy here is ``acc`` alone, never mixed with ``acc_norm``: the mean over tasks, its interval by
+bootstrap over documents within tasks, and the fraction of dense retained on the same documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyndepth.console import print_table
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE
+from dyndepth.records import Cell, Row, identity_columns, order, setting
+from dyndepth.store import Store, write_atomically
+from dyndepth.tables import as_csv
+
+METRIC = "acc"
+APART = {"bits_per_byte": "bits_per_byte", "rouge_l": "rougeL"}
+"""Columns of scores that are no accuracies, and the metric whose mean over tasks they hold."""
+
+COLUMNS = (
+    "status",
+    "bound",
+    "mean_acc",
+    "mean_acc_low",
+    "mean_acc_high",
+    "documents",
+    "retained",
+    "retained_low",
+    "retained_high",
+    *APART,
+    "block_speedup",
+    "total_speedup",
+    "wall_prefill_speedup",
+    "wall_prefill_low",
+    "wall_prefill_high",
+    "wall_decode_speedup",
+    "wall_decode_low",
+    "wall_decode_high",
+    "needs_training",
+    "device_name",
+    "threads",
+    "error",
+)
+"""Columns of leaderboard.csv after the cell's identity. ``bound`` is True where the method sees
+labels: a bound, no competitor."""
+
+
+def leaderboard(cells: Iterable[Cell]) -> list[Row]:
+    """Rows of leaderboard.csv, in the order of ``cells``, identity included."""
+    cells = list(cells)
+    dense = {setting(cell.identity): outcomes(cell) for cell in cells if is_dense(cell)}
+    return [
+        {**identity_columns(cell), **_row(cell, dense.get(setting(cell.identity)))}
+        for cell in cells
+    ]
+
+
+def is_dense(cell: Cell) -> bool:
+    """True for the cell that others of its setting are compared to, if it was evaluated."""
+    return cell.identity["method"] == DENSE and cell.evaluated
+
+
+def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
+    # numpy comes late: --help must be instant.
+    from dyndepth.intervals import mean_score, retained
+
+    own = outcomes(cell)
+    row: Row = {
+        "status": cell.status,
+        "bound": bool(cell.provenance.get("uses_labels", False)),
+        "documents": sum(map(len, own.values())),
+        **{column: _mean_value(cell, metric) for column, metric in APART.items()},
+        **speedups(cell),
+        **wall_speedups(cell),
+        "needs_training": cell.provenance.get("needs_training"),
+        "device_name": cell.provenance.get("device_name"),
+        "threads": cell.provenance.get("threads"),
+        "error": cell.error,
+    }
+    if own:
+        mean = mean_score(own)
+        row |= {"mean_acc": mean.value, "mean_acc_low": mean.low, "mean_acc_high": mean.high}
+    kept = retained(own, dense) if own and dense else None
+    if kept:
+        row |= {"retained": kept.value, "retained_low": kept.low, "retained_high": kept.high}
+    return row
+
+
+def outcomes(cell: Cell) -> dict[str, dict[str, float]]:
+    """Task -> document -> right (1.0) or wrong (0.0), for the tasks that have an accuracy."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in cell.samples:
+        for metric, outcome in json.loads(row["outcomes"]).items():
+            # The first filter stands for the task, as it does in its own results.
+            if metric.partition(",")[0] == METRIC and outcome is not None:
+                found[row["task"]].setdefault(str(row["doc_id"]), float(outcome))
+    return dict(found)
+
+
+def _mean_value(cell: Cell, metric: str) -> float | None:
+    values = [
+        row["value"]
+        for row in cell.accuracy
+        if row["metric"] == metric and row["value"] is not None
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def speedups(cell: Cell) -> Row:
+    """Achieved block and total FLOPs speedup over the tokens of all tasks."""
+    found: Row = {}
+    for kind in ("block", "total"):
+        executed = dense = 0.0
+        for row in cell.compute:
+            spent, ratio = row[f"{kind}_flops_per_token"], row[f"{kind}_speedup"]
+            if row["phase"] == "all" and spent is not None and ratio is not None:
+                executed += row["tokens"] * spent
+                dense += row["tokens"] * spent * ratio
+        found[f"{kind}_speedup"] = dense / executed if executed else None
+    return found
+
+
+def wall_speedups(cell: Cell) -> Row:
+    """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase."""
+    found: Row = {}
+    for phase in ("prefill", "decode"):
+        rows = [
+            row
+            for row in cell.timing
+            if row.get("phase") == phase and row.get("wall_speedup") is not None
+        ]
+        if not rows:
+            continue
+        row = min(rows, key=lambda r: (r["batch"], -r["length"]))
+        found[f"wall_{phase}_speedup"] = row["wall_speedup"]
+        for end in ("low", "high"):
+            found[f"wall_{phase}_{end}"] = row.get(f"wall_speedup_{end}")
+    return found
+
+
+def check_comparable(cells: Sequence[Cell]) -> None:
+    """Raise UserError if one table would hold scores of different tasks under the same name."""
+    versions: dict[str, dict[str, str]] = defaultdict(dict)
+    data: dict[str, str] = {}
+    for cell in cells:
+        if not cell.evaluated:
+            continue
+        label = f"{cell.identity['method']} {cell.key}"
+        data.setdefault(str(cell.identity["data_fingerprint"]), label)
+        for row in cell.accuracy:
+            versions[row["task"]].setdefault(str(row.get("task_version")), label)
+    for task, found in versions.items():
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise UserError(
+                f"task {task} has version {one} in cell {first} and {other} in cell {second}: "
+                "rows of different task versions belong in separate leaderboards"
+            )
+    if len(data) > 1:
+        (one, first), (other, second) = list(data.items())[:2]
+        raise UserError(
+            f"cell {first} was scored on evaluation data {one} and cell {second} on {other}: "
+            "rows of different data belong in separate leaderboards"
+        )
+
+
+def merged(runs: Sequence[Path]) -> list[Cell]:
+    """The cells of several runs, each once (the finished one where a run failed at it).
+
+    Raises:
+        UserError: a folder is no run, or the runs' rows cannot stand in one table.
+    """
+    found: dict[str, Cell] = {}
+    for run in runs:
+        cells = Store(run).all()
+        if not cells:
+            raise UserError(f"{run} holds no cells; give the --output_path of a sweep")
+        for cell in cells:
+            if cell.key not in found or found[cell.key].status == "error":
+                found[cell.key] = cell
+    cells = sorted(found.values(), key=order)
+    check_comparable(cells)
+    return cells
+
+
+def show(rows: Sequence[Row], title: str = "Leaderboard") -> None:
+    """Print leaderboard rows as a table. A row of a bound or a failure says so by its name."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, caption="[..] are 95% intervals", caption_justify="left")
+    several = len({row["model"] for row in rows}) > 1
+    headings = ["model"] if several else []
+    headings += ["method", "parameters", "phases", "target", "seed", "mean acc", "% of dense"]
+    headings += ["bits/byte", "ROUGE-L", "block", "total", "prefill", "decode"]
+    numeric = set(headings) - {"model", "method", "parameters", "phases"}
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numeric else "left")
+    for row in rows:
+        name = str(row["method"])
+        name += " (bound)" if row["bound"] else ""
+        name += " FAILED" if row["status"] == "error" else ""
+        texts = [str(row["model"])] if several else []
+        texts += [name, str(row["parameters"]), str(row["phases"])]
+        texts += [f"{row['target_speedup']:g}x", str(row["seed"])]
+        texts.append(_spread(row, "mean_acc", 1, 3))
+        texts.append(_spread(row, "retained", 100, 0))
+        texts += [_number(row.get(key), "{:.3f}") for key in APART]
+        texts += [_number(row.get(f"{kind}_speedup"), "{:.2f}x") for kind in ("block", "total")]
+        texts += [
+            _number(row.get(f"wall_{phase}_speedup"), "{:.2f}x") for phase in ("prefill", "decode")
+        ]
+        table.add_row(*map(escape, texts))
+    print_table(table)
+
+
+def _spread(row: Row, key: str, scale: float, digits: int) -> str:
+    if row.get(key) is None:
+        return ""
+    value, low, high = (row[name] * scale for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: merge runs into one leaderboard."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.leaderboard",
+        description="Merge runs into one leaderboard; refuse rows that are not comparable.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument("--output", type=Path, help="CSV file to write the table to")
+    options = parser.parse_args(arguments)
+    try:
+        rows = leaderboard(merged(options.runs))
+    except UserError as fault:
+        print(f"dyndepth.leaderboard: {fault}", file=sys.stderr)
+        return 2
+    show(rows)
+    if options.output:
+        write_atomically(options.output, as_csv(rows, COLUMNS))
+        print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""The sweep's command line and YAML file, as one checked ``Settings``; nothing heavy is imported.
+
+Flags carry lm-eval's names where lm-eval has one. A flag overrides the file, the file the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dyndepth.errors import UserError
+
+EMBEDDED = "embedded"
+SUITE = "offline"
+
+OTHERS = "*"
+"""In a limit by task: every task that is not named."""
+
+DEFAULT_LIMIT: dict[str, dict[str, int | None]] = {
+    EMBEDDED: {OTHERS: 48, "last_word": 16, "wikipedia_bpb": 8, "title_generation": 8}
+}
+"""Documents by task, by model name: what three methods at three speedups can be scored on in a few
+minutes on two cores, fewer where a document is long. Every other model is scored on all documents
+unless --limit says otherwise."""
+
+CHOICES = {
+    "phases": ("both", "generation", "published"),
+    "timing": ("off", "quick", "full"),
+    "resume": ("only-missing", "always", "never"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "attn_implementation": ("sdpa", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the user decided, checked one by one; what needs a registry or a model is not.
+
+    ``methods`` is a specification for ``registry.parse_methods``. ``limit`` is documents by
+    task (None: all of them), ``OTHERS`` standing for those not named; ``device`` is ``auto`` or
+    what torch calls it.
+    """
+
+    model: str = EMBEDDED
+    methods: str = ""
+    tasks: tuple[str, ...] = (SUITE,)
+    speedups: tuple[float, ...] = (1.25, 1.5, 2.0)
+    phases: str = "both"
+    seed: tuple[int, ...] = (0,)
+    sample_seed: int = 0
+    limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
+    num_fewshot: int = 0
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    include_path: str | None = None
+    corpus: str = EMBEDDED
+    timing: str = "quick"
+    resume: str = "only-missing"
+    output_path: Path = Path("runs")
+    dry_run: bool = False
+    debug: bool = False
+
+
+HELP = {
+    "methods": "methods to compare, with parameters in brackets where wanted: "
+    "'one,other(layer=3, mode=name)'; `python -m dyndepth ls methods` lists them",
+    "model": "'embedded', a hub id or a local path",
+    "tasks": "tasks or suites; `python -m dyndepth ls tasks` lists them",
+    "speedups": "target speedups, dense block FLOPs / executed block FLOPs",
+    "phases": "where methods that let one choose skip: in prompt and generation, in generation "
+    "only, or as published",
+    "seed": "seeds of the methods: each makes its own cells",
+    "sample_seed": "which documents --limit draws; the same for all cells, so that they are paired",
+    "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
+    "32,title_generation=8",
+    "num_fewshot": "examples before each question",
+    "batch_size": "sequences scored at once",
+    "device": "auto, cpu, cuda, cuda:1, ...",
+    "dtype": "of weights and arithmetic",
+    "attn_implementation": "transformers' attention kernel; the model's own choice unless given",
+    "revision": "branch, tag or commit of a hub model",
+    "trust_remote_code": "let a hub model run code of its own",
+    "include_path": "folder with further lm-eval task files",
+    "corpus": "calibration and training text: 'embedded', or a path to a .txt or .jsonl file",
+    "timing": "wall-clock measurement of each cell",
+    "resume": "only-missing: compute the cells that are absent or failed; always: keep failed "
+    "ones too; never: compute all cells again",
+    "output_path": "folder of the run",
+    "dry_run": "print the cells and an estimate of their cost, run nothing",
+    "debug": "print the whole traceback of every error",
+    "config": "YAML file with any of these settings; flags override it",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Values are checked later, the same way as those of a YAML file."""
+    built = _Parser(
+        prog="python -m dyndepth.sweep",
+        description="Score, count and time methods at several speedups; write tidy tables.",
+        epilog="Dashes and underscores in flags are the same.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for setting in fields(Settings):
+        name, default = setting.name, setting.default
+        text = HELP[name].replace("%", "%%")
+        if isinstance(default, bool):
+            built.add_argument(
+                f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+            continue
+        if name in CHOICES:
+            text += f": {', '.join(CHOICES[name])}"
+        built.add_argument(
+            f"--{name}",
+            nargs="+" if isinstance(default, tuple) or name == "methods" else None,
+            metavar=name.upper(),
+            help=f"{text} (default: {_shown(name, default)})",
+        )
+    built.add_argument("--config", metavar="FILE", help=HELP["config"])
+    return built
+
+
+def _shown(name: str, default: Any) -> str:
+    special = {
+        "limit": f"{limit_text(DEFAULT_LIMIT[EMBEDDED])} for the embedded model, else all",
+        "output_path": "runs/<model>",
+        "methods": "dense alone",
+        "attn_implementation": "the model's",
+        "revision": "the newest",
+        "include_path": "none",
+    }
+    if name in special:
+        return special[name]
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def read(arguments: Sequence[str]) -> Settings:
+    """Settings from command-line arguments and the YAML file that they may name.
+
+    Raises:
+        UserError: an unknown flag or key, or a value of the wrong kind.
+    """
+    flags = vars(parser().parse_args([_underscored(argument) for argument in arguments]))
+    config = flags.pop("config")
+    chosen = read_config(Path(config)) if config else {}
+    chosen |= {key: value for key, value in flags.items() if value is not None}
+    return settings(chosen)
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    # BooleanOptionalAction spells its negation with a dash.
+    negated = name.startswith(("no-", "no_"))
+    name = name.removeprefix("no-").removeprefix("no_") if negated else name
+    return f"--{'no-' if negated else ''}{name.replace('-', '_')}{equals}{value}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, with underscored keys.
+
+    Raises:
+        UserError: there is no such file, it is no mapping, or a key is no setting.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as fault:
+        raise UserError(f"--config {path} cannot be read: {fault.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        reason = " ".join(str(fault).split())
+        raise UserError(f"--config {path} is not valid YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must map settings to values, not be a {_kind(content)}")
+    known = [setting.name for setting in fields(Settings)]
+    found = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in found:
+        if key not in known:
+            raise UserError(
+                f"--config {path} has the unknown key {key!r}; known: {', '.join(known)}"
+            )
+    return found
+
+
+def settings(chosen: dict[str, Any]) -> Settings:
+    """``Settings`` from raw values of flags or YAML.
+
+    Raises:
+        UserError: a value that is not what its setting takes.
+    """
+    values = dict(chosen)
+    for name, value in values.items():
+        values[name] = _checked(name, value)
+    model = values.get("model", EMBEDDED)
+    values.setdefault("limit", DEFAULT_LIMIT.get(model, {OTHERS: None}))
+    values.setdefault("output_path", Path("runs") / slug(model))
+    return Settings(**values)
+
+
+def slug(model: str) -> str:
+    """A folder name for a model: the last part of a local path, a hub id with ``--`` for ``/``."""
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith((".", "/", "~")):
+        return path.resolve().name
+    return model.replace("/", "--")
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "methods":
+        return _methods(value)
+    if name == "tasks":
+        return tuple(dict.fromkeys(_items(name, value)))
+    if name == "speedups":
+        return tuple(dict.fromkeys(_speedup(item) for item in _items(name, value)))
+    if name == "seed":
+        return tuple(dict.fromkeys(_integer(name, item, 0) for item in _items(name, value)))
+    if name == "limit":
+        return _limit(value)
+    if name in ("num_fewshot", "sample_seed"):
+        return _integer(name, value, 0)
+    if name == "batch_size":
+        return _integer(name, value, 1)
+    if name in ("trust_remote_code", "dry_run", "debug"):
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is true or false, not {value!r}")
+        return value
+    if name in ("attn_implementation", "revision", "include_path") and value is None:
+        return None
+    if name in CHOICES:
+        # YAML reads a bare off as false.
+        word = "off" if value is False else str(value)
+        if word not in CHOICES[name]:
+            raise UserError(f"--{name} is one of {', '.join(CHOICES[name])}, not {word!r}")
+        return word
+    if not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"--{name} takes a text, not {value!r}")
+    if name == "include_path" and not Path(value).is_dir():
+        raise UserError(f"--include_path {value} is no folder")
+    if name == "output_path":
+        path = Path(value).expanduser()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_path {value} is a file; it must be a folder or not exist")
+        return path
+    return str(value)
+
+
+def _limit(value: Any) -> dict[str, int | None]:
+    """Documents by task, from a number, ``"32,task=8"`` or a mapping of YAML."""
+    found: dict[str, int | None] = {OTHERS: None}
+    if isinstance(value, dict):
+        entries = list(value.items())
+    else:
+        entries = []
+        for item in _items("limit", value):
+            task, equals, number = str(item).partition("=")
+            entries.append((task.strip(), number) if equals else (OTHERS, task))
+    for task, number in entries:
+        whole = str(number).strip().lower() in ("none", "0")
+        found[str(task)] = None if whole else _integer("limit", number, 1)
+    return found
+
+
+def limit_text(limit: dict[str, int | None]) -> str:
+    """A limit as ``--limit`` takes it."""
+    others = "none" if limit[OTHERS] is None else str(limit[OTHERS])
+    single = [f"{task}={number or 'none'}" for task, number in limit.items() if task != OTHERS]
+    return ",".join([others, *single])
+
+
+def _methods(value: Any) -> str:
+    """One specification from a flag's words, or from YAML: a text, a list, or name: parameters."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [{name: parameters} for name, parameters in value.items()]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"--methods takes names with parameters in brackets, not {value!r}")
+    parts = []
+    for item in value:
+        if isinstance(item, dict):
+            for name, parameters in item.items():
+                if not isinstance(parameters, dict | None):
+                    raise UserError(
+                        f"methods: {name} must map parameters to values, not be {parameters!r}"
+                    )
+                inner = ", ".join(f"{key}={_written(it)}" for key, it in (parameters or {}).items())
+                parts.append(f"{name}({inner})" if inner else str(name))
+        else:
+            parts.append(str(item))
+    # A flag's words may break inside brackets: "name(a=1," "b=2)".
+    return ",".join(part.strip().strip(",") for part in parts)
+
+
+def _written(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """The entries of a list given as YAML list, as words, or separated by commas."""
+    raw = value if isinstance(value, list | tuple) else [value]
+    found: list[Any] = []
+    for item in raw:
+        if isinstance(item, str):
+            found += [part.strip() for part in item.split(",") if part.strip()]
+        else:
+            found.append(item)
+    if not found:
+        raise UserError(f"--{name} is empty; give at least one value")
+    if name == "tasks" and not all(isinstance(item, str) for item in found):
+        raise UserError(f"--tasks takes names, not {found!r}")
+    return found
+
+
+def _speedup(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"--speedups takes numbers of at least 1, and {value!r} is not a number")
+    if number < 1 or math.isinf(number):
+        raise UserError(f"--speedups takes finite numbers of at least 1, not {value}")
+    return number
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise UserError(f"--{name} takes a whole number of at least {least}, not {value!r}")
+    return number
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else type(value).__name__

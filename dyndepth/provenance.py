@@ -1,0 +1,182 @@
+"""Where a number comes from: package versions, git commit, fingerprints of the code, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+
+PACKAGES = ("torch", "transformers", "lm_eval", "dyndepth")
+"""Distributions whose version is part of a cell's identity."""
+
+METHODS = "dyndepth.methods"
+"""Import name of the package that holds a file or a folder for each method."""
+
+FRONT = frozenset(
+    {
+        "__init__.py",
+        "__main__.py",
+        "assets.py",
+        "bench.py",
+        "console.py",
+        "errors.py",
+        "estimate.py",
+        "fits.py",
+        "grid.py",
+        "intervals.py",
+        "leaderboard.py",
+        "lm_eval_plugin.py",
+        "machine.py",
+        "options.py",
+        "pairing.py",
+        "passes.py",
+        "plots.py",
+        "provenance.py",
+        "records.py",
+        "registry.py",
+        "scored.py",
+        "store.py",
+        "sweep.py",
+        "tables.py",
+        "timing.py",
+        "timing_command.py",
+        "workbench.py",
+    }
+)
+"""Files of the package that choose, record or show numbers without changing them. All others are
+hashed into each cell, so a new file counts until somebody says here that it does not."""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed version by distribution; ``unknown`` where there is no metadata."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@cache
+def git_commit() -> str:
+    """The commit that the running code was checked out from, with ``+changes`` if it was edited.
+
+    Empty where the package does not run from its own repository (an installed wheel).
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() / "dyndepth" != PACKAGE:
+        return ""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", "dyndepth", "methods", at=Path(top))
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _git(*arguments: str, at: Path = PACKAGE) -> str:
+    command = ["git", "-C", str(at), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+@cache
+def harness_code() -> str:
+    """12 hex digits over every source and task file of the package that can change a number."""
+    files = [
+        path
+        for path in PACKAGE.rglob("*")
+        if path.suffix in {".py", ".yaml", ".yml"}
+        and not (path.parent == PACKAGE and path.name in FRONT)
+        and "methods" not in path.relative_to(PACKAGE).parts
+    ]
+    return _digest(files, PACKAGE)
+
+
+def task_files(folder: str) -> str:
+    """12 hex digits over the task and data files of a folder given by ``--include_path``."""
+    root = Path(folder)
+    suffixes = {".py", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt"}
+    return _digest([path for path in root.rglob("*") if path.suffix in suffixes], root)
+
+
+def method_code(cls: type) -> str:
+    """12 hex digits over a method's module, what it imports at its top from beside it, and whole
+    folders where a method is one (shipped weights included)."""
+    inside = METHODS if cls.__module__.startswith(f"{METHODS}.") else cls.__module__.split(".")[0]
+    modules: dict[str, ModuleType] = {}
+    waiting = [base.__module__ for base in cls.__mro__]
+    while waiting:
+        name = waiting.pop()
+        home = name == cls.__module__ or name.startswith(f"{inside}.")
+        if name in modules or not home:
+            continue
+        modules[name] = module = sys.modules.get(name) or import_module(name)
+        waiting.append(module.__package__ or "")
+        for value in vars(module).values():
+            waiting.append(value.__name__ if isinstance(value, ModuleType) else _origin(value))
+    files: set[Path] = set()
+    for module in modules.values():
+        if module.__file__:
+            path = Path(module.__file__)
+            files.add(path)
+            files |= _sources(path.parent) if hasattr(module, "__path__") else set()
+    return _digest(sorted(files), None)
+
+
+def _sources(folder: Path) -> set[Path]:
+    suffixes = {".py", ".json", ".safetensors"}
+    return {path for path in folder.rglob("*") if path.suffix in suffixes}
+
+
+def _origin(value: Any) -> str:
+    origin = getattr(value, "__module__", None)
+    return origin if isinstance(origin, str) else ""
+
+
+def _digest(files: list[Path], root: Path | None) -> str:
+    """SHA-256 over names (relative to ``root``; bare if None) and contents, whatever the order."""
+    parts = sorted(
+        (str(path.relative_to(root)) if root else path.name, path.read_bytes()) for path in files
+    )
+    digest = hashlib.sha256()
+    for name, content in parts:
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """Hardware and run-time conditions of a cell: recorded, never hashed."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+@cache
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

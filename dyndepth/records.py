@@ -1,0 +1,192 @@
+"""The record of a cell: what was run, what came out, or why it failed.
+
+A cell is (model, method, its parameters, target speedup, seed) under the run's settings. Its
+identity holds everything that changes the numbers; the identity's hash names the cell, so that a
+finished one is found again and never computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+IDENTITY = (
+    "model",
+    "model_fingerprint",
+    "revision",
+    "method",
+    "parameters",
+    "phases",
+    "target_speedup",
+    "seed",
+    "fit_version",
+    "dtype",
+    "device",
+    "attn_implementation",
+    "tasks",
+    "limit",
+    "sample_seed",
+    "num_fewshot",
+    "batch_size",
+    "data_fingerprint",
+    "corpus_fingerprint",
+    "torch",
+    "transformers",
+    "lm_eval",
+    "dyndepth",
+    "harness_code",
+    "method_code",
+    "git_commit",
+)
+"""Keys of an identity, in the order in which they lead every table's columns (``cell``, the hash,
+stands before them)."""
+
+UNHASHED = frozenset({"model", "git_commit"})
+"""Part of every row, but not of the hash: where the weights lie is no matter of their values
+(``model_fingerprint`` is), and a commit that touches no hashed code changes no number."""
+
+METHOD_KEYS = frozenset(
+    {
+        "method",
+        "parameters",
+        "phases",
+        "target_speedup",
+        "seed",
+        "fit_version",
+        "corpus_fingerprint",
+        "method_code",
+    }
+)
+"""Keys that tell one method's cell from another's in the same setting."""
+
+ROWS = ("accuracy", "compute", "routing", "timing", "samples")
+TIMING_LEVELS = ("off", "quick", "full")
+
+Row = dict[str, Any]
+
+
+def cell_hash(identity: Row) -> str:
+    """12 hex digits of SHA-256 over the canonical JSON of the hashed part of ``identity``."""
+    hashed = {key: value for key, value in identity.items() if key not in UNHASHED}
+    text = json.dumps(plain(hashed), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def setting(identity: Row) -> str:
+    """What a cell shares with the dense cell it is compared to, as one canonical string."""
+    shared = {
+        key: value
+        for key, value in identity.items()
+        if key not in UNHASHED and key not in METHOD_KEYS
+    }
+    return json.dumps(plain(shared), sort_keys=True, separators=(",", ":"))
+
+
+@dataclass
+class Cell:
+    """The record of one cell.
+
+    Attributes:
+        identity: the keys of ``IDENTITY``.
+        status: ``done`` or ``error``.
+        accuracy, compute, routing, timing, samples: rows of the table of that name, without the
+            identity.
+        timing_level: how thoroughly it was timed: one of ``TIMING_LEVELS``.
+        provenance: conditions that are no part of the identity (hardware, threads, duration).
+        error: one line; empty when done.
+        traceback: where the error came from; empty when done.
+    """
+
+    identity: Row
+    status: str = "done"
+    accuracy: list[Row] = field(default_factory=list)
+    compute: list[Row] = field(default_factory=list)
+    routing: list[Row] = field(default_factory=list)
+    timing: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    timing_level: str = "off"
+    provenance: Row = field(default_factory=dict)
+    error: str = ""
+    traceback: str = ""
+
+    @property
+    def key(self) -> str:
+        """The cell's hash."""
+        return cell_hash(self.identity)
+
+    @property
+    def evaluated(self) -> bool:
+        """True if its evaluation came to an end (its timing may still be missing)."""
+        return bool(self.accuracy)
+
+    def lacks(self, timing: str) -> str:
+        """What remains to be done: ``everything``, ``timing`` at that level, or ``nothing``."""
+        if not self.evaluated:
+            return "everything"
+        if TIMING_LEVELS.index(self.timing_level) < TIMING_LEVELS.index(timing):
+            return "timing"
+        return "everything" if self.status == "error" else "nothing"
+
+
+def order(cell: Cell) -> tuple[Any, ...]:
+    """Sort key of the tables: by setting, then method, parameters, target speedup and seed."""
+    identity = cell.identity
+    return (
+        str(identity["model"]),
+        setting(identity),
+        str(identity["method"]),
+        str(identity["phases"]),
+        str(identity["parameters"]),
+        float(identity["target_speedup"]),
+        int(identity["seed"]),
+        cell.key,
+    )
+
+
+def identity_columns(cell: Cell) -> Row:
+    """The columns that lead every row of the cell: its hash and its identity."""
+    return {"cell": cell.key, **{key: flat(cell.identity[key]) for key in IDENTITY}}
+
+
+def flat(value: Any) -> Any:
+    """An identity's value as one table entry: lists and mappings are joined by commas."""
+    if isinstance(value, dict):
+        # Sorted, as in the cell's file: a cell from memory and one from the disk must agree.
+        entries = sorted(value.items())
+        return ",".join(f"{key}={'all' if item is None else item}" for key, item in entries)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def readable_name(identity: Row) -> str:
+    """A file name that a person can find a cell by; the hash after it makes it unique."""
+    text = "-".join(
+        str(part)
+        for part in (
+            identity["method"],
+            identity["parameters"],
+            identity["phases"],
+            f"x{identity['target_speedup']:g}",
+            f"seed{identity['seed']}",
+        )
+        if part != ""
+    )
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text)[:120].strip("_")
+
+
+def plain(value: Any) -> Any:
+    """``value`` in plain JSON types: numpy's and torch's unwrapped, NaN and infinity None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)

@@ -1,0 +1,200 @@
+"""The cells of a run on the disk: one atomic JSON file each.
+
+A file appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
+What cannot be read counts as absent, with a warning. One sweep at a time holds an output path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from dyndepth.errors import UserError
+from dyndepth.records import (
+    IDENTITY,
+    ROWS,
+    TIMING_LEVELS,
+    Cell,
+    Row,
+    cell_hash,
+    order,
+    plain,
+    readable_name,
+)
+
+FORMAT = 1
+"""Version of the file layout; a file of another version counts as absent."""
+
+
+class Store:
+    """The cells under ``path/cells``. Reading never fails on a bad file: it warns, once a file.
+
+    What was read or written is kept in memory; a sweep reads each file once, under its lock.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.folder = self.path / "cells"
+        self._known: dict[Path, Cell | None] = {}
+
+    def file(self, identity: Row) -> Path:
+        """Where the cell of ``identity`` is kept: a readable name, then the hash."""
+        return self.folder / f"{readable_name(identity)}-{cell_hash(identity)}.json"
+
+    def write(self, cell: Cell) -> Cell:
+        """Put ``cell`` on the disk, whole or not at all; return it as it will be read again."""
+        body = plain({"format": FORMAT, "cell": cell.key, **asdict(cell)})
+        path = self.file(cell.identity)
+        write_atomically(path, json.dumps(body, indent=1, sort_keys=True))
+        self._known[path] = written = _cell(body)
+        return written
+
+    def read(self, identity: Row) -> Cell | None:
+        """The recorded cell of ``identity``, or None where there is none that can be read."""
+        path = self.file(identity)
+        return self._load(path) if path.is_file() else None
+
+    def all(self) -> list[Cell]:
+        """Every readable cell, in the stable order of the tables."""
+        if not self.folder.is_dir():
+            return []
+        cells = [self._load(path) for path in sorted(self.folder.glob("*.json"))]
+        return sorted((cell for cell in cells if cell is not None), key=order)
+
+    def check_model(self, name: str, fingerprint: str | None = None) -> None:
+        """Refuse to mix models; ``fingerprint`` is None as long as no weights were read.
+
+        Raises:
+            UserError: a recorded cell is of another model.
+        """
+        for cell in self.all():
+            recorded, other = cell.identity["model"], cell.identity["model_fingerprint"]
+            same = same_model(name, recorded) if fingerprint is None else fingerprint == other
+            if not same:
+                raise UserError(
+                    f"{self.path} holds cells of the model {recorded} (fingerprint {other}), not "
+                    f"of {name}{f' ({fingerprint})' if fingerprint else ''}: "
+                    "choose another --output_path"
+                )
+
+    def _load(self, path: Path) -> Cell | None:
+        if path not in self._known:
+            self._known[path] = self._parse(path)
+        return self._known[path]
+
+    def _parse(self, path: Path) -> Cell | None:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            if body["format"] != FORMAT:
+                raise ValueError(f"it has format {body['format']}, not {FORMAT}")
+            cell = _cell(body)
+            if set(cell.identity) != set(IDENTITY):
+                raise ValueError("its identity has other keys than this version's")
+            if not path.stem.endswith(cell.key) or body["cell"] != cell.key:
+                raise ValueError("its identity does not match its hash")
+            return cell
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+            print(
+                f"warning: {path} cannot be read as a cell and counts as absent: {fault}",
+                file=sys.stderr,
+            )
+            return None
+
+    def sweep_up(self) -> None:
+        """Remove what killed writers left behind. Call it under the lock only."""
+        for folder in (self.path, self.folder):
+            for leftover in folder.glob(".writing-*"):
+                leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the output path for one sweep; the system lets go of it if the process dies.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(self._busy()) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_free(self) -> None:
+        """Say early, and without writing anything, that another sweep holds the output path.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        if not (self.path / ".lock").exists():
+            return
+        try:
+            FileLock(self.path / ".lock").acquire(timeout=0).lock.release()
+        except Timeout:
+            raise UserError(self._busy()) from None
+
+    def _busy(self) -> str:
+        return (
+            f"another sweep is writing to {self.path}: wait for it, or choose another --output_path"
+        )
+
+
+def same_model(one: str, other: str) -> bool:
+    """True if two names are the same, or two paths of one folder."""
+    if one == other:
+        return True
+    paths = [Path(name).expanduser() for name in (one, other)]
+    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file so that readers, and crashes, see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; results are meant to be shared.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _cell(body: Row) -> Cell:
+    cell = Cell(**{key: body[key] for key in Cell.__dataclass_fields__})
+    if cell.status not in ("done", "error") or cell.timing_level not in TIMING_LEVELS:
+        raise ValueError(f"it has status {cell.status!r} and timing level {cell.timing_level!r}")
+    if not all(isinstance(row, dict) for name in ROWS for row in getattr(cell, name)):
+        raise ValueError("its rows are no mappings")
+    return cell
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,134 @@
+"""The command line ``python -m dyndepth.timing``: one method on one model, as a table and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dyndepth.timing import LEVELS, Row, measure
+
+if TYPE_CHECKING:
+    from dyndepth.method import DynamicDepthMethod
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time one method; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    from dyndepth.errors import UserError
+
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.timing",
+        description="Time a method against the stock model, in interleaved pairs.",
+    )
+    add = parser.add_argument
+    add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")
+    add("--method", required=True, help='name, or "name(parameter=value, ...)"')
+    add("--speedup", type=float, help="target speedup (default: 1.5, or what the method names)")
+    add("--level", choices=list(LEVELS), default="quick")
+    add("--corpus", default="embedded", help="text to fit and time on: .txt, .jsonl, 'embedded'")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add("--attn_implementation", "--attn-implementation", help="sdpa or eager")
+    add("--revision", help="of a hub model")
+    add("--trust_remote_code", "--trust-remote-code", action="store_true")
+    add("--threads", type=int, help="default: torch's own choice")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Load, fit, measure, print."""
+    from dyndepth.models import layer_count
+
+    method = _method(
+        options, layer_count(options.model, options.revision, options.trust_remote_code)
+    )
+    import torch
+
+    from dyndepth.corpus import load_corpus
+    from dyndepth.errors import UserError
+    from dyndepth.fits import fit_cached
+    from dyndepth.machine import steady_allocator
+    from dyndepth.models import load_model, load_tokenizer
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads takes a whole number of at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
+    steady_allocator()
+    corpus = load_corpus(options.corpus, load_tokenizer(options.model, options.revision))
+    model = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    method = fit_cached(method, model, corpus)
+    rows = measure(model, method, corpus, level=options.level, seed=options.seed)
+    _show(f"{method!r} on {options.model}", rows)
+    print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
+
+
+def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:
+    """The method at the speedup asked for, or at a default that it can reach."""
+    from dyndepth.errors import UserError
+    from dyndepth.registry import load_method, parse_methods
+
+    named = any("target_speedup" in parameters for _, parameters in parse_methods(options.method))
+    method = load_method(options.method, seed=options.seed)
+    reach = method.max_speedup(layers)
+    speedup = options.speedup
+    if speedup is None:
+        speedup = method.target_speedup if named else min(1.5, reach)
+    if not speedup <= reach:
+        raise UserError(
+            f"{method.name} reaches a speedup of {reach:.4g} on {layers} blocks, not {speedup:g}"
+        )
+    return load_method(options.method, seed=options.seed, target_speedup=speedup)
+
+
+def _show(title: str, rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    one = rows[0]
+    table = Table(
+        title=title,
+        caption=(
+            f"{one['device_name']}, {one['dtype']}, {one['threads']} threads, "
+            f"{one['attn_implementation']}, allocator {one['allocator']}, "
+            f"load {one['load_average']}; decode: time of one step"
+        ),
+    )
+    headings = "phase", "batch", "length", "dense ms", "method ms", "wall speedup", "95% interval"
+    for heading in (*headings, "pairs", "FLOPs speedup", "efficiency", ""):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for row in rows:
+        table.add_row(
+            row["phase"],
+            str(row["batch"]),
+            str(row["length"]),
+            f"{1000 * row['dense_median_s']:.1f}",
+            f"{1000 * row['method_median_s']:.1f}",
+            f"{row['wall_speedup']:.3f}",
+            f"{row['wall_speedup_low']:.3f} to {row['wall_speedup_high']:.3f}",
+            str(row["repeats"]),
+            f"{row['total_speedup']:.3f}",
+            f"{row['wall_efficiency']:.2f}",
+            "suspect" if row["suspect"] else "",
+        )
+    Console().print(table)

@@ -1,0 +1,236 @@
+"""What a sweep needs to compute cells: the model, its tokenizer, the corpus, fitted methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.grid import Plan, limits, method_identity
+from dyndepth.options import EMBEDDED, Settings
+from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
+from dyndepth.records import Row
+
+TABLES = ("accuracy", "compute", "routing", "samples")
+
+
+class Workbench:
+    """One model, loaded once, on which every cell of the sweep is computed.
+
+    Everything that can be wrong besides the weights is looked at before they are read.
+
+    Raises:
+        UserError: a missing or unsupported model, a missing corpus, a tampered asset.
+    """
+
+    def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
+        from dyndepth.corpus import load_corpus
+        from dyndepth.models import load_model, load_tokenizer
+
+        self.settings = settings
+        self.tasks = list(tasks)
+        self.limits = limits(settings, tasks)
+        self.device = resolve_device(settings.device)
+        self.tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+        self.corpus = load_corpus(settings.corpus, self.tokenizer)
+        bring_tasks(settings, self.tasks)
+        self.data_fingerprint = data_fingerprint(settings, self.tasks)
+        self.model = load_model(
+            settings.model,
+            dtype=settings.dtype,
+            device=self.device,
+            attn_implementation=settings.attn_implementation,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        self._fitted: tuple[Plan, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's."""
+        return self.model.dyndepth.fingerprint
+
+    def identity(self, plan: Plan) -> Row:
+        """The full identity of the plan's cell on this workbench."""
+        return method_identity(plan.build()) | {
+            "model": self.settings.model,
+            "model_fingerprint": self.fingerprint,
+            "revision": self.model.dyndepth.revision or "",
+            "dtype": self.settings.dtype,
+            "device": self.device.partition(":")[0],
+            "attn_implementation": self.model.config._attn_implementation,
+            "tasks": self.tasks,
+            "limit": self.limits,
+            "sample_seed": self.settings.sample_seed,
+            "num_fewshot": self.settings.num_fewshot,
+            "batch_size": self.settings.batch_size,
+            "data_fingerprint": self.data_fingerprint,
+            "corpus_fingerprint": self.corpus.fingerprint,
+            **versions(),
+            "harness_code": harness_code(),
+            "git_commit": git_commit(),
+        }
+
+    def provenance(self, plan: Plan) -> Row:
+        """Conditions of the cell that are recorded beside its identity."""
+        method = plan.build()
+        return conditions(self.device) | {
+            "paper": method.paper,
+            "granularity": method.granularity,
+            "uses_labels": method.uses_labels,
+            "needs_training": method.needs_training,
+        }
+
+    def fitted(self, plan: Plan) -> Any:
+        """The plan's method, fitted; what is scored and then timed is one and the same object."""
+        from dyndepth.fits import fit_cached
+
+        if self._fitted is None or self._fitted[0] is not plan:
+            import torch
+
+            torch.manual_seed(plan.seed)
+            self._fitted = (plan, fit_cached(plan.build(), self.model, self.corpus))
+        return self._fitted[1]
+
+    def evaluate(self, plan: Plan) -> Tables:
+        """Score the plan's cell."""
+        from dyndepth.evaluate import evaluate
+
+        by_limit: dict[int | None, list[str]] = {}
+        for task, limit in self.limits.items():
+            by_limit.setdefault(limit, []).append(task)
+        return together(
+            [
+                evaluate(
+                    self.model,
+                    self.tokenizer,
+                    self.fitted(plan),
+                    tasks,
+                    limit=limit,
+                    seed=self.settings.sample_seed,
+                    num_fewshot=self.settings.num_fewshot,
+                    batch_size=self.settings.batch_size,
+                    include_path=self.settings.include_path,
+                )
+                for limit, tasks in by_limit.items()
+            ]
+        )
+
+    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
+        """Time the plan's method against dense; ``samples`` are its scored documents, of which
+        the timed run has to reproduce some."""
+        from dyndepth.language_model import DyndepthLM
+        from dyndepth.scored import scored_documents
+        from dyndepth.timing import measure
+
+        method = self.fitted(plan)
+        reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
+        return measure(
+            self.model,
+            method,
+            self.corpus,
+            level=self.settings.timing,
+            seed=self.settings.sample_seed,
+            check=scored_documents(
+                samples, reader, self.settings.num_fewshot, self.settings.include_path
+            ),
+        )
+
+
+def supported_config(settings: Settings) -> Any:
+    """The model's configuration, looked at before any weight is.
+
+    Raises:
+        UserError: an unsupported architecture, or an embedded model that cannot be brought.
+    """
+    from transformers import AutoConfig
+
+    from dyndepth.blocks import family
+    from dyndepth.models import prepare_embedded
+
+    embedded = settings.model == EMBEDDED
+    config = AutoConfig.from_pretrained(
+        str(prepare_embedded()) if embedded else settings.model,
+        revision=None if embedded else settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    family(config)
+    return config
+
+
+@dataclass
+class Tables:
+    """Rows of four tables, as ``dyndepth.evaluate.Evaluation`` has them."""
+
+    accuracy: list[Row]
+    compute: list[Row]
+    routing: list[Row]
+    samples: list[Row]
+
+
+def together(evaluations: Sequence[Any]) -> Tables:
+    """Evaluations of different tasks as one; routing is averaged by tokens."""
+    found = Tables(*([row for one in evaluations for row in getattr(one, t)] for t in TABLES))
+    executed: dict[tuple[Any, ...], list[float]] = {}
+    for one in evaluations:
+        tokens: dict[str, float] = {}
+        for row in one.compute:
+            tokens[row["phase"]] = tokens.get(row["phase"], 0.0) + row["tokens"]
+        for row in one.routing:
+            place = (row["task"], row["phase"], row["layer"], row["sublayer"])
+            sums = executed.setdefault(place, [0.0, 0.0])
+            sums[0] += row["executed"] * tokens[row["phase"]]
+            sums[1] += tokens[row["phase"]]
+    keys = ("task", "phase", "layer", "sublayer")
+    found.routing = [
+        dict(zip(keys, place, strict=True)) | {"executed": part / whole}
+        for place, (part, whole) in executed.items()
+    ]
+    return found
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes cuda where there is one, else cpu."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
+    """Get the evaluation data here before the first cell needs it.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from dyndepth import assets
+    from dyndepth.tasks import OFFLINE, task_manager
+
+    if set(tasks) & set(OFFLINE):
+        assets.asset("data")
+    for name in tasks:
+        if name in OFFLINE:
+            continue
+        try:
+            task_manager([name], settings.include_path).load([name])
+        except Exception as fault:
+            reason = " ".join(str(fault).split())
+            raise UserError(f"task {name} cannot be loaded: {reason}") from fault
+
+
+def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
+    """What pins the evaluation data: that of the offline suite, that of own task files.
+
+    Tasks of the hub are pinned by their task version, which stands in accuracy.csv.
+    """
+    from dyndepth import assets
+    from dyndepth.tasks import OFFLINE
+
+    parts = []
+    if set(tasks) & set(OFFLINE):
+        parts.append(assets.data_fingerprint("data"))
+    if settings.include_path:
+        parts.append(task_files(settings.include_path))
+    return "+".join(parts)

@@ -1,0 +1,155 @@
+"""Means, retained fractions, intervals; which rows may stand in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from cells import cell, identity
+
+from dyndepth.errors import UserError
+from dyndepth.intervals import expected_margin, mean_score, retained
+from dyndepth.leaderboard import leaderboard, main, merged, speedups, wall_speedups
+from dyndepth.records import Cell
+from dyndepth.store import Store
+
+
+def _outcomes(values):
+    return {"task": {str(index): float(value) for index, value in enumerate(values)}}
+
+
+def test_interval_of_a_mean_matches_the_binomial():
+    values = np.random.default_rng(1).random(400) < 0.7
+    interval = mean_score(_outcomes(values))
+    half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.high - interval.value == pytest.approx(half, rel=0.12)
+    assert interval.value - interval.low == pytest.approx(half, rel=0.12)
+
+
+def test_tasks_weigh_the_same_whatever_their_size():
+    mean = mean_score({"small": {"0": 1.0, "1": 1.0}, "large": {str(i): 0.0 for i in range(50)}})
+    assert mean.value == 0.5
+
+
+def test_paired_interval_knows_that_documents_are_shared():
+    generator = np.random.default_rng(2)
+    dense = (generator.random(300) < 0.6).astype(float)
+    method = dense.copy()
+    method[:10] = 1 - method[:10]
+    paired = retained(_outcomes(method), _outcomes(dense))
+    assert paired.value == pytest.approx(method.mean() / dense.mean())
+    assert paired.low <= paired.value <= paired.high
+    # Unpaired, the ratio of two accuracies at n=300 has a half-width of about 0.13.
+    assert paired.high - paired.low < 0.1
+    same = retained(_outcomes(dense), _outcomes(dense))
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_retained_uses_shared_documents_only():
+    dense = {"task": {"a": 1.0, "b": 1.0}}
+    assert retained({"task": {"b": 0.0, "z": 1.0}}, dense).value == 0.0
+    assert retained({"other": {"b": 1.0}}, dense) is None
+    assert retained({"task": {"a": 1.0}}, {"task": {"a": 0.0}}) is None
+
+
+def test_margin_is_the_one_quoted_for_accuracies():
+    assert 100 * expected_margin(140) == pytest.approx(8.3, abs=0.05)
+    assert 100 * expected_margin(1400) == pytest.approx(2.6, abs=0.05)
+
+
+def test_rows_are_compared_with_dense_of_their_own_setting():
+    cells = [
+        cell([1, 1, 1, 1]),
+        cell([0, 0, 1, 1], dtype="bfloat16"),
+        cell([1, 1, 0, 0], method="m"),
+        cell([1, 1, 0, 0], method="m", dtype="bfloat16"),
+        cell([1, 1, 0, 0], method="m", dtype="float16"),
+    ]
+    assert [row.get("retained") for row in leaderboard(cells)] == [1.0, 1.0, 0.5, 1.0, None]
+
+
+def test_accuracy_alone_makes_the_mean():
+    one = cell([1, 0, 1, 0])
+    for row in one.samples:
+        row["outcomes"] = json.dumps({"acc_norm,none": 1.0} | json.loads(row["outcomes"]))
+    one.samples.append({"task": "text", "doc_id": 0, "outcomes": '{"bits_per_byte,none": 1.0}'})
+    one.accuracy.append(one.accuracy[0] | {"metric": "acc_norm", "value": 1.0})
+    bits = {"task": "text", "metric": "bits_per_byte", "value": 1.25}
+    one.accuracy.append(one.accuracy[0] | bits)
+    (row,) = leaderboard([one])
+    assert row["mean_acc"] == 0.5
+    assert row["documents"] == 4
+    assert row["bits_per_byte"] == 1.25
+    assert row["rouge_l"] is None
+
+
+def test_speedup_over_tasks_weighs_tokens():
+    one = cell()
+    first = one.compute[0] | {"tokens": 100, "block_flops_per_token": 1.0, "block_speedup": 2.0}
+    second = first | {"tokens": 300, "block_speedup": 1.0}
+    one.compute = [first, second, first | {"phase": "prompt", "tokens": 10**6}]
+    assert speedups(one)["block_speedup"] == pytest.approx(500 / 400)
+
+
+def test_wall_speedup_is_that_of_batch_one_at_the_longest_length():
+    one = cell()
+    base = {"phase": "prefill", "wall_speedup_low": 1.0, "wall_speedup_high": 2.0}
+    one.timing = [
+        base | {"batch": 8, "length": 64, "wall_speedup": 1.1},
+        base | {"batch": 1, "length": 64, "wall_speedup": 1.2},
+        base | {"batch": 1, "length": 512, "wall_speedup": 1.3},
+    ]
+    assert wall_speedups(one) == {
+        "wall_prefill_speedup": 1.3,
+        "wall_prefill_low": 1.0,
+        "wall_prefill_high": 2.0,
+    }
+
+
+def test_failed_cell_has_a_row_and_an_oracle_is_a_bound(capsys):
+    failed = Cell(identity(method="m"), status="error", error="ValueError: no")
+    oracle = cell([1, 1, 1, 1], method="o")
+    oracle.provenance["uses_labels"] = True
+    rows = leaderboard([cell(), failed, oracle])
+    assert [row["status"] for row in rows] == ["done", "error", "done"]
+    assert [row["bound"] for row in rows] == [False, False, True]
+    assert rows[1].get("mean_acc") is None
+
+
+def test_runs_are_merged_and_a_finished_cell_beats_a_failed_one(tmp_path, capsys):
+    Store(tmp_path / "a").write(cell())
+    Store(tmp_path / "a").write(Cell(identity(method="m"), status="error", error="no"))
+    Store(tmp_path / "b").write(cell([0, 0, 1, 1], method="m"))
+    output = tmp_path / "board.csv"
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([*runs, "--output", str(output)]) == 0
+    with output.open() as file:
+        written = list(csv.DictReader(file))
+    assert [(row["method"], row["status"]) for row in written] == [("dense", "done"), ("m", "done")]
+    assert float(written[1]["retained"]) == pytest.approx(2 / 3)
+    assert "dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["task_version", "data"])
+def test_rows_that_are_not_comparable_are_refused(tmp_path, capsys, what):
+    one, other = cell(), cell(method="m")
+    if what == "data":
+        other.identity["data_fingerprint"] = "new"
+    else:
+        other.accuracy[0]["task_version"] = 2.0
+    Store(tmp_path / "a").write(one)
+    Store(tmp_path / "b").write(other)
+    output = tmp_path / "board.csv"
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "separate leaderboards" in captured.err
+    assert not output.exists()
+
+
+def test_folder_without_cells_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no cells"):
+        merged([tmp_path])

@@ -1,0 +1,368 @@
+"""Settings, the grid, and the loop over cells, with methods and a bench made by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from cells import FakeBench
+
+from dyndepth import options, provenance, registry, sweep
+from dyndepth.errors import UserError
+from dyndepth.grid import Plan, limits, method_identity, plans
+from dyndepth.options import DEFAULT_LIMIT, Settings, read
+from dyndepth.store import Store
+from dyndepth.workbench import Tables, together
+
+CELLS = [Plan("dense"), Plan("a", 1.5), Plan("b", 2.0)]
+
+
+@pytest.fixture
+def fake_methods(monkeypatch):
+    """A registry of dense, steps and fixed."""
+    entries = {
+        name: EntryPoint(name, f"fakes:{cls}", registry.GROUP)
+        for name, cls in (("dense", "Dense"), ("steps", "Steps"), ("fixed", "Fixed"))
+    }
+    monkeypatch.setattr(registry, "methods", lambda: entries)
+
+
+def _settings(tmp_path, **changes):
+    return Settings(**{"output_path": tmp_path / "run", "timing": "off"} | changes)
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+class TestSettings:
+    def test_dashes_and_underscores_are_the_same(self):
+        dashed = ["--batch-size", "4", "--num-fewshot=2", "--output-path", "a-b", "--dry-run"]
+        scored = [word.replace("-", "_") if word.startswith("--") else word for word in dashed]
+        scored = [word.replace("__", "--", 1) for word in scored]
+        assert scored[0] == "--batch_size"
+        found = read(dashed)
+        assert found == read(scored)
+        assert (found.batch_size, found.num_fewshot, found.dry_run) == (4, 2, True)
+        assert found.output_path == Path("a-b")
+
+    def test_lists_by_commas_and_words(self):
+        found = read(["--speedups", "1.25,1.5", "2", "--seed", "0,1", "1", "--tasks", "a", "b,c"])
+        assert found.speedups == (1.25, 1.5, 2.0)
+        assert found.seed == (0, 1)
+        assert found.tasks == ("a", "b", "c")
+
+    def test_defaults_depend_on_the_model(self, tmp_path):
+        assert read([]).limit is DEFAULT_LIMIT["embedded"]
+        assert read([]).output_path == Path("runs/embedded")
+        hub = read(["--model", "org/name"])
+        assert (hub.limit, hub.output_path) == ({"*": None}, Path("runs/org--name"))
+        assert read(["--model", str(tmp_path)]).output_path == Path("runs") / tmp_path.name
+
+    @pytest.mark.parametrize(
+        ("text", "limit"),
+        [
+            ("none", {"*": None}),
+            ("32", {"*": 32}),
+            ("32,title=8,other=none", {"*": 32, "title": 8, "other": None}),
+            ("title=8", {"*": None, "title": 8}),
+        ],
+    )
+    def test_limit_by_task(self, tmp_path, text, limit):
+        assert read(["--limit", text]).limit == limit
+        config = tmp_path / "run.yaml"
+        config.write_text(f"limit: {json.dumps(limit)}")
+        assert read(["--config", str(config)]).limit == limit
+        tasks = ["title", "other", "third"]
+        expected = [limit.get(task, limit["*"]) for task in tasks]
+        assert list(limits(Settings(limit=limit), tasks).values()) == expected
+
+    def test_limit_of_a_task_that_is_not_scored(self):
+        with pytest.raises(UserError, match="'quartz', which is not scored"):
+            limits(Settings(limit={"*": 3, "quartz": 2}), ["title"])
+        assert limits(read([]), ["quartz"]) == {"quartz": DEFAULT_LIMIT["embedded"]["*"]}
+
+    def test_flags_override_the_file(self, tmp_path):
+        config = tmp_path / "run.yaml"
+        config.write_text(
+            "batch-size: 3\nlimit: 7\ntiming: off\nspeedups: [1.5, 2]\nseed: 4\n"
+            "methods:\n  steps: {rule: odd, keep: 2}\n  fixed:\n"
+        )
+        found = read(["--config", str(config), "--limit", "9"])
+        assert (found.batch_size, found.limit, found.timing) == (3, {"*": 9}, "off")
+        assert (found.speedups, found.seed) == ((1.5, 2.0), (4,))
+        assert found.methods == "steps(rule=odd, keep=2),fixed"
+
+    def test_methods_split_by_the_shell_are_joined(self):
+        assert read(["--methods", "steps(rule=odd,", "keep=2)", "fixed"]).methods == (
+            "steps(rule=odd,keep=2),fixed"
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--speedups", "0.9"], "at least 1"),
+            (["--speedups", "-1"], "at least 1"),
+            (["--speedups", "fast"], "not a number"),
+            (["--speedups", "nan"], "not a number"),
+            (["--speedups", "inf"], "finite"),
+            (["--speedups", ","], "empty"),
+            (["--limit", "-3"], "--limit takes a whole number"),
+            (["--limit", "many"], "--limit takes a whole number"),
+            (["--seed", "1.5"], "--seed takes a whole number"),
+            (["--batch_size", "0"], "--batch_size takes a whole number"),
+            (["--timing", "slow"], "off, quick, full"),
+            (["--resume", "yes"], "only-missing, always, never"),
+            (["--phases", "prompt"], "both, generation, published"),
+            (["--dtype", "float8"], "float32, bfloat16"),
+            (["--surprise", "1"], "unrecognized arguments"),
+            (["--limi", "1"], "unrecognized arguments"),
+            (["--config", "no/such.yaml"], "no/such.yaml cannot be read"),
+            (["--include_path", "no/such"], "no folder"),
+            (["--output_path", __file__], "is a file"),
+        ],
+    )
+    def test_wrong_values_get_a_sentence(self, arguments, says):
+        with pytest.raises(UserError, match=says) as fault:
+            read(arguments)
+        assert "\n" not in str(fault.value)
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("bogus: 1", "unknown key 'bogus'"),
+            ("- a\n- b", "not be a list"),
+            ("a: [", "not valid YAML"),
+            ("tasks: [1, 2]", "takes names"),
+            ("debug: 3", "true or false"),
+            ("methods: 3", "takes names"),
+            ("methods: {steps: 3}", "must map parameters"),
+            ("speedups: [true]", "not a number"),
+            ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ],
+    )
+    def test_wrong_files_get_a_sentence(self, tmp_path, text, says):
+        config = tmp_path / "run.yaml"
+        config.write_text(text)
+        with pytest.raises(UserError, match=says) as fault:
+            read(["--config", str(config)])
+        assert "\n" not in str(fault.value)
+
+    def test_every_setting_has_help_and_a_flag(self):
+        text = options.parser().format_help()
+        for name in Settings.__dataclass_fields__:
+            assert options.HELP[name]
+            assert f"--{name}" in text
+
+
+@pytest.mark.usefixtures("fake_methods")
+class TestGrid:
+    def test_dense_comes_first_and_once(self):
+        found = plans(Settings(methods="steps,dense,fixed", speedups=(1.5, 2.0), seed=(0, 1)), 8)
+        assert found[0] == Plan("dense")
+        assert [plan.method for plan in found].count("dense") == 1
+        assert [(p.method, p.target_speedup, p.seed) for p in found[1:5]] == [
+            ("steps", 1.5, 0),
+            ("steps", 1.5, 1),
+            ("steps", 2.0, 0),
+            ("steps", 2.0, 1),
+        ]
+        assert len(found) == 9
+
+    def test_equal_cells_are_one(self):
+        found = plans(Settings(methods="steps,steps(rule=even),steps(rule=odd)"), 8)
+        assert len(found) == 1 + 3 + 3
+
+    @pytest.mark.parametrize(
+        ("phases", "spec", "expected"),
+        [
+            ("both", "steps", "both"),
+            ("generation", "steps", "generation"),
+            ("published", "steps", "generation"),
+            ("both", "steps(phases=generation)", "generation"),
+            ("generation", "fixed", "both"),
+        ],
+    )
+    def test_phases_are_set_where_there_is_a_choice(self, phases, spec, expected):
+        plan = plans(Settings(methods=spec, phases=phases), 8)[1]
+        assert plan.build().phases == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"methods": "step"}, "did you mean steps"),
+            ({"methods": "steps(rulle=odd)"}, "no parameter 'rulle'"),
+            ({"methods": "steps(keep=many)"}, "must be an integer"),
+            ({"methods": "steps(keep=-1)"}, "must not be negative"),
+            ({"methods": "steps(target_speedup=2)"}, "--speedups"),
+            ({"methods": "steps(seed=2)"}, "--seed"),
+            ({"methods": "steps", "speedups": (2.0, 5.0)}, "at most 4x on a model of 8 blocks"),
+        ],
+    )
+    def test_wrong_methods_get_a_sentence(self, changes, says):
+        with pytest.raises(UserError, match=says):
+            plans(Settings(**changes), 8)
+
+    def test_identity_of_a_method_has_each_fact_in_one_column(self):
+        plan = plans(Settings(methods="steps(rule=odd)", speedups=(1.5,), seed=(3,)), 8)[1]
+        found = method_identity(plan.build())
+        assert found["parameters"] == "rule='odd', keep=1"
+        assert (found["phases"], found["target_speedup"], found["seed"]) == ("both", 1.5, 3)
+
+
+class TestRun:
+    def test_tables_and_order(self, tmp_path):
+        bench, settings = FakeBench(), _settings(tmp_path, timing="quick")
+        store = Store(settings.output_path)
+        tally = sweep.run(CELLS, bench, store, settings)
+        assert (tally.done, tally.reused, tally.failed) == (3, 0, 0)
+        assert [kind for kind, _ in bench.calls] == ["evaluate", "measure"] * 3
+        board = _table(settings.output_path / "leaderboard.csv")
+        assert {row["method"]: row["retained"] for row in board} == {
+            "dense": "1",
+            "a": "0.6666666667",
+            "b": "0.6666666667",
+        }
+        assert {row["wall_decode_speedup"] for row in board} == {"2.1"}
+        assert len(_table(settings.output_path / "timing.csv")) == 12
+
+    def test_failing_cell_leaves_a_row_and_the_sweep_goes_on(self, tmp_path, capsys):
+        settings = _settings(tmp_path)
+        store = Store(settings.output_path)
+        tally = sweep.run(CELLS, FakeBench(broken=("a",)), store, settings)
+        assert (tally.done, tally.failed) == (2, 1)
+        assert sweep.finish(tally, CELLS, store, 0.0) == 1
+        board = {row["method"]: row for row in _table(settings.output_path / "leaderboard.csv")}
+        assert board["a"]["status"] == "error"
+        assert board["a"]["error"] == "ValueError: no such layer"
+        assert board["b"]["status"] == "done"
+        accuracy = _table(settings.output_path / "accuracy.csv")
+        assert ("a", "error", "") in {(r["method"], r["status"], r["value"]) for r in accuracy}
+        captured = capsys.readouterr()
+        assert "a at 1.5x, seed 0: failed: ValueError: no such layer" in captured.err
+        assert "a FAILED" in captured.out
+        summary = json.loads(captured.out.splitlines()[-1])["sweep"]
+        assert (summary["cells"], summary["done"], summary["failed"]) == (3, 2, 1)
+        assert Path(summary["leaderboard"]).is_file()
+
+    @pytest.mark.parametrize(
+        ("resume", "again"),
+        [("only-missing", ["a"]), ("always", []), ("never", ["dense", "a", "b"])],
+    )
+    def test_resume(self, tmp_path, resume, again):
+        settings = _settings(tmp_path)
+        sweep.run(CELLS, FakeBench(broken=("a",)), Store(settings.output_path), settings)
+        bench = FakeBench()
+        settings = _settings(tmp_path, resume=resume)
+        tally = sweep.run(CELLS, bench, Store(settings.output_path), settings)
+        assert [what.split()[0] for _, what in bench.calls] == again
+        assert tally.failed == (1 if resume == "always" else 0)
+        assert tally.done == len(again)
+        assert len(tally.keys) == 3
+
+    def test_timing_is_added_without_scoring_again(self, tmp_path):
+        settings = _settings(tmp_path)
+        sweep.run(CELLS, FakeBench(), Store(settings.output_path), settings)
+        before = (settings.output_path / "accuracy.csv").read_bytes()
+        bench, settings = FakeBench(), _settings(tmp_path, timing="quick")
+        sweep.run(CELLS, bench, Store(settings.output_path), settings)
+        assert [kind for kind, _ in bench.calls] == ["measure"] * 3
+        assert (settings.output_path / "accuracy.csv").read_bytes() == before
+        assert len(_table(settings.output_path / "timing.csv")) == 12
+
+    def test_failed_timing_keeps_the_scores(self, tmp_path):
+        settings = _settings(tmp_path, timing="quick")
+        bench = FakeBench()
+        bench.timing_fails = True
+        sweep.run(CELLS[:1], bench, Store(settings.output_path), settings)
+        (row,) = _table(settings.output_path / "leaderboard.csv")
+        assert (row["status"], row["mean_acc"]) == ("error", "0.75")
+        bench = FakeBench()
+        sweep.run(CELLS[:1], bench, Store(settings.output_path), settings)
+        assert [kind for kind, _ in bench.calls] == ["measure"]
+        (row,) = _table(settings.output_path / "leaderboard.csv")
+        assert (row["status"], row["error"]) == ("done", "")
+
+    @pytest.mark.parametrize("where", [1, 2, 3])
+    def test_interrupted_and_resumed_equals_undisturbed(self, tmp_path, capsys, where):
+        calm = _settings(tmp_path / "calm")
+        sweep.run(CELLS, FakeBench(), Store(calm.output_path), calm)
+        settings = _settings(tmp_path / "stormy")
+        bench = FakeBench(interrupt_at=where)
+        assert sweep.run(CELLS, bench, Store(settings.output_path), settings) is None
+        said = capsys.readouterr().err
+        assert f"interrupted with {where - 1} of 3 cells" in said
+        assert "the same command resumes" in said
+        assert len(_table(settings.output_path / "accuracy.csv")) == where - 1
+        sweep.run(CELLS, FakeBench(), Store(settings.output_path), settings)
+        for name in ("accuracy.csv", "compute.csv", "routing.csv", "samples.parquet"):
+            one, other = (run.output_path / name for run in (calm, settings))
+            assert one.read_bytes() == other.read_bytes(), name
+
+    def test_termination_is_taken_as_an_interruption(self, tmp_path):
+        old = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, sweep._interrupt)
+        settings, bench = _settings(tmp_path), FakeBench()
+        waiting = threading.Event()
+        bench.provenance = lambda plan: waiting.wait(20)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            assert sweep.run(CELLS, bench, Store(settings.output_path), settings) is None
+        finally:
+            signal.signal(signal.SIGTERM, old)
+
+
+class TestProvenance:
+    def test_code_of_a_method_is_that_of_its_own_file(self):
+        import fakes
+
+        codes = {provenance.method_code(cls) for cls in (fakes.Dense, fakes.Steps)}
+        assert len(codes) == 1
+        assert provenance.method_code(sweep.Tally) not in codes
+
+    def test_harness_code_follows_what_can_change_a_number(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+        code = provenance.harness_code.__wrapped__
+        (tmp_path / "runtime.py").write_text("a = 1")
+        (tmp_path / "leaderboard.py").write_text("a = 1")
+        before = code()
+        (tmp_path / "leaderboard.py").write_text("a = 2")
+        assert code() == before
+        (tmp_path / "runtime.py").write_text("a = 2")
+        changed = code()
+        assert changed != before
+        (tmp_path / "tasks").mkdir()
+        (tmp_path / "tasks" / "one.yaml").write_text("task: one")
+        assert code() != changed
+
+    def test_front_names_files_that_exist(self):
+        missing = {name for name in provenance.FRONT if not (provenance.PACKAGE / name).exists()}
+        assert missing <= {"plots.py"}
+
+    def test_commit_is_of_the_projects_own_repository_only(self, tmp_path, monkeypatch):
+        commit = provenance.git_commit.__wrapped__
+        inside = tmp_path / "somewhere" / "site-packages" / "dyndepth"
+        inside.mkdir(parents=True)
+        monkeypatch.setattr(provenance, "PACKAGE", inside)
+        answers = {"rev-parse": str(tmp_path / "somewhere")}
+        monkeypatch.setattr(provenance, "_git", lambda *words, at=inside: answers.get(words[0], ""))
+        assert commit() == ""
+        monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "somewhere" / "dyndepth")
+        assert commit() == str(tmp_path / "somewhere")
+
+
+def test_evaluations_of_different_tasks_become_one():
+    def one(tokens, executed):
+        row = {"task": "all", "phase": "all", "layer": 0, "sublayer": "mlp", "executed": executed}
+        return Tables([{}], [{"phase": "all", "tokens": tokens}], [row], [{}, {}])
+
+    found = together([one(100, 1.0), one(300, 0.5)])
+    assert [len(getattr(found, name)) for name in ("accuracy", "compute", "samples")] == [2, 2, 4]
+    assert [row["executed"] for row in found.routing] == [(100 + 150) / 400]
