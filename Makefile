@@ -4,9 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 EMBEDDED := $(VENV)/.embedded
-PYTEST := $(RUN) -m pytest -q
+# Two processes of one thread: tiny models gain nothing from threads.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow bench lint clean
+.PHONY: help setup sweep test test-slow bench routers lint clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -14,6 +15,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make bench      measure what the runtime costs and saves"
+	@echo "make routers    train the shipped routers again (about 20 minutes)"
 	@echo "make lint       check style and types"
 	@echo "make clean      remove $(VENV) and build outputs; runs, results and the cache stay"
 
@@ -42,6 +44,9 @@ test-slow: setup
 
 bench: setup
 	$(RUN) -m dyndepth.bench
+
+routers: setup
+	$(RUN) -m dyndepth.methods.skipgpt.ship
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

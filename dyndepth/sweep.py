@@ -49,6 +49,8 @@ class Tally:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if a cell failed, 2 for wrong input, 130 after Ctrl-C."""
     debug = False
+    # A scheduler's polite kill is Ctrl-C by another name.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         settings = read(sys.argv[1:] if arguments is None else arguments)
         debug = settings.debug
@@ -70,7 +72,6 @@ def sweep(settings: Settings) -> int:
         UserError: wrong input; nothing was written.
     """
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
     store = Store(settings.output_path)
     store.check_model(settings.model)
     store.check_free()

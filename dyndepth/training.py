@@ -51,7 +51,8 @@ class Schedule:
     """How long and how hard to train.
 
     ``bias_rate`` is Adam's learning rate for biases, all other parameters get a fiftieth; both
-    follow a cosine to zero. ``penalty`` weighs the budget against the loss in nats a token.
+    follow a cosine to zero after a short warm-up. ``penalty`` weighs the budget against the loss
+    in nats a token.
     """
 
     steps: int
@@ -158,9 +159,13 @@ def tune_router(
     optimiser = torch.optim.Adam(
         [{"params": [router.bias], "lr": rates[0]}, {"params": rest, "lr": rates[1]}]
     )
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
-    )
+    # Adam's first steps are of full size and all in the budget's direction: a short warm-up.
+    warm_up = max(1, schedule.steps // 20)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / schedule.steps)) / 2
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     method = _Routed(router)
     curve: list[dict[str, float]] = []
     first: float | None = None
@@ -176,7 +181,7 @@ def tune_router(
             optimiser.zero_grad(set_to_none=True)
             (nats + schedule.penalty * (executed - wanted).abs()).backward()
             optimiser.step()
-            cosine.step()
+            scheduler.step()
             trace.reset()
             curve.append({"loss": nats.item(), "executed": executed.item(), "wanted": wanted})
             bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, calibrate and write the routers of each target; prints a line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded", help="as in the sweep (default: embedded)")
-    parser.add_argument("--speedups", default="1.25,1.5,2.0,1.1", help="targets, comma-separated")
+    parser.add_argument("--speedups", default="1.25,1.5,2.0,1.25", help="targets, comma-separated")
     parser.add_argument("--steps", type=int, default=100, help="training steps a target")
     parser.add_argument("--go_on", action="store_true", help="start from the nearest file")
     parser.add_argument("--seed", type=int, default=0)
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from dyndepth.corpus import load_corpus
+    from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
     from dyndepth.runtime import attach
     from dyndepth.training import loss
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .shipped import load_all_shipped, save_shipped
     from .tuning import train
 
+    steady_allocator()
     model = load_model(options.model)
     corpus = load_corpus("embedded", load_tokenizer(options.model))
     held_out = corpus.windows(256, 8, options.seed + 1, split="calibration")

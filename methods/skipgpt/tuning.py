@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dyndepth.corpus import Corpus
 
 _CALIBRATION_WINDOWS = 8
-_DAMAGE_WINDOWS, _DAMAGE_LENGTH = 2, 96
+_DAMAGE_WINDOWS, _DAMAGE_LENGTH = 4, 128
 
 
 def train(
