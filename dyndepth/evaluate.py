@@ -104,10 +104,10 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1 document a task, not {limit}")
     names = resolve(tasks, include_path)
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         loaded = task_manager(names, include_path).load(names)["tasks"]
         for task in loaded.values():
-            _set_shots(task, num_fewshot)
+            set_shots(task, num_fewshot)
         sizes = {name: len(task.eval_docs) for name, task in loaded.items()}
         # A task that is scored whole is left out: lm-eval looks indices up one by one.
         drawn = {
@@ -155,7 +155,7 @@ def sample(task: str, documents: int, limit: int, seed: int) -> list[int]:
     return sorted(order[:limit])
 
 
-def _set_shots(task: Task, num_fewshot: int | None) -> None:
+def set_shots(task: Task, num_fewshot: int | None) -> None:
     """The number of examples of a task, by the rules of ``lm_eval --num_fewshot``."""
     own = task.get_config("num_fewshot")
     shots = (own or 0) if num_fewshot is None or own == 0 else num_fewshot
@@ -167,7 +167,7 @@ def _set_shots(task: Task, num_fewshot: int | None) -> None:
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Without lm-eval's advice on settings that are deliberate here, and its bar for prompts."""
     log = logging.getLogger("lm_eval")
     level, bar = log.level, lm_eval_task.tqdm

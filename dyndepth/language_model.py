@@ -162,7 +162,7 @@ class DyndepthLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether it is greedy."""
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = [self.pair(*request.args) for request in requests]
         results: list[Any] = [None] * len(requests)
         for index, result in self._scored(requests, range(len(requests)), pairs, disable_tqdm):
             results[index] = result
@@ -236,7 +236,7 @@ class DyndepthLM(TemplateLM):
 
     # --- in between -----------------------------------------------------------------------------
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both; an empty context is the prefix token, unless the text begins so."""
         if context:
             return self._encode_pair(context, continuation)

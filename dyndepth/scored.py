@@ -8,7 +8,7 @@ from typing import Any
 
 from dyndepth.records import Row
 
-PER_TASK = 2
+PER_TASK = 1
 """Documents of each task that are scored again."""
 LIKELIHOOD = ("multiple_choice", "loglikelihood")
 """lm-eval's output types whose requests are one context and one continuation."""
@@ -41,14 +41,14 @@ def scored_documents(
 def _of_task(
     name: str, rows: list[Row], language_model: Any, num_fewshot: int | None, folder: str | None
 ) -> list[Document]:
-    from dyndepth.evaluate import _quiet_lm_eval, _set_shots
+    from dyndepth.evaluate import quiet_lm_eval, set_shots
     from dyndepth.tasks import task_manager
 
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         task = task_manager([name], folder).load([name])["tasks"][name]
         if task.OUTPUT_TYPE not in LIKELIHOOD:
             return []
-        _set_shots(task, num_fewshot)
+        set_shots(task, num_fewshot)
         # One at a time: how lm-eval numbers the requests of a sample is its own affair.
         requests = []
         for row in rows:
@@ -56,7 +56,7 @@ def _of_task(
             requests.append(task.instances[0])
     found = []
     for row, request in zip(rows, requests, strict=True):
-        context, continuation = language_model._pair(*request.args)
+        context, continuation = language_model.pair(*request.args)
         if len(context) + len(continuation) <= language_model.max_length:
             log = float(json.loads(row["loglikelihoods"])[0])
             found.append((context, continuation, log, f"{name}/{row['doc_id']}"))
