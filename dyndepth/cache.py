@@ -16,19 +16,19 @@ from torch import Tensor
 def skip_tokens(past: Any, layer: int, tokens: int) -> None:
     """Tell the cache that ``layer`` was passed by ``tokens`` tokens without storing them.
 
-    ``past`` is a ``transformers`` Cache. Layers that count by themselves (sliding windows, static
-    caches) are advanced; the others get a counting class of their own.
+    ``past`` is a ``transformers`` Cache. The layer gets a class of its own that counts; layers that
+    count by themselves (sliding windows, static caches) are only advanced.
     """
     while len(past.layers) <= layer and past.layer_class_to_replicate is not None:
         past.layers.append(past.layer_class_to_replicate())
     slot = past.layers[layer]
-    if hasattr(slot, "cumulative_length"):
-        slot.cumulative_length += tokens
-        return
     if not hasattr(slot, "skipped"):
         slot.skipped = 0
         slot.__class__ = _counting(type(slot))  # type: ignore[arg-type]
-    slot.skipped += tokens
+    if hasattr(slot, "cumulative_length"):
+        slot.cumulative_length += tokens
+    else:
+        slot.skipped += tokens
 
 
 @cache
@@ -46,7 +46,10 @@ def _counting(stock: Any) -> type:
         def crop(self, tokens_to_remove: int) -> None:
             uncounted = min(self.skipped, abs(tokens_to_remove))
             self.skipped -= uncounted
-            super().crop(-(abs(tokens_to_remove) - uncounted))
+            if self.is_initialized:
+                super().crop(-(abs(tokens_to_remove) - uncounted))
+            elif hasattr(self, "cumulative_length"):
+                self.cumulative_length -= abs(tokens_to_remove)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             if self.is_initialized:

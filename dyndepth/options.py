@@ -21,7 +21,7 @@ OTHERS = "*"
 """In a limit by task: every task that is not named."""
 
 DEFAULT_LIMIT: dict[str, dict[str, int | None]] = {
-    EMBEDDED: {OTHERS: 32, "last_word": 10, "wikipedia_bpb": 5, "title_generation": 4}
+    EMBEDDED: {OTHERS: 24, "last_word": 8, "wikipedia_bpb": 4, "title_generation": 4}
 }
 """Documents by task, by model name: what three methods at three speedups can be scored on in a few
 minutes on two cores, fewer where a document is long. Every other model is scored on all documents

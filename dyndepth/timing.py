@@ -68,7 +68,7 @@ class Level:
 
 
 LEVELS = {
-    "quick": Level((Shape(1, 128, 4), Shape(4, 32, 3)), 6, 6, 15, 1, 0.03, 4.0),
+    "quick": Level((Shape(1, 64, 2), Shape(4, 32, 2)), 6, 6, 15, 1, 0.03, 4.0),
     "full": Level((Shape(1, 512, 32), Shape(8, 256, 16)), 8, 9, 400, 2, 0.03, 900.0),
 }
 

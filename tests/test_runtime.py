@@ -178,8 +178,9 @@ def test_generate_equals_recomputation(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["masks", "scattered", "no_first_attention_generation"])
-def test_beams_and_sampling(tiny, name):
-    model, method = tiny("llama", "sdpa"), METHODS[name]
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # without and with a sliding window
+def test_beams_and_sampling(tiny, family, name):
+    model, method = tiny(family, "sdpa"), METHODS[name]
     prompt = ids(2, 7)
     with attach(model, method, documents=["a", "b"]) as trace:
         beams = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, num_beams=3)
@@ -223,12 +224,16 @@ def test_prompt_only_cache_is_not_extended(tiny):
     assert cache.get_seq_length() == 8
 
 
-def test_cache_without_configuration_and_cropping(tiny):
-    model = tiny("llama", "sdpa")
-    method = GivenPlan(plan=plan_without(LAYERS, (0, 0)), phases="generation")
+@pytest.mark.parametrize("phases", ["generation", "both"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_cache_is_cropped(tiny, family, phases):
+    model = tiny(family, "sdpa")
+    if (family, phases) == ("mistral", "generation"):
+        pytest.skip("a sliding layer that was thinned cannot tell which tokens it holds")
+    method = GivenPlan(plan=plan_without(LAYERS, (0, 0)), phases=phases)
     tokens = ids(1, 9)
     with attach(model, method) as trace:
-        cache = DynamicCache()
+        cache = DynamicCache() if family == "llama" else DynamicCache(config=model.config)
         model(tokens[:, :5], past_key_values=cache)
         model(ids(1, 3, seed=1), past_key_values=cache)
         cache.crop(-3)
