@@ -26,8 +26,8 @@ from . import EarlyExit
 if TYPE_CHECKING:
     from dyndepth.corpus import Corpus
 
-_WINDOWS, _LENGTH = 3, 256
-_ROUNDS = 3
+_WINDOWS, _LENGTH = 4, 256
+_ROUNDS = 4
 _recorded: dict[tuple[str, ...], Tensor] = {}
 
 
