@@ -11,20 +11,27 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from dyndepth.errors import UserError
 
 
 def skip_tokens(past: Any, layer: int, tokens: int) -> None:
     """Tell the cache that ``layer`` was passed by ``tokens`` tokens without storing them.
 
-    ``past`` is a ``transformers`` Cache. The layer gets a class of its own that counts; layers that
-    count by themselves (sliding windows, static caches) are only advanced.
+    ``past`` is a ``transformers`` Cache. The layer gets a class of its own that counts; sliding
+    windows, which count by themselves, are only advanced. Raises UserError for a static cache.
     """
     while len(past.layers) <= layer and past.layer_class_to_replicate is not None:
         past.layers.append(past.layer_class_to_replicate())
-    slot = past.layers[layer]
+    slot: Any = past.layers[layer]
     if not hasattr(slot, "skipped"):
-        slot.skipped = 0
-        slot.__class__ = _counting(type(slot))  # type: ignore[arg-type]
+        if not isinstance(slot, DynamicLayer):
+            raise UserError(
+                f"a {type(slot).__name__} of the cache cannot count tokens that it does not store; "
+                "use a dynamic cache with methods that keep no keys and values"
+            )
+        slot.__class__ = _counting(type(slot))
     if hasattr(slot, "cumulative_length"):
         slot.cumulative_length += tokens
     else:
@@ -36,6 +43,8 @@ def _counting(stock: Any) -> type:
     """A cache layer class that adds the skipped tokens to its length."""
 
     class Counting(stock):
+        skipped = 0
+
         def get_seq_length(self) -> int:
             return super().get_seq_length() + self.skipped
 

@@ -1,7 +1,8 @@
 """What a method's ``fit`` found, kept as safetensors and JSON and bound to the model.
 
-A cached fit is addressed by what decides it: method, its code and shipped files, parameters, fit
-version, model, dtype and corpus. Nothing is ever unpickled.
+A cached fit is addressed by what decides it: method, its code and shipped files, the shared code of
+training and calibration, parameters, fit version, model, dtype, kind of device and corpus. Nothing
+is ever unpickled.
 """
 
 from __future__ import annotations
@@ -54,14 +55,15 @@ def fit_cached(
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
     from dyndepth.models import fingerprint
-    from dyndepth.provenance import method_code
+    from dyndepth.provenance import fitting_code, method_code
 
     facts = {
         "layout": _LAYOUT,
         "class": f"{type(method).__module__}.{type(method).__qualname__}",
         "method": repr(method),
         "fit_version": method.fit_version,
-        "code": method_code(type(method)),
+        "code": [method_code(type(method)), fitting_code()],
+        "device": next(model.parameters()).device.type,
         "model": fingerprint(model),
         "dtype": str(next(model.parameters()).dtype),
         "corpus": corpus.fingerprint if corpus is not None else None,

@@ -72,10 +72,6 @@ class BlockCosts:
         """FLOPs a token of all blocks at full depth."""
         return float((self.attention(context) + self.mlp).sum())
 
-    def share(self, context: float) -> float:
-        """Attention's share of the FLOPs of all blocks at full depth."""
-        return float(self.attention(context).sum()) / self.block(context)
-
 
 @dataclass
 class Bill:

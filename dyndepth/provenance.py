@@ -104,6 +104,12 @@ def harness_code() -> str:
     return _digest(files, PACKAGE)
 
 
+@cache
+def fitting_code() -> str:
+    """12 hex digits over what methods share for finding their parameters."""
+    return _digest([PACKAGE / "calibration.py", PACKAGE / "training.py"], PACKAGE)
+
+
 def task_files(folder: str) -> str:
     """12 hex digits over the task and data files of a folder given by ``--include_path``."""
     root = Path(folder)

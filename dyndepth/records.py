@@ -129,7 +129,7 @@ class Cell:
             return "everything"
         if TIMING_LEVELS.index(self.timing_level) < TIMING_LEVELS.index(timing):
             return "timing"
-        return "everything" if self.status == "error" else "nothing"
+        return "timing" if self.status == "error" else "nothing"
 
 
 def order(cell: Cell) -> tuple[Any, ...]:

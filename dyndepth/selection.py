@@ -1,8 +1,9 @@
 """The tokens that one gate selects, and how they are gathered and put back.
 
-One object a mask: the only synchronisation with the host is the ``nonzero`` that lists the selected
-tokens. In a batch the selected queries of each sequence are laid into padded slots for the
-attention product alone; every projection runs on exactly the selected tokens.
+One object a mask. The host waits for the device at the ``nonzero`` that lists the selected tokens
+and, in batches, where padding and the largest number in a sequence must be known. In a batch the
+selected queries of each sequence are laid into padded slots for the attention product alone; every
+projection runs on exactly the selected tokens.
 """
 
 from __future__ import annotations

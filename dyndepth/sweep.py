@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dyndepth.sweep: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted before the first cell; nothing to resume", file=sys.stderr)
+        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -7,7 +7,9 @@ lowest hash of (seed, document, block).
 Granularity: sequence. The same document has the same blocks in every forward, whatever its batch;
 without document ids all sequences share one set.
 Phases: ``generation`` as in Glavas et al., or ``both``.
-KV policy: prompt_only (``generation``), drop (``both``).
+KV policy: prompt_only (``generation``), drop (``both``). In a batch whose documents differ, a
+block's keys and values are computed for all of them if any runs it; those never read are counted
+as padding.
 Deviations: the reference draws a new set for every forward, that is, for every generated token,
 which leaves later tokens without keys and values of earlier ones; here a document keeps its set.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def _run(folder: str, arguments: tuple[str, ...], environment: dict[str, str]) -
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
         file = os.open(name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())
+    # A shell that starts the tests in the background has them ignore Ctrl-C; sweeps must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from dyndepth.sweep import main
 
     status = main(arguments)

@@ -117,7 +117,7 @@ def test_plain_unwraps_and_drops_what_is_no_number():
         ("done", True, "quick", "full", "timing"),
         ("error", False, "off", "off", "everything"),
         ("error", True, "off", "quick", "timing"),
-        ("error", True, "off", "off", "everything"),
+        ("error", True, "off", "off", "timing"),
     ],
 )
 def test_what_a_cell_lacks(status, evaluated, level, asked, lacks):

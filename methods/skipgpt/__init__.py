@@ -63,7 +63,7 @@ class SkipGPT(DynamicDepthMethod):
     penalty: float = 8.0
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
-        """Take the routers shipped for this model and target if there are any, else train them.
+        """Take the routers shipped for this model, target and corpus if there are, else train.
 
         Raises UserError if text is needed and ``corpus`` is None.
         """
@@ -73,7 +73,8 @@ class SkipGPT(DynamicDepthMethod):
         if self.target_speedup == 1.0:
             return self
         shipped = load_shipped(self, model)
-        if shipped is None:
+        other_text = corpus is not None and shipped and shipped[1]["corpus"] != corpus.fingerprint
+        if shipped is None or other_text:
             train(self, model, corpus)
             return self
         self.tensors, self.facts = shipped
@@ -93,9 +94,10 @@ class SkipGPT(DynamicDepthMethod):
                 f"these routers are for a model of {len(self.tensors['weight'])} blocks, not "
                 f"{context.layers}; fit the method on this model"
             )
+        self.tensors = {name: each.to(context.device) for name, each in self.tensors.items()}
         self._router = LinearRouter(
             self.tensors["weight"], self.tensors["bias"], normalise=self.normalise
-        ).to(context.device)
+        )
         return None
 
     @torch.no_grad()
