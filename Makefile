@@ -7,7 +7,7 @@ EMBEDDED := $(VENV)/.embedded
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow bench routers lint clean
+.PHONY: help setup sweep test test-slow bench routers study lint clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -15,7 +15,8 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make bench      measure what the runtime costs and saves"
-	@echo "make routers    train the shipped routers again (about 20 minutes)"
+	@echo "make routers    train the shipped routers and adapters again (about an hour)"
+	@echo "make study      test SkipGPT's claims on the embedded model (about two hours)"
 	@echo "make lint       check style and types"
 	@echo "make clean      remove $(VENV) and build outputs; runs, results and the cache stay"
 
@@ -47,6 +48,10 @@ bench: setup
 
 routers: setup
 	$(RUN) -m dyndepth.methods.skipgpt.ship
+	$(RUN) -m dyndepth.recovered --methods skipgpt --speedups 1.1,1.25,1.5,2.0 --ship
+
+study: setup
+	$(RUN) -m dyndepth.studies skipgpt
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -229,14 +229,19 @@ class Decode:
 
     def prefill(self, model: Any) -> Any:
         """The cache that the steps extend."""
+        from dyndepth.blocks import cache_of
+
         prompt = self.tokens[:, : self.length].to(model.device)
-        return model(prompt, logits_to_keep=1, use_cache=True).past_key_values
+        return cache_of(model(prompt, logits_to_keep=1, use_cache=True))
 
     def run(self, model: Any, state: Any) -> None:
         """The timed steps."""
+        from dyndepth.blocks import cache_argument
+
+        keyword = cache_argument(model)
         for step in range(self.length, self.length + _STEPS):
             token = self.tokens[:, step : step + 1].to(model.device)
-            model(token, past_key_values=state, use_cache=True)
+            model(token, **{keyword: state}, use_cache=True)
 
     def rewind(self, state: Any) -> None:
         """Take the steps off the cache again."""

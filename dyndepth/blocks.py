@@ -7,8 +7,10 @@ runtime does with the two branches is common to all families.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +36,9 @@ class Family:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    gate: str = "gate_proj"
     query_norm: str | None = None
     key_norm: str | None = None
-    cache_argument: str = "past_key_values"
 
 
 FAMILIES: dict[str, Family] = {
@@ -63,6 +65,27 @@ def family(model_or_config: Any) -> Family:
     return FAMILIES[model_type]
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    accepted = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[-1])
+
+
+def cache_argument(module: Any) -> str:
+    """The keyword under which ``module.forward`` takes its cache."""
+    return _cache_argument(type(module).forward)
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among a forward's keyword arguments, or in its output; None if there is none."""
+    found = [values[name] for name in CACHE_ARGUMENTS if values.get(name) is not None]
+    return found[0] if found else None
+
+
 def causal_lm(model: Any) -> Any:
     """The causal LM inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -83,6 +106,29 @@ def blocks(model: nn.Module) -> list[Block]:
 def final_norm(model: nn.Module) -> Any:
     """The norm between the last block and the LM head."""
     return getattr(decoder(model), family(causal_lm(model)).final_norm)
+
+
+def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
+    """Name in the causal LM -> module, for each of ``roles`` in each block.
+
+    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP).
+    Raises UserError if a block has no such module.
+    """
+    record = family(causal_lm(model))
+    roles = tuple(roles)
+    found = {}
+    for index in range(len(blocks(model))):
+        for role in roles:
+            branch = record.mlp if role == "gate" else record.attention
+            path = (record.decoder, record.layers, str(index), branch, getattr(record, role))
+            try:
+                found[".".join(path)] = causal_lm(model).get_submodule(".".join(path))
+            except AttributeError:
+                raise UserError(
+                    f"block {index} has no {role} projection ({'.'.join(path[3:])}), "
+                    "so no adapter can sit there; name other targets"
+                ) from None
+    return found
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -107,7 +153,7 @@ class Block:
         self.output: nn.Module = getattr(self.attention, record.output)
         self.query_norm = getattr(self.attention, record.query_norm) if record.query_norm else None
         self.key_norm = getattr(self.attention, record.key_norm) if record.key_norm else None
-        self.cache_argument = record.cache_argument
+        self.cache_argument = cache_argument(layer)
         self.index: int = self.attention.layer_idx
 
     def attention_branch(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

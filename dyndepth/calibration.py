@@ -7,6 +7,7 @@ speedup is read off the ledger of sparse forwards, never estimated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,43 @@ from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import attach
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a method executed of a text: its block speedup, and ``executed``, the fraction of tokens
+    that ran each sublayer, float64 ``[layers, 2]`` (attention, mlp)."""
+
+    speedup: float
+    executed: Tensor
+
+
 def block_speedup(
     model: nn.Module, method: DynamicDepthMethod, windows: Tensor, batch_size: int = 4
 ) -> float:
-    """Dense block FLOPs / executed block FLOPs of ``method`` over ``windows`` ``[count, length]``.
+    """Dense block FLOPs / executed block FLOPs of ``method`` over ``windows``; see ``measured``."""
+    return measured(model, method, windows, batch_size).speedup
+
+
+def measured(
+    model: nn.Module, method: DynamicDepthMethod, windows: Tensor, batch_size: int = 4
+) -> Measured:
+    """What ``method`` executes of ``windows``, int64 ``[count, length]``, each its own document.
 
     Counted over the tokens of the phases in which the method skips: for ``generation`` the second
     half of each window, with the first half as its prompt. The LM head is not run.
     """
     device = next(model.parameters()).device
     phase = prompt_phase(method)
+    names = [f"window {number}" for number in range(len(windows))]
     with torch.no_grad(), attach(model, method) as trace:
         if phase is not None:
             trace.prompt_length = windows.shape[1] // 2
-        for rows in windows.to(device).split(batch_size):
-            decoder(model)(input_ids=rows, use_cache=False)
+        for first in range(0, len(windows), batch_size):
+            rows = slice(first, first + batch_size)
+            trace.documents = names[rows]
+            decoder(model)(input_ids=windows[rows].to(device), use_cache=False)
         totals = trace.totals(phase)
-    return totals["dense_block_flops"] / max(totals["block_flops"], 1.0)
+        speedup = totals["dense_block_flops"] / max(totals["block_flops"], 1.0)
+        return Measured(speedup, trace.executed(phase))
 
 
 def prompt_phase(method: DynamicDepthMethod) -> str | None:

@@ -56,7 +56,11 @@ class Corpus:
         return self.texts[:share] if split == "calibration" else self.texts[share:]
 
     def windows(self, length: int, count: int, seed: int, split: Split = "train") -> Tensor:
-        """``count`` windows of ``length`` tokens: int64 ``[count, length]``.
+        """``count`` windows of ``length`` tokens: int64 ``[count, length]``; see ``reader``."""
+        return self.reader(length, count, seed, split)[:count]
+
+    def reader(self, length: int, count: int, seed: int, split: Split = "train") -> Windows:
+        """``count`` windows of ``length`` tokens, cut from the text when they are asked for.
 
         The split's documents are joined with the end-of-sequence token between them and cut at a
         seeded offset; the windows come in a seeded order and do not overlap. For training, more
@@ -74,14 +78,13 @@ class Corpus:
                 "give more text or ask for fewer or shorter windows"
             )
         generator = torch.Generator().manual_seed(seed)
-        rounds, found = [], 0
+        starts, found = [stream.new_zeros(0)], 0
         while found < count:
             spare = len(stream) - held * length
             offset = int(torch.randint(spare + 1, (1,), generator=generator))
-            cut = stream[offset : offset + held * length].view(held, length)
-            rounds.append(cut[torch.randperm(held, generator=generator)])
+            starts.append(offset + length * torch.randperm(held, generator=generator))
             found += held
-        return torch.cat(rounds)[:count].clone() if rounds else stream.new_zeros((0, length))
+        return Windows(stream, torch.cat(starts)[:count], length)
 
     @cached_property
     def _streams(self) -> dict[str, Tensor]:
@@ -101,6 +104,25 @@ class Corpus:
         encoded = self.tokenizer(list(documents), add_special_tokens=False, verbose=False)
         ids = [token for row in encoded["input_ids"] for token in (*row, closing)]
         return torch.tensor(ids, dtype=torch.long)
+
+
+class Windows:
+    """Windows of one text, as where each begins; slices are tensors ``[n, length]``, int64."""
+
+    def __init__(self, stream: Tensor, starts: Tensor, length: int) -> None:
+        self.stream, self.starts, self.length = stream, starts, length
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def after(self, used: int) -> Windows:
+        """The windows without the first ``used``."""
+        return Windows(self.stream, self.starts[used:], self.length)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        import torch
+
+        return self.stream[self.starts[rows, None] + torch.arange(self.length)]
 
 
 def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:

@@ -13,6 +13,7 @@ from typing import Any
 from dyndepth.console import print_table
 from dyndepth.grid import Plan, limits
 from dyndepth.options import Settings
+from dyndepth.recipe import NONE
 
 TOKENS = 100
 """Assumed tokens of a document with all its choices."""
@@ -91,7 +92,7 @@ def print_estimate(settings: Settings, cells: Sequence[Plan], tasks: Sequence[st
         flops = cell_flops(plan, settings, tasks, model)
         seconds = flops / (UTILISATION * rate) + TIMING_SECONDS[settings.timing]
         total += seconds
-        trains = "yes" if plan.build().needs_training else ""
+        trains = "yes" if plan.build().needs_training or plan.recovery != NONE else ""
         table.add_row(
             str(index), escape(plan.describe()), trains, f"{flops / 1e9:,.0f}", f"{seconds:,.0f}"
         )

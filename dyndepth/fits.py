@@ -1,5 +1,8 @@
 """What a method's ``fit`` found, kept as safetensors and JSON and bound to the model.
 
+A fit that trained keeps its curve beside it, as a CSV. Training inside ``fit_cached`` that is
+killed goes on from its last checkpoint.
+
 A cached fit is addressed by what decides it: method, its code and shipped files, the shared code of
 training and calibration, parameters, fit version, model, dtype, kind of device and corpus. Nothing
 is ever unpickled.
@@ -7,6 +10,7 @@ is ever unpickled.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
     Method = TypeVar("Method", bound=DynamicDepthMethod)
 
-_TENSORS, _FACTS = "tensors.safetensors", "facts.json"
+_TENSORS, _FACTS, CURVE = "tensors.safetensors", "facts.json", "curve.csv"
 _LAYOUT = 1
 
 
@@ -39,17 +43,53 @@ def fit_cached(
     again. The cache lies under ``cache_root()/fits/<name>/<key>``; two processes may fit at
     once, the second waits and reads.
     """
+    from accelerate import PartialState
+
+    from dyndepth.loop import checkpoints
+
     folder = cache_root() / "fits" / method.name / fit_key(method, model, corpus)
     fitted_here = False
 
+    unfinished = folder.with_name(f"{folder.name}.training")
+
     def build(work: Path) -> None:
         nonlocal fitted_here
-        method.fit(model, corpus)
+        if refresh:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with checkpoints(unfinished):
+            method.fit(model, corpus)
         _write(method, model, work)
         fitted_here = True
 
+    if PartialState().num_processes > 1:
+        return _fit_together(method, model, corpus, folder, unfinished, refresh)
     build_once(folder, build, lambda: not refresh and _is_readable(folder))
+    shutil.rmtree(unfinished, ignore_errors=True)
     return method if fitted_here else load_fit(method, model, folder)
+
+
+def _fit_together(
+    method: Method,
+    model: torch.nn.Module,
+    corpus: Corpus | None,
+    folder: Path,
+    unfinished: Path,
+    refresh: bool,
+) -> Method:
+    """As ``fit_cached`` in each process of a distributed run: all train, the first one keeps."""
+    from accelerate import PartialState
+
+    from dyndepth.loop import checkpoints
+
+    if not refresh and _is_readable(folder):
+        return load_fit(method, model, folder)
+    with checkpoints(unfinished):
+        method.fit(model, corpus)
+    if PartialState().is_main_process:
+        build_once(folder, lambda work: _write(method, model, work), lambda: False)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    PartialState().wait_for_everyone()
+    return method
 
 
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
@@ -99,7 +139,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     """
     from dyndepth.models import fingerprint
 
-    record, tensors = _read(Path(path))
+    record, tensors = read_fit(path)
     _check_same(path, "model", record["model"], fingerprint(model))
     _check_same(path, "method", record["name"], method.name)
     _check_same(path, "fit version", record["fit_version"], method.fit_version)
@@ -115,6 +155,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
         for name, tensor in tensors.items()
     }
     method.facts = record["facts"]
+    method.curve = read_curve(Path(path) / CURVE)
     return method
 
 
@@ -126,6 +167,8 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
     if json.loads(json.dumps(method.facts, default=repr)) != method.facts:
         raise TypeError(f"{method.name}: facts must be plain JSON values, not {method.facts!r}")
     device = next(model.parameters()).device
+    if method.curve:
+        write_curve(folder / CURVE, method.curve)
     file = folder / _TENSORS
     save_file({k: v.detach().cpu().contiguous() for k, v in method.tensors.items()}, file)
     record = {
@@ -144,9 +187,16 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
     (folder / _FACTS).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record and the tensors of the fit in the folder ``path``, of whatever it is.
+
+    The record has the keys ``name``, ``fit_version``, ``parameters``, ``model``, ``facts``. Raises
+    UserError if files are missing or garbled.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
+
+    folder = Path(path)
 
     def refuse(reason: object) -> UserError:
         return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")
@@ -169,14 +219,31 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _is_readable(folder: Path) -> bool:
     try:
-        _read(folder)
+        read_fit(folder)
     except UserError:
         return False
     return True
 
 
+def write_curve(file: Path, curve: list[dict[str, float]]) -> None:
+    """Write a training curve as CSV, a row a step, counted from 1."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["step", *(curve[0] if curve else ())], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"step": n} | row for n, row in enumerate(curve, start=1))
+
+
+def read_curve(file: Path) -> list[dict[str, float]]:
+    """The rows of a training curve kept as CSV, without their step; empty where there is none."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    return [{key: value for key, value in row.items() if key != "step"} for row in rows]
+
+
 def _is_fit_or_empty(folder: Path) -> bool:
-    return folder.is_dir() and {x.name for x in folder.iterdir()} <= {_TENSORS, _FACTS}
+    return folder.is_dir() and {x.name for x in folder.iterdir()} <= {_TENSORS, _FACTS, CURVE}
 
 
 def _parameters(method: DynamicDepthMethod) -> dict[str, Any]:

@@ -106,6 +106,16 @@ class Forward:
     bills: list[Bill] = field(default_factory=list)
     heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
 
+    def executed(self) -> Tensor:
+        """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
+        if self.valid is not None:
+            valid = self.valid.cpu()
+        else:
+            valid = torch.ones(self.batch, self.width, dtype=torch.bool)
+        flat = [gate for pair in self.gates for gate in pair]
+        masks = [valid & (gate if isinstance(gate, bool) else gate.mask.cpu()) for gate in flat]
+        return torch.stack(masks, dim=-1).unflatten(-1, (-1, 2))
+
 
 class Ledger:
     """Sums of executed work by document, phase and cause."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import DEFAULT_LIMIT, OTHERS, Settings
+from dyndepth.recipe import NONE, parse_recovery, shortened
 from dyndepth.records import Row
 
 DENSE = "dense"
@@ -19,12 +20,16 @@ HIDDEN = ("target_speedup", "seed", "phases")
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell before anything was loaded: which method, with which parameters, at what speedup."""
+    """One cell before anything was loaded: which method, with which parameters, at what speedup.
+
+    ``recovery`` is the canonical text of a recipe, or ``none``.
+    """
 
     method: str
     target_speedup: float = 1.0
     seed: int = 0
     parameters: dict[str, Any] = field(default_factory=dict, hash=False)
+    recovery: str = NONE
 
     def build(self) -> Any:
         """The method, not fitted yet.
@@ -43,16 +48,20 @@ class Plan:
         return (
             f"{self.method}{f'({inner})' if inner else ''} "
             f"at {self.target_speedup:g}x, seed {self.seed}"
+            f"{'' if self.recovery == NONE else f', {shortened(self.recovery)}'}"
         )
 
 
 def plans(settings: Settings, layers: int) -> list[Plan]:
     """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
 
-    A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell.
+    A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell,
+    and one a seed for each recovery, which is trained. Dense, the control of recovery, has none
+    for ``joint``: it has no routers.
 
     Raises:
-        UserError: an unknown method or parameter, or a speedup beyond what a method can reach.
+        UserError: an unknown method or parameter, a speedup beyond what a method can reach, or
+            ``joint`` for a method that trains nothing.
     """
     from dyndepth.registry import method_class, parse_methods
 
@@ -63,17 +72,32 @@ def plans(settings: Settings, layers: int) -> list[Plan]:
         base = Plan(name, parameters=with_phases)
         _refuse_own(name, parameters)
         reach = base.build().max_speedup(layers)
-        if reach == 1.0:
-            cells = [base]
-        else:
+        if reach != 1.0:
             _check_reach(base, reach, settings.speedups, layers)
+        for recovery in settings.recovery:
+            if not _recoverable(base, recovery):
+                continue
             cells = [
-                replace(base, target_speedup=speedup, seed=seed)
-                for speedup in settings.speedups
-                for seed in settings.seed
+                replace(base, target_speedup=speedup, seed=seed, recovery=recovery)
+                for speedup in (settings.speedups if reach != 1.0 else (1.0,))
+                for seed in (settings.seed if reach != 1.0 or recovery != NONE else (base.seed,))
             ]
-        found |= {repr(cell.build()): cell for cell in cells if repr(cell.build()) not in found}
+            for cell in cells:
+                found.setdefault(f"{cell.build()!r} {recovery}", cell)
     return list(found.values())
+
+
+def _recoverable(plan: Plan, recovery: str) -> bool:
+    """False for dense with ``joint``. Raises UserError for another method that trains nothing."""
+    recipe = parse_recovery(recovery)
+    if recipe is None or recipe.kind != "joint" or plan.build().needs_training:
+        return True
+    if plan.method == DENSE:
+        return False
+    raise UserError(
+        f"recovery 'joint' trains routers and adapters at once, and {plan.method} trains nothing; "
+        "use lora"
+    )
 
 
 def _phases(cls: type, parameters: dict[str, Any], phases: str) -> dict[str, str]:
@@ -116,11 +140,16 @@ def limits(settings: Settings, tasks: Sequence[str]) -> dict[str, int | None]:
 
 
 def parameters_text(method: Any) -> str:
-    """The method's hyper-parameters as its repr gives them, without those with own columns."""
+    """The method's hyper-parameters as its repr gives them, without those with own columns.
+
+    One that is None by default and in fact says nothing, and is left out.
+    """
     return ", ".join(
         f"{f.name}={getattr(method, f.name)!r}"
         for f in fields(method)
-        if f.repr and f.name not in HIDDEN
+        if f.repr
+        and f.name not in HIDDEN
+        and not (f.default is None and getattr(method, f.name) is None)
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from dyndepth.console import print_table
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
+from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, identity_columns, order, setting
 from dyndepth.store import Store, write_atomically
 from dyndepth.tables import as_csv
@@ -65,8 +66,10 @@ def leaderboard(cells: Iterable[Cell]) -> list[Row]:
 
 
 def is_dense(cell: Cell) -> bool:
-    """True for the cell that others of its setting are compared to, if it was evaluated."""
-    return cell.identity["method"] == DENSE and cell.evaluated
+    """True for the cell that others of its setting are compared to, if it was evaluated: dense
+    without recovery."""
+    own = cell.identity
+    return own["method"] == DENSE and own["recovery"] == NONE and cell.evaluated
 
 
 def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
@@ -200,9 +203,12 @@ def show(rows: Sequence[Row], title: str = "Leaderboard") -> None:
     table = Table(title=title, caption="[..] are 95% intervals", caption_justify="left")
     several = len({row["model"] for row in rows}) > 1
     headings = ["model"] if several else []
-    headings += ["method", "parameters", "phases", "target", "seed", "mean acc", "% of dense"]
+    recovered = any(row["recovery"] != NONE for row in rows)
+    headings += ["method", "parameters", "phases", "target", "seed"]
+    headings += ["recovery"] if recovered else []
+    headings += ["mean acc", "% of dense"]
     headings += ["bits/byte", "ROUGE-L", "block", "total", "prefill", "decode"]
-    numeric = set(headings) - {"model", "method", "parameters", "phases"}
+    numeric = set(headings) - {"model", "method", "parameters", "phases", "recovery"}
     for heading in headings:
         table.add_column(heading, justify="right" if heading in numeric else "left")
     for row in rows:
@@ -212,6 +218,7 @@ def show(rows: Sequence[Row], title: str = "Leaderboard") -> None:
         texts = [str(row["model"])] if several else []
         texts += [name, str(row["parameters"]), str(row["phases"])]
         texts += [f"{row['target_speedup']:g}x", str(row["seed"])]
+        texts += [shortened(str(row["recovery"]))] if recovered else []
         texts.append(_spread(row, "mean_acc", 1, 3))
         texts.append(_spread(row, "retained", 100, 0))
         texts += [_number(row.get(key), "{:.3f}") for key in APART]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -116,6 +117,8 @@ class DynamicDepthMethod:
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
             suite uses them.
         fit_version: raise it when ``fit`` changes, so that cached fits are made again.
+        shipped_adapters: folder of recovery adapters that come with the method, None if there are
+            none; ``dyndepth.recovered`` finds those that fit.
     """
 
     name: ClassVar[str]
@@ -125,6 +128,7 @@ class DynamicDepthMethod:
     uses_labels: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
     fit_version: ClassVar[int] = 1
+    shipped_adapters: ClassVar[Path | None] = None
 
     target_speedup: float = 1.0
     seed: int = 0
@@ -148,6 +152,7 @@ class DynamicDepthMethod:
             )
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
+        self.curve: list[dict[str, float]] = []
 
     def max_speedup(self, layers: int) -> float:
         """The largest target speedup that the method can meet on a model of ``layers`` blocks."""
@@ -157,11 +162,21 @@ class DynamicDepthMethod:
         """Find whatever meets the target; return self.
 
         What is found goes into ``self.tensors`` (name -> tensor) and ``self.facts`` (plain JSON
-        values): those two are all that is saved and restored. ``corpus`` is a
+        values), a training curve into ``self.curve`` (a row a step): those are all that is saved
+        and restored. ``corpus`` is a
         ``dyndepth.corpus.Corpus``: calibration and training text, never evaluated on. None is
         enough for methods whose choice needs no text.
         """
         return self
+
+    def calibrate(self, model: torch.nn.Module, corpus: Any = None) -> None:
+        """Called when the model's weights were adapted after ``fit``.
+
+        Solve again what depends on the model's states and is solved, not trained (a threshold
+        that meets the target). Writes ``self.facts`` and ``self.tensors`` as ``fit`` does. The
+        default does nothing: right for a rule that does not look at the states.
+        """
+        return
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """Called once a forward, before the first block.

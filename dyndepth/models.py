@@ -149,7 +149,8 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     A hash over the configuration's facts, and over each parameter's name, shape and an evenly
     strided sample of its values as bfloat16: loads of the same weights in float32 and bfloat16
-    agree, whatever the device; a fine-tuned or differently configured model differs.
+    agree, whatever the device; a fine-tuned or differently configured model differs. Inside
+    ``dyndepth.adapters.adapted`` it is another one, however little the adapter changes.
     """
     import torch
 
@@ -162,6 +163,8 @@ def fingerprint(model: torch.nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
         values = sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
         digest.update(values.numpy().astype("<i2").tobytes())
+    # A sample of merged weights might miss what an adapter changed; its own hash can't.
+    digest.update(str(getattr(model, "dyndepth_adapter", "")).encode())
     return digest.hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dyndepth.errors import UserError
+from dyndepth.recipe import NONE, parse_recoveries
 
 EMBEDDED = "embedded"
 SUITE = "offline"
@@ -40,7 +41,8 @@ CHOICES = {
 class Settings:
     """Everything the user decided, checked one by one; what needs a registry or a model is not.
 
-    ``methods`` is a specification for ``registry.parse_methods``. ``limit`` is documents by
+    ``methods`` is a specification for ``registry.parse_methods``, ``recovery`` holds canonical
+    texts of ``recipe.parse_recovery``. ``limit`` is documents by
     task (None: all of them), ``OTHERS`` standing for those not named; ``device`` is ``auto`` or
     what torch calls it.
     """
@@ -50,6 +52,7 @@ class Settings:
     tasks: tuple[str, ...] = (SUITE,)
     speedups: tuple[float, ...] = (1.25, 1.5, 2.0)
     phases: str = "both"
+    recovery: tuple[str, ...] = (NONE,)
     seed: tuple[int, ...] = (0,)
     sample_seed: int = 0
     limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
@@ -77,6 +80,9 @@ HELP = {
     "speedups": "target speedups, dense block FLOPs / executed block FLOPs",
     "phases": "where methods that let one choose skip: in prompt and generation, in generation "
     "only, or as published",
+    "recovery": "none, lora or joint, each makes its own cells of every method, dense included: "
+    "adapters trained under the method's frozen gates, or together with its routers; with settings "
+    "in brackets where wanted: none 'lora(rank=8, steps=100)' 'lora(preset=paper)'",
     "seed": "seeds of the methods: each makes its own cells",
     "sample_seed": "which documents --limit draws; the same for all cells, so that they are paired",
     "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
@@ -100,7 +106,7 @@ HELP = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence."""
 
     def error(self, message: str) -> NoReturn:
@@ -109,7 +115,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line. Values are checked later, the same way as those of a YAML file."""
-    built = _Parser(
+    built = Parser(
         prog="python -m dyndepth.sweep",
         description="Score, count and time methods at several speedups; write tidy tables.",
         epilog="Dashes and underscores in flags are the same.",
@@ -156,14 +162,15 @@ def read(arguments: Sequence[str]) -> Settings:
     Raises:
         UserError: an unknown flag or key, or a value of the wrong kind.
     """
-    flags = vars(parser().parse_args([_underscored(argument) for argument in arguments]))
+    flags = vars(parser().parse_args([underscored(argument) for argument in arguments]))
     config = flags.pop("config")
     chosen = read_config(Path(config)) if config else {}
     chosen |= {key: value for key, value in flags.items() if value is not None}
     return settings(chosen)
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
+    """A flag with underscores for dashes, as it is declared; anything else as it is."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -225,7 +232,12 @@ def slug(model: str) -> str:
 
 def _checked(name: str, value: Any) -> Any:
     if name == "methods":
-        return _methods(value)
+        return _specs(name, value)
+    if name == "recovery":
+        found = parse_recoveries([_specs(name, NONE if value is None else value)])
+        if not found:
+            raise UserError("--recovery is empty; give at least one value")
+        return found
     if name == "tasks":
         return tuple(dict.fromkeys(_items(name, value)))
     if name == "speedups":
@@ -285,26 +297,26 @@ def limit_text(limit: dict[str, int | None]) -> str:
     return ",".join([others, *single])
 
 
-def _methods(value: Any) -> str:
+def _specs(setting: str, value: Any) -> str:
     """One specification from a flag's words, or from YAML: a text, a list, or name: parameters."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
         value = [{name: parameters} for name, parameters in value.items()]
     if not isinstance(value, list | tuple):
-        raise UserError(f"--methods takes names with parameters in brackets, not {value!r}")
+        raise UserError(f"--{setting} takes names with parameters in brackets, not {value!r}")
     parts = []
     for item in value:
         if isinstance(item, dict):
             for name, parameters in item.items():
                 if not isinstance(parameters, dict | None):
                     raise UserError(
-                        f"methods: {name} must map parameters to values, not be {parameters!r}"
+                        f"{setting}: {name} must map parameters to values, not be {parameters!r}"
                     )
                 inner = ", ".join(f"{key}={_written(it)}" for key, it in (parameters or {}).items())
                 parts.append(f"{name}({inner})" if inner else str(name))
         else:
-            parts.append(str(item))
+            parts.append(_written(item))
     # A flag's words may break inside brackets: "name(a=1," "b=2)".
     return ",".join(part.strip().strip(",") for part in parts)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyndepth.blocks import cache_argument, cache_of
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import attach
 
@@ -35,12 +36,12 @@ def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:
     """
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model).forward) else {}
     out = model(tokens, use_cache=True, **last_only)
-    return out.logits[:, -1], out.past_key_values
+    return out.logits[:, -1], cache_of(out)
 
 
 def step(model: nn.Module, cache: Any, token: Tensor) -> Tensor:
     """Logits ``[batch, vocabulary]`` after one more token, ids ``[batch, 1]``; the cache grows."""
-    return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(token, **{cache_argument(model): cache}, use_cache=True).logits[:, -1]
 
 
 def decode(model: nn.Module, cache: Any, token: Tensor, steps: int) -> Tensor:

@@ -27,6 +27,7 @@ FRONT = frozenset(
         "__main__.py",
         "assets.py",
         "bench.py",
+        "claims.py",
         "console.py",
         "errors.py",
         "estimate.py",
@@ -41,10 +42,19 @@ FRONT = frozenset(
         "passes.py",
         "plots.py",
         "provenance.py",
+        "recipe.py",
         "records.py",
+        "recovered.py",
         "registry.py",
+        "report.py",
+        "routed.py",
+        "routes.py",
+        "routes_command.py",
         "scored.py",
+        "spec.py",
+        "stats.py",
         "store.py",
+        "studies.py",
         "sweep.py",
         "tables.py",
         "timing.py",
@@ -107,7 +117,15 @@ def harness_code() -> str:
 @cache
 def fitting_code() -> str:
     """12 hex digits over what methods share for finding their parameters."""
-    return _digest([PACKAGE / "calibration.py", PACKAGE / "training.py"], PACKAGE)
+    files = ("calibration.py", "gain.py", "loop.py", "removal.py", "training.py")
+    return _digest([PACKAGE / name for name in files], PACKAGE)
+
+
+@cache
+def recovery_code() -> str:
+    """12 hex digits over what decides, beside a method's fit, what a recovery finds."""
+    files = ("adapters.py", "loop.py", "recovery.py", "runtime.py")
+    return _digest([PACKAGE / name for name in files], PACKAGE)
 
 
 def task_files(folder: str) -> str:
@@ -119,7 +137,7 @@ def task_files(folder: str) -> str:
 
 def method_code(cls: type) -> str:
     """12 hex digits over a method's module, what it imports at its top from beside it, and whole
-    folders where a method is one (shipped weights included)."""
+    folders where a method is one (shipped weights and adapters included)."""
     inside = METHODS if cls.__module__.startswith(f"{METHODS}.") else cls.__module__.split(".")[0]
     modules: dict[str, ModuleType] = {}
     waiting = [base.__module__ for base in cls.__mro__]
@@ -132,7 +150,8 @@ def method_code(cls: type) -> str:
         waiting.append(module.__package__ or "")
         for value in vars(module).values():
             waiting.append(value.__name__ if isinstance(value, ModuleType) else _origin(value))
-    files: set[Path] = set()
+    shipped = getattr(cls, "shipped_adapters", None)
+    files = _sources(shipped) if shipped is not None else set()
     for module in modules.values():
         if module.__file__:
             path = Path(module.__file__)

@@ -1,8 +1,8 @@
 """The record of a cell: what was run, what came out, or why it failed.
 
-A cell is (model, method, its parameters, target speedup, seed) under the run's settings. Its
-identity holds everything that changes the numbers; the identity's hash names the cell, so that a
-finished one is found again and never computed twice.
+A cell is (model, method, its parameters, target speedup, seed, recovery) under the run's settings.
+Its identity holds everything that changes the numbers; the identity's hash names the cell, so that
+a finished one is found again and never computed twice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from dyndepth.recipe import NONE, shortened
+
 IDENTITY = (
     "model",
     "model_fingerprint",
@@ -23,6 +25,7 @@ IDENTITY = (
     "phases",
     "target_speedup",
     "seed",
+    "recovery",
     "fit_version",
     "dtype",
     "device",
@@ -56,6 +59,7 @@ METHOD_KEYS = frozenset(
         "phases",
         "target_speedup",
         "seed",
+        "recovery",
         "fit_version",
         "corpus_fingerprint",
         "method_code",
@@ -133,7 +137,7 @@ class Cell:
 
 
 def order(cell: Cell) -> tuple[Any, ...]:
-    """Sort key of the tables: by setting, then method, parameters, target speedup and seed."""
+    """Sort key of the tables: by setting, method, parameters, recovery, target speedup and seed."""
     identity = cell.identity
     return (
         str(identity["model"]),
@@ -141,6 +145,9 @@ def order(cell: Cell) -> tuple[Any, ...]:
         str(identity["method"]),
         str(identity["phases"]),
         str(identity["parameters"]),
+        # What was not recovered stands first.
+        identity["recovery"] != NONE,
+        str(identity["recovery"]),
         float(identity["target_speedup"]),
         int(identity["seed"]),
         cell.key,
@@ -171,6 +178,7 @@ def readable_name(identity: Row) -> str:
             identity["phases"],
             f"x{identity['target_speedup']:g}",
             f"seed{identity['seed']}",
+            "" if identity["recovery"] == NONE else shortened(identity["recovery"]),
         )
         if part != ""
     )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm
+from dyndepth.blocks import Block, blocks, cache_of, causal_lm, decoder, final_norm
 from dyndepth.cache import skip_tokens
 from dyndepth.errors import UserError
 from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
@@ -55,6 +55,17 @@ class Trace:
     def executed(self, phase: str | None = None) -> Tensor:
         """Executed fraction of tokens, float64 ``[layers, 2]`` (attention, mlp)."""
         return self._ledger.executed(phase)
+
+    def gates(self) -> Tensor:
+        """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
+
+        Reading any count of this trace closes the forward; ask for its gates before. Raises
+        RuntimeError if there is none.
+        """
+        last = self._ledger.last
+        if last is None:
+            raise RuntimeError("gates needs a forward through the attached model before it")
+        return last.executed()
 
     def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """LM head on chosen positions of the last forward's final hidden state.
@@ -143,7 +154,6 @@ class _Runtime:
         self.method = method
         self.masked = backend == "masked"
         self.project = method.kv_policy == "project"
-        self.cache_argument = split[0].cache_argument
         self.config = causal_lm(model).config
         self.norm: nn.Module = final_norm(model)
         self.head: nn.Module = causal_lm(model).get_output_embeddings()
@@ -160,7 +170,7 @@ class _Runtime:
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
         batch, width = inputs.shape[:2]
-        cache = kwargs.get(self.cache_argument)
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is not None and (mask.ndim != 2 or bool(mask.all())):

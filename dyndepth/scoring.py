@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dyndepth.blocks import decoder
+from dyndepth.blocks import cache_argument, cache_of, decoder
 from dyndepth.runtime import Trace
 
 if TYPE_CHECKING:
@@ -230,8 +230,9 @@ def _forward(
     if "position_ids" in inspect.signature(owner.forward).parameters:
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         arguments["position_ids"] = positions[:, -inputs.shape[1] :]
-    out = owner(input_ids=inputs, past_key_values=cache, **arguments)
-    return out.last_hidden_state, out.past_key_values
+    arguments[cache_argument(owner)] = cache
+    out = owner(input_ids=inputs, **arguments)
+    return out.last_hidden_state, cache_of(out)
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:

@@ -1,43 +1,42 @@
-"""Budgeted router tuning: the one training loop that every routed method shares.
+"""Budgeted router tuning: the one training that every routed method shares.
 
 The backbone is frozen. A router module says, at each block's entry, one logit a token and sublayer;
 a sublayer runs where its logit is not negative. Training executes everything and multiplies by
 straight-through gates, under
 
-    cross-entropy + penalty * | executed share - wanted share |,
+    loss + penalty * | executed share - wanted share |        (arXiv 2506.04179)
 
-both shares counted in block FLOPs, the wanted one lowered linearly over the first half of training.
+with both shares counted in block FLOPs or in modules. Two estimators of the gates' gradient:
+``gumbel``, as published, samples hard gates from a logistic distribution (the difference of the
+Gumbel noises of two logits) at a temperature that falls during training; ``deterministic`` takes
+the gates that inference will take and a sigmoid's slope. Nothing is sampled at inference.
 
-Three things make it stable where noise and a random start are not (measured on a 135M model of 30
-blocks): no gate is sampled; biases start in the order of the damage that each sublayer's removal
-does alone, so the first gates to flip are harmless; weights start at zero and learn much more
-slowly than biases.
+Parameters of the model that require a gradient (adapters that a caller put in) are trained along;
+the loss is then cross-entropy, since a dense model that moves is no yardstick.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from torch.nn.functional import cross_entropy, kl_div
 
 from dyndepth.blocks import blocks
 from dyndepth.flops import BlockCosts
+from dyndepth.loop import Curve, Schedule, optimise
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.runtime import attach
 
-_BIAS_RANGE = (0.1, 1.5)
-_WEIGHT_RATE = 1 / 50
+if TYPE_CHECKING:
+    from dyndepth.corpus import Windows
 
 
 class Router(nn.Module):
-    """What the loop trains: logits of both sublayers, from the stream at a block's entry.
+    """What is trained: logits of both sublayers, from the stream at a block's entry.
 
     ``bias`` is float32 ``[layers, 2]``, added to the logits; ``forward(layer, hidden)`` maps
     ``[batch, tokens, hidden]`` to float32 ``[batch, tokens, 2]``, execute where not negative.
@@ -47,142 +46,180 @@ class Router(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how hard to train.
+class Tuning:
+    """What is asked of the routers.
 
-    ``bias_rate`` is Adam's learning rate for biases, all other parameters get a fiftieth; both
-    follow a cosine to zero after a short warm-up. ``penalty`` weighs the budget against the loss
-    in nats a token.
+    Attributes:
+        target_speedup: the executed share is to become 1 / target_speedup.
+        budget: what a share counts: ``flops`` of the blocks, or ``modules`` (attention and MLP
+            weigh the same, as in the paper).
+        penalty: weight of the budget against the loss, nats a token.
+        ramp: share of the steps over which the wanted share falls linearly from what the routers
+            execute at first; 0: it is the target from the first step.
+        curriculum: ``(fall, steps)``: instead of the ramp, from 1 by ``fall`` every ``steps``.
+        estimator: ``deterministic`` or ``gumbel``.
+        temperature: of ``gumbel``, at the first and the last step.
+        objective: ``ce``, next-token cross-entropy; ``kl``, divergence from the dense model's
+            predictions, which says more about each token at a third more arithmetic.
+        weight_rate, bias_rate: learning rates.
+        adapter_rate: of parameters of the model that require a gradient.
+        phases: ``generation`` keeps the first half of each window at full depth.
     """
 
-    steps: int
-    batch: int
-    length: int
-    bias_rate: float
-    penalty: float
+    target_speedup: float
+    budget: Literal["flops", "modules"] = "flops"
+    penalty: float = 8.0
+    ramp: float = 0.0
+    curriculum: tuple[float, int] | None = None
+    estimator: Literal["deterministic", "gumbel"] = "deterministic"
+    temperature: tuple[float, float] = (5.0, 1.0)
+    objective: Literal["ce", "kl"] = "kl"
+    weight_rate: float = 3e-3
+    bias_rate: float = 2e-2
+    adapter_rate: float = 2e-4
+    phases: Literal["generation", "both"] = "both"
+
+    def wanted(self, step: int, steps: int, first: float) -> float:
+        """The share asked for at ``step``; ``first`` is what was executed at the first one."""
+        target = 1 / self.target_speedup
+        if self.curriculum is not None:
+            fall, every = self.curriculum
+            return max(target, 1 - fall * (1 + step // every))
+        done = min(1.0, (step + 1) / (self.ramp * steps)) if self.ramp else 1.0
+        return first + (target - first) * done
 
 
-class _Routed(DynamicDepthMethod):
-    """Straight-through gates of a router in training: 0 or 1 forward, a sigmoid's slope back."""
+class Routed(DynamicDepthMethod):
+    """The gates of a router in training: 0 or 1 forward, a slope back."""
 
     name: ClassVar[str] = "routed"
     granularity: ClassVar[Any] = "token"
     paper: ClassVar[str] = "internal"
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, tuning: Tuning) -> None:
         super().__init__()
-        self.router = router
-        self.executed: list[Tensor] = []
+        self.router, self.tuning = router, tuning
+        self.full_depth = False
+        self.temperature = tuning.temperature[0]
+        self._executed: list[Tensor] = []
 
-    def start(self, context: ForwardContext) -> None:
-        self.executed = []
+    @property
+    def phases(self) -> Literal["generation", "both"]:
+        """Those of the method that the routers are for."""
+        return self.tuning.phases
+
+    def start(self, context: ForwardContext) -> Tensor | None:
+        """A full plan while ``full_depth`` is set."""
+        self._executed = []
+        self.context = context
+        return torch.ones(context.layers, 2, dtype=torch.bool) if self.full_depth else None
 
     def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
+        """Straight-through gates; the stream itself gets no gradient through the routers."""
         logits = self.router(layer, hidden.detach())
+        if self.tuning.estimator == "gumbel":
+            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            logits = (logits + uniform.logit()) / self.temperature
         soft = torch.sigmoid(logits)
         gates = (logits >= 0).float() + soft - soft.detach()
-        self.executed.append(gates.mean((0, 1)))
+        part = self.context.generation
+        self._executed.append(gates.mean((0, 1)) if part is None else gates[part].mean(0))
         return gates[..., 0], gates[..., 1]
 
+    def executed(self, shares: Tensor) -> Tensor:
+        """Executed share of the last forward, a scalar with a gradient into every router."""
+        return (torch.stack(self._executed) * shares).sum()
 
-class _Without(DynamicDepthMethod):
-    """Everything but one sublayer."""
 
-    name: ClassVar[str] = "without"
-    granularity: ClassVar[Any] = "static"
-    paper: ClassVar[str] = "internal"
+def next_token_loss(logits: Tensor, ids: Tensor, first: int = 0) -> Tensor:
+    """Mean cross-entropy in nats of predicting each next token of ``ids`` ``[batch, length]``.
 
-    def __init__(self, plan: Tensor) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def start(self, context: ForwardContext) -> Tensor:
-        return self.plan
+    ``logits`` is ``[batch, length, vocabulary]``; predictions made before position ``first`` do
+    not count.
+    """
+    return cross_entropy(logits[:, first:-1].flatten(0, 1).float(), ids[:, first + 1 :].flatten())
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats over the windows ``[batch, length]``."""
-    logits = model(input_ids=ids, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
 
 
-def flop_shares(model: nn.Module, length: int) -> Tensor:
-    """Each sublayer's share of the block FLOPs at ``length`` keys: float32 ``[layers, 2]``."""
+def budget_shares(model: nn.Module, length: int, budget: str = "flops") -> Tensor:
+    """Each sublayer's share of the budget: float32 ``[layers, 2]``, their sum is 1.
+
+    ``flops``: of the block FLOPs with ``length`` keys; ``modules``: all the same.
+    """
+    layers = len(blocks(model))
+    if budget == "modules":
+        return torch.full((layers, 2), 0.5 / layers)
     costs = BlockCosts.of(model)
     flops = np.stack([costs.attention(length), costs.mlp], axis=1)
     return torch.from_numpy(flops / flops.sum()).float()
 
 
-@torch.no_grad()
-def removal_damage(model: nn.Module, ids: Tensor, *, progress: bool = True) -> Tensor:
-    """Loss added by removing each sublayer alone, in nats: float32 ``[layers, 2]``.
-
-    One forward a sublayer over the windows ``ids`` ``[batch, length]``, sparse.
-    """
-    dense = loss(model, ids)
-    layers = len(blocks(model))
-    damage = torch.empty(layers, 2)
-    for index in tqdm(range(2 * layers), desc="damage", unit="sublayer", disable=not progress):
-        plan = torch.ones(layers, 2, dtype=torch.bool)
-        plan.view(-1)[index] = False
-        with attach(model, _Without(plan)):
-            damage.view(-1)[index] = loss(model, ids) - dense
-    return damage
-
-
-def ranked_biases(damage: Tensor) -> Tensor:
-    """Biases in the order of damage, evenly spaced: the most harmless sublayer flips first."""
-    low, high = _BIAS_RANGE
-    rank = damage.flatten().argsort().argsort().view_as(damage).float()
-    return low + (high - low) * rank / max(damage.numel() - 1, 1)
-
-
 def tune_router(
     model: nn.Module,
     router: Router,
-    windows: Tensor,
-    target_speedup: float,
+    windows: Tensor | Windows,
+    tuning: Tuning,
     schedule: Schedule,
     *,
+    seed: int = 0,
     progress: bool = True,
-) -> list[dict[str, float]]:
-    """Train ``router`` in place until it executes 1 / ``target_speedup`` of the block FLOPs.
+) -> Curve:
+    """Train ``router`` in place, on ``windows`` ``[at least schedule.windows, length]``.
 
-    ``windows`` is int64 ``[steps * batch, length]``, used in order. The wanted share starts from
-    what the router executes at first, so a router tuned to a milder target can be tuned on.
-    Returns the curve: per step ``loss`` (nats), ``executed`` and ``wanted`` (shares of FLOPs).
+    Returns the curve: per step ``loss`` (nats a token, of the objective), ``executed`` and
+    ``wanted`` (shares of the budget) and ``tokens`` read.
     """
     device = next(model.parameters()).device
-    shares = flop_shares(model, schedule.length).to(device)
-    rest = [p for name, p in router.named_parameters() if name != "bias"]
-    rates = [schedule.bias_rate, schedule.bias_rate * _WEIGHT_RATE]
-    optimiser = torch.optim.Adam(
-        [{"params": [router.bias], "lr": rates[0]}, {"params": rest, "lr": rates[1]}]
-    )
-    # Adam's first steps are of full size and all in the budget's direction: a short warm-up.
-    warm_up = max(1, schedule.steps // 20)
+    shares = budget_shares(model, schedule.length, tuning.budget).to(device)
+    half = schedule.length // 2 if tuning.phases == "generation" else 0
+    method = Routed(router, tuning)
+    along = [p for p in model.parameters() if p.requires_grad]
+    divergence = tuning.objective == "kl" and not along
+    first = 1.0
+    if tuning.ramp:
+        with torch.no_grad(), attach(model, method, backend="masked", prompt_length=half or None):
+            model(input_ids=windows[: schedule.batch].to(device), use_cache=False)
+            first = method.executed(shares).item()
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / schedule.steps)) / 2
+    def objective(ids: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        start, end = tuning.temperature
+        method.temperature = start - (start - end) * step / schedule.steps
+        if divergence:
+            method.full_depth = True
+            with torch.no_grad():
+                expected = model(input_ids=ids, use_cache=False).logits[:, half:]
+                expected = expected.float().log_softmax(-1)
+            method.full_depth = False
+        logits = model(input_ids=ids, use_cache=False).logits
+        if divergence:
+            got = logits[:, half:].float().log_softmax(-1)
+            nats = kl_div(got, expected, reduction="none", log_target=True).sum(-1).mean()
+        else:
+            nats = next_token_loss(logits, ids, half)
+        executed = method.executed(shares)
+        wanted = tuning.wanted(step, schedule.steps, first)
+        trace.reset()
+        row = {"loss": nats.item(), "executed": executed.item(), "wanted": wanted}
+        return nats + tuning.penalty * (executed - wanted).abs(), row
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    method = _Routed(router)
-    curve: list[dict[str, float]] = []
-    first: float | None = None
-    batches: Sequence[Tensor] = windows.split(schedule.batch)[: schedule.steps]
-    bar = tqdm(batches, desc=f"routers {target_speedup:g}x", unit="step", disable=not progress)
-    with attach(model, method, backend="masked") as trace:
-        for step, ids in enumerate(bar):
-            nats = loss(model, ids.to(device))
-            executed = (torch.stack(method.executed) * shares).sum()
-            first = executed.item() if first is None else first
-            progress_made = min(1.0, 2 * (step + 1) / schedule.steps)
-            wanted = first + (1 / target_speedup - first) * progress_made
-            optimiser.zero_grad(set_to_none=True)
-            (nats + schedule.penalty * (executed - wanted).abs()).backward()
-            optimiser.step()
-            scheduler.step()
-            trace.reset()
-            curve.append({"loss": nats.item(), "executed": executed.item(), "wanted": wanted})
-            bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
-    return curve
+    bias = [router.bias]
+    weights = [p for name, p in router.named_parameters() if name != "bias"]
+    groups = [
+        {"params": bias, "lr": tuning.bias_rate},
+        {"params": weights, "lr": tuning.weight_rate},
+        {"params": along, "lr": tuning.adapter_rate},
+    ]
+    with attach(model, method, backend="masked", prompt_length=half or None) as trace:
+        return optimise(
+            objective,
+            [group for group in groups if group["params"]],
+            windows,
+            schedule,
+            name=f"routers {tuning.target_speedup:g}x",
+            seed=seed,
+            progress=progress,
+        )

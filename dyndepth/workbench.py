@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class Workbench:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        self._fitted: tuple[Plan, Any] | None = None
+        self._fitted: tuple[Plan, Any, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +55,7 @@ class Workbench:
     def identity(self, plan: Plan) -> Row:
         """The full identity of the plan's cell on this workbench."""
         return method_identity(plan.build()) | {
+            "recovery": plan.recovery,
             "model": self.settings.model,
             "model_fingerprint": self.fingerprint,
             "revision": self.model.dyndepth.revision or "",
@@ -75,26 +77,46 @@ class Workbench:
     def provenance(self, plan: Plan) -> Row:
         """Conditions of the cell that are recorded beside its identity."""
         method = plan.build()
+        adapter = self._fitted[2] if self._fitted is not None and self._fitted[0] is plan else None
+        card = adapter.card if adapter is not None else {}
         return conditions(self.device) | {
             "paper": method.paper,
             "granularity": method.granularity,
             "uses_labels": method.uses_labels,
             "needs_training": method.needs_training,
+            "adapter_sha256": card.get("sha256"),
+            "recovery_tokens": card.get("tokens"),
+            "recovery_seconds": card.get("seconds"),
         }
 
-    def fitted(self, plan: Plan) -> Any:
-        """The plan's method, fitted; what is scored and then timed is one and the same object."""
-        from dyndepth.fits import fit_cached
+    @contextmanager
+    def fitted(self, plan: Plan) -> Iterator[Any]:
+        """The plan's method, fitted, and inside the block the model with the plan's adapter merged.
+
+        What is scored and then timed is one and the same object.
+        """
+        from dyndepth.adapters import adapted
 
         if self._fitted is None or self._fitted[0] is not plan:
             import torch
 
             torch.manual_seed(plan.seed)
-            self._fitted = (plan, fit_cached(plan.build(), self.model, self.corpus))
-        return self._fitted[1]
+            self._fitted = (plan, *self._fit(plan))
+        with adapted(self.model, self._fitted[2]):
+            yield self._fitted[1]
+
+    def _fit(self, plan: Plan) -> tuple[Any, Any]:
+        """The plan's method, and its adapter or None."""
+        from dyndepth.recovered import fit_and_recover
+
+        return fit_and_recover(plan.build(), self.model, self.corpus, plan.recovery)
 
     def evaluate(self, plan: Plan) -> Tables:
         """Score the plan's cell."""
+        with self.fitted(plan) as method:
+            return self._evaluate(method)
+
+    def _evaluate(self, method: Any) -> Tables:
         from dyndepth.evaluate import evaluate
 
         by_limit: dict[int | None, list[str]] = {}
@@ -105,7 +127,7 @@ class Workbench:
                 evaluate(
                     self.model,
                     self.tokenizer,
-                    self.fitted(plan),
+                    method,
                     tasks,
                     limit=limit,
                     seed=self.settings.sample_seed,
@@ -118,24 +140,24 @@ class Workbench:
         )
 
     def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
-        """Time the plan's method against dense; ``samples`` are its scored documents, of which
-        the timed run has to reproduce some."""
+        """Time the plan's method against dense, both on the weights that were scored; ``samples``
+        are its scored documents, of which the timed run has to reproduce some."""
         from dyndepth.language_model import DyndepthLM
         from dyndepth.scored import scored_documents
         from dyndepth.timing import measure
 
-        method = self.fitted(plan)
-        reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
-        return measure(
-            self.model,
-            method,
-            self.corpus,
-            level=self.settings.timing,
-            seed=self.settings.sample_seed,
-            check=scored_documents(
-                samples, reader, self.settings.num_fewshot, self.settings.include_path
-            ),
-        )
+        with self.fitted(plan) as method:
+            reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
+            return measure(
+                self.model,
+                method,
+                self.corpus,
+                level=self.settings.timing,
+                seed=self.settings.sample_seed,
+                check=scored_documents(
+                    samples, reader, self.settings.num_fewshot, self.settings.include_path
+                ),
+            )
 
 
 def supported_config(settings: Settings) -> Any:

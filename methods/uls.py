@@ -7,15 +7,17 @@ last, then walks from block 1 upwards and keeps each multiple of int(L / (N - 1)
 ``even`` spacing keeps round(i (L - 1) / (N - 1)) for i = 0 .. N - 1.
 Granularity: static. Phases: ``generation`` as in the paper, or ``both``.
 KV policy: prompt_only (``generation``), drop (``both``). Prompt keys and values are exact.
-Deviations: no fine-tuning (the paper tunes the whole model for its sets; without it, quality falls
-steeply). N is rounded down, so the achieved speedup is at least the target. The paper's integer
-interval is kept literally: below 2x it is 1, which drops the blocks just before the last one in one
-run; that is why ``even`` is offered. N < 2 is refused (the reference divides by zero).
+Deviations: the paper tunes the whole model for its sets; here that is optional and low-rank
+(``--recovery lora``, with the paper's two-pass objective); without it, quality falls steeply. N is
+rounded down, so the achieved speedup is at least the target. The paper's integer interval is kept
+literally: below 2x it is 1, which drops the blocks just before the last one in one run; that is why
+``even`` is offered. N < 2 is refused (the reference divides by zero).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -37,6 +39,7 @@ class UnifiedLayerSkipping(DynamicDepthMethod):
     name: ClassVar[str] = "uls"
     granularity: ClassVar[Granularity] = "static"
     paper: ClassVar[str] = "arXiv 2404.06954"
+    shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters" / "uls"
 
     phases: Literal["generation", "both"] = "generation"
     spacing: Literal["paper", "even"] = "paper"

@@ -17,6 +17,7 @@ def identity(**changes: Any) -> Row:
         "parameters": "",
         "target_speedup": 1.0,
         "seed": 0,
+        "recovery": "none",
         "tasks": ["one", "two"],
         "limit": {"two": None, "one": 4},
     }
@@ -62,7 +63,12 @@ class FakeBench:
         self.timing_fails = False
 
     def identity(self, plan: Plan) -> Row:
-        return identity(method=plan.method, target_speedup=plan.target_speedup, seed=plan.seed)
+        return identity(
+            method=plan.method,
+            target_speedup=plan.target_speedup,
+            seed=plan.seed,
+            recovery=plan.recovery,
+        )
 
     def provenance(self, plan: Plan) -> Row:
         return {"uses_labels": plan.method == "oracle", "device_name": "abacus", "threads": 1}

@@ -13,46 +13,20 @@ from pathlib import Path
 
 import pytest
 import sweeping
+from folders import tiny_folder
 
 from dyndepth import __main__ as ls
+from dyndepth import recovered
 from dyndepth.assets import WHEELS, cache_root
 
-LAYERS = 4
 TABLES = ("accuracy.csv", "compute.csv", "routing.csv", "samples.parquet")
 GRID = ("--methods", "uls,random_skip", "--speedups", "1.3,2")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with ``model`` (a byte-level Llama of four blocks) and ``corpus.txt``."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0} | {letter: index for index, letter in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    texts = [f"text {number}: " + "to be or not to be, " * 40 for number in range(40)]
-    (folder / "corpus.txt").write_text("\n\n".join(texts))
-    return folder
+    """A folder with ``model`` and ``corpus.txt``."""
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -172,6 +146,46 @@ def test_timing_is_measured_and_recorded(tiny, tmp_path, cache):
         assert float(board["uls"][column]) > 0
 
 
+def test_recovered_cells_are_scored_and_timed_beside_the_others(tiny, tmp_path, cache):
+    arguments = _arguments(tiny, "--tasks", "quartz", "--timing", "quick")
+    arguments += ("--methods", "uls", "--speedups", "2")
+    arguments += ("--recovery", "none", "lora(steps=2, batch=1, length=32, rate=0.05)")
+    run = sweeping.start(tmp_path / "a", *arguments, DYNDEPTH_CACHE=str(cache))
+    assert run.wait() == 0, run.err
+    with (tmp_path / "a" / "run" / "leaderboard.csv").open() as file:
+        board = {(row["method"], row["recovery"][:4]): row for row in csv.DictReader(file)}
+    assert set(board) == {(m, r) for m in ("dense", "uls") for r in ("none", "lora")}
+    assert len({row["model_fingerprint"] for row in board.values()}) == 1
+    assert {row["block_speedup"] for (m, _), row in board.items() if m == "dense"} == {"1"}
+    with (tmp_path / "a" / "run" / "timing.csv").open() as file:
+        assert {row["reproduces_scores"] for row in csv.DictReader(file)} == {"True"}
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "a").glob("run/cells/*.json")]
+    tokens = {(c["identity"]["recovery"][:4], c["provenance"]["recovery_tokens"]) for c in cells}
+    assert tokens == {("none", None), ("lora", 64)}
+    scores = {
+        (c["identity"]["method"], c["identity"]["recovery"][:4]): [
+            row["loglikelihoods"] for row in c["samples"]
+        ]
+        for c in cells
+    }
+    assert scores["dense", "none"] != scores["dense", "lora"]
+    again = sweeping.start(tmp_path / "a", *arguments, DYNDEPTH_CACHE=str(cache))
+    assert again.wait() == 0
+    assert json.loads(again.out.splitlines()[-1])["sweep"]["reused"] == 4
+
+
+def test_recovering_alone_prints_a_card_a_method(tiny, cache, monkeypatch, capsys):
+    monkeypatch.setenv("DYNDEPTH_CACHE", str(cache))
+    base = ["--model", str(tiny / "model"), "--corpus", str(tiny / "corpus.txt")]
+    base += ["--methods", "uls", "--speedups", "2"]
+    recipe = "lora(steps=2, batch=1, length=32)"
+    assert recovered.main([*base, "--recovery", recipe]) == 0
+    cards = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(card["name"], card["tokens"]) for card in cards] == [("dense", 64), ("uls", 64)]
+    assert recovered.main([*base, "--recovery", "none"]) == 2
+    assert "recovers nothing" in capsys.readouterr().err
+
+
 def test_dry_run_prints_cells_and_writes_nothing(tiny, tmp_path):
     run = sweeping.start(tmp_path / "a", *_arguments(tiny, *GRID, "--dry-run"))
     assert run.wait() == 0, run.err
@@ -185,6 +199,8 @@ def test_dry_run_prints_cells_and_writes_nothing(tiny, tmp_path):
     [
         (("--methods", "ulss"), "did you mean uls"),
         (("--methods", "uls(nonsense=1)"), "no parameter 'nonsense'"),
+        (("--recovery", "lorra"), "did you mean lora"),
+        (("--methods", "uls", "--recovery", "joint"), "uls trains nothing; use lora"),
         (("--tasks", "quarts"), "unknown task 'quarts'"),
         (("--limit", "3,socialiqa=2"), "'socialiqa', which is not scored"),
         (("--speedups", "0.5"), "at least 1, not 0.5"),

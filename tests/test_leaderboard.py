@@ -55,6 +55,13 @@ def test_retained_uses_shared_documents_only():
     assert retained({"task": {"a": 1.0}}, {"task": {"a": 0.0}}) is None
 
 
+def test_dense_without_recovery_is_the_yardstick():
+    recovered = cell([1, 1, 1, 1], recovery="lora(rank=4)")
+    rows = leaderboard([recovered, cell([1, 0, 1, 0])])
+    assert [row["retained"] for row in rows] == [2.0, 1.0]
+    assert leaderboard([recovered])[0].get("retained") is None
+
+
 def test_margin_is_the_one_quoted_for_accuracies():
     assert 100 * expected_margin(140) == pytest.approx(8.3, abs=0.05)
     assert 100 * expected_margin(1400) == pytest.approx(2.6, abs=0.05)

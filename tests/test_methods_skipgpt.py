@@ -12,9 +12,11 @@ from dyndepth.calibration import block_speedup
 from dyndepth.errors import UserError
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.methods.skipgpt import SkipGPT, shipped, tuning
+from dyndepth.methods.skipgpt.presets import PRESETS, Recipe
+from dyndepth.registry import load_method
 from dyndepth.runtime import attach
 
-QUICK = {"steps": 20, "batch": 2, "length": 24, "bias_rate": 0.1}
+QUICK = SkipGPT.quick
 
 
 @pytest.fixture
@@ -72,14 +74,128 @@ def test_rule_is_the_formula(tiny, tokens, normalise):
     assert trace.flops["router"] == tokens.numel() * 4 * 2 * 2 * 32
 
 
-def test_training_goes_on_from_another_target(tiny, tiny_corpus, trained):
-    further = SkipGPT(target_speedup=1.8, **QUICK)
-    before = {name: tensor.clone() for name, tensor in trained.tensors.items()}
-    curve = tuning.train(further, tiny(), tiny_corpus, trained, progress=False)
-    assert curve[0]["wanted"] < curve[0]["executed"] < 0.85
-    assert further.facts["started_from"] == 1.4
-    assert further.facts["achieved_speedup"] == pytest.approx(1.8, rel=0.02)
-    assert all(torch.equal(before[name], trained.tensors[name]) for name in before)
+@pytest.mark.parametrize("initial", ["gain", "order", "damage", "random"])
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_every_recipe_meets_the_target(tiny, tiny_corpus, initial, router):
+    if (initial, router) == ("gain", "mlp"):
+        with pytest.raises(UserError, match="give router=mlp another initial"):
+            load_method("skipgpt", initial=initial, router=router)
+        return
+    method = SkipGPT(target_speedup=1.4, initial=initial, router=router, **QUICK)
+    curve = tuning.train(method, tiny(), tiny_corpus, progress=False)
+    before = 2 * 8 // 2 if initial == "gain" else 0
+    assert len(curve) == len(method.curve) == before + 4
+    assert method.facts["achieved_speedup"] == pytest.approx(1.4, rel=0.05)
+    assert method.facts["tokens"] == (before + 4) * 2 * 24
+
+
+def test_standardised_training_starts_at_the_same_routers(tiny, tiny_corpus):
+    """Mean and deviation are a change of coordinates: before any step nothing differs."""
+    found = []
+    for standardise in (True, False):
+        method = SkipGPT(target_speedup=1.4, standardise=standardise, **QUICK)
+        router, _ = tuning.initial_router(method, tiny(), tiny_corpus, progress=False)
+        found.append(router.folded())
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_paper_preset_has_the_published_settings(tiny, tiny_corpus):
+    recipe = SkipGPT(preset="paper").recipe
+    assert recipe == PRESETS["paper"]
+    assert (recipe.router, recipe.estimator, recipe.budget) == ("linear", "gumbel", "modules")
+    assert (recipe.tau_start, recipe.tau_end, recipe.steps) == (5.0, 1.0, 10_000)
+    assert (recipe.penalty, recipe.objective, recipe.normalise) == (8.0, "ce", False)
+    overridden = SkipGPT(preset="paper", penalty=20.0, curriculum=True).recipe
+    assert (overridden.penalty, overridden.curriculum) == (20.0, True)
+    method = SkipGPT(
+        target_speedup=1.3,
+        preset="paper",
+        steps=3,
+        batch=1,
+        length=16,
+        accumulate=2,
+        precision="no",
+    )
+    method.fit(tiny(), tiny_corpus)
+    assert method.facts["tokens"] == 3 * 2 * 16
+
+
+def test_every_setting_is_a_field_of_the_method():
+    from dataclasses import fields
+
+    own = {field.name for field in fields(SkipGPT)}
+    assert {field.name for field in fields(Recipe)} <= own
+
+
+def test_a_fixed_input_router_is_one_plan_for_all_tokens(tiny, tiny_corpus, tokens):
+    method = SkipGPT(target_speedup=1.4, reads="constant", **QUICK).fit(tiny(), tiny_corpus)
+    assert method.granularity == "static"
+    assert (method.tensors["weight"] == 0).all()
+    model = tiny()
+    with attach(model, method) as trace:
+        model(tokens)
+    executed = trace.executed()
+    assert ((executed == 0) | (executed == 1)).all()
+    assert (executed == 0).any()
+    assert trace.flops["router"] == 0
+
+
+def test_named_routers_are_used_and_bound_to_content(tiny, tiny_corpus, trained, tmp_path):
+    model = tiny()
+    save_fit(trained, model, tmp_path / "fit")
+    method = load_method("skipgpt", routers=str(tmp_path / "fit"), target_speedup=1.4, length=24)
+    method.fit(model, tiny_corpus)
+    assert torch.equal(method.tensors["weight"], trained.tensors["weight"])
+    assert method.routers.startswith(f"{tmp_path / 'fit'}@")
+    other = load_method("skipgpt", routers=method.routers, target_speedup=1.2, length=24)
+    assert other.routers == method.routers
+    assert other.fit(model, tiny_corpus).facts["achieved_speedup"] == pytest.approx(1.2, rel=0.03)
+    with pytest.raises(UserError, match="is for another model|are for another model"):
+        load_method("skipgpt", routers=method.routers, target_speedup=1.4).fit(
+            tiny(seed=1), tiny_corpus
+        )
+    (tmp_path / "fit" / "tensors.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="have changed"):
+        load_method("skipgpt", routers=method.routers)
+    with pytest.raises(UserError, match="no folder with fitted routers"):
+        load_method("skipgpt", routers=str(tmp_path / "nowhere"))
+
+
+def test_routers_of_wrong_shapes_are_refused(tiny, tiny_corpus, trained, tmp_path):
+    model = tiny()
+    trained.tensors["weight"] = trained.tensors["weight"][:, :, :16]
+    save_fit(trained, model, tmp_path / "fit")
+    method = load_method("skipgpt", routers=str(tmp_path / "fit"), target_speedup=1.4)
+    with pytest.raises(UserError, match="a model of 4 blocks and width 32 needs"):
+        method.fit(model, tiny_corpus)
+
+
+def test_routers_in_a_pickle_are_refused(tiny, tiny_corpus, tmp_path):
+    folder = tmp_path / "fit"
+    folder.mkdir()
+    torch.save({"weight": torch.zeros(4, 2, 32)}, folder / "tensors.safetensors")
+    (folder / "facts.json").write_text("{}")
+    method = load_method("skipgpt", routers=str(folder), target_speedup=1.4)
+    with pytest.raises(UserError, match="can't be read"):
+        method.fit(tiny(), tiny_corpus)
+
+
+def test_two_evaluations_are_identical(tiny, trained, tokens):
+    model, logits = tiny(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with attach(model, trained):
+            logits.append(model(tokens).logits)
+    assert torch.equal(*logits)
+
+
+def test_target_one_leaves_the_model_dense(tiny, tiny_corpus, tokens):
+    model = tiny()
+    method = SkipGPT(target_speedup=1.0, **QUICK).fit(model, tiny_corpus)
+    with attach(model, method):
+        routed = model(tokens).logits
+    assert torch.equal(routed, model(tokens).logits)
 
 
 def test_phase_generation_calibrates_on_generated_tokens(tiny, tiny_corpus):
@@ -126,7 +242,7 @@ def test_shipped_routers_are_taken_for_their_model_target_and_defaults_only(
 
 def test_repository_ships_routers_under_one_megabyte():
     files = [path for path in shipped.ROUTERS.rglob("*") if path.is_file()]
-    assert {path.stem for path in files} >= {"1.25", "1.5", "2"}
+    assert {path.stem for path in files} >= {"1.1", "1.25", "1.5", "2"}
     assert sum(os.path.getsize(path) for path in files) < 1e6
     for path in files:
         if path.suffix == ".json":
@@ -134,3 +250,4 @@ def test_repository_ships_routers_under_one_megabyte():
             assert card["achieved_speedup"] == pytest.approx(float(path.stem), rel=0.01)
             assert "dyndepth.methods.skipgpt.ship" in card["command"]
             assert card["held_out_loss"] > card["held_out_dense_loss"]
+            assert card["method"] == repr(SkipGPT(target_speedup=float(path.stem)))

@@ -16,6 +16,7 @@ import pytest
 from cells import cell, identity
 
 from dyndepth.errors import UserError
+from dyndepth.recipe import Recipe
 from dyndepth.records import TIMING_LEVELS, UNHASHED, Cell, cell_hash, order, plain, setting
 from dyndepth.store import Store, write_atomically
 from dyndepth.tables import NAMES, as_csv, write_tables
@@ -31,6 +32,7 @@ def test_hash_follows_what_changes_the_numbers_and_nothing_else():
 def test_setting_is_shared_with_dense_whatever_the_method():
     method = identity(method="m", target_speedup=2.0, seed=3, parameters="a=1", method_code="y")
     assert setting(method) == setting(identity())
+    assert setting(identity(recovery="lora(rank=4)")) == setting(identity())
     assert setting(identity(dtype="bfloat16")) != setting(identity())
 
 
@@ -45,6 +47,13 @@ def test_file_is_found_by_eye(tmp_path):
         identity(method="m", parameters="rule='a b'", phases="both", target_speedup=1.25, seed=7)
     )
     assert path.name.startswith("m-rule=_a_b_-both-x1.25-seed7-")
+    recovered = Store(tmp_path).file(identity(seed=7, recovery=str(Recipe(rank=8))))
+    assert "-seed7-lora_rank=8-" in recovered.name
+
+
+def test_what_is_not_recovered_stands_first():
+    cells = [cell(recovery=text) for text in ("joint", "lora", "none")]
+    assert [c.identity["recovery"] for c in sorted(cells, key=order)] == ["none", "joint", "lora"]
 
 
 @pytest.mark.parametrize(

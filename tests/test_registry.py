@@ -9,6 +9,8 @@ from toys import Toy
 
 from dyndepth import registry
 from dyndepth.errors import UserError
+from dyndepth.grid import parameters_text
+from dyndepth.spec import parameters_of, split
 
 
 @pytest.fixture
@@ -123,8 +125,18 @@ def test_what_python_writes_is_read_back(values):
         patch.setattr(
             registry, "methods", lambda: {"toy": EntryPoint("toy", "toys:Toy", registry.GROUP)}
         )
-        inside = ", ".join(
-            f"{key}='{value}'" if isinstance(value, str) else f"{key}={value!r}"
-            for key, value in values.items()
-        )
+        inside = ", ".join(f"{key}={value!r}" for key, value in values.items())
         assert registry.parse_methods(f"toy({inside}),toy") == [("toy", values), ("toy", {})]
+
+
+@given(
+    label=st.text(max_size=20) | st.text("'\"\\\\, ()=\n", max_size=8),
+    layer=st.none() | st.integers(0, 99),
+    threshold=st.floats(allow_nan=False),
+    strict=st.booleans(),
+)
+def test_parameters_in_a_table_are_read_back(label, layer, threshold, strict):
+    """Whatever quotes and escapes a text holds, a recorded cell can be rebuilt."""
+    method = Toy(label=label, layer=layer, threshold=threshold, strict=strict)
+    (spec,) = split(f"toy({parameters_text(method)})")
+    assert Toy(**parameters_of(spec, "method")) == method

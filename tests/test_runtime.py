@@ -7,7 +7,7 @@ import torch
 from gating import GivenPlan, RandomMask, plan_without
 from transformers import DynamicCache
 
-from dyndepth.blocks import FAMILIES, decoder
+from dyndepth.blocks import FAMILIES, cache_argument, cache_of, decoder
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
 from dyndepth.runtime import attach
@@ -65,7 +65,7 @@ def incremental(model, tokens, prompt, chunk=1, **kwargs):
     parts = [out.logits]
     for start in range(prompt, tokens.shape[1], chunk):
         step = tokens[:, start : start + chunk]
-        out = model(step, past_key_values=out.past_key_values, use_cache=True)
+        out = model(step, **{cache_argument(model): cache_of(out)}, use_cache=True)
         parts.append(out.logits)
     return torch.cat(parts, dim=1)
 
@@ -209,7 +209,7 @@ def test_dropped_attention_keeps_no_cache(tiny):
     model = tiny("llama", "sdpa")
     method = GivenPlan(plan=plan_without(LAYERS, (0, 0), (2, 0)))
     with attach(model, method):
-        cache = model(ids(1, 5), use_cache=True).past_key_values
+        cache = cache_of(model(ids(1, 5), use_cache=True))
     assert [layer.keys is None for layer in cache.layers] == [True, False, True, False]
     assert [layer.get_seq_length() for layer in cache.layers] == [5] * LAYERS
 
@@ -218,8 +218,8 @@ def test_prompt_only_cache_is_not_extended(tiny):
     model = tiny("llama", "sdpa")
     method = GivenPlan(plan=plan_without(LAYERS, (0, 0), (2, 0)), phases="generation")
     with attach(model, method):
-        cache = model(ids(1, 5), use_cache=True).past_key_values
-        model(ids(1, 3), past_key_values=cache, use_cache=True)
+        cache = cache_of(model(ids(1, 5), use_cache=True))
+        model(ids(1, 3), **{cache_argument(model): cache}, use_cache=True)
     assert [layer.keys.shape[2] for layer in cache.layers] == [5, 8, 5, 8]
     assert cache.get_seq_length() == 8
 
@@ -234,11 +234,11 @@ def test_cache_is_cropped(tiny, family, phases):
     tokens = ids(1, 9)
     with attach(model, method) as trace:
         cache = DynamicCache() if family == "llama" else DynamicCache(config=model.config)
-        model(tokens[:, :5], past_key_values=cache)
-        model(ids(1, 3, seed=1), past_key_values=cache)
+        model(tokens[:, :5], **{cache_argument(model): cache})
+        model(ids(1, 3, seed=1), **{cache_argument(model): cache})
         cache.crop(-3)
         assert cache.get_seq_length() == 5
-        logits = model(tokens[:, 5:], past_key_values=cache).logits
+        logits = model(tokens[:, 5:], **{cache_argument(model): cache}).logits
         trace.prompt_length = 5
         whole = model(tokens).logits
     torch.testing.assert_close(logits, whole[:, 5:], atol=TOLERANCE, rtol=0)

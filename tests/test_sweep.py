@@ -17,6 +17,7 @@ from dyndepth import options, provenance, registry, sweep
 from dyndepth.errors import UserError
 from dyndepth.grid import Plan, limits, method_identity, plans
 from dyndepth.options import DEFAULT_LIMIT, Settings, read
+from dyndepth.recipe import Recipe
 from dyndepth.store import Store
 from dyndepth.workbench import Tables, together
 
@@ -106,6 +107,23 @@ class TestSettings:
         )
 
     @pytest.mark.parametrize(
+        "text",
+        [
+            "recovery: [none, 'lora(rank=8, steps=3)']",
+            "recovery:\n  none:\n  lora: {steps: 3, rank: 8}",
+            "recovery: none,lora(rank=8,steps=3)",
+            "recovery: [null, {lora: {rank: 8, steps: 3}}]",
+        ],
+    )
+    def test_recoveries_are_canonical_however_they_are_written(self, tmp_path, text):
+        config = tmp_path / "run.yaml"
+        config.write_text(text)
+        expected = ("none", str(Recipe(rank=8, steps=3)))
+        assert read(["--config", str(config)]).recovery == expected
+        assert read(["--recovery", "none", "lora(rank=8,", "steps=3)"]).recovery == expected
+        assert read([]).recovery == ("none",)
+
+    @pytest.mark.parametrize(
         ("arguments", "says"),
         [
             (["--speedups", "0.9"], "at least 1"),
@@ -122,6 +140,12 @@ class TestSettings:
             (["--resume", "yes"], "only-missing, always, never"),
             (["--phases", "prompt"], "both, generation, published"),
             (["--dtype", "float8"], "float32, bfloat16"),
+            (["--recovery", "lorra"], "did you mean lora"),
+            (["--recovery", "lora(ranc=3)"], "did you mean rank"),
+            (["--recovery", "none", "lora(steps=0)"], "steps must be at least 1"),
+            (["--recovery", "joint(steps=3)"], "no parameter 'steps'"),
+            (["--recovery", "lora,,none"], "empty entry"),
+            (["--recovery", ""], "empty"),
             (["--surprise", "1"], "unrecognized arguments"),
             (["--limi", "1"], "unrecognized arguments"),
             (["--config", "no/such.yaml"], "no/such.yaml cannot be read"),
@@ -143,6 +167,8 @@ class TestSettings:
             ("tasks: [1, 2]", "takes names"),
             ("debug: 3", "true or false"),
             ("methods: 3", "takes names"),
+            ("recovery: 3", "takes names"),
+            ("recovery: {lora: 3}", "must map parameters"),
             ("methods: {steps: 3}", "must map parameters"),
             ("speedups: [true]", "not a number"),
             ("!!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -175,6 +201,36 @@ class TestGrid:
             ("steps", 2.0, 1),
         ]
         assert len(found) == 9
+
+    def test_each_recovery_makes_cells_of_every_method_dense_included(self):
+        lora = str(Recipe())
+        given = Settings(methods="steps", speedups=(1.5,), seed=(0, 1), recovery=("none", lora))
+        found = plans(given, 8)
+        assert [(p.method, p.target_speedup, p.seed, p.recovery) for p in found] == [
+            ("dense", 1.0, 0, "none"),
+            ("dense", 1.0, 0, lora),
+            ("dense", 1.0, 1, lora),
+            ("steps", 1.5, 0, "none"),
+            ("steps", 1.5, 1, "none"),
+            ("steps", 1.5, 0, lora),
+            ("steps", 1.5, 1, lora),
+        ]
+        assert found[-1].describe().endswith("at 1.5x, seed 1, lora")
+        assert len({(plan.method, plan.seed, plan.recovery) for plan in found}) == 7
+
+    def test_joint_is_for_methods_that_train(self, monkeypatch):
+        import fakes
+
+        joint = str(Recipe(kind="joint"))
+        with pytest.raises(UserError, match="steps trains nothing; use lora"):
+            plans(Settings(methods="steps", recovery=("none", joint)), 8)
+        monkeypatch.setattr(fakes.Steps, "needs_training", True)
+        found = plans(Settings(methods="steps", speedups=(2.0,), recovery=("none", joint)), 8)
+        assert [(plan.method, plan.recovery) for plan in found] == [
+            ("dense", "none"),
+            ("steps", "none"),
+            ("steps", joint),
+        ]
 
     def test_equal_cells_are_one(self):
         found = plans(Settings(methods="steps,steps(rule=even),steps(rule=odd)"), 8)
@@ -289,6 +345,24 @@ class TestRun:
         assert [kind for kind, _ in bench.calls] == ["measure"]
         (row,) = _table(settings.output_path / "leaderboard.csv")
         assert (row["status"], row["error"]) == ("done", "")
+
+    def test_recovered_dense_is_the_control_and_not_the_yardstick(self, tmp_path, capsys):
+        settings = _settings(tmp_path)
+        store, lora = Store(settings.output_path), str(Recipe())
+        cells = [Plan("dense"), Plan("dense", recovery=lora), Plan("a", 1.5, recovery=lora)]
+        assert sweep.finish(sweep.run(cells, FakeBench(), store, settings), cells, store, 0.0) == 0
+        rows = _table(settings.output_path / "leaderboard.csv")
+        assert [(row["method"], row["recovery"]) for row in rows] == [
+            ("a", lora),
+            ("dense", "none"),
+            ("dense", lora),
+        ]
+        said = capsys.readouterr().out
+        assert "a at 1.5x, seed 0, lora" in said
+        assert "recovery" in said
+        for name in ("accuracy.csv", "compute.csv", "routing.csv"):
+            found = {row["recovery"] for row in _table(settings.output_path / name)}
+            assert found == {"none", lora}
 
     @pytest.mark.parametrize("where", [1, 2, 3])
     def test_interrupted_and_resumed_equals_undisturbed(self, tmp_path, capsys, where):

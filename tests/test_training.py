@@ -1,23 +1,21 @@
-"""The shared training loop: gradients, budget, determinism, the damage-ranked start."""
+"""Router tuning: gradients, estimators, budget, determinism."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dyndepth.methods.skipgpt.router import LinearRouter
+from dyndepth.loop import Schedule
+from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
 from dyndepth.runtime import attach
-from dyndepth.training import (
-    Schedule,
-    _Routed,
-    flop_shares,
-    loss,
-    ranked_biases,
-    removal_damage,
-    tune_router,
-)
+from dyndepth.training import Routed, Tuning, budget_shares, loss, tune_router
 
-SCHEDULE = Schedule(steps=40, batch=2, length=32, bias_rate=0.1, penalty=8.0)
+SCHEDULE = Schedule(steps=40, batch=2, length=32)
+
+
+def tuning(target: float = 1.5, **changes) -> Tuning:
+    given = {"bias_rate": 0.1, "weight_rate": 2e-3, "objective": "ce", "ramp": 0.5}
+    return Tuning(target_speedup=target, **given | changes)
 
 
 @pytest.fixture
@@ -31,18 +29,35 @@ def fresh(normalise: bool = True) -> LinearRouter:
 
 
 def test_budget_alone_has_a_gradient_into_every_router(tiny, windows):
-    model, router = tiny(), fresh()
-    method = _Routed(router)
+    model = tiny()
+    for budget in ("flops", "modules"):
+        for estimator in ("deterministic", "gumbel"):
+            router = fresh()
+            method = Routed(router, tuning(budget=budget, estimator=estimator))
+            with attach(model, method, backend="masked"):
+                model(windows[:2])
+            method.executed(budget_shares(model, 32, budget)).backward()
+            assert (router.bias.grad > 0).all()
+            assert (router.weight.grad.abs().sum(-1) > 0).all()
+
+
+def test_budget_alone_has_a_gradient_into_every_layer_of_mlp_routers(tiny, windows):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 2, 8, 32), (4, 2, 8), (4, 2, 8), (4, 2))
+    parts = [torch.rand(*shape, generator=generator) * 0.1 for shape in shapes]
+    router = MLPRouter(*parts, normalise=True)
+    method = Routed(router, tuning())
+    model = tiny()
     with attach(model, method, backend="masked"):
         model(windows[:2])
-    (torch.stack(method.executed) * flop_shares(model, 32)).sum().backward()
-    assert (router.bias.grad > 0).all()
-    assert (router.weight.grad.abs().sum(-1) > 0).all()
+    method.executed(budget_shares(model, 32)).backward()
+    for parameter in router.parameters():
+        assert (parameter.grad.reshape(4, 2, -1).abs().sum(-1) > 0).all()
 
 
 def test_loss_has_a_gradient_into_every_router_and_none_into_the_model(tiny, windows):
     model, router = tiny(), fresh()
-    with attach(model, _Routed(router), backend="masked"):
+    with attach(model, Routed(router, tuning()), backend="masked"):
         loss(model, windows[:2]).backward()
     assert (router.bias.grad != 0).all()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -50,22 +65,41 @@ def test_loss_has_a_gradient_into_every_router_and_none_into_the_model(tiny, win
 
 def test_gates_are_hard_and_only_the_gradient_is_soft(tiny, windows):
     router = fresh()
-    method = _Routed(router)
+    method = Routed(router, tuning())
+    method.start(_context())
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         router.weight.normal_(generator=torch.Generator().manual_seed(1))
-    method.executed = []
     gates = torch.stack(method.gates(1, hidden), -1)
     assert torch.equal(gates.round(), (router(1, hidden) >= 0).float())
     torch.testing.assert_close(gates, gates.round())
     assert 0 < gates.mean() < 1
 
 
+def _context():
+    """What the gates ask of a forward: nothing is padded, no phases."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(generation=None, layers=4)
+
+
+def test_gumbel_samples_in_training_with_the_logits_odds():
+    method = Routed(fresh(), tuning(estimator="gumbel", temperature=(1.0, 1.0)))
+    method.start(_context())
+    torch.manual_seed(0)
+    executed = torch.stack(method.gates(3, torch.zeros(8, 4000, 32)), -1).mean((0, 1))
+    torch.testing.assert_close(executed, fresh().bias[3].sigmoid(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl"])
 @pytest.mark.parametrize("target", [1.25, 2.0])
-def test_training_meets_the_budget(tiny, windows, target):
-    curve = tune_router(tiny(), fresh(), windows, target, SCHEDULE, progress=False)
+def test_training_meets_the_budget(tiny, windows, target, objective):
+    wanted = tuning(target, objective=objective)
+    curve = tune_router(tiny(), fresh(), windows, wanted, SCHEDULE, progress=False)
     assert len(curve) == 40
     assert curve[0]["executed"] == 1.0
+    if objective == "kl":
+        assert curve[0]["loss"] == pytest.approx(0.0, abs=1e-5)
     assert [row["wanted"] for row in curve[19:]] == pytest.approx([1 / target] * 21)
     assert curve[9]["wanted"] == pytest.approx((1 + 1 / target) / 2)
     executed = sum(row["executed"] for row in curve[-8:]) / 8
@@ -74,9 +108,9 @@ def test_training_meets_the_budget(tiny, windows, target):
 
 def test_target_one_leaves_the_model_dense(tiny, windows):
     model, router = tiny(), fresh()
-    curve = tune_router(model, router, windows, 1.0, SCHEDULE, progress=False)
+    curve = tune_router(model, router, windows, tuning(1.0), SCHEDULE, progress=False)
     assert curve[-1]["executed"] == 1.0
-    with attach(model, _Routed(router), backend="masked"):
+    with attach(model, Routed(router, tuning()), backend="masked"):
         routed = model(windows[:2]).logits
     torch.testing.assert_close(routed, model(windows[:2]).logits, atol=1e-5, rtol=0)
 
@@ -85,7 +119,7 @@ def test_training_is_deterministic(tiny, windows):
     results = []
     for _ in range(2):
         router = fresh()
-        curve = tune_router(tiny(), router, windows, 1.5, SCHEDULE, progress=False)
+        curve = tune_router(tiny(), router, windows, tuning(), SCHEDULE, progress=False)
         results.append((curve, router.weight.detach(), router.bias.detach()))
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
@@ -93,31 +127,42 @@ def test_training_is_deterministic(tiny, windows):
     assert results[0][1].abs().sum() > 0
 
 
-def test_damage_is_the_loss_without_the_sublayer(tiny, windows):
-    """Removing a sublayer equals zeroing the weights of its last projection."""
-    damage = removal_damage(tiny(), windows[:2], progress=False)
-    model = tiny()
-    dense = loss(model, windows[:2])
-    for layer, sublayer in ((0, 0), (2, 1)):
-        crippled = tiny()
-        block = crippled.model.layers[layer]
-        [block.self_attn.o_proj, block.mlp.down_proj][sublayer].weight.zero_()
-        expected = loss(crippled, windows[:2]) - dense
-        torch.testing.assert_close(damage[layer, sublayer], expected, atol=1e-5, rtol=0)
-
-
-def test_the_most_harmless_sublayer_flips_first():
-    damage = torch.tensor([[3.0, 0.5], [-0.1, 7.0]])
-    bias = ranked_biases(damage)
-    assert bias.flatten().argsort().tolist() == damage.flatten().argsort().tolist()
-    assert (bias > 0).all()
-    steps = bias.flatten().sort().values.diff()
-    torch.testing.assert_close(steps, steps[:1].expand(3))
-
-
 def test_shares_are_flops(tiny):
-    shares = flop_shares(tiny(), 10)
+    shares = budget_shares(tiny(), 10)
     attention = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32) + 2 * 2 * 32 * 10
     mlp = 2 * 3 * 32 * 64
     assert shares.sum().item() == pytest.approx(1.0)
     assert (shares[0, 0] / shares[0, 1]).item() == pytest.approx(attention / mlp)
+
+
+def test_modules_weigh_the_same(tiny):
+    torch.testing.assert_close(budget_shares(tiny(), 10, "modules"), torch.full((4, 2), 0.125))
+
+
+def test_the_wanted_share_follows_ramp_or_curriculum():
+    assert tuning(2.0, ramp=0.0).wanted(0, 100, 1.0) == 0.5
+    assert tuning(2.0, ramp=0.5).wanted(24, 100, 1.0) == pytest.approx(0.75)
+    steps = tuning(2.0, curriculum=(0.1, 500))
+    found = [round(steps.wanted(n, 9999, 1.0), 6) for n in (0, 499, 500, 2500)]
+    assert found == [0.9, 0.9, 0.8, 0.5]
+
+
+def test_phase_generation_keeps_prompts_whole_and_counts_generated_tokens(tiny, windows):
+    model = tiny()
+    method = Routed(fresh(), tuning(phases="generation"))
+    with torch.no_grad():
+        method.router.bias.fill_(-1.0)
+    with attach(model, method, backend="masked", prompt_length=16):
+        routed = model(windows[:2]).logits
+    torch.testing.assert_close(routed[:, :16], model(windows[:2]).logits[:, :16])
+    assert method.executed(budget_shares(model, 32)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_parameters_of_the_model_that_need_a_gradient_are_trained_along(tiny, windows):
+    model = tiny()
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    before, frozen = weight.clone(), model.model.layers[1].self_attn.k_proj.weight.clone()
+    weight.requires_grad_(True)
+    tune_router(model, fresh(), windows, tuning(), SCHEDULE, progress=False)
+    assert not torch.equal(weight, before)
+    assert torch.equal(model.model.layers[1].self_attn.k_proj.weight, frozen)

@@ -23,6 +23,7 @@ the state at the first exit).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -51,6 +52,7 @@ class EarlyExit(DynamicDepthMethod):
     name: ClassVar[str] = "early_exit"
     granularity: ClassVar[Granularity] = "token"
     paper: ClassVar[str] = "arXiv 2207.07061"
+    shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters"
 
     phases: Literal["generation", "both"] = "generation"
     confidence: Literal["margin", "max_prob", "saturation", "fixed"] = "margin"
@@ -96,11 +98,15 @@ class EarlyExit(DynamicDepthMethod):
 
         Raises UserError if ``corpus`` is needed and None, or if the target is beyond reach.
         """
+        self.calibrate(model, corpus)
+        return self
+
+    def calibrate(self, model: torch.nn.Module, corpus: Corpus | None = None) -> None:
+        """Solve the threshold on this model's states, as ``fit`` does."""
         from .threshold import solve
 
         if self.granularity == "token" and self.target_speedup > 1.0:
             solve(self, model, corpus)
-        return self
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """A plan where the depth is fixed, else None. Raises UserError before ``fit``."""
@@ -119,6 +125,7 @@ class EarlyExit(DynamicDepthMethod):
         self._previous = running  # replaced by the stream before it is used
         return None
 
+    @torch.no_grad()
     def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
         """At a candidate, let the confident tokens go; open for those still running."""
         if layer in self._exits:

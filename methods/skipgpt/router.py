@@ -1,6 +1,11 @@
-"""The routers of SkipGPT: one linear map a sublayer on the stream that enters the block."""
+"""The routers of SkipGPT: a map a sublayer, of the stream that enters its block, to one logit.
+
+The paper's two logits (execute, skip) decide by their difference, which is this one logit.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +14,69 @@ from dyndepth.training import Router
 
 
 class LinearRouter(Router):
-    """Logits ``normalise(h) @ weight + bias`` in float32; execute where not negative.
+    """Logits ``n(h) @ weight + bias`` in float32; execute where not negative.
 
-    ``weight`` is ``[layers, 2, hidden]``, ``bias`` ``[layers, 2]`` (attention, MLP). The paper's
-    two logits (execute, skip) decide by their difference, which is this one logit.
+    ``weight`` is ``[layers, 2, hidden]``, ``bias`` ``[layers, 2]`` (attention, MLP); ``n`` divides
+    by the root mean square if ``normalise``, else it is the identity. ``statistics`` are mean and
+    deviation of ``n(h)``, each ``[layers, hidden]``: given them, weights and biases are those of
+    the standardised stream, which is how they learn evenly; ``folded`` gives the plain ones.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, normalise: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        normalise: bool,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.weight = nn.Parameter(weight.float())
+        self.bias = nn.Parameter(bias.float())
+        self.normalise = normalise
+        self.statistics = statistics
+
+    def forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """Logits of both sublayers: ``[batch, tokens, hidden] -> [batch, tokens, 2]``."""
+        hidden = hidden.float()
+        weight, bias = self._plain(layer)
+        logits = hidden @ weight.T
+        if self.normalise:
+            # The scale of the stream is one number a token: taken off after the product.
+            logits = logits * inverse_scale(hidden)
+        return logits + bias
+
+    def _plain(self, layer: int) -> tuple[Tensor, Tensor]:
+        weight, bias = self.weight[layer], self.bias[layer]
+        if self.statistics is not None:
+            mean, deviation = (table[layer].to(weight.device) for table in self.statistics)
+            weight = weight / deviation
+            bias = bias - weight @ mean
+        return weight, bias
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """Tensors that need no statistics: ``weight`` and ``bias``."""
+        pairs = [self._plain(layer) for layer in range(len(self.weight))]
+        return {
+            "weight": torch.stack([weight for weight, _ in pairs]).detach().cpu(),
+            "bias": torch.stack([bias for _, bias in pairs]).detach().cpu(),
+        }
+
+
+class MLPRouter(Router):
+    """Logits ``relu(n(h) @ inner + inner_bias) @ weight + bias``: the reference code's variant.
+
+    ``inner`` is ``[layers, 2, width, hidden]``, ``inner_bias`` ``[layers, 2, width]``, ``weight``
+    ``[layers, 2, width]``, ``bias`` ``[layers, 2]``; the reference takes ``width = hidden / 4``.
+    """
+
+    def __init__(
+        self, inner: Tensor, inner_bias: Tensor, weight: Tensor, bias: Tensor, *, normalise: bool
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(inner.float())
+        self.inner_bias = nn.Parameter(inner_bias.float())
         self.weight = nn.Parameter(weight.float())
         self.bias = nn.Parameter(bias.float())
         self.normalise = normalise
@@ -24,8 +84,37 @@ class LinearRouter(Router):
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """Logits of both sublayers: ``[batch, tokens, hidden] -> [batch, tokens, 2]``."""
         hidden = hidden.float()
-        logits = hidden @ self.weight[layer].T
         if self.normalise:
-            # The scale of the stream is one number a token: taken off after the product.
-            logits = logits * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-        return logits + self.bias[layer]
+            hidden = hidden * inverse_scale(hidden)
+        inner = hidden @ self.inner[layer].flatten(0, 1).T + self.inner_bias[layer].flatten()
+        active = torch.relu(inner).unflatten(-1, self.weight[layer].shape)
+        return (active * self.weight[layer]).sum(-1) + self.bias[layer]
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return {name: each.detach().cpu() for name, each in self.named_parameters()}
+
+
+def inverse_scale(hidden: Tensor) -> Tensor:
+    """1 / root mean square of each token: ``[..., hidden] -> [..., 1]``."""
+    return torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def build(tensors: dict[str, Tensor], *, normalise: bool) -> LinearRouter | MLPRouter:
+    """The router that a fit's tensors describe."""
+    if "inner" in tensors:
+        return MLPRouter(**tensors, normalise=normalise)
+    return LinearRouter(tensors["weight"], tensors["bias"], normalise=normalise)
+
+
+def flops_per_token(tensors: dict[str, Tensor]) -> float:
+    """FLOPs of one block's two routers on one token."""
+    inner = tensors["inner"][0].numel() if "inner" in tensors else 0
+    return 2.0 * (inner + tensors["weight"][0].numel())
+
+
+def kaiming(*shape: int, generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform values; the last dimension is the fan-in."""
+    bound = math.sqrt(6 / shape[-1])
+    return (2 * torch.rand(*shape, generator=generator) - 1) * bound

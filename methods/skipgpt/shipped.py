@@ -1,7 +1,8 @@
-"""Routers that come with the project: one safetensors file and one JSON card a target.
+"""Routers from files: those that come with the project, and those that a user names.
 
-They lie in ``routers/<model fingerprint>/<target speedup>.{safetensors,json}`` and are used only
-for that model and the method's default hyper-parameters.
+The project's lie in ``routers/<model fingerprint>/<target speedup>.{safetensors,json}``, one file
+and one card a target, and are used only for that model and the method's default settings. A user's
+are folders that ``dyndepth.fits.save_fit`` wrote.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from dyndepth.blocks import blocks, decoder
+from dyndepth.errors import UserError
+from dyndepth.fits import read_fit
 from dyndepth.models import fingerprint
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from . import SkipGPT
@@ -54,12 +58,33 @@ def save_shipped(method: SkipGPT, model: torch.nn.Module, card: dict[str, Any]) 
     return tensors
 
 
-def load_all_shipped(model: torch.nn.Module) -> list[SkipGPT]:
-    """A method for each set of routers shipped for this model."""
-    from . import SkipGPT
+def load_named(method: SkipGPT, model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts from the folder that ``method.routers`` names.
 
-    found = []
-    for path in sorted((ROUTERS / fingerprint(model)).glob("*.safetensors")):
-        found.append(SkipGPT(target_speedup=float(path.stem)))
-        found[-1].tensors = load_file(path)
-    return found
+    Raises UserError if they are no routers of this method, of another model, or of wrong shapes.
+    """
+    folder = (method.routers or "").partition("@")[0]
+    record, tensors = read_fit(folder)
+    if record["name"] != method.name:
+        raise UserError(f"{folder!r} holds a fit of {record['name']}, not of {method.name}")
+    if record["model"] != fingerprint(model):
+        raise UserError(
+            f"the routers in {folder!r} are for another model (fingerprint {record['model']}, not "
+            f"{fingerprint(model)}); train them on this one"
+        )
+    check_shapes(folder, tensors, len(blocks(model)), int(decoder(model).config.hidden_size))
+    return tensors, record["facts"]
+
+
+def check_shapes(source: object, tensors: dict[str, Tensor], layers: int, hidden: int) -> None:
+    """Refuse, with UserError, tensors that are no routers of a model of this depth and width."""
+    width = tensors["inner"].shape[2] if tensors.get("inner", torch.empty(0)).ndim == 4 else hidden
+    wanted = {"weight": (layers, 2, width), "bias": (layers, 2)}
+    if "inner" in tensors:
+        wanted |= {"inner": (layers, 2, width, hidden), "inner_bias": (layers, 2, width)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise UserError(
+            f"the routers in {str(source)!r} have the shapes {found}, a model of {layers} blocks "
+            f"and width {hidden} needs {wanted}"
+        )

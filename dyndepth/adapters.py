@@ -1,0 +1,221 @@
+"""Adapters on the disk, and merged into a model for evaluation and timing.
+
+A folder holds peft's own two files (``adapter_config.json``, ``adapter_model.safetensors``: peft
+loads them as they are) and a card that binds them to a model, a method and a recipe. Nothing is
+ever unpickled. ``adapted`` merges: no wrapper, no FLOPs and no time are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dyndepth.blocks import causal_lm, projections
+from dyndepth.errors import UserError
+from dyndepth.models import fingerprint
+from dyndepth.recipe import Recipe, parse_recovery
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "recovery.json"
+_LAYOUT = 1
+_PREFIX = "base_model.model."
+_MARK = "dyndepth_adapter"
+_CARD_KEYS = ("model", "sha256", "recipe", "method", "corpus", "tokens", "seed")
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Name of a projection in the causal LM -> A ``[rank, in]``, B ``[out, rank]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A low-rank change of some of a model's projections: ``W + scale * B @ A``.
+
+    Attributes:
+        folder: where it lies.
+        factors: of each projection.
+        scale: alpha / rank.
+        card: what it was made from: ``model`` (fingerprint), ``sha256`` of the weights, ``recipe``,
+            ``method`` (repr), ``corpus`` (fingerprint), ``tokens`` trained on, ``seed`` and more.
+    """
+
+    folder: Path
+    factors: Factors
+    scale: float
+    card: dict[str, Any]
+
+
+def write_adapter(
+    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], recipe: Recipe, card: dict[str, Any]
+) -> None:
+    """Write an adapter into ``folder``, its weights in bfloat16; ``card`` is completed."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{_PREFIX}{name}.lora_{letter}.weight": factor.detach().cpu().bfloat16().contiguous()
+        for name, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # "branch.projection" of every block: what peft matches at the end of a module's name.
+    targets = sorted({".".join(name.split(".")[-2:]) for name in factors})
+    LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    card = {
+        "layout": _LAYOUT,
+        **card,
+        "recipe": str(recipe),
+        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+    }
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card of the adapter in ``folder``. Raises UserError if there is none to be read."""
+    path = Path(folder)
+    if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").exists():
+        raise _refused(path, f"its weights are a pickle; save them as {WEIGHTS}")
+    try:
+        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        if card["layout"] != _LAYOUT:
+            raise ValueError(f"its layout is {card['layout']}, this version reads {_LAYOUT}")
+        for key in _CARD_KEYS:
+            card[key]
+    except KeyError as fault:
+        raise _refused(path, f"{CARD} has no entry {fault}") from fault
+    except (OSError, ValueError, TypeError) as fault:
+        raise _refused(path, fault) from fault
+    return dict(card)
+
+
+def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
+    """The adapter in ``folder``, for ``model`` (not adapted).
+
+    Raises UserError if it was made for another model, does not fit its projections, or can't be
+    read: missing, garbled, changed since it was written, pickled, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(folder)
+    card = read_card(path)
+    if card["model"] != fingerprint(model):
+        raise UserError(
+            f"the adapter in {str(path)!r} was made for another model ({card['model']}, not "
+            f"{fingerprint(model)}); recover this one"
+        )
+    try:
+        content = (path / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != card["sha256"]:
+            raise ValueError(f"{WEIGHTS} does not have the content that was saved")
+        recipe = parse_recovery(card["recipe"])
+        if recipe is None:
+            raise ValueError("its card names no recipe")
+        _check_config(json.loads((path / CONFIG).read_text(encoding="utf-8")), recipe)
+        factors = _factors(load(content), model, recipe)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as fault:
+        raise _refused(path, fault) from fault
+    return Adapter(path, factors, recipe.scale, card)
+
+
+@contextmanager
+def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
+    """``model`` with ``adapter`` merged into its weights inside the ``with`` block.
+
+    On exit, also by an exception, the very tensors that were there before are back. None changes
+    nothing. Raises UserError if the model is adapted already, is another one than the adapter's,
+    or has a projection that can't be merged into.
+    """
+    if adapter is None:
+        yield
+        return
+    if hasattr(model, _MARK):
+        raise UserError("the model is adapted already; leave that adapter first")
+    if adapter.card["model"] != fingerprint(model):
+        raise UserError(f"the adapter in {str(adapter.folder)!r} was made for another model")
+    linears = {n: linear(n, causal_lm(model).get_submodule(n)) for n in adapter.factors}
+    kept = {name: module.weight.data for name, module in linears.items()}
+    try:
+        for name, module in linears.items():
+            first, second = (f.to(module.weight.device).float() for f in adapter.factors[name])
+            change = adapter.scale * (second @ first)
+            module.weight.data = (kept[name].float() + change).to(kept[name].dtype)
+        setattr(model, _MARK, adapter.card["sha256"])
+        yield
+    finally:
+        for name, module in linears.items():
+            module.weight.data = kept[name]
+        if hasattr(model, _MARK):
+            delattr(model, _MARK)
+
+
+def linear(name: str, module: nn.Module) -> nn.Linear:
+    """``module`` if it is a plain linear map whose weights lie in memory; else UserError."""
+    weight = getattr(module, "weight", None)
+    plain = type(module) is nn.Linear and type(weight) is nn.Parameter
+    if not (isinstance(module, nn.Linear) and plain and module.weight.is_floating_point()):
+        raise UserError(
+            f"{name} is no plain linear map (quantised, or wrapped by somebody else: "
+            f"{type(module).__name__}), so no adapter can be merged into it; load the model in "
+            "float32 or bfloat16"
+        )
+    if module.weight.is_meta:
+        raise UserError(f"{name} is offloaded, so no adapter can be merged into it; load it whole")
+    return module
+
+
+def _factors(tensors: dict[str, Tensor], model: nn.Module, recipe: Recipe) -> Factors:
+    """The tensors of a file as factors, each one's shape checked. Raises ValueError."""
+    found: Factors = {}
+    for name, module in projections(model, recipe.roles).items():
+        rows, columns = linear(name, module).weight.shape
+        pair = []
+        for letter, shape in (("A", (recipe.rank, columns)), ("B", (rows, recipe.rank))):
+            tensor = tensors.pop(f"{_PREFIX}{name}.lora_{letter}.weight", None)
+            if tensor is None:
+                raise ValueError(f"it has no factor {letter} for {name}")
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"factor {letter} of {name} is {tensor.dtype} {list(tensor.shape)}, not "
+                    f"floating {list(shape)}"
+                )
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"factor {letter} of {name} holds something that is no number")
+            pair.append(tensor)
+        found[name] = (pair[0], pair[1])
+    if tensors:
+        raise ValueError(f"it holds {next(iter(tensors))}, which the recipe does not name")
+    return found
+
+
+def _check_config(config: dict[str, Any], recipe: Recipe) -> None:
+    """That peft would merge as ``adapted`` does. Raises ValueError."""
+    wanted = {
+        "peft_type": "LORA",
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "bias": "none",
+    }
+    wanted |= dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), False)
+    wanted |= dict.fromkeys(("rank_pattern", "alpha_pattern"), {})
+    for key, value in wanted.items():
+        found = config.get(key, value)
+        if found != value:
+            raise ValueError(f"{CONFIG} says {key}={found!r} where the card says {value!r}")
+
+
+def _refused(folder: Path, reason: object) -> UserError:
+    text = " ".join(str(reason).split())
+    return UserError(f"the adapter in {str(folder)!r} can't be read ({text}); recover again")

@@ -1,0 +1,264 @@
+"""What the cells of a study say about its claims: one row a comparison, with a verdict.
+
+Which cells may stand against each other is decided here; the statistics are in ``dyndepth.stats``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dyndepth import routed
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE, limits, method_identity
+from dyndepth.leaderboard import check_comparable
+from dyndepth.method import SUBLAYERS
+from dyndepth.options import Settings, limit_text
+from dyndepth.provenance import harness_code, versions
+from dyndepth.records import Cell, Row, flat, order, plain, setting
+from dyndepth.stats import (
+    LEAST,
+    Difference,
+    Point,
+    curve,
+    difference,
+    direction,
+    holm,
+    interpolate,
+    measured,
+)
+from dyndepth.store import Store
+from dyndepth.studies import Claim, Pick, Study
+
+COLUMNS = (
+    *("study", "claim", "kind", "task", "metric", "higher_is_better", "a", "b"),
+    *("target_speedup", "fraction_a", "fraction_b", "value_a", "value_b", "difference"),
+    *("low", "high", "p", "p_holm", "n", "unit", "seeds_a", "seeds_b", "verdict", "reason"),
+    *("cells_a", "cells_b", "model", "model_fingerprint", "data_fingerprint", "task_version"),
+    *("device", "dtype", "torch", "transformers", "dyndepth", "harness_code", "git_commit"),
+)
+"""Columns of claims.csv: one row a claim, opponent, task and budget of A. ``fraction_a`` is A's
+executed / dense block FLOPs, ``fraction_b`` where B's value stands (interpolated to A's);
+``difference`` = A - B with its 95% interval ``low`` to ``high``, not adjusted; ``p_holm`` is
+adjusted for all comparisons of the claim; ``n`` counts what was resampled (``unit``)."""
+
+VERDICTS = ("better", "worse", "no difference shown", "not comparable")
+
+ROUTED = ("sublayers", "position")
+"""Kinds of claims that compare executed fractions within one method."""
+
+SLACK = 0.005
+"""Share of dense's block FLOPs by which A may lie beyond B's curve. A control whose budget is
+matched to A's misses it by the noise of its draws, to either side."""
+
+
+def comparable(store: Store, settings: Settings) -> list[Cell]:
+    """The cells of a run that were scored as ``settings`` say, by one version of the harness.
+
+    Raises:
+        UserError: there are none; or they are of different data, task versions or conditions.
+    """
+    from dyndepth.tasks import resolve
+
+    tasks = resolve(settings.tasks, settings.include_path)
+    limit = limits(settings, tasks)
+    wanted = {"tasks": list(tasks), "limit": limit, "dtype": settings.dtype}
+    wanted |= {key: getattr(settings, key) for key in ("sample_seed", "num_fewshot", "batch_size")}
+    cells = store.all()
+    found = [cell for cell in cells if all(_same(cell, key, wanted[key]) for key in wanted)]
+    if not found:
+        others = " or ".join(sorted({flat(cell.identity["limit"]) for cell in cells}))
+        raise UserError(
+            f"{store.path} holds no cells scored with --limit {limit_text(settings.limit)}; "
+            + (f"its cells have {others}" if others else "run the study without --only_report")
+        )
+    check_comparable(found)
+    return _one_version(
+        found,
+        lambda cell: setting(cell.identity),
+        {"harness_code": harness_code(), **versions()},
+        f"{store.path} holds cells of several versions or conditions",
+    )
+
+
+def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
+    """The cells of ``pick``, failed ones included, in the order of the tables.
+
+    Raises:
+        UserError: an unknown method or parameter; cells of several versions of its code.
+    """
+    from dyndepth.registry import load_method
+
+    method = load_method(pick.method)
+    if phases != "published" and any(field.name == "phases" for field in fields(method)):
+        method = load_method(pick.method, phases=phases)
+    own = method_identity(method) | {"recovery": pick.recipe}
+    keys = ("method", "parameters", "phases", "recovery")
+    found = [cell for cell in cells if all(_same(cell, key, own[key]) for key in keys)]
+    code = {key: own[key] for key in ("method_code", "fit_version")}
+    versioned = ("method_code", "fit_version", "corpus_fingerprint")
+    return _one_version(
+        sorted(found, key=order),
+        lambda cell: str([cell.identity[key] for key in versioned]),
+        code,
+        f"{pick.label} has cells of several versions of its code or several corpora",
+    )
+
+
+def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> list[Row]:
+    """Rows of claims.csv for ``cells`` of the run in ``folder``.
+
+    Raises UserError as ``chosen`` and ``stats.measured`` do.
+    """
+    rows = []
+    for claim in study.claims:
+        if claim.kind in ROUTED:
+            compared = list(_routed(claim, cells, phases, folder))
+        else:
+            compared = list(_methods(claim, cells, phases))
+        rows += [{"study": study.name, **row} for row in _judged(claim, compared)]
+    for row in rows:
+        row |= {key: cells[0].identity[key] for key in COLUMNS if key in cells[0].identity} | row
+    return rows
+
+
+def traced(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
+    """The cells whose routing traces the claims need."""
+    claims = [claim for claim in study.claims if claim.kind in ROUTED]
+    found = {cell.key: cell for each in claims for cell in chosen(each.a, cells, phases)}
+    return [cell for cell in found.values() if cell.evaluated]
+
+
+def failures(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
+    """Failed cells that a claim of the study needs."""
+    picks = {pick for claim in study.claims for pick in (claim.a, *claim.b)}
+    found = {cell.key: cell for pick in picks for cell in chosen(pick, cells, phases)}
+    return [cell for cell in found.values() if cell.status == "error"]
+
+
+def _methods(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[tuple[Row, Any]]:
+    for b, (task, metric) in product(claim.b, claim.metrics):
+        row: Row = {"task": task, "metric": metric, "b": b.label, "unit": "documents"}
+        own = _points(claim.a, cells, phases, task, metric)
+        other = _points(b, cells, phases, task, metric)
+        missing = [p.label for p, found in ((claim.a, own), (b, other)) if not found]
+        if missing:
+            yield row, f"no finished cell of {' and of '.join(missing)}"
+            continue
+        row |= _of_task(cells, task, metric)
+        against = curve(list(other.values()))
+        if claim.kind == "equal_flops":
+            dense = _points(Pick(DENSE, b.recovery), cells, phases, task, metric)
+            against = curve([*other.values(), *dense.values()])
+        for target, point in own.items():
+            yield _against(claim, row, target, point, against)
+
+
+def _against(
+    claim: Claim, row: Row, target: float, point: Point, against: list[Point]
+) -> tuple[Row, Difference | str]:
+    row = row | {"target_speedup": target, "fraction_a": point.fraction, "seeds_a": point.seeds}
+    row |= {"value_a": point.value, "cells_a": " ".join(point.cells)}
+    if claim.kind == "equal_flops":
+        matched = interpolate(against, point.fraction, SLACK)
+        ends = f"{against[0].fraction:.3f} to {against[-1].fraction:.3f}"
+        missed = f"{row['b']} was measured from {ends} of dense's block FLOPs alone"
+    else:
+        matched = against[0] if len(against) == 1 else None
+        missed = f"{row['b']} has {len(against)} budgets; full depth is one"
+    if matched is None:
+        return row, missed
+    row |= {"fraction_b": matched.fraction, "seeds_b": matched.seeds}
+    row |= {"cells_b": " ".join(matched.cells)}
+    return row, difference(point, matched)
+
+
+def _routed(
+    claim: Claim, cells: Sequence[Cell], phases: str, folder: Path
+) -> Iterator[tuple[Row, Any]]:
+    groups = _by_target(chosen(claim.a, cells, phases))
+    if not groups:
+        yield {"metric": "executed"}, f"no finished cell of {claim.a.label}"
+    compare = routed.sublayers if claim.kind == "sublayers" else routed.positions
+    yield from compare(claim.a.label, groups, folder)
+
+
+def _judged(claim: Claim, compared: Sequence[tuple[Row, Difference | str]]) -> Iterator[Row]:
+    """The rows with their numbers, the adjusted p, and the verdict."""
+    enough = [found for _, found in compared if isinstance(found, Difference) and found.n >= LEAST]
+    adjusted = iter(holm([found.p for found in enough]))
+    for row, found in compared:
+        row = {"claim": claim.name, "kind": claim.kind, "a": claim.a.label, **row}
+        if isinstance(found, str):
+            yield row | {"verdict": "not comparable", "reason": found}
+            continue
+        row |= {"value_a": found.value_a, "value_b": found.value_b, "difference": found.value}
+        row["n"] = found.n
+        if found.n < LEAST:
+            few = f"{found.n} {row['unit']} are too few for an interval: at least {LEAST}"
+            yield row | {"verdict": "not comparable", "reason": few}
+            continue
+        p_holm = next(adjusted)
+        row |= {"low": found.low, "high": found.high, "p": found.p, "p_holm": p_holm}
+        yield row | {"verdict": _verdict(row, direction(found, p_holm)), "reason": _note(row)}
+
+
+def _verdict(row: Row, sign: int) -> str:
+    if sign == 0:
+        return "no difference shown"
+    if row["kind"] == "position":
+        return "rises with position" if sign > 0 else "falls with position"
+    if row["kind"] == "sublayers":
+        return f"{SUBLAYERS[0] if sign < 0 else SUBLAYERS[1]} executes less"
+    return "better" if (sign > 0) == row["higher_is_better"] else "worse"
+
+
+def _note(row: Row) -> str:
+    notes = []
+    if row["low"] > 0 or row["high"] < 0:
+        notes += ["the interval excludes 0, but not after Holm"] if row["p_holm"] > 0.05 else []
+    apart = row.get("fraction_a", 0.0) - row.get("fraction_b", 0.0)
+    if row["kind"] == "equal_flops" and abs(apart) > 1e-6:
+        notes.append(f"B as measured, {abs(apart):.4f} {'below' if apart > 0 else 'above'} A")
+    return "; ".join(notes)
+
+
+def _points(
+    pick: Pick, cells: Sequence[Cell], phases: str, task: str, metric: str
+) -> dict[float, Point]:
+    groups = _by_target(chosen(pick, cells, phases))
+    return {target: measured(group, task, metric) for target, group in groups.items()}
+
+
+def _by_target(cells: Sequence[Cell]) -> dict[float, list[Cell]]:
+    """Finished cells by target speedup; within each they differ in their seed."""
+    found: dict[float, list[Cell]] = {}
+    for cell in cells:
+        if cell.evaluated:
+            found.setdefault(cell.identity["target_speedup"], []).append(cell)
+    return found
+
+
+def _of_task(cells: Sequence[Cell], task: str, metric: str) -> Row:
+    rows = (row for cell in cells for row in cell.accuracy)
+    row = next(row for row in rows if (row["task"], row["metric"]) == (task, metric))
+    return {key: row[key] for key in ("higher_is_better", "task_version")}
+
+
+def _same(cell: Cell, key: str, value: Any) -> bool:
+    return bool(plain(cell.identity[key]) == plain(value))
+
+
+def _one_version(
+    cells: list[Cell], version: Callable[[Cell], str], current: Row, complaint: str
+) -> list[Cell]:
+    """``cells`` if all are of one version, else those of the ``current`` one."""
+    if len({version(cell) for cell in cells}) <= 1:
+        return cells
+    found = [cell for cell in cells if all(_same(cell, key, current[key]) for key in current)]
+    if len({version(cell) for cell in found}) != 1:
+        raise UserError(f"{complaint}; choose another --output_path")
+    return found

@@ -1,0 +1,204 @@
+"""Fitting as a command: ``python -m dyndepth.fit METHOD --target_speedup 1.25 ...``.
+
+Every parameter of the method is a flag. What is found goes into the cache, where sweeps find it,
+and into a folder: ``fit/`` with tensors, facts and the training curve, ``curve.png``, with
+``--recovery`` also ``recovery/`` with the adapter, and ``summary.json``. Interrupted or killed, the
+same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.errors import UserError
+from dyndepth.options import CHOICES, EMBEDDED, Parser, slug, underscored
+from dyndepth.recipe import parse_recovery
+from dyndepth.store import write_atomically
+
+if TYPE_CHECKING:
+    from dyndepth.method import DynamicDepthMethod
+
+INTERRUPTED = 130
+_COMMON = ("target_speedup", "seed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 if training failed, 2 for wrong input, 130 after Ctrl-C."""
+    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    try:
+        options = vars(parser(given).parse_args(given))
+        run(options)
+    except UserError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.fit: {fault}", file=sys.stderr)
+        return 2
+    except FloatingPointError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.fit: {fault}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line; a method named in ``given`` brings a flag for each of its parameters."""
+    built = Parser(
+        prog="python -m dyndepth.fit",
+        description="Fit a method to a model: train its routers, solve its thresholds.",
+        epilog="Dashes and underscores in flags are the same. `python -m dyndepth.fit METHOD "
+        "--help` lists the method's own parameters. For several GPUs: accelerate launch -m "
+        "dyndepth.fit ...",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = built.add_argument
+    add("method", metavar="METHOD", help="`python -m dyndepth ls methods` lists them")
+    add("--model", default=EMBEDDED, help="'embedded' (default), a hub id or a local path")
+    add("--target_speedup", type=float, default=1.25, help="dense / executed block FLOPs (1.25)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--corpus", default=EMBEDDED, help="training text: 'embedded', a .txt or a .jsonl file")
+    add(
+        "--recovery",
+        default="none",
+        help="none, lora or joint, with settings in brackets: 'lora(rank=8, steps=100)'",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="float32", choices=CHOICES["dtype"], help="of the model's weights")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--trust_remote_code", action="store_true", help="let a hub model run code of its own")
+    add("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add("--output_path", help="folder for what was found (default: runs/fits/...)")
+    add("--refresh", action="store_true", help="fit again, whatever is kept")
+    add("--debug", action="store_true", help="print the whole traceback of every error")
+    from dyndepth.registry import method_class, methods
+
+    first = given[0] if given and not given[0].startswith("-") else None
+    name = next((each for each in given if each in methods()), first)
+    if name is not None:
+        own = built.add_argument_group(f"parameters of {name}")
+        for field in dataclasses.fields(method_class(name)):
+            if field.init and field.name not in _COMMON:
+                text = "the preset's" if field.default is None else f"{field.default}"
+                own.add_argument(
+                    f"--{field.name}", dest=f"parameter {field.name}", metavar="VALUE",
+                    help=f"(default: {text})",
+                )  # fmt: skip
+    return built
+
+
+def build(options: dict[str, Any]) -> DynamicDepthMethod:
+    """The method that the flags describe, checked but not fitted. Raises UserError."""
+    from dyndepth.registry import load_method
+    from dyndepth.spec import value
+
+    parameters = {
+        name.removeprefix("parameter "): value(given)
+        for name, given in options.items()
+        if name.startswith("parameter ") and given is not None
+    }
+    common = {name: options[name] for name in _COMMON}
+    return load_method(options["method"], **parameters, **common)
+
+
+def run(options: dict[str, Any]) -> None:
+    """Fit, recover if asked to, and write; the last line printed is one JSON document."""
+    method = build(options)
+    recipe = parse_recovery(options["recovery"])
+    if recipe is not None and recipe.kind == "joint" and not method.needs_training:
+        raise UserError(f"{method.name} trains nothing, so there is nothing to train jointly")
+    output = Path(options["output_path"] or _default_path(options))
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
+
+    from dyndepth.models import layer_count
+
+    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    reach = method.max_speedup(layers)
+    if not method.target_speedup <= reach:
+        raise UserError(
+            f"{method.name} reaches at most {reach:.3g}x on a model of {layers} blocks, "
+            f"not {method.target_speedup:g}x"
+        )
+
+    import torch
+    from accelerate import PartialState
+
+    from dyndepth.corpus import load_corpus
+    from dyndepth.fits import fit_cached, save_fit
+    from dyndepth.machine import steady_allocator
+    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.plots import training_curve
+    from dyndepth.workbench import resolve_device
+
+    if options["threads"] is not None:
+        torch.set_num_threads(max(1, options["threads"]))
+    steady_allocator()
+    device = resolve_device(options["device"])
+    state = PartialState(cpu=device == "cpu")
+    model = load_model(
+        options["model"],
+        dtype=options["dtype"],
+        # Under `accelerate launch` each process has a device of its own.
+        device=str(state.device) if state.num_processes > 1 else device,
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    corpus = load_corpus(options["corpus"], load_tokenizer(options["model"], options["revision"]))
+    began = time.monotonic()
+    torch.manual_seed(method.seed)
+    if recipe is None or recipe.kind == "lora":
+        method = fit_cached(method, model, corpus, refresh=options["refresh"])
+    if recipe is not None:
+        from dyndepth.recovered import recover_cached
+
+        method, adapter = recover_cached(method, model, corpus, recipe)
+    if not state.is_main_process:
+        return
+    save_fit(method, model, output / "fit")
+    if recipe is not None:
+        shutil.copytree(adapter.folder, output / "recovery", dirs_exist_ok=True)
+    for curve, file in ((method.curve, "curve.png"), (recovered_curve(output), "recovery.png")):
+        if curve:
+            training_curve(curve, output / file)
+    summary = {
+        "method": repr(method),
+        "model": options["model"],
+        "corpus": corpus.fingerprint,
+        "facts": method.facts,
+        "recovery": str(recipe or "none"),
+        "seconds": round(time.monotonic() - began, 1),
+        "threads": torch.get_num_threads(),
+        "output_path": str(output),
+    }
+    write_atomically(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print(json.dumps({"fit": summary}), flush=True)
+
+
+def recovered_curve(output: Path) -> list[dict[str, float]]:
+    """The curve of a recovery that was copied to ``output``; empty if there is none."""
+    from dyndepth.fits import CURVE, read_curve
+
+    return read_curve(output / "recovery" / CURVE)
+
+
+def _default_path(options: dict[str, Any]) -> str:
+    name = f"{options['method']}-{options['target_speedup']:g}x"
+    return str(Path("runs") / "fits" / slug(options["model"]) / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Recovered methods: taken from what comes with the project, from the cache, or trained.
+
+A folder holds the adapter, the training curve, and under ``fit`` what the method found when it was
+calibrated again under the adapted weights. ``python -m dyndepth.recovered`` makes the folders that
+a method ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dyndepth.assets import build_once, cache_root
+from dyndepth.errors import UserError
+from dyndepth.recipe import Recipe, parse_recovery
+
+if TYPE_CHECKING:
+    import torch
+
+    from dyndepth.adapters import Adapter
+    from dyndepth.corpus import Corpus
+    from dyndepth.method import DynamicDepthMethod
+    from dyndepth.recovery import Recovered
+
+    Method = TypeVar("Method", bound=DynamicDepthMethod)
+
+FIT = "fit"
+
+
+def recover_cached(
+    method: Method,
+    model: torch.nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    seed: int | None = None,
+    *,
+    progress: bool = True,
+) -> tuple[Method, Adapter]:
+    """``method`` fitted, and an adapter for it by ``recipe``: from the cache if it is there.
+
+    The method holds what it found when calibrated under the adapted weights, so attach it inside
+    ``adapted(model, adapter)``. ``seed`` (default: the method's) is of the adapter's start and of
+    the order of the text. A folder that the method ships is taken if it was made for this model,
+    corpus, recipe, method and seed. The cache lies under ``cache_root()/recovery/<name>/<key>``; a
+    training that was killed goes on. Raises UserError as ``recovery.recover`` does.
+    """
+    seed = method.seed if seed is None else seed
+    shipped = find_shipped(method, model, corpus, recipe, seed)
+    if shipped is not None:
+        return _load(method, model, shipped)
+    folder = cache_root() / "recovery" / method.name
+    folder /= recovery_key(method, model, corpus, recipe, seed)
+    unfinished = folder.with_name(f"{folder.name}.training")
+
+    def build(work: Path) -> None:
+        from dyndepth.adapters import adapted, load_adapter, write_adapter
+        from dyndepth.fits import CURVE, fit_cached, save_fit, write_curve
+        from dyndepth.loop import checkpoints
+        from dyndepth.recovery import recover
+
+        if recipe.kind == "lora":
+            fit_cached(method, model, corpus)
+        with checkpoints(unfinished):
+            found = recover(method, model, corpus, recipe, seed, progress=progress)
+        write_adapter(work, found.factors, recipe, _card(method, model, corpus, seed, found))
+        write_curve(work / CURVE, found.curve)
+        with adapted(model, load_adapter(work, model)):
+            method.calibrate(model, corpus)
+        save_fit(method, model, work / FIT)
+
+    build_once(folder, build, lambda: _is_readable(folder, model))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return _load(method, model, folder)
+
+
+def fit_and_recover(
+    method: Method, model: torch.nn.Module, corpus: Corpus, recovery: str
+) -> tuple[Method, Adapter | None]:
+    """``method`` ready to be attached inside ``adapted(model, adapter)``; ``none``: no adapter."""
+    from dyndepth.fits import fit_cached
+
+    recipe = parse_recovery(recovery)
+    if recipe is None:
+        return fit_cached(method, model, corpus), None
+    return recover_cached(method, model, corpus, recipe)
+
+
+def recovery_key(
+    method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus, recipe: Recipe, seed: int
+) -> str:
+    """24 hex digits over everything that decides what a recovery finds."""
+    from dyndepth.fits import fit_key
+    from dyndepth.provenance import recovery_code
+
+    facts = {
+        "fit": fit_key(method, model, corpus),
+        "recipe": str(recipe),
+        "seed": seed,
+        "code": recovery_code(),
+        "peft": metadata.version("peft"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def find_shipped(
+    method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus, recipe: Recipe, seed: int
+) -> Path | None:
+    """The folder that comes with ``method`` and was made for exactly this; None if there is none.
+
+    Looked for under ``<method.shipped_adapters>/<model's fingerprint>/``, whatever its name.
+    """
+    from dyndepth.adapters import read_card
+    from dyndepth.models import fingerprint
+
+    if method.shipped_adapters is None:
+        return None
+    model_print = fingerprint(model)
+    wanted = {
+        "model": model_print,
+        "corpus": corpus.fingerprint,
+        "recipe": str(recipe),
+        "method": repr(method),
+        "fit_version": method.fit_version,
+        "seed": seed,
+    }
+    for folder in sorted((method.shipped_adapters / model_print).glob("*/")):
+        card = read_card(folder)
+        if all(card.get(key) == value for key, value in wanted.items()):
+            return folder
+    return None
+
+
+def ship(method: DynamicDepthMethod, adapter: Adapter, name: str) -> Path:
+    """Copy a recovered folder to where ``find_shipped`` looks, replacing one of that ``name``.
+
+    Raises UserError if the method has no place for it.
+    """
+    if method.shipped_adapters is None:
+        raise UserError(f"{method.name} ships no adapters; give its class shipped_adapters")
+    folder = method.shipped_adapters / str(adapter.card["model"]) / name
+    if folder == adapter.folder:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(adapter.folder, folder, ignore=shutil.ignore_patterns(".*"))
+    return folder
+
+
+def _load(method: Method, model: torch.nn.Module, folder: Path) -> tuple[Method, Adapter]:
+    from dyndepth.adapters import load_adapter
+    from dyndepth.fits import load_fit
+
+    adapter = load_adapter(folder, model)
+    return load_fit(method, model, folder / FIT), adapter
+
+
+def _is_readable(folder: Path, model: torch.nn.Module) -> bool:
+    from dyndepth.adapters import load_adapter
+    from dyndepth.fits import read_fit
+
+    try:
+        load_adapter(folder, model)
+        read_fit(folder / FIT)
+    except UserError:
+        return False
+    return True
+
+
+def _card(
+    method: DynamicDepthMethod,
+    model: torch.nn.Module,
+    corpus: Corpus,
+    seed: int,
+    found: Recovered,
+) -> dict[str, Any]:
+    from dyndepth.models import fingerprint
+
+    last = found.curve[-10:]
+    return {
+        "model": fingerprint(model),
+        "name": method.name,
+        "method": repr(method),
+        "fit_version": method.fit_version,
+        "corpus": corpus.fingerprint,
+        "tokens": found.tokens,
+        "seconds": round(found.seconds, 1),
+        "seed": seed,
+        "loss_first": found.curve[0]["loss"] if found.curve else None,
+        "loss_last": sum(row["loss"] for row in last) / len(last) if last else None,
+        **{name: metadata.version(name) for name in ("peft", "torch", "transformers")},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Recover methods, print a line of JSON each and, with --ship, put them where they ship."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.recovered", description="Recover methods by adapters."
+    )
+    add = parser.add_argument
+    add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")
+    add("--methods", required=True, help='names, or "name(parameter=value, ...)"')
+    add("--speedups", default="1.25,1.5,2.0", help="targets, comma-separated")
+    add("--recovery", default="lora", help='"lora(rank=8, steps=100)", joint, ... (default: lora)')
+    add("--corpus", default="embedded", help="text to train on: .txt, .jsonl, 'embedded'")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add("--seed", type=int, default=0)
+    add("--ship", action="store_true", help="copy the adapters into the methods' own folders")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
+    try:
+        _recover_all(options)
+    except UserError as fault:
+        print(f"dyndepth.recovered: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _recover_all(options: argparse.Namespace) -> None:
+    from dyndepth.adapters import CARD
+    from dyndepth.grid import plans
+    from dyndepth.models import layer_count
+    from dyndepth.options import settings
+    from dyndepth.registry import parse_methods
+
+    recipe = parse_recovery(options.recovery)
+    if recipe is None:
+        raise UserError("--recovery none recovers nothing; give lora or joint")
+    chosen = settings(
+        {
+            "methods": options.methods,
+            "speedups": options.speedups,
+            "seed": options.seed,
+            "recovery": str(recipe),
+        }
+    )
+    # A sweep always has its yardstick; here only what was named is made.
+    named = {name for name, _ in parse_methods(options.methods)}
+    found = plans(chosen, layer_count(options.model))
+    cells = [plan for plan in found if plan.method in named]
+
+    from dyndepth.corpus import load_corpus
+    from dyndepth.machine import steady_allocator
+    from dyndepth.models import load_model, load_tokenizer
+
+    steady_allocator()
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    corpus = load_corpus(options.corpus, load_tokenizer(options.model))
+    for plan in cells:
+        method, adapter = recover_cached(plan.build(), model, corpus, recipe)
+        if options.ship:
+            name = f"{method.target_speedup:g}-seed{method.seed}-{recipe.kind}"
+            folder = ship(method, adapter, name)
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            text = json.dumps(card | {"command": options.command}, indent=1) + "\n"
+            (folder / CARD).write_text(text, encoding="utf-8")
+        print(json.dumps(adapter.card), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Shows the claims of a study: tables on the console, ``claims.csv`` and ``claims.md``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dyndepth.claims import COLUMNS, VERDICTS
+from dyndepth.console import print_table
+from dyndepth.records import Cell, Row, flat
+from dyndepth.stats import RESAMPLES
+from dyndepth.store import write_atomically
+from dyndepth.studies import Claim, Study
+
+HEADINGS = (
+    *("task", "against", "target", "block FLOPs", "A", "B", "A - B", "95% interval"),
+    *("p (Holm)", "n", "seeds", "verdict"),
+)
+
+CONDITIONS = (
+    *("model", "model_fingerprint", "limit", "sample_seed", "num_fewshot", "device", "dtype"),
+    *("data_fingerprint", "dyndepth", "torch", "transformers", "git_commit"),
+)
+"""What all cells of a report share, from their identity."""
+
+HOW = f"""\
+`block FLOPs` is the share of dense's block FLOPs that A executed on the task. B is interpolated to
+it, document by document, between its two neighbouring measured budgets (dense among them) and never
+beyond them. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
+{RESAMPLES:,} resamples, not adjusted. A difference counts as shown if its interval excludes 0 and p
+holds after Holm's correction over the claim's table. Seeds are averaged by document first; the
+intervals do not cover what another seed of the training would change. "No difference shown" is no
+proof of equality: the interval says how large a difference may still be."""
+
+
+def write(
+    study: Study, rows: Sequence[Row], cells: Sequence[Cell], positions: Sequence[Row], path: Path
+) -> list[Path]:
+    """Write the files under ``path`` and return where; equal rows give equal bytes.
+
+    ``claims.csv`` holds ``rows``; ``claims.md`` the same for people; ``positions.csv``, if routes
+    were recorded, the executed fraction by range of positions.
+    """
+    written = {
+        path / "claims.csv": _csv(rows, COLUMNS),
+        path / "claims.md": markdown(study, rows, cells),
+    }
+    if positions:
+        written[path / "positions.csv"] = _csv(positions, tuple(positions[0]))
+    for file, text in written.items():
+        write_atomically(file, text)
+    return list(written)
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    import pandas
+
+    table = pandas.DataFrame(list(rows), columns=list(columns))
+    return str(table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
+
+def show(study: Study, rows: Sequence[Row]) -> None:
+    """Print one table a claim."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for claim in study.claims:
+        own = _of(claim, rows)
+        table = Table(
+            title=f"{claim.name}: {escape(claim.text)}",
+            caption=f"A: {escape(claim.a.label)}. {tally(own)}",
+            caption_justify="left",
+        )
+        for heading in HEADINGS:
+            left = heading in ("task", "against", "verdict")
+            table.add_column(heading, justify="left" if left else "right")
+        for row in own:
+            table.add_row(*map(escape, texts(row)))
+        print_table(table)
+
+
+def markdown(study: Study, rows: Sequence[Row], cells: Sequence[Cell]) -> str:
+    """The report as Markdown: conditions, then each claim with its source and table."""
+    one = cells[0].identity
+    lines = [f"# {study.title}", "", HOW, ""]
+    lines += [f"- {key}: {flat(one[key])}" for key in CONDITIONS]
+    lines.append(f"- cells: {len(cells)}, of them failed: {_failed(cells)}")
+    for claim in study.claims:
+        own = _of(claim, rows)
+        lines += ["", f"## {claim.name}", "", f"{claim.text} ({claim.source})", ""]
+        lines += [f"A: `{claim.a.label}`. {tally(own)}", ""]
+        lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
+        lines += [_line(texts(row)) for row in own]
+    return "\n".join(lines) + "\n"
+
+
+def tally(rows: Sequence[Row]) -> str:
+    """The verdicts of one claim, counted: ``better: 3, worse: 1 (of 4)``."""
+    counts = Counter(row["verdict"] for row in rows)
+    names = sorted(counts, key=lambda name: (name in VERDICTS[2:], name))
+    return f"{', '.join(f'{name}: {counts[name]}' for name in names)} (of {len(rows)})"
+
+
+def texts(row: Row) -> list[str]:
+    """One row of claims.csv as a person reads it, in the order of ``HEADINGS``."""
+    verdict = row["verdict"] + (f" ({row['reason']})" if row.get("reason") else "")
+    seeds = [str(row[key]) for key in ("seeds_a", "seeds_b") if row.get(key)]
+    interval = ""
+    if row.get("low") is not None:
+        interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+    return [
+        f"{row.get('task', '')} {row['metric']}".strip(),
+        row.get("b", ""),
+        _number(row, "target_speedup", "{:g}x"),
+        _number(row, "fraction_a", "{:.3f}"),
+        _number(row, "value_a", "{:.3f}"),
+        _number(row, "value_b", "{:.3f}"),
+        _number(row, "difference", "{:+.3f}"),
+        interval,
+        _number(row, "p_holm", "{:.4f}"),
+        _number(row, "n", "{}"),
+        "/".join(seeds),
+        verdict,
+    ]
+
+
+def _of(claim: Claim, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["claim"] == claim.name]
+
+
+def _failed(cells: Sequence[Cell]) -> int:
+    return sum(cell.status == "error" for cell in cells)
+
+
+def _number(row: Row, key: str, form: str) -> str:
+    return "" if row.get(key) is None else form.format(row[key])
+
+
+def _line(entries: Sequence[str]) -> str:
+    return f"| {' | '.join(entry.replace('|', '/') for entry in entries)} |"

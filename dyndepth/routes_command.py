@@ -1,0 +1,298 @@
+"""The command line ``python -m dyndepth.routes``: records routing traces.
+
+With ``--methods`` it records them on some documents; with a sweep's output folder every cell of
+that run, rebuilt from its identity, into ``RUN/routes/<cell>.safetensors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
+from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
+from dyndepth.recipe import NONE
+from dyndepth.records import Row, cell_hash
+from dyndepth.store import Store
+
+PASSAGES = "wikipedia_bpb"
+"""The evaluation task whose documents are recorded."""
+
+LISTS = ("methods", "speedups", "seed")
+FREE = (*LISTS, "model", "phases", "dtype", "attn_implementation", "revision", "output_path")
+"""Flags that a recorded run decides by itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 if a cell could not be recorded, 2 for wrong input."""
+    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    try:
+        return run(vars(_parser().parse_args(given)))
+    except UserError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.routes: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was recorded is kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    built = Parser(
+        prog="python -m dyndepth.routes",
+        description="Record which sublayers each token executes, by method or by a sweep's cell.",
+        epilog="Dashes and underscores in flags are the same.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add("run", nargs="?", metavar="RUN", help="a sweep's output folder: record its cells again")
+    for name in FREE:
+        text = HELP[name] + (f": {', '.join(CHOICES[name])}" if name in CHOICES else "")
+        add(f"--{name}", nargs="+" if name in LISTS else None, metavar=name.upper(), help=text)
+    add("--corpus", help=f"{HELP['corpus']} (default: embedded)")
+    add("--device", help=f"{HELP['device']} (default: auto)")
+    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
+    add("--documents", type=int, default=8, help="evaluation passages to record (default: 8)")
+    add("--length", type=int, default=256, help="longer documents are cut (default: 256 tokens)")
+    add(
+        "--prompt_length",
+        type=int,
+        default=1,
+        help="tokens of each document that count as prompt (default: 1; the rest is generation, "
+        "as when passages are scored)",
+    )
+    add("--text", metavar="FILE", help="text file to record, an empty line between documents")
+    add("--debug", action="store_true", help=HELP["debug"])
+    return built
+
+
+def run(options: dict[str, Any]) -> int:
+    """Record; the last line printed is one JSON document. Returns the exit status.
+
+    Raises:
+        UserError: wrong input; nothing was written.
+    """
+    for name, least in (("documents", 1), ("length", 1), ("prompt_length", 0)):
+        if options[name] < least:
+            raise UserError(
+                f"--{name} takes a whole number of at least {least}, not {options[name]}"
+            )
+    started = time.monotonic()
+    jobs, output = _cells(options) if options["run"] else _methods(options)
+    texts = documents(options["text"], options["documents"])
+    print(f"{len(jobs)} to record on {len(texts)} documents", flush=True)
+    recorded = failed = 0
+    bench = Bench(options)
+    for index, job in enumerate(jobs, start=1):
+        where = f"[{index}/{len(jobs)}] {job.label}"
+        print(f"{where}: recording ({time.monotonic() - started:.0f} s)", flush=True)
+        try:
+            job.record(bench, texts, options).save(output / f"{job.file}.safetensors")
+            recorded += 1
+        except UserError as fault:
+            if not options["run"]:
+                raise
+            failed += 1
+            print(f"{where}: failed: {fault}", file=sys.stderr, flush=True)
+    summary = {
+        "output_path": str(output),
+        "recorded": recorded,
+        "failed": failed,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps({"routes": summary}), flush=True)
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to write: ``identity`` is a recorded cell's, None where a plan is run freely."""
+
+    label: str
+    file: str
+    settings: Settings
+    plan: Plan | None = None
+    identity: Row | None = None
+
+    def record(self, bench: Bench, texts: dict[str, str], options: dict[str, Any]) -> Any:
+        """The routes. Raises UserError if a cell can't be rebuilt as it was."""
+        from dyndepth.adapters import adapted
+        from dyndepth.recovered import fit_and_recover
+        from dyndepth.routes import record
+
+        method = self.plan.build() if self.plan else rebuilt(self.identity or {})
+        bench.load(self.settings, self.identity)
+        recovery = self.identity["recovery"] if self.identity else NONE
+        method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)
+        identity = self.identity and self.identity | {"cell": self.file}
+        with adapted(bench.model, adapter):
+            return record(
+                bench.model,
+                bench.tokenizer,
+                method,
+                texts,
+                options["prompt_length"],
+                length=options["length"],
+                identity=identity,
+            )
+
+
+class Bench:
+    """The model that is loaded, its tokenizer and its corpus."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.loaded: tuple[Any, ...] | None = None
+
+    def load(self, wanted: Settings, identity: Row | None) -> None:
+        """Have what ``wanted`` names. Raises UserError where it is not what a cell was run on."""
+        from dyndepth.corpus import load_corpus
+        from dyndepth.models import load_model, load_tokenizer
+        from dyndepth.workbench import resolve_device
+
+        key = (wanted.model, wanted.revision, wanted.dtype, wanted.attn_implementation)
+        if key != self.loaded:
+            print(f"loading {wanted.model}", flush=True)
+            self.tokenizer = load_tokenizer(wanted.model, revision=wanted.revision)
+            self.corpus = load_corpus(wanted.corpus, self.tokenizer)
+            self.model = load_model(
+                wanted.model,
+                dtype=wanted.dtype,
+                device=resolve_device(wanted.device),
+                attn_implementation=wanted.attn_implementation,
+                revision=wanted.revision,
+                trust_remote_code=wanted.trust_remote_code,
+            )
+            self.loaded = key
+        if identity is None:
+            return
+        found = {
+            "model_fingerprint": self.model.dyndepth.fingerprint,
+            "corpus_fingerprint": self.corpus.fingerprint,
+        }
+        for name, remedy in (
+            ("model_fingerprint", f"{wanted.model} is another model now"),
+            ("corpus_fingerprint", "it was fitted on other text; name that by --corpus"),
+        ):
+            if identity[name] != found[name]:
+                raise UserError(f"{remedy} ({name} {found[name]}, recorded {identity[name]})")
+
+
+def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
+    """Jobs of ``--methods``, and where they go."""
+    from dyndepth.models import layer_count
+    from dyndepth.registry import parse_methods
+
+    if not options["methods"]:
+        raise UserError("nothing to record: give --methods, or a sweep's output folder")
+    if options["output_path"] is None:
+        raise UserError("--output_path is missing; name a folder for the recorded files")
+    chosen = _settings(options, FREE)
+    layers = layer_count(chosen.model, chosen.revision, chosen.trust_remote_code)
+    named = {name for name, _ in parse_methods(chosen.methods)}
+    jobs = []
+    for plan in plans(chosen, layers):
+        if plan.method == DENSE and DENSE not in named:
+            continue
+        name = f"{plan.method}-x{plan.target_speedup:g}-seed{plan.seed}"
+        file = f"{name}-{cell_hash(method_identity(plan.build()))}"
+        jobs.append(Job(plan.describe(), file, chosen, plan=plan))
+    return jobs, chosen.output_path
+
+
+def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
+    """Jobs of a sweep's cells, and where they go; what can't be recorded is told and left out."""
+    given = [f"--{name}" for name in FREE if options[name] is not None]
+    if given:
+        raise UserError(f"{given[0]} can't be given with a run's folder, which decides it")
+    folder = Path(options["run"]).expanduser()
+    cells = Store(folder).all()
+    if not cells:
+        raise UserError(f"{options['run']} holds no cells; give the --output_path of a sweep")
+    jobs = []
+    for cell in cells:
+        identity = cell.identity
+        label = (
+            f"{identity['method']} at {identity['target_speedup']:g}x, "
+            f"seed {identity['seed']}, cell {cell.key}"
+        )
+        if cell.status != "done":
+            print(f"{label}: left out, for it failed", file=sys.stderr)
+        else:
+            # The embedded model's revision names its wheel, which is no revision of a hub.
+            revision = None if identity["model"] == EMBEDDED else identity["revision"] or None
+            of_cell = {
+                "model": identity["model"],
+                "dtype": identity["dtype"],
+                "attn_implementation": identity["attn_implementation"],
+                "revision": revision,
+            }
+            wanted = _settings(options | of_cell, tuple(of_cell))
+            jobs.append(Job(label, cell.key, wanted, identity=identity))
+    return jobs, folder / "routes"
+
+
+def _settings(options: dict[str, Any], names: Sequence[str]) -> Settings:
+    """Checked settings from some of the options, and those that both ways of calling share."""
+    names = (*names, "corpus", "device", "trust_remote_code")
+    return settings({name: options[name] for name in names if options[name] is not None})
+
+
+def rebuilt(identity: Row) -> Any:
+    """The method of a recorded cell, not fitted.
+
+    Raises:
+        UserError: this version's method is another one, or has other parameters.
+    """
+    from dyndepth.registry import method_class, parse_methods
+
+    name, text = identity["method"], identity["parameters"]
+    ((_, parameters),) = parse_methods(f"{name}({text})" if text else name)
+    if any(f.name == "phases" for f in fields(method_class(name))):
+        parameters["phases"] = identity["phases"]
+    method = Plan(name, identity["target_speedup"], identity["seed"], parameters).build()
+    found = (parameters_text(method), method.phases, method.fit_version)
+    if found != (text, identity["phases"], identity["fit_version"]):
+        raise UserError(f"the method {name!r} has changed since this cell was run; sweep again")
+    return method
+
+
+def documents(file: str | None, count: int) -> dict[str, str]:
+    """Document id -> text: the first of a file's, or evaluation passages.
+
+    The passages and their ids are those that a sweep with ``--limit`` scores, so that rules which
+    depend on the document decide as they did there. Raises UserError for an unreadable file.
+    """
+    return _texts(Path(file), count) if file else dict(_passages(count))
+
+
+def _texts(file: Path, count: int) -> dict[str, str]:
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as fault:
+        raise UserError(f"--text {file} can't be read: {fault.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {file} is not UTF-8 text") from None
+    found = [text.strip() for text in content.split("\n\n") if text.strip()]
+    if not found:
+        raise UserError(f"--text {file} holds no text")
+    return {f"{file.name}/{index}": text for index, text in enumerate(found[:count])}
+
+
+def _passages(count: int) -> Iterator[tuple[str, str]]:
+    from dyndepth.evaluate import sample
+    from dyndepth.tasks.documents import passages
+
+    texts = passages()
+    for index in sample(PASSAGES, len(texts), count, 0):
+        yield f"{PASSAGES}/{index}", texts[index]

@@ -1,0 +1,5 @@
+"""Studies that come with the methods: plain data, one file each.
+
+They lie outside of the methods' own folders because a method's folder is hashed into its cells: the
+wording of a claim must not make anybody train routers again.
+"""

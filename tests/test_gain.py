@@ -1,0 +1,154 @@
+"""Routers by regression: slopes at gates that are off, the budget, what is read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dyndepth import gain, loop
+from dyndepth.gain import KEPT, Regression, _Moments, _Probe, _slopes, _spend, regress_gains
+from dyndepth.runtime import attach
+from dyndepth.training import budget_shares
+
+SETTINGS = Regression(windows=(6, 6), ridge=1.0)
+
+
+@pytest.fixture
+def windows(tiny_corpus):
+    return tiny_corpus.windows(24, 12, 0)
+
+
+@pytest.fixture
+def removable():
+    chosen = torch.zeros(4, 2, dtype=torch.bool)
+    chosen[1:3] = True
+    return chosen
+
+
+def test_slopes_are_those_of_the_divergence(tiny, windows, removable):
+    """A leaf's gradient against a finite difference in one gate of one token."""
+    model, ids = tiny(), windows[:2]
+    method = _Probe(removable, SETTINGS)
+    with attach(model, method, backend="masked"):
+        base = _slopes(model, method, ids, 0)
+        slope = method.leaves[2].grad[1, 5, 1].item()
+        gates = method.gates
+        step = 1e-2
+
+        def nudged(layer, hidden):
+            attention, mlp = gates(layer, hidden)
+            if layer == 2 and not method.full_depth:
+                mlp = mlp.detach().clone()
+                mlp[1, 5] += step
+            return attention, mlp
+
+        method.gates = nudged
+        moved = _slopes(model, method, ids, 0)
+    assert slope != 0
+    assert (moved - base) * ids.numel() / step == pytest.approx(slope, rel=0.05, abs=1e-3)
+
+
+def test_moments_solve_the_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 5, generator=generator) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]) + 1
+    truth = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.1])
+    moments = _Moments(5)
+    for part in rows.split(50):
+        moments.add(part, part @ truth + 3)
+    weight, intercept = moments.solve(ridge=1e-6)
+    torch.testing.assert_close(weight, truth, atol=1e-2, rtol=0)
+    assert intercept.item() == pytest.approx(3, abs=2e-2)
+    heavy, mean = moments.solve(ridge=1e12)
+    torch.testing.assert_close(heavy, torch.zeros(5), atol=1e-5, rtol=0)
+    assert mean.item() == pytest.approx((rows @ truth + 3).mean().item(), rel=1e-3)
+
+
+def test_the_threshold_spends_the_budget():
+    predicted = [torch.arange(100.0), torch.arange(100.0) - 50]
+    _, threshold = _spend(predicted, [0.2, 0.4], executed=0.7)
+    spent = 0.4 + sum(
+        share * float((each >= threshold).float().mean())
+        for each, share in zip(predicted, (0.2, 0.4), strict=True)
+    )
+    assert spent == pytest.approx(0.7, abs=0.01)
+
+
+def test_routers_meet_the_budget_and_read_tokens(tiny, windows, removable):
+    model = tiny()
+    shares = budget_shares(model, 24)
+    weight, bias, curve = regress_gains(
+        model, windows, removable, shares, 0.8, SETTINGS, progress=False
+    )
+    assert weight.shape == (4, 2, 32)
+    assert [row["tokens"] for row in curve] == [48.0 * n for n in range(1, 7)]
+    first = 1 - shares[removable].sum().item()
+    assert [row["executed"] for row in curve[:3]] == pytest.approx([first] * 3, abs=1e-5)
+    assert curve[-1]["executed"] > first
+    assert (bias[~removable] == KEPT).all()
+    assert (weight[~removable] == 0).all()
+    assert (weight[removable].abs().sum(-1) > 0).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = regress_gains(model, windows, removable, shares, 0.8, SETTINGS, progress=False)
+    assert torch.equal(weight, again[0])
+    assert torch.equal(bias, again[1])
+
+
+def test_a_constant_reads_no_token(tiny, windows, removable):
+    model = tiny()
+    shares = budget_shares(model, 24)
+    settings = Regression(windows=(6, 6), constant=True)
+    weight, bias, _ = regress_gains(
+        model, windows, removable, shares, 0.8, settings, progress=False
+    )
+    assert weight.shape == (4, 2, 32)
+    assert (weight == 0).all()
+    assert len(bias[removable].unique()) == 4
+
+
+def test_only_generated_tokens_are_observed(tiny, windows, removable):
+    """In phase generation the prompt's gates have no slope and must not count as gains of zero."""
+    model = tiny()
+    shares = budget_shares(model, 24)
+    settings = Regression(windows=(12,), constant=True, phases="generation")
+    _, bias, _ = regress_gains(model, windows, removable, shares, 0.8, settings, progress=False)
+    method = _Probe(removable, settings)
+    gains = []
+    with attach(model, method, backend="masked", prompt_length=12):
+        for ids in windows.split(2):
+            _slopes(model, method, ids, 12)
+            gains.append(-torch.stack([leaf.grad for leaf in method.leaves]))
+    gain = torch.cat(gains, 1).clamp(-4, 4)
+    assert (gain[:, :, :12] == 0).all()
+    expected = gain[:, :, 12:].mean((1, 2))[removable] / shares[removable]
+    order = bias[removable].argsort().tolist()
+    assert order == expected.argsort().tolist()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_killed_regression_goes_on_with_the_same_curve(
+    tiny, windows, removable, tmp_path, monkeypatch, stop
+):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    model = tiny()
+    shares = budget_shares(model, 24)
+
+    def regress():
+        return regress_gains(model, windows, removable, shares, 0.8, SETTINGS, progress=False)
+
+    expected, measured, calls = regress(), gain._slopes, []
+
+    def killed(*given):
+        calls.append(None)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return measured(*given)
+
+    with loop.checkpoints(tmp_path):
+        monkeypatch.setattr(gain, "_slopes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            regress()
+        monkeypatch.setattr(gain, "_slopes", measured)
+        again = regress()
+    assert again[2] == expected[2]
+    assert torch.equal(again[0], expected[0])
+    assert torch.equal(again[1], expected[1])
