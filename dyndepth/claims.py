@@ -121,7 +121,9 @@ def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> li
             compared = list(_methods(claim, cells, phases))
         rows += [{"study": study.name, **row} for row in _judged(claim, compared)]
     for row in rows:
-        row |= {key: cells[0].identity[key] for key in COLUMNS if key in cells[0].identity} | row
+        # What all cells share; a row that found no cell of its own has no target either.
+        shared = {key: cells[0].identity[key] for key in COLUMNS if key in cells[0].identity}
+        row |= shared | {"target_speedup": None} | row
     return rows
 
 

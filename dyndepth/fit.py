@@ -82,7 +82,11 @@ def parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="let a hub model run code of its own")
     add("--threads", type=int, help="processor threads (default: torch's own choice)")
     add("--output_path", help="folder for what was found (default: runs/fits/...)")
-    add("--refresh", action="store_true", help="fit again, whatever is kept")
+    add(
+        "--refresh",
+        action="store_true",
+        help="fit again, whatever is kept or comes with the project",
+    )
     add("--debug", action="store_true", help="print the whole traceback of every error")
     from dyndepth.registry import method_class, methods
 
@@ -165,7 +169,8 @@ def run(options: dict[str, Any]) -> None:
     if recipe is not None:
         from dyndepth.recovered import recover_cached
 
-        method, adapter = recover_cached(method, model, corpus, recipe)
+        refresh = options["refresh"]
+        method, adapter = recover_cached(method, model, corpus, recipe, refresh=refresh)
     if not state.is_main_process:
         return
     save_fit(method, model, output / "fit")

@@ -39,9 +39,9 @@ def fit_cached(
 ) -> Method:
     """``method`` fitted: from the cache if it is there, else by ``method.fit``; returns it.
 
-    ``refresh`` fits again and replaces what was kept. A kept fit that can't be read is made
-    again. The cache lies under ``cache_root()/fits/<name>/<key>``; two processes may fit at
-    once, the second waits and reads.
+    ``refresh`` fits again, also past what comes with the method, and replaces what was kept. A
+    kept fit that can't be read is made again. The cache lies under
+    ``cache_root()/fits/<name>/<key>``; two processes may fit at once, the second waits and reads.
     """
     from accelerate import PartialState
 
@@ -56,6 +56,7 @@ def fit_cached(
         nonlocal fitted_here
         if refresh:
             shutil.rmtree(unfinished, ignore_errors=True)
+        method.anew = refresh
         with checkpoints(unfinished):
             method.fit(model, corpus)
         _write(method, model, work)
@@ -81,8 +82,12 @@ def _fit_together(
 
     from dyndepth.loop import checkpoints
 
-    if not refresh and _is_readable(folder):
+    kept = not refresh and _is_readable(folder)
+    # Nobody may write before everybody has looked.
+    PartialState().wait_for_everyone()
+    if kept:
         return load_fit(method, model, folder)
+    method.anew = refresh
     with checkpoints(unfinished):
         method.fit(model, corpus)
     if PartialState().is_main_process:

@@ -109,12 +109,16 @@ def optimise(
 
     def state() -> dict[str, Any]:
         values = [parameter.detach().cpu() for parameter in parameters]
-        return {"parameters": values, "optimiser": optimiser.state_dict(), "curve": curve}
+        kept = {"parameters": values, "optimiser": optimiser.state_dict(), "curve": curve}
+        scaler = accelerator.scaler
+        return kept | ({"scaler": scaler.state_dict()} if scaler is not None else {})
 
     def take(kept: dict[str, Any]) -> None:
         for parameter, value in zip(parameters, kept["parameters"], strict=True):
             parameter.data.copy_(value)
         optimiser.load_state_dict(kept["optimiser"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(kept["scaler"])
         curve.extend(kept["curve"])
 
     checkpoint = Checkpoint(name)
@@ -146,8 +150,10 @@ def optimise(
                 rows.append(row)
             if processes > 1:
                 for parameter in parameters:
-                    if parameter.grad is not None:
-                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+                    # A process in which it took no part must still answer the others.
+                    own = parameter.grad
+                    own = torch.zeros_like(parameter) if own is None else own
+                    parameter.grad = accelerator.reduce(own, "mean")
             stepper.step()
             stepper.zero_grad()
             read = (step + 1) * schedule.accumulate * processes * ids.numel()
@@ -172,6 +178,8 @@ def _accelerator(device: torch.device, precision: str) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU; take bf16 or no on a processor")
     # One process may train with one precision after another; the shared state remembers the first.
     AcceleratorState._reset_state()
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)

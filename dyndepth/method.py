@@ -153,6 +153,8 @@ class DynamicDepthMethod:
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
         self.curve: list[dict[str, float]] = []
+        # Set by who fits: take nothing that comes with the method.
+        self.anew = False
 
     def max_speedup(self, layers: int) -> float:
         """The largest target speedup that the method can meet on a model of ``layers`` blocks."""

@@ -41,6 +41,7 @@ def recover_cached(
     recipe: Recipe,
     seed: int | None = None,
     *,
+    refresh: bool = False,
     progress: bool = True,
 ) -> tuple[Method, Adapter]:
     """``method`` fitted, and an adapter for it by ``recipe``: from the cache if it is there.
@@ -49,15 +50,22 @@ def recover_cached(
     ``adapted(model, adapter)``. ``seed`` (default: the method's) is of the adapter's start and of
     the order of the text. A folder that the method ships is taken if it was made for this model,
     corpus, recipe, method and seed. The cache lies under ``cache_root()/recovery/<name>/<key>``; a
-    training that was killed goes on. Raises UserError as ``recovery.recover`` does.
+    training that was killed goes on; ``refresh`` trains again, whatever is kept or shipped. Raises
+    UserError as ``recovery.recover`` does, and where several processes train.
     """
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise UserError("recovery trains in one process; start it without `accelerate launch`")
     seed = method.seed if seed is None else seed
-    shipped = find_shipped(method, model, corpus, recipe, seed)
+    shipped = None if refresh else find_shipped(method, model, corpus, recipe, seed)
     if shipped is not None:
         return _load(method, model, shipped)
     folder = cache_root() / "recovery" / method.name
     folder /= recovery_key(method, model, corpus, recipe, seed)
     unfinished = folder.with_name(f"{folder.name}.training")
+    if refresh:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
     def build(work: Path) -> None:
         from dyndepth.adapters import adapted, load_adapter, write_adapter
@@ -65,6 +73,7 @@ def recover_cached(
         from dyndepth.loop import checkpoints
         from dyndepth.recovery import recover
 
+        method.anew = refresh
         if recipe.kind == "lora":
             fit_cached(method, model, corpus)
         with checkpoints(unfinished):
@@ -75,7 +84,7 @@ def recover_cached(
             method.calibrate(model, corpus)
         save_fit(method, model, work / FIT)
 
-    build_once(folder, build, lambda: _is_readable(folder, model))
+    build_once(folder, build, lambda: not refresh and _is_readable(folder, model))
     shutil.rmtree(unfinished, ignore_errors=True)
     return _load(method, model, folder)
 
@@ -217,9 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
     try:
         _recover_all(options)
-    except UserError as fault:
+    except (UserError, FloatingPointError) as fault:
         print(f"dyndepth.recovered: {fault}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(fault, UserError) else 1
     return 0
 
 

@@ -30,6 +30,7 @@ from dyndepth.errors import UserError
 from dyndepth.loop import Curve, Schedule, optimise
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import Trace, attach
+from dyndepth.training import mark_along
 
 if TYPE_CHECKING:
     from dyndepth.corpus import Corpus
@@ -67,7 +68,7 @@ def recover(
 
     Raises:
         UserError: no corpus, a projection that can't be adapted, or ``joint`` for a method that
-            trains nothing.
+            trains nothing, or whose fit trained no adapter; several processes.
     """
     if corpus is None:
         raise UserError("recovery trains on text; give a corpus")
@@ -81,6 +82,11 @@ def recover(
         if recipe.kind == "joint":
             method.fit(model, corpus)
             curve = list(getattr(method, "curve", []))
+            if not any(bool(layer.lora_B[_NAME].weight.any()) for layer in layers.values()):
+                raise UserError(
+                    f"fitting {method!r} trained no adapter along, so there is no joint recovery "
+                    "of it; use lora"
+                )
         else:
             curve = _train(method, model, corpus, recipe, seed, progress)
         factors: Factors = {
@@ -202,6 +208,7 @@ def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[s
             layer.lora_A[_NAME].float().requires_grad_(True)
             layer.lora_B[_NAME].float().requires_grad_(True)
             layer.lora_dropout.train()
+            mark_along([layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight])
         yield layers
     finally:
         for name, module in targets.items():

@@ -1,4 +1,4 @@
-"""Budgeted router tuning: the one training that every routed method shares.
+"""Budgeted router tuning by straight-through gates, for every method with routers.
 
 The backbone is frozen. A router module says, at each block's entry, one logit a token and sublayer;
 a sublayer runs where its logit is not negative. Training executes everything and multiplies by
@@ -11,12 +11,14 @@ with both shares counted in block FLOPs or in modules. Two estimators of the gat
 Gumbel noises of two logits) at a temperature that falls during training; ``deterministic`` takes
 the gates that inference will take and a sigmoid's slope. Nothing is sampled at inference.
 
-Parameters of the model that require a gradient (adapters that a caller put in) are trained along;
-the loss is then cross-entropy, since a dense model that moves is no yardstick.
+Adapters that a caller put in and marked (``mark_along``) are trained along; the loss is then
+cross-entropy, since a dense model that moves is no yardstick.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -62,7 +64,7 @@ class Tuning:
         objective: ``ce``, next-token cross-entropy; ``kl``, divergence from the dense model's
             predictions, which says more about each token at a third more arithmetic.
         weight_rate, bias_rate: learning rates.
-        adapter_rate: of parameters of the model that require a gradient.
+        adapter_rate: of adapters that are trained along.
         phases: ``generation`` keeps the first half of each window at full depth.
     """
 
@@ -84,7 +86,7 @@ class Tuning:
         target = 1 / self.target_speedup
         if self.curriculum is not None:
             fall, every = self.curriculum
-            return max(target, 1 - fall * (1 + step // every))
+            return max(target, 1 - fall * (step // every))
         done = min(1.0, (step + 1) / (self.ramp * steps)) if self.ramp else 1.0
         return first + (target - first) * done
 
@@ -129,6 +131,31 @@ class Routed(DynamicDepthMethod):
     def executed(self, shares: Tensor) -> Tensor:
         """Executed share of the last forward, a scalar with a gradient into every router."""
         return (torch.stack(self._executed) * shares).sum()
+
+
+def mark_along(parameters: Iterable[nn.Parameter]) -> None:
+    """Have ``parameters`` of a model trained along with whatever routers are trained on it."""
+    for parameter in parameters:
+        parameter.dyndepth_along = True  # type: ignore[attr-defined]
+
+
+def trained_along(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``model`` that were marked."""
+    return [p for p in model.parameters() if getattr(p, "dyndepth_along", False)]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """All parameters but the marked ones without a gradient; as they were on exit."""
+    along = {id(parameter) for parameter in trained_along(model)}
+    open_ones = [p for p in model.parameters() if p.requires_grad and id(p) not in along]
+    for parameter in open_ones:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in open_ones:
+            parameter.requires_grad_(True)
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, first: int = 0) -> Tensor:
@@ -177,11 +204,16 @@ def tune_router(
     shares = budget_shares(model, schedule.length, tuning.budget).to(device)
     half = schedule.length // 2 if tuning.phases == "generation" else 0
     method = Routed(router, tuning)
-    along = [p for p in model.parameters() if p.requires_grad]
+    along = trained_along(model)
     divergence = tuning.objective == "kl" and not along
     first = 1.0
     if tuning.ramp:
-        with torch.no_grad(), attach(model, method, backend="masked", prompt_length=half or None):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            attach(model, method, backend="masked", prompt_length=half or None),
+        ):
+            torch.manual_seed(seed)
             model(input_ids=windows[: schedule.batch].to(device), use_cache=False)
             first = method.executed(shares).item()
 
@@ -213,7 +245,10 @@ def tune_router(
         {"params": weights, "lr": tuning.weight_rate},
         {"params": along, "lr": tuning.adapter_rate},
     ]
-    with attach(model, method, backend="masked", prompt_length=half or None) as trace:
+    with (
+        _frozen(model),
+        attach(model, method, backend="masked", prompt_length=half or None) as trace,
+    ):
         return optimise(
             objective,
             [group for group in groups if group["params"]],

@@ -72,6 +72,11 @@ class RandomMask(DynamicDepthMethod):
     rates: Literal["matched", "uniform"] = "matched"
     length: int = 256
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, not {self.length}")
+
     def source_method(self) -> DynamicDepthMethod:
         """The source, not fitted. Raises UserError for an unknown one, or one of other phases."""
         given: dict[str, Any] = {"target_speedup": self.target_speedup}

@@ -251,3 +251,30 @@ def test_repository_ships_routers_under_one_megabyte():
             assert "dyndepth.methods.skipgpt.ship" in card["command"]
             assert card["held_out_loss"] > card["held_out_dense_loss"]
             assert card["method"] == repr(SkipGPT(target_speedup=float(path.stem)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"weight_rate": -1.0}, "weight_rate must be positive"),
+        ({"tau_start": 0.0}, "tau_start must be positive"),
+        ({"warm_up": 1.5}, "warm_up must lie between 0 and 1"),
+        ({"surplus": 0.5}, "surplus must be at least 1"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"length": 1}, "length must be at least 2"),
+    ],
+)
+def test_settings_out_of_range_are_told(changes, told):
+    with pytest.raises(UserError, match=told):
+        load_method("skipgpt", **changes)
+
+
+def test_a_budget_out_of_reach_is_told(tiny, tiny_corpus):
+    method = SkipGPT(target_speedup=60.0, **QUICK)
+    with pytest.raises(UserError, match="not 60x; ask for less"):
+        method.fit(tiny(), tiny_corpus)
+
+
+def test_large_targets_are_met(tiny, tiny_corpus):
+    method = SkipGPT(target_speedup=4.0, **QUICK).fit(tiny(), tiny_corpus)
+    assert method.facts["achieved_speedup"] == pytest.approx(4.0, rel=0.15)

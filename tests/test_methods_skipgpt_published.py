@@ -76,7 +76,7 @@ def test_tensors_are_the_differences_of_the_two_logits(tiny, checkpoint):
             assert torch.equal(tensors["weight"][layer, sublayer], execute - skip)
             execute, skip = state[f"{base}.bias"]
             assert torch.equal(tensors["bias"][layer, sublayer], execute - skip)
-    assert facts == {"threshold": 0.0, "imported": "router.pth"}
+    assert facts == {"threshold": 0.0, "normalise": False, "imported": "router.pth"}
 
 
 def test_half_precision_files_are_read_in_float32(tiny, tmp_path):
@@ -218,6 +218,11 @@ def test_command_writes_routers_that_the_method_takes(
         assert printed["block_speedup"] > 1.2
     else:
         assert printed["block_speedup"] == pytest.approx(target, rel=0.03)
+    bare = load_method("skipgpt", routers=folder, target_speedup=1.25)
+    model = tiny()
+    with attach(model, bare.fit(model, long_corpus)):
+        model(torch.ones(1, 4, dtype=torch.long))
+    assert not bare._router.normalise, "published routers read the raw stream"
     taken = load_method(printed["spec"], target_speedup=1.25).fit(tiny(), long_corpus)
     assert torch.equal(taken.tensors["weight"], tensors["weight"])
     assert taken.facts["threshold"] == pytest.approx(printed["threshold"], abs=0.05)

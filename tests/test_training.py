@@ -8,7 +8,14 @@ import torch
 from dyndepth.loop import Schedule
 from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
 from dyndepth.runtime import attach
-from dyndepth.training import Routed, Tuning, budget_shares, loss, tune_router
+from dyndepth.training import (
+    Routed,
+    Tuning,
+    budget_shares,
+    loss,
+    mark_along,
+    tune_router,
+)
 
 SCHEDULE = Schedule(steps=40, batch=2, length=32)
 
@@ -144,7 +151,7 @@ def test_the_wanted_share_follows_ramp_or_curriculum():
     assert tuning(2.0, ramp=0.5).wanted(24, 100, 1.0) == pytest.approx(0.75)
     steps = tuning(2.0, curriculum=(0.1, 500))
     found = [round(steps.wanted(n, 9999, 1.0), 6) for n in (0, 499, 500, 2500)]
-    assert found == [0.9, 0.9, 0.8, 0.5]
+    assert found == [1.0, 1.0, 0.9, 0.5]
 
 
 def test_phase_generation_keeps_prompts_whole_and_counts_generated_tokens(tiny, windows):
@@ -158,11 +165,21 @@ def test_phase_generation_keeps_prompts_whole_and_counts_generated_tokens(tiny, 
     assert method.executed(budget_shares(model, 32)).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_parameters_of_the_model_that_need_a_gradient_are_trained_along(tiny, windows):
+def test_marked_parameters_of_the_model_are_trained_along(tiny, windows):
     model = tiny()
     weight = model.model.layers[1].self_attn.q_proj.weight
     before, frozen = weight.clone(), model.model.layers[1].self_attn.k_proj.weight.clone()
     weight.requires_grad_(True)
+    mark_along([weight])
     tune_router(model, fresh(), windows, tuning(), SCHEDULE, progress=False)
     assert not torch.equal(weight, before)
     assert torch.equal(model.model.layers[1].self_attn.k_proj.weight, frozen)
+
+
+def test_a_model_that_nobody_froze_stays_as_it_is(tiny, windows):
+    """As transformers loads it: every parameter asks for a gradient."""
+    model = tiny().requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tune_router(model, fresh(), windows, tuning(), SCHEDULE, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -8,19 +8,23 @@ Rule: with x the stream that enters block l and n(x) = x, or x / rms(x) if ``nor
     attention runs iff w_a . n(x) + b_a >= threshold,
     MLP runs iff w_m . n(x) + b_m >= threshold;
 both decisions are taken at the block's entry, as in the reference code. A token that is skipped
-keeps its stream unchanged. Trained with loss + penalty * |executed - 1/speedup|; the threshold,
-near 0, is then solved on calibration text so that the measured speedup meets the target: the
-trained rate drifts from the measured one.
+keeps its stream unchanged. The threshold, near 0, is solved on calibration text so that the
+measured speedup meets the target: the trained rate drifts from the measured one.
+Training: ``preset=paper`` has the published settings: straight-through Gumbel gates under
+cross-entropy + penalty * |executed - 1/speedup|. ``preset=embedded``, the default, finds the maps
+by regression (``dyndepth.gain``): sublayers are switched off in the order of a greedy removal, more
+than the target asks; a ridge regression on the stream predicts what each token would gain from
+running each; where the gain per FLOP is largest, they run. Straight-through steps may follow
+(``steps``). Minutes on a processor for a small model, and no learning rate.
 Granularity: token and sublayer; no block and no token is protected. ``reads=constant``: static.
 KV policy: project. Every token's keys and values are computed in every block, as in the reference.
 Phases: both, as in the paper; ``generation`` keeps the prompt at full depth.
-Presets: ``paper`` has the published settings; ``embedded``, the default, what trains stably on a
-thin, deep model within minutes: see presets.py.
 Deviations: decisions are deterministic at inference (the reference samples Gumbel noise there too).
-Under ``embedded`` also in training; the budget counts FLOPs where the reference counts modules;
-biases start from a greedy removal order; the objective is the divergence from the dense model; the
-routers see the RMS-normalised stream. In both presets no gradient passes through a router's input
-into the stream, and the paper's two logits are one, their difference.
+In both presets no gradient passes through a router's input into the stream, and the paper's two
+logits are one, their difference. ``paper`` clips no gradients and has AdamW's second beta at 0.99
+(the released trainer: 1.0 and its library's default); its ``router=mlp`` doubles the rate of the
+inner layer too, which both logits share. ``embedded`` counts FLOPs where the reference counts
+modules, takes the divergence from the dense model as loss, and reads the RMS-normalised stream.
 """
 
 from __future__ import annotations
@@ -52,8 +56,8 @@ class SkipGPT(DynamicDepthMethod):
         preset: named settings of the training, ``embedded`` or ``paper``.
         reads: ``stream``, or ``constant``: the control whose routers see no token, so that a
             trained set of sublayers remains.
-        routers: a folder with routers to use instead of training any, as ``dyndepth.fit`` or the
-            import of a published checkpoint writes it.
+        routers: a folder with routers to use instead of training any: the output of
+            ``dyndepth.fit``, or of the import of a published checkpoint.
         The others: ``presets.Recipe`` describes them; None takes the preset's value.
     """
 
@@ -108,6 +112,15 @@ class SkipGPT(DynamicDepthMethod):
         for name, bound in least.items():
             if getattr(self.recipe, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
+        positive = ("penalty", "weight_rate", "bias_rate", "adapter_rate", "tau_start", "tau_end")
+        for name in positive:
+            if not getattr(self.recipe, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("ramp", "warm_up", "weight_decay"):
+            if not 0 <= getattr(self.recipe, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if not self.recipe.surplus >= 1:
+            raise ValueError(f"surplus must be at least 1, not {self.surplus}")
         if self.recipe.router == "mlp" and self.recipe.initial == "gain":
             raise ValueError("initial=gain finds linear routers; give router=mlp another initial")
         if self.reads == "constant":
@@ -132,18 +145,22 @@ class SkipGPT(DynamicDepthMethod):
 
         Raises UserError if text is needed and ``corpus`` is None, or if routers do not fit.
         """
+        from dyndepth.training import trained_along
+
         from .shipped import load_named, load_shipped
         from .tuning import train
 
         if self.target_speedup == 1.0:
             return self
+        along = bool(trained_along(model))
         if self.routers is not None:
+            if along:
+                raise UserError("routers that are given are trained already; leave routers= out")
             self.tensors, self.facts = load_named(self, model)
             self.calibrate(model, corpus)
             return self
-        shipped = load_shipped(self, model)
+        shipped = None if self.anew else load_shipped(self, model)
         other_text = corpus is not None and shipped and shipped[1]["corpus"] != corpus.fingerprint
-        along = any(parameter.requires_grad for parameter in model.parameters())
         if shipped is None or other_text or along:
             train(self, model, corpus)
             return self
@@ -197,8 +214,12 @@ def with_digest(path: str) -> str:
 
     A digest that is given must be that of the file. Raises ValueError where there is no fit.
     """
-    folder, _, given = path.partition("@")
-    file = Path(folder).expanduser() / "tensors.safetensors"
+    folder, mark, given = path.rpartition("@")
+    if not mark or "/" in given:
+        folder, given = path, ""
+    place = Path(folder).expanduser()
+    place = place / "fit" if (place / "fit").is_dir() else place
+    file = place / "tensors.safetensors"
     try:
         found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     except OSError:
@@ -207,4 +228,4 @@ def with_digest(path: str) -> str:
         ) from None
     if given and given != found:
         raise ValueError(f"the routers in {folder!r} have changed: {found} now, {given} asked for")
-    return f"{folder}@{found}"
+    return f"{place}@{found}"

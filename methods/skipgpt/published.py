@@ -70,7 +70,8 @@ def read_published(
         (weight if part == "weight" else bias)[layer, sublayer] = execute - skip
     if not bool(weight.isfinite().all() and bias.isfinite().all()):
         raise UserError(f"{str(path)!r} holds values that are not finite; get the file again")
-    return {"weight": weight, "bias": bias}, {"threshold": 0.0, "imported": Path(path).name}
+    facts = {"threshold": 0.0, "normalise": False, "imported": Path(path).name}
+    return {"weight": weight, "bias": bias}, facts
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

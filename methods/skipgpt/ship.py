@@ -1,12 +1,14 @@
 """Makes the shipped routers again: ``python -m dyndepth.methods.skipgpt.ship``.
 
 Each target is trained by itself, with the default settings. Files appear in ``routers/`` as each is
-done; a run that is killed goes on where it stopped.
+done. A target whose training is killed goes on from its checkpoint; ``--speedups`` names what is
+still to be made.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -27,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from dyndepth.assets import cache_root
     from dyndepth.corpus import load_corpus
-    from dyndepth.fits import fit_key
     from dyndepth.loop import checkpoints
     from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.provenance import fitting_code
     from dyndepth.runtime import attach
     from dyndepth.training import loss
 
@@ -52,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for target in (float(part) for part in options.speedups.split(",")):
         method = SkipGPT(target_speedup=target, seed=options.seed)
         began = time.perf_counter()
-        unfinished = cache_root() / "ship" / fit_key(method, model, corpus)
+        # Not the fit's key: that covers the shipped files, which change as targets are done.
+        facts = [repr(method), options.model, corpus.fingerprint, fitting_code()]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        unfinished = cache_root() / "ship" / key
         with checkpoints(unfinished):
             train(method, model, corpus)
         shutil.rmtree(unfinished, ignore_errors=True)

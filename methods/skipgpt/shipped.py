@@ -63,7 +63,7 @@ def load_named(method: SkipGPT, model: torch.nn.Module) -> tuple[dict[str, Tenso
 
     Raises UserError if they are no routers of this method, of another model, or of wrong shapes.
     """
-    folder = (method.routers or "").partition("@")[0]
+    folder = (method.routers or "").rpartition("@")[0]
     record, tensors = read_fit(folder)
     if record["name"] != method.name:
         raise UserError(f"{folder!r} holds a fit of {record['name']}, not of {method.name}")

@@ -19,7 +19,7 @@ from dyndepth.removal import (
     ranked_biases,
     removal_damage,
 )
-from dyndepth.training import Tuning, budget_shares, tune_router
+from dyndepth.training import Tuning, budget_shares, trained_along, tune_router
 
 from . import SkipGPT
 from .presets import Recipe
@@ -36,6 +36,8 @@ _STATISTICS_WINDOWS = 8
 _LEAST_EXECUTED = 1 / 3
 # Adapters that are trained along need some even where the routers need none.
 _STEPS_ALONG = 60
+# A set of whole sublayers cannot meet every budget; short of this the routers do not reach it.
+_LEAST_ACHIEVED = 0.85
 
 
 def train(
@@ -66,7 +68,7 @@ def train(
         adapter_rate=recipe.adapter_rate,
         phases=method.phases,
     )
-    along = any(parameter.requires_grad for parameter in model.parameters())
+    along = bool(trained_along(model))
     schedule = Schedule(
         steps=recipe.steps or (_STEPS_ALONG if along else 0),
         batch=recipe.batch,
@@ -175,7 +177,9 @@ def _gains(
     recipe = method.recipe
     shares = budget_shares(model, recipe.length, recipe.budget)
     executed = 1 / method.target_speedup
-    left = max(_LEAST_EXECUTED, 1 - recipe.surplus * (1 - executed))
+    # Beyond the usual targets, a tenth more than is asked.
+    least = min(_LEAST_EXECUTED, 0.9 * executed)
+    left = max(least, 1 - recipe.surplus * (1 - executed))
     removable = torch.zeros(shares.shape, dtype=torch.bool)
     for row in _order(method, model, corpus, left, progress):
         removable[row.layer, row.sublayer] = True
@@ -257,6 +261,11 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
         measure, method.target_speedup, 0.0, 0.05, low=-logits, high=logits, tolerance=0.005
     )
     method.facts |= {"threshold": threshold, "achieved_speedup": achieved}
+    if achieved < _LEAST_ACHIEVED * method.target_speedup:
+        raise UserError(
+            f"skipgpt reaches {achieved:.3g}x with these routers, not {method.target_speedup:g}x; "
+            "ask for less, or train others"
+        )
 
 
 def _required(corpus: Corpus | None) -> Corpus:
