@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.loop import Checkpoint, Curve
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.runtime import attach
+from dyndepth.training import divergence, inverse_scale
 
 KEPT = 10.0
 """Logit of sublayers that are never switched off."""
@@ -126,7 +126,7 @@ def features(hidden: Tensor, settings: Regression) -> Tensor:
     hidden = hidden.float()
     if not settings.normalise:
         return hidden
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+    return hidden * inverse_scale(hidden)
 
 
 def regress_gains(
@@ -246,12 +246,8 @@ def _slopes(model: nn.Module, method: _Probe, ids: Tensor, half: int) -> float:
 
     Returns the divergence in nats a token.
     """
-    method.full_depth = True
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[:, half:].float().log_softmax(-1)
-    method.full_depth = False
-    got = model(input_ids=ids, use_cache=False).logits[:, half:].float().log_softmax(-1)
-    nats = kl_div(got, expected, reduction="sum", log_target=True)
+    found = divergence(model, method, ids, half)
+    nats = found.sum()
     # Into the gates alone: a model that is trained along must not keep these gradients.
     for leaf, slope in zip(
         method.leaves,
@@ -259,7 +255,7 @@ def _slopes(model: nn.Module, method: _Probe, ids: Tensor, half: int) -> float:
         strict=True,
     ):
         leaf.grad = slope
-    return nats.item() / expected[..., 0].numel()
+    return nats.item() / found.numel()
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +53,12 @@ class Schedule:
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+
+    @classmethod
+    def of(cls, recipe: Any, **changes: Any) -> Schedule:
+        """The schedule among the attributes of ``recipe``, with ``changes``."""
+        names = [field.name for field in fields(cls) if hasattr(recipe, field.name)]
+        return cls(**{name: getattr(recipe, name) for name in names} | changes)
 
     def rate(self, step: int) -> float:
         """Factor on every learning rate at ``step``, counted from 0."""

@@ -100,19 +100,6 @@ def recover(
     return Recovered(factors, curve, tokens, time.monotonic() - started)
 
 
-def schedule(recipe: Recipe) -> Schedule:
-    """The recipe as the optimisation loop takes it."""
-    return Schedule(
-        steps=recipe.steps,
-        batch=recipe.batch,
-        length=recipe.length,
-        accumulate=recipe.accumulate,
-        warm_up=recipe.warm_up,
-        weight_decay=recipe.weight_decay,
-        precision=recipe.precision,
-    )
-
-
 def _train(
     method: DynamicDepthMethod,
     model: nn.Module,
@@ -122,7 +109,7 @@ def _train(
     progress: bool,
 ) -> Curve:
     """Optimise the adapters that are in the model; returns the curve."""
-    plan = schedule(recipe)
+    plan = Schedule.of(recipe)
     windows = corpus.reader(recipe.length, plan.windows, _READING + seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with attach(model, method) as trace:

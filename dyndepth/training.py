@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -172,6 +172,31 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
     return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
 
 
+class CanRunInFull(Protocol):
+    """A method whose forwards run at full depth while ``full_depth`` is set."""
+
+    full_depth: bool
+
+
+def divergence(model: nn.Module, method: CanRunInFull, ids: Tensor, first: int = 0) -> Tensor:
+    """Kullback-Leibler divergence of the attached ``method``'s predictions from the dense model's.
+
+    In nats, for each position of ``ids`` from ``first`` on: ``[batch, length - first]``, with a
+    gradient into the gates. ``method`` must be the one that is attached to ``model``.
+    """
+    method.full_depth = True
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
+    method.full_depth = False
+    got = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
+    return kl_div(got, expected, reduction="none", log_target=True).sum(-1)
+
+
+def inverse_scale(hidden: Tensor) -> Tensor:
+    """1 / root mean square of each token: ``[..., hidden] -> [..., 1]``."""
+    return torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
 def budget_shares(model: nn.Module, length: int, budget: str = "flops") -> Tensor:
     """Each sublayer's share of the budget: float32 ``[layers, 2]``, their sum is 1.
 
@@ -205,7 +230,6 @@ def tune_router(
     half = schedule.length // 2 if tuning.phases == "generation" else 0
     method = Routed(router, tuning)
     along = trained_along(model)
-    divergence = tuning.objective == "kl" and not along
     first = 1.0
     if tuning.ramp:
         with (
@@ -220,18 +244,10 @@ def tune_router(
     def objective(ids: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         start, end = tuning.temperature
         method.temperature = start - (start - end) * step / schedule.steps
-        if divergence:
-            method.full_depth = True
-            with torch.no_grad():
-                expected = model(input_ids=ids, use_cache=False).logits[:, half:]
-                expected = expected.float().log_softmax(-1)
-            method.full_depth = False
-        logits = model(input_ids=ids, use_cache=False).logits
-        if divergence:
-            got = logits[:, half:].float().log_softmax(-1)
-            nats = kl_div(got, expected, reduction="none", log_target=True).sum(-1).mean()
+        if tuning.objective == "kl" and not along:
+            nats = divergence(model, method, ids, half).mean()
         else:
-            nats = next_token_loss(logits, ids, half)
+            nats = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, half)
         executed = method.executed(shares)
         wanted = tuning.wanted(step, schedule.steps, first)
         trace.reset()

@@ -10,7 +10,6 @@ Deviations: none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -26,7 +25,6 @@ class Dense(DynamicDepthMethod):
     name: ClassVar[str] = "dense"
     granularity: ClassVar[Granularity] = "static"
     paper: ClassVar[str] = "control"
-    shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters" / "dense"
 
     def max_speedup(self, layers: int) -> float:
         """1: dense saves nothing."""

@@ -17,7 +17,6 @@ literally: below 2x it is 1, which drops the blocks just before the last one in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -39,7 +38,6 @@ class UnifiedLayerSkipping(DynamicDepthMethod):
     name: ClassVar[str] = "uls"
     granularity: ClassVar[Granularity] = "static"
     paper: ClassVar[str] = "arXiv 2404.06954"
-    shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters" / "uls"
 
     phases: Literal["generation", "both"] = "generation"
     spacing: Literal["paper", "even"] = "paper"

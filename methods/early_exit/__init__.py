@@ -23,7 +23,6 @@ the state at the first exit).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -52,7 +51,6 @@ class EarlyExit(DynamicDepthMethod):
     name: ClassVar[str] = "early_exit"
     granularity: ClassVar[Granularity] = "token"
     paper: ClassVar[str] = "arXiv 2207.07061"
-    shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters"
 
     phases: Literal["generation", "both"] = "generation"
     confidence: Literal["margin", "max_prob", "saturation", "fixed"] = "margin"

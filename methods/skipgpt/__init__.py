@@ -194,9 +194,9 @@ class SkipGPT(DynamicDepthMethod):
         if self.reads == "constant":
             return (self.tensors["bias"] >= self.facts["threshold"]).cpu()
         self.tensors = {name: each.to(context.device) for name, each in self.tensors.items()}
-        self._router = build(
-            self.tensors, normalise=self.facts.get("normalise", self.recipe.normalise)
-        )
+        normalise = self.facts.get("normalise")
+        normalise = self.recipe.normalise if normalise is None else normalise
+        self._router = build(self.tensors, normalise=normalise)
         self._flops = flops_per_token(self.tensors)
         return None
 

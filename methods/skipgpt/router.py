@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dyndepth.training import Router
+from dyndepth.training import Router, inverse_scale
 
 
 class LinearRouter(Router):
@@ -94,11 +94,6 @@ class MLPRouter(Router):
     def folded(self) -> dict[str, Tensor]:
         """The parameters by name."""
         return {name: each.detach().cpu() for name, each in self.named_parameters()}
-
-
-def inverse_scale(hidden: Tensor) -> Tensor:
-    """1 / root mean square of each token: ``[..., hidden] -> [..., 1]``."""
-    return torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def build(tensors: dict[str, Tensor], *, normalise: bool) -> LinearRouter | MLPRouter:

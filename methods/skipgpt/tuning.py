@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,17 @@ from dyndepth.removal import (
     ranked_biases,
     removal_damage,
 )
-from dyndepth.training import Tuning, budget_shares, trained_along, tune_router
+from dyndepth.training import (
+    Tuning,
+    budget_shares,
+    inverse_scale,
+    trained_along,
+    tune_router,
+)
 
 from . import SkipGPT
 from .presets import Recipe
-from .router import LinearRouter, MLPRouter, inverse_scale, kaiming
+from .router import LinearRouter, MLPRouter, kaiming
 
 if TYPE_CHECKING:
     from dyndepth.corpus import Corpus
@@ -68,21 +75,12 @@ def train(
         adapter_rate=recipe.adapter_rate,
         phases=method.phases,
     )
-    along = bool(trained_along(model))
-    schedule = Schedule(
-        steps=recipe.steps or (_STEPS_ALONG if along else 0),
-        batch=recipe.batch,
-        length=recipe.length,
-        accumulate=recipe.accumulate,
-        warm_up=recipe.warm_up,
-        decay=recipe.decay,
-        weight_decay=recipe.weight_decay,
-        precision=recipe.precision,
-    )
-    # New text first: what the regression has read comes again only when the corpus is used up.
-    used = recipe.rounds * recipe.windows if recipe.initial == "gain" else 0
-    windows = corpus.reader(recipe.length, used + schedule.windows, method.seed).after(used)
-    if schedule.steps:
+    steps = recipe.steps or (_STEPS_ALONG if trained_along(model) else 0)
+    if steps:
+        schedule = Schedule.of(recipe, steps=steps)
+        # New text first: what the regression has read comes again only when the corpus is used up.
+        used = recipe.rounds * recipe.windows if recipe.initial == "gain" else 0
+        windows = corpus.reader(recipe.length, used + schedule.windows, method.seed).after(used)
         read = curve[-1]["tokens"] if curve else 0.0
         tuned = tune_router(
             model, router, windows, tuning, schedule, seed=method.seed, progress=progress
@@ -215,8 +213,8 @@ def stream_statistics(
     """
     found: list[list[Tensor]] = [[] for _ in blocks(model)]
 
-    def watch(index: int):  # type: ignore[no-untyped-def]
-        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             stream = (args[0] if args else kwargs["hidden_states"]).float().flatten(0, 1)
             found[index].append(stream * inverse_scale(stream) if recipe.normalise else stream)
 
@@ -256,16 +254,31 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
     if method.recipe.threshold == "zero":
         method.facts |= {"threshold": 0.0, "achieved_speedup": measure(0.0)}
         return
-    logits = 5.0 if method.recipe.normalise else 50.0
-    threshold, achieved = solve_threshold(
-        measure, method.target_speedup, 0.0, 0.05, low=-logits, high=logits, tolerance=0.005
-    )
+    if method.reads == "constant":
+        threshold = _plan_threshold(method, model)
+        achieved = measure(threshold)
+    else:
+        logits = 5.0 if method.recipe.normalise else 50.0
+        threshold, achieved = solve_threshold(
+            measure, method.target_speedup, 0.0, 0.05, low=-logits, high=logits, tolerance=0.005
+        )
     method.facts |= {"threshold": threshold, "achieved_speedup": achieved}
     if achieved < _LEAST_ACHIEVED * method.target_speedup:
         raise UserError(
             f"skipgpt reaches {achieved:.3g}x with these routers, not {method.target_speedup:g}x; "
             "ask for less, or train others"
         )
+
+
+def _plan_threshold(method: SkipGPT, model: torch.nn.Module) -> float:
+    """The bias at which routers that read nothing come nearest to the target; no forward is run.
+
+    Their speedup is a step function of the threshold, with a step at each bias.
+    """
+    bias = method.tensors["bias"].cpu()
+    shares = budget_shares(model, method.recipe.length)
+    steps = {step: float(shares[bias >= step].sum()) for step in bias.unique().tolist()}
+    return min(steps, key=lambda step: abs(1 / steps[step] - method.target_speedup))
 
 
 def _required(corpus: Corpus | None) -> Corpus:
