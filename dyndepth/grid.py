@@ -56,7 +56,8 @@ def plans(settings: Settings, layers: int) -> list[Plan]:
     """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
 
     A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell,
-    and one a seed for each recovery, which is trained. Dense, the control of recovery, has none
+    and one a seed for each recovery, which is trained. One that is not ``budgeted`` has one cell a
+    seed, at the least speedup above 1. Dense, the control of recovery, has none
     for ``joint``: it has no routers.
 
     Raises:
@@ -71,20 +72,28 @@ def plans(settings: Settings, layers: int) -> list[Plan]:
         with_phases = parameters | _phases(method_class(name), parameters, settings.phases)
         base = Plan(name, parameters=with_phases)
         _refuse_own(name, parameters)
-        reach = base.build().max_speedup(layers)
+        method = base.build()
+        reach = method.max_speedup(layers)
+        speedups = settings.speedups if method.budgeted else _above_one(settings.speedups)
         if reach != 1.0:
-            _check_reach(base, reach, settings.speedups, layers)
+            _check_reach(base, reach, speedups, layers)
         for recovery in settings.recovery:
             if not _recoverable(base, recovery):
                 continue
             cells = [
                 replace(base, target_speedup=speedup, seed=seed, recovery=recovery)
-                for speedup in (settings.speedups if reach != 1.0 else (1.0,))
+                for speedup in (speedups if reach != 1.0 else (1.0,))
                 for seed in (settings.seed if reach != 1.0 or recovery != NONE else (base.seed,))
             ]
             for cell in cells:
                 found.setdefault(f"{cell.build()!r} {recovery}", cell)
     return list(found.values())
+
+
+def _above_one(speedups: Sequence[float]) -> Sequence[float]:
+    """The least speedup above 1, or whatever there is."""
+    above = sorted(speedup for speedup in speedups if speedup > 1.0)
+    return above[:1] or speedups[:1]
 
 
 def _recoverable(plan: Plan, recovery: str) -> bool:

@@ -53,6 +53,10 @@ class ForwardContext:
         head: final norm and LM head, ``[n, hidden] -> [n, vocabulary]``. Use ``readout``.
         past_real: tokens of each sequence in the cache, padding excluded, int64 ``[batch]``; None
             where nothing is padded.
+        foresight: for methods with ``uses_labels`` alone, None for all others. Calling it runs the
+            same tokens at full depth, past included, and returns the likeliest next token after
+            each depth: int64 ``[layers + 1, batch, tokens]``, first that of the embeddings, last
+            the dense model's. What it costs is billed to nobody (the ledger's ``padding``).
         readout_flops: cost of one token's readout.
         bill: ``bill(cause, flops_per_token, tokens)`` puts the method's own arithmetic into the
             ledger; ``tokens`` is a bool mask ``[batch, tokens]`` or None for all valid tokens.
@@ -71,6 +75,7 @@ class ForwardContext:
     bill: Callable[[str, float, Tensor | None], None] = field(repr=False)
     readout_flops: float = 0.0
     past_real: Tensor | None = None
+    foresight: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -93,6 +98,30 @@ class ForwardContext:
         return logits
 
 
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What each plan of a set did on each document of one task; only bounds get to see it.
+
+    Attributes:
+        task, metric: the task and the metric, as ``name,filter``, that ``quality`` is.
+        documents: ids, as in ``ForwardContext.documents``.
+        quality: float64 ``[documents, plans]``, higher is better whatever the metric (one that
+            falls with quality is negated).
+        weights: float64 ``[documents]``, a document's weight in the task's value (bytes for bits
+            per byte, else 1).
+        flops: float64 ``[documents, plans]``, executed block FLOPs.
+        dense_flops: float64 ``[documents]``, block FLOPs at full depth.
+    """
+
+    task: str
+    metric: str
+    documents: tuple[str, ...]
+    quality: Tensor
+    weights: Tensor
+    flops: Tensor
+    dense_flops: Tensor
+
+
 @dataclass(kw_only=True)
 class DynamicDepthMethod:
     """Base of every method. Subclasses are dataclasses with ``@dataclass(kw_only=True)``.
@@ -113,7 +142,10 @@ class DynamicDepthMethod:
             from the token's current hidden state and kept. ``prompt_only``: as ``drop``, but for
             generated tokens only.
         needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
-        uses_labels: True for oracles; they are listed as bounds.
+        uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
+            ``Outcomes`` of the documents that are scored) and are listed as bounds.
+        budgeted: False if what is saved is the method's result and not its setting: every target
+            speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
             suite uses them.
         fit_version: raise it when ``fit`` changes, so that cached fits are made again.
@@ -144,6 +176,11 @@ class DynamicDepthMethod:
     def phases(self) -> Literal["generation", "both"]:
         """See the class docstring."""
         return "both"
+
+    @property
+    def budgeted(self) -> bool:
+        """See the class docstring."""
+        return True
 
     def __post_init__(self) -> None:
         if not self.target_speedup >= 1.0:
@@ -179,6 +216,21 @@ class DynamicDepthMethod:
         default does nothing: right for a rule that does not look at the states.
         """
         return
+
+    def candidates(self) -> Tensor | None:
+        """Plans whose outcomes the method wants to see before a task is scored, after ``fit``.
+
+        Bool on the CPU, ``[plans, layers, 2]``, the first one full. For methods with
+        ``uses_labels`` alone; the default, None, wants none.
+        """
+        return None
+
+    def choose(self, outcomes: Outcomes) -> None:
+        """Called for each task before it is scored, with what the ``candidates`` did on it.
+
+        Writes ``self.facts`` and ``self.tensors``; a later call for another task adds to them.
+        """
+        raise NotImplementedError(f"{self.name} wants candidates tried and does not choose")
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """Called once a forward, before the first block.

@@ -8,8 +8,9 @@ yardstick that ``sparse`` must equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -117,29 +118,43 @@ def attach(
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
         runtime.head.register_forward_hook(runtime.bill_head),
     ]
-    stock = [type(block.layer) for block in split]
     setattr(owner, _MARK, runtime)
     try:
-        for index, block in enumerate(split):
-            block.layer.__class__ = _patched(type(block.layer), runtime, index)
-        yield runtime.trace
+        with run_by(split, runtime.block):
+            yield runtime.trace
     finally:
-        for block, cls in zip(split, stock, strict=True):
-            block.layer.__class__ = cls
         for handle in handles:
             handle.remove()
         delattr(owner, _MARK)
 
 
-def _patched(cls: type[nn.Module], runtime: _Runtime, index: int) -> type[nn.Module]:
-    """A subclass of a block's class whose forward asks the runtime."""
+Stock = Callable[..., Tensor]
+"""A block's own forward, ``(hidden_states, **arguments) -> hidden_states``."""
+
+
+@contextmanager
+def run_by(
+    split: Sequence[Block], run: Callable[[int, Stock, Tensor, dict[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Inside, each block's forward is ``run(index, stock forward, hidden, arguments)``."""
+    stock = [type(block.layer) for block in split]
+    try:
+        for index, block in enumerate(split):
+            block.layer.__class__ = _patched(type(block.layer), run, index)
+        yield
+    finally:
+        for block, cls in zip(split, stock, strict=True):
+            block.layer.__class__ = cls
+
+
+def _patched(
+    cls: type[nn.Module], run: Callable[[int, Stock, Tensor, dict[str, Any]], Tensor], index: int
+) -> type[nn.Module]:
+    """A subclass of a block's class whose forward is ``run``'s."""
     stock = cls.forward
 
     def forward(self: nn.Module, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        gates = runtime.gates(index, hidden_states)
-        if gates[0] is True and gates[1] is True:
-            return stock(self, hidden_states, **arguments)
-        return runtime.execute(index, hidden_states, gates, arguments)
+        return run(index, partial(stock, self), hidden_states, arguments)
 
     return type(cls.__name__, (cls,), {"forward": forward})
 
@@ -255,6 +270,13 @@ class _Runtime:
             self.forward.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
 
     # --- one block ------------------------------------------------------------------------------
+
+    def block(self, index: int, stock: Stock, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The forward of one block: the stock one where everything runs."""
+        gates = self.gates(index, hidden)
+        if gates[0] is True and gates[1] is True:
+            return stock(hidden, **arguments)
+        return self.execute(index, hidden, gates, arguments)
 
     def gates(self, layer: int, hidden: Tensor) -> tuple[Any, Any]:
         """Gates of one block as they will be executed; also written to the ledger."""
