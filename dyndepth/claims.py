@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dyndepth import routed
+from dyndepth import routed, similarity
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, limits, method_identity
 from dyndepth.leaderboard import check_comparable
@@ -21,6 +21,7 @@ from dyndepth.provenance import harness_code, versions
 from dyndepth.records import Cell, Row, flat, order, plain, setting
 from dyndepth.stats import (
     LEAST,
+    SAME,
     Difference,
     Point,
     curve,
@@ -29,12 +30,15 @@ from dyndepth.stats import (
     holm,
     interpolate,
     measured,
+    of_modules,
+    reach,
 )
 from dyndepth.store import Store
 from dyndepth.studies import Claim, Pick, Study
 
 COLUMNS = (
-    *("study", "claim", "kind", "task", "metric", "higher_is_better", "a", "b"),
+    *("study", "claim", "source", "published", "kind", "task", "metric", "higher_is_better"),
+    *("a", "b"),
     *("target_speedup", "fraction_a", "fraction_b", "value_a", "value_b", "difference"),
     *("low", "high", "p", "p_holm", "n", "unit", "seeds_a", "seeds_b", "verdict", "reason"),
     *("cells_a", "cells_b", "model", "model_fingerprint", "data_fingerprint", "task_version"),
@@ -43,9 +47,14 @@ COLUMNS = (
 """Columns of claims.csv: one row a claim, opponent, task and budget of A. ``fraction_a`` is A's
 executed / dense block FLOPs, ``fraction_b`` where B's value stands (interpolated to A's);
 ``difference`` = A - B with its 95% interval ``low`` to ``high``, not adjusted; ``p_holm`` is
-adjusted for all comparisons of the claim; ``n`` counts what was resampled (``unit``)."""
+adjusted for all comparisons of the claim; ``n`` counts what was resampled (``unit``). ``published``
+is the number that the source gives. For ``reach``, ``value_a`` is the share of dense's block FLOPs
+that was looked for, and ``low`` to ``high`` its interval."""
 
 VERDICTS = ("better", "worse", "no difference shown", "not comparable")
+
+INTERPOLATED = ("equal_flops", "equal_modules", "similarity")
+"""Kinds of claims whose B is interpolated to A's budget."""
 
 ROUTED = ("sublayers", "position")
 """Kinds of claims that compare executed fractions within one method."""
@@ -90,10 +99,12 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
     Raises:
         UserError: an unknown method or parameter; cells of several versions of its code.
     """
-    from dyndepth.registry import load_method
+    from dyndepth.registry import load_method, parse_methods
 
     method = load_method(pick.method)
-    if phases != "published" and any(field.name == "phases" for field in fields(method)):
+    ((_, given),) = parse_methods(pick.method)
+    choosable = any(field.name == "phases" for field in fields(method))
+    if phases != "published" and choosable and "phases" not in given:
         method = load_method(pick.method, phases=phases)
     own = method_identity(method) | {"recovery": pick.recipe}
     keys = ("method", "parameters", "phases", "recovery")
@@ -115,11 +126,14 @@ def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> li
     """
     rows = []
     for claim in study.claims:
-        if claim.kind in ROUTED:
-            compared = list(_routed(claim, cells, phases, folder))
+        about = {"study": study.name, "source": claim.source, "published": claim.published}
+        if claim.kind == "reach":
+            found = list(_reached(claim, cells, phases))
+        elif claim.kind in ROUTED:
+            found = list(_judged(claim, list(_routed(claim, cells, phases, folder))))
         else:
-            compared = list(_methods(claim, cells, phases))
-        rows += [{"study": study.name, **row} for row in _judged(claim, compared)]
+            found = list(_judged(claim, list(_methods(claim, cells, phases, folder))))
+        rows += [about | row for row in found]
     for row in rows:
         # What all cells share; a row that found no cell of its own has no target either.
         shared = {key: cells[0].identity[key] for key in COLUMNS if key in cells[0].identity}
@@ -134,6 +148,13 @@ def traced(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     return [cell for cell in found.values() if cell.evaluated]
 
 
+def likened(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
+    """The cells whose final hidden states the claims compare with dense's."""
+    picks = [p for claim in study.claims if claim.kind == "similarity" for p in (claim.a, *claim.b)]
+    found = {cell.key: cell for pick in picks for cell in chosen(pick, cells, phases)}
+    return [cell for cell in found.values() if cell.evaluated]
+
+
 def failures(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     """Failed cells that a claim of the study needs."""
     picks = {pick for claim in study.claims for pick in (claim.a, *claim.b)}
@@ -141,22 +162,50 @@ def failures(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     return [cell for cell in found.values() if cell.status == "error"]
 
 
-def _methods(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[tuple[Row, Any]]:
-    for b, (task, metric) in product(claim.b, claim.metrics):
+def _methods(
+    claim: Claim, cells: Sequence[Cell], phases: str, folder: Path
+) -> Iterator[tuple[Row, Any]]:
+    similar = claim.kind == "similarity"
+    metrics = (("wikipedia passages", similarity.METRIC),) if similar else claim.metrics
+    for b, (task, metric) in product(claim.b, metrics):
         row: Row = {"task": task, "metric": metric, "b": b.label, "unit": "documents"}
-        own = _points(claim.a, cells, phases, task, metric)
-        other = _points(b, cells, phases, task, metric)
+
+        def points(pick: Pick, task: str = task, metric: str = metric) -> dict[float, Point]:
+            return _points(claim, pick, cells, phases, task, metric, folder)
+
+        own, other = points(claim.a), points(b)
         missing = [p.label for p, found in ((claim.a, own), (b, other)) if not found]
         if missing:
             yield row, f"no finished cell of {' and of '.join(missing)}"
             continue
-        row |= _of_task(cells, task, metric)
+        row |= {"higher_is_better": True} if similar else _of_task(cells, task, metric)
         against = curve(list(other.values()))
-        if claim.kind == "equal_flops":
-            dense = _points(Pick(DENSE, b.recovery), cells, phases, task, metric)
-            against = curve([*other.values(), *dense.values()])
+        if claim.kind in INTERPOLATED:
+            dense = points(Pick(DENSE, b.recovery)).values()
+            against = curve([*other.values(), *dense])
         for target, point in own.items():
             yield _against(claim, row, target, point, against)
+
+
+def _reached(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[Row]:
+    """Rows of a claim on the least share at which A, and each B, is as good as dense."""
+    for pick, (task, metric) in product((claim.a, *claim.b), claim.metrics):
+        row: Row = {"claim": claim.name, "kind": claim.kind, "a": pick.label, "b": DENSE}
+        row |= {"task": task, "metric": metric, "unit": "documents"}
+        own = _measured(pick, cells, phases, task, metric)
+        dense = _measured(Pick(DENSE, pick.recovery), cells, phases, task, metric)
+        if not own or not dense:
+            yield row | {"verdict": "not comparable", "reason": f"no finished cell of {pick.label}"}
+            continue
+        row |= _of_task(cells, task, metric)
+        (full,) = dense.values()
+        found = reach(list(own.values()), full, row["higher_is_better"])
+        row |= {"value_a": found.value, "low": found.low, "high": found.high, "n": found.n}
+        row |= {"cells_a": " ".join(key for point in own.values() for key in point.cells)}
+        row |= {"seeds_a": min(point.seeds for point in own.values())}
+        verdict = "not reached" if found.value >= 1 - SAME else "reached"
+        reason = "at the least budget measured" if found.open else ""
+        yield row | {"verdict": verdict, "reason": reason}
 
 
 def _against(
@@ -164,10 +213,11 @@ def _against(
 ) -> tuple[Row, Difference | str]:
     row = row | {"target_speedup": target, "fraction_a": point.fraction, "seeds_a": point.seeds}
     row |= {"value_a": point.value, "cells_a": " ".join(point.cells)}
-    if claim.kind == "equal_flops":
+    if claim.kind in INTERPOLATED:
         matched = interpolate(against, point.fraction, SLACK)
         ends = f"{against[0].fraction:.3f} to {against[-1].fraction:.3f}"
-        missed = f"{row['b']} was measured from {ends} of dense's block FLOPs alone"
+        what = "sublayers" if claim.kind == "equal_modules" else "block FLOPs"
+        missed = f"{row['b']} was measured from {ends} of dense's {what} alone"
     else:
         matched = against[0] if len(against) == 1 else None
         missed = f"{row['b']} has {len(against)} budgets; full depth is one"
@@ -223,16 +273,43 @@ def _note(row: Row) -> str:
     if row["low"] > 0 or row["high"] < 0:
         notes += ["the interval excludes 0, but not after Holm"] if row["p_holm"] > 0.05 else []
     apart = row.get("fraction_a", 0.0) - row.get("fraction_b", 0.0)
-    if row["kind"] == "equal_flops" and abs(apart) > 1e-6:
+    if row["kind"] in INTERPOLATED and abs(apart) > 1e-6:
         notes.append(f"B as measured, {abs(apart):.4f} {'below' if apart > 0 else 'above'} A")
     return "; ".join(notes)
 
 
 def _points(
+    claim: Claim,
+    pick: Pick,
+    cells: Sequence[Cell],
+    phases: str,
+    task: str,
+    metric: str,
+    folder: Path,
+) -> dict[float, Point]:
+    """The points of one method by target, on the scale on which the claim compares."""
+    if claim.kind == "similarity":
+        groups = _by_target(chosen(pick, cells, phases))
+        found = {target: similarity.point(group, folder) for target, group in groups.items()}
+        return {target: point for target, point in found.items() if point is not None}
+    points = _measured(pick, cells, phases, task, metric)
+    if claim.kind != "equal_modules":
+        return points
+    groups = _by_target(chosen(pick, cells, phases))
+    return {t: of_modules(point, _modules(groups[t])) for t, point in points.items()}
+
+
+def _measured(
     pick: Pick, cells: Sequence[Cell], phases: str, task: str, metric: str
 ) -> dict[float, Point]:
     groups = _by_target(chosen(pick, cells, phases))
     return {target: measured(group, task, metric) for target, group in groups.items()}
+
+
+def _modules(cells: Sequence[Cell]) -> float:
+    """Share of sublayers that tokens executed, over all tasks, mean over seeds."""
+    shares = [row["executed"] for cell in cells for row in cell.routing if row["phase"] == "all"]
+    return sum(shares) / len(shares)
 
 
 def _by_target(cells: Sequence[Cell]) -> dict[float, list[Cell]]:

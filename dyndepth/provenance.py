@@ -51,6 +51,7 @@ FRONT = frozenset(
         "routes.py",
         "routes_command.py",
         "scored.py",
+        "similarity.py",
         "spec.py",
         "stats.py",
         "store.py",

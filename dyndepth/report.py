@@ -25,13 +25,16 @@ CONDITIONS = (
 """What all cells of a report share, from their identity."""
 
 HOW = f"""\
-`block FLOPs` is the share of dense's block FLOPs that A executed on the task. B is interpolated to
-it, document by document, between its two neighbouring measured budgets (dense among them) and never
-beyond them. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
-{RESAMPLES:,} resamples, not adjusted. A difference counts as shown if its interval excludes 0 and p
-holds after Holm's correction over the claim's table. Seeds are averaged by document first; the
-intervals do not cover what another seed of the training would change. "No difference shown" is no
-proof of equality: the interval says how large a difference may still be."""
+`block FLOPs` is the share of dense's block FLOPs that A executed on the task (of dense's sublayers,
+where a claim counts those). B is interpolated to it, document by document, between its two
+neighbouring measured budgets (dense among them) and never beyond them. Where a claim asks how much
+depth dense's quality takes, `against` names the method and `A` is the least share of dense's block
+FLOPs at which its curve is as good as dense, with the interval of that share. Intervals: paired
+bootstrap over `n` documents (blocks, where sublayers are compared), {RESAMPLES:,} resamples, not
+adjusted. A difference counts as shown if its interval excludes 0 and p holds after Holm's
+correction over the claim's table. Seeds are averaged by document first; the intervals do not cover
+what another seed of the training would change. "No difference shown" is no proof of equality: the
+interval says how large a difference may still be."""
 
 
 def write(
@@ -89,6 +92,7 @@ def markdown(study: Study, rows: Sequence[Row], cells: Sequence[Cell]) -> str:
     for claim in study.claims:
         own = _of(claim, rows)
         lines += ["", f"## {claim.name}", "", f"{claim.text} ({claim.source})", ""]
+        lines += [f"Published: {claim.published}.", ""] if claim.published else []
         lines += [f"A: `{claim.a.label}`. {tally(own)}", ""]
         lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
         lines += [_line(texts(row)) for row in own]
@@ -107,11 +111,12 @@ def texts(row: Row) -> list[str]:
     verdict = row["verdict"] + (f" ({row['reason']})" if row.get("reason") else "")
     seeds = [str(row[key]) for key in ("seeds_a", "seeds_b") if row.get(key)]
     interval = ""
+    sign = "" if row["kind"] == "reach" else "+"
     if row.get("low") is not None:
-        interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        interval = f"[{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
     return [
         f"{row.get('task', '')} {row['metric']}".strip(),
-        row.get("b", ""),
+        row["a"] if row["kind"] == "reach" else row.get("b", ""),
         _number(row, "target_speedup", "{:g}x"),
         _number(row, "fraction_a", "{:.3f}"),
         _number(row, "value_a", "{:.3f}"),

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -126,16 +127,10 @@ class Job:
 
     def record(self, bench: Bench, texts: dict[str, str], options: dict[str, Any]) -> Any:
         """The routes. Raises UserError if a cell can't be rebuilt as it was."""
-        from dyndepth.adapters import adapted
-        from dyndepth.recovered import fit_and_recover
         from dyndepth.routes import record
 
-        method = self.plan.build() if self.plan else rebuilt(self.identity or {})
-        bench.load(self.settings, self.identity)
-        recovery = self.identity["recovery"] if self.identity else NONE
-        method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)
         identity = self.identity and self.identity | {"cell": self.file}
-        with adapted(bench.model, adapter):
+        with self.ready(bench) as method:
             return record(
                 bench.model,
                 bench.tokenizer,
@@ -145,6 +140,22 @@ class Job:
                 length=options["length"],
                 identity=identity,
             )
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Any]:
+        """The method, fitted; inside, ``bench.model`` has its adapter merged.
+
+        Raises UserError if a cell can't be rebuilt as it was.
+        """
+        from dyndepth.adapters import adapted
+        from dyndepth.recovered import fit_and_recover
+
+        method = self.plan.build() if self.plan else rebuilt(self.identity or {})
+        bench.load(self.settings, self.identity)
+        recovery = self.identity["recovery"] if self.identity else NONE
+        method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)
+        with adapted(bench.model, adapter):
+            yield method
 
 
 class Bench:

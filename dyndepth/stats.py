@@ -42,6 +42,7 @@ class Point:
         documents: ids, sorted; ``outcomes`` and ``weights`` ``[documents]`` are in their order.
         outcomes: the metric by document, averaged over seeds.
         weights: of a document in the task's value (bytes for bits per byte, 1 for accuracy).
+        flops, dense_flops: block FLOPs of each document, executed and at full depth.
         seeds: how many seeds were averaged; between two points the lower number.
         cells: hashes of the cells that went in.
     """
@@ -50,6 +51,8 @@ class Point:
     documents: tuple[str, ...]
     outcomes: Vector
     weights: Vector
+    flops: Vector
+    dense_flops: Vector
     seeds: int = 1
     cells: tuple[str, ...] = ()
 
@@ -79,9 +82,33 @@ def measured(cells: Sequence[Cell], task: str, metric: str) -> Point:
         UserError: a cell lacks the task or metric; the seeds were scored on different documents;
             or the metric is no weighted mean over documents, so it cannot be compared by document.
     """
-    points = [_of_cell(cell, task, metric) for cell in cells]
+    return averaged([_of_cell(cell, task, metric) for cell in cells])
+
+
+def averaged(points: Sequence[Point]) -> Point:
+    """The mean over points that differ in their seed alone."""
     mean = _mixed(points, np.full(len(points), 1 / len(points)))
     return replace(mean, seeds=len(points))
+
+
+def by_document(
+    documents: Sequence[str],
+    outcomes: Sequence[float],
+    weights: Sequence[float],
+    flops: Sequence[float],
+    dense_flops: Sequence[float],
+    cells: tuple[str, ...] = (),
+) -> Point:
+    """A point from what was measured on each document."""
+    arrays = (np.array(x, dtype=np.float64) for x in (outcomes, weights, flops, dense_flops))
+    values, weight, executed, dense = arrays
+    share = float(executed.sum() / dense.sum())
+    return Point(share, tuple(documents), values, weight, executed, dense, cells=cells)
+
+
+def of_modules(point: Point, share: float) -> Point:
+    """``point`` placed at the ``share`` of sublayers that were executed, instead of FLOPs."""
+    return replace(point, fraction=share)
 
 
 def curve(points: Sequence[Point]) -> list[Point]:
@@ -119,6 +146,54 @@ def difference(a: Point, b: Point, seed: int = 0) -> Difference:
     """A minus B over the documents of both. Raises UserError if they are not the same documents."""
     _check_paired(a, b)
     return paired(a.outcomes, b.outcomes, a.weights, seed)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The least share of dense's block FLOPs at which a curve is as good as dense, with its 95%
+    interval over ``n`` documents; ``open``: the curve was not measured any lower."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    open: bool
+
+
+def reach(points: Sequence[Point], dense: Point, higher_is_better: bool, seed: int = 0) -> Reach:
+    """Where the curve through ``points`` and ``dense`` first is as good as dense.
+
+    Between two points the value is interpolated linearly. The interval is the percentile bootstrap
+    over documents, values and FLOPs resampled together. Raises UserError if the points are not of
+    dense's documents.
+    """
+    ordered = curve([*points, dense])
+    for each in ordered:
+        _check_paired(each, dense)
+    sign = 1.0 if higher_is_better else -1.0
+    count = len(dense.documents)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    times = np.concatenate([np.ones((1, count)), drawn])  # first as observed
+    weight = times * dense.weights
+    shares = np.stack([times @ x.flops / (times @ x.dense_flops) for x in ordered])
+    values = np.stack([weight @ x.outcomes for x in ordered])
+    ahead = sign * (values - weight @ dense.outcomes) / weight.sum(1)
+    found = _first_crossing(shares, np.where(np.abs(ahead) < SAME, 0.0, ahead))
+    low, high = np.quantile(found[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Reach(float(found[0]), float(low), float(high), count, bool(ahead[0, 0] >= 0))
+
+
+def _first_crossing(shares: Vector, ahead: Vector) -> Vector:
+    """Where each column of ``ahead`` ``[points, resamples]`` first is not negative, on ``shares``
+    of the same shape; the last point always is."""
+    first = (ahead >= -SAME).argmax(0)
+    columns = np.arange(ahead.shape[1])
+    before = np.maximum(first - 1, 0)
+    gap, now = ahead[before, columns], ahead[first, columns]
+    rise = np.where(now - gap > 0, now - gap, 1.0)
+    part = np.where(first > 0, np.clip(-gap / rise, 0.0, 1.0), 1.0)
+    start, end = shares[before, columns], shares[first, columns]
+    return start + part * (end - start)
 
 
 def paired(a: Vector, b: Vector, weights: Vector | None = None, seed: int = 0) -> Difference:
@@ -187,14 +262,16 @@ def _of_cell(cell: Cell, task: str, metric: str) -> Point:
     outcomes = [json.loads(row["outcomes"]).get(key) for row in rows]
     if None in outcomes:
         raise UserError(f"{label}: {metric} of the task {task} has no value on single documents")
-    point = Point(
-        fraction=1 / compute[0]["block_speedup"],
-        documents=tuple(map(_document, rows)),
-        outcomes=np.array(outcomes, dtype=np.float64),
+    point = by_document(
+        list(map(_document, rows)),
+        outcomes,
         # The weight in a row is that of its main metric.
-        weights=np.array([row.get("weight", 1.0) if row["metric"] == key else 1.0 for row in rows]),
+        [row.get("weight", 1.0) if row["metric"] == key else 1.0 for row in rows],
+        [row["block_flops"] for row in rows],
+        [row["dense_block_flops"] for row in rows],
         cells=(cell.key,),
     )
+    point = replace(point, fraction=1 / compute[0]["block_speedup"])
     if not math.isclose(point.value, scores[0]["value"], rel_tol=1e-6, abs_tol=1e-9):
         raise UserError(
             f"{label}: {metric} of the task {task} is {scores[0]['value']:.6g}, but "
@@ -218,6 +295,8 @@ def _mixed(points: Sequence[Point], shares: Vector) -> Point:
         documents=points[0].documents,
         outcomes=shares @ np.stack([point.outcomes for point in points]),
         weights=points[0].weights,
+        flops=shares @ np.stack([point.flops for point in points]),
+        dense_flops=points[0].dense_flops,
         seeds=min(point.seeds for point in points),
         cells=tuple(key for point in points for key in point.cells),
     )

@@ -56,6 +56,11 @@ class Pick:
         return self.method if self.recovery == NONE else f"{self.method} + {self.recovery}"
 
 
+Kind = Literal[
+    "equal_flops", "equal_modules", "full_depth", "similarity", "reach", "sublayers", "position"
+]
+
+
 @dataclass(frozen=True)
 class Claim:
     """One claim, and the comparisons that speak for or against it.
@@ -65,11 +70,17 @@ class Claim:
         text: the claim in one sentence, as its source makes it.
         source: where it is made.
         a, b: the method it is about, and those that it is compared to one by one.
-        kind: ``equal_flops``: at each of A's budgets, with B interpolated to it. ``full_depth``:
-            at each of A's budgets, with B as it is, whatever it executes. ``sublayers``: A's
-            attention with A's MLPs, by executed fraction; ``position``: the second half of each
-            document with its first, by executed fraction. These two use neither B nor metrics.
+        kind: ``equal_flops``: at each of A's budgets, with B interpolated to it.
+            ``equal_modules``: the same at equal shares of executed sublayers, an attention and an
+            MLP counting alike. ``full_depth``: at each of A's budgets, with B as it is, whatever
+            it executes. ``similarity``: as ``equal_flops``, by the cosine of the final hidden
+            states with dense's, over evaluation passages. ``reach``: the least share of dense's
+            block FLOPs at which A, and each B, is as good as dense. ``sublayers``: A's attention
+            with A's MLPs, by executed fraction; ``position``: the second half of each document
+            with its first, by executed fraction. The last two use no B, and like ``similarity``
+            no metrics.
         metrics: pairs of task and metric.
+        published: the number that the source gives, in a few words.
     """
 
     name: str
@@ -77,8 +88,9 @@ class Claim:
     source: str
     a: Pick
     b: tuple[Pick, ...] = ()
-    kind: Literal["equal_flops", "full_depth", "sublayers", "position"] = "equal_flops"
+    kind: Kind = "equal_flops"
     metrics: tuple[tuple[str, str], ...] = ()
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,8 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
         if status == INTERRUPTED or sweeps[0].dry_run:
             return status
     # numpy and scipy come late: --help must be instant.
-    from dyndepth.claims import comparable, failures, report, traced
+    from dyndepth import similarity
+    from dyndepth.claims import comparable, failures, likened, report, traced
     from dyndepth.report import show, write
     from dyndepth.routed import position_table, record
     from dyndepth.store import Store
@@ -213,6 +226,7 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
     needed = traced(study, cells, phases)
     if not only_report:
         record(needed, sweeps[0], store.path)
+        similarity.record(likened(study, cells, phases), sweeps[0], store.path)
     failed = failures(study, cells, phases)
     rows = report(study, cells, phases, store.path)
     paths = write(study, rows, cells, position_table(needed, store.path), store.path)

@@ -21,7 +21,9 @@ from dyndepth.stats import (
     holm,
     interpolate,
     measured,
+    of_modules,
     paired,
+    reach,
 )
 
 few = settings(max_examples=30, deadline=None)
@@ -30,9 +32,9 @@ few = settings(max_examples=30, deadline=None)
 def point(fraction, outcomes, weights=None, **more):
     outcomes = np.asarray(outcomes, dtype=float)
     weights = np.ones(len(outcomes)) if weights is None else np.asarray(weights, dtype=float)
-    return Point(
-        fraction, tuple(f"{i:03}" for i in range(len(outcomes))), outcomes, weights, **more
-    )
+    dense = np.full(len(outcomes), 2.0)
+    documents = tuple(f"{i:03}" for i in range(len(outcomes)))
+    return Point(fraction, documents, outcomes, weights, fraction * dense, dense, **more)
 
 
 def scored(outcomes, speedup=1.5, weights=None, metric="bits_per_byte", **identity):
@@ -45,6 +47,7 @@ def scored(outcomes, speedup=1.5, weights=None, metric="bits_per_byte", **identi
     one.samples = [
         {"task": "one", "doc_id": index, "doc_hash": f"h{index}", "metric": f"{metric},none"}
         | {"outcomes": json.dumps({f"{metric},none": outcome}), "weight": weight}
+        | {"block_flops": 1.0 / speedup, "dense_block_flops": 1.0}
         for index, (outcome, weight) in enumerate(zip(outcomes, weights, strict=True))
     ]
     return one
@@ -199,3 +202,49 @@ def test_direction_needs_interval_and_adjusted_p():
     assert direction(shown, 0.2) == 0
     assert direction(replace(shown, value=-0.5, low=-0.9, high=-0.1), 0.02) == -1
     assert direction(replace(shown, low=-0.1), 0.02) == 0
+
+
+class TestReach:
+    """The least share of dense's FLOPs at which a curve is as good as dense."""
+
+    def test_lies_where_the_straight_line_crosses_dense(self):
+        rng = np.random.default_rng(0)
+        base = rng.random(40)
+        points = [point(0.2, base - 0.3), point(0.6, base + 0.1)]
+        found = reach(points, point(1.0, base), higher_is_better=True)
+        # Every document has the same differences, so resampling changes nothing.
+        assert found.value == pytest.approx(0.5)
+        assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(0.5))
+        assert (found.n, found.open) == (40, False)
+
+    def test_lower_may_be_better(self):
+        base = np.linspace(1, 2, 12)
+        points = [point(0.2, base + 0.3), point(0.6, base - 0.1)]
+        found = reach(points, point(1.0, base), higher_is_better=False)
+        assert found.value == pytest.approx(0.5)
+
+    def test_dense_itself_is_the_last_resort(self):
+        base = np.ones(12)
+        found = reach([point(0.5, base * 0.5)], point(1.0, base), higher_is_better=True)
+        assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+
+    def test_nothing_is_said_below_the_least_budget(self):
+        base = np.ones(12)
+        found = reach([point(0.3, base), point(0.6, base)], point(1.0, base), True)
+        assert (found.value, found.open) == (pytest.approx(0.3), True)
+
+    def test_interval_covers_the_noise_of_the_documents(self):
+        rng = np.random.default_rng(1)
+        dense = rng.integers(0, 2, 60).astype(float)
+        points = [point(0.3, rng.integers(0, 2, 60) * 0.5), point(0.7, np.maximum(dense, 0.2))]
+        found = reach(points, point(1.0, dense), True)
+        assert 0.3 < found.low < found.value < found.high <= 0.7
+
+    def test_other_documents_are_refused(self):
+        with pytest.raises(UserError, match="different documents"):
+            reach([point(0.3, np.ones(3))], point(1.0, np.ones(4)), True)
+
+
+def test_a_point_may_be_placed_by_its_sublayers():
+    moved = of_modules(point(0.5, [1.0, 0.0]), 0.75)
+    assert (moved.fraction, moved.value) == (0.75, 0.5)

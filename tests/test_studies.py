@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from cells import identity
 
-from dyndepth import claims, grid, models, registry, routed, studies, workbench
+from dyndepth import claims, grid, models, registry, routed, similarity, studies, workbench
 from dyndepth import tables as tables_module
-from dyndepth.claims import COLUMNS, chosen, report
+from dyndepth.claims import COLUMNS, chosen, likened, report
 from dyndepth.errors import UserError
 from dyndepth.grid import Plan, method_identity
 from dyndepth.records import Cell
@@ -59,6 +59,7 @@ def tables(method: str, speedup: float, right: list[float]) -> dict:
     samples = [
         {"task": task, "doc_id": index, "doc_hash": f"h{index}", "metric": "acc,none"}
         | {"outcome": hit, "outcomes": json.dumps({"acc,none": hit}), "weight": 1.0}
+        | {"block_flops": 1.0 / speedup, "dense_block_flops": 1.0}
         for index, hit in enumerate(right)
     ]
     routing = [
@@ -188,6 +189,54 @@ class TestReport:
         table = position_table(cells, tmp_path)
         assert len(table) == 2 * 5 * 2
         assert (table[0]["first"], table[0]["last"], table[0]["executed"]) == (0, 1, 0.0)
+
+    def test_equal_modules_counts_sublayers(self, cells):
+        """All cells execute 0.555 of their sublayers, dense all of them."""
+        for row in cells[0].routing:
+            row["executed"] = 1.0
+        claim = replace(STUDY.claims[0], kind="equal_modules")
+        first, second = rows_of("best", cells, replace(STUDY, claims=(claim,)))
+        assert first["fraction_a"] == pytest.approx(0.555)
+        assert second["fraction_b"] == pytest.approx(0.555)
+        assert first["value_b"] == pytest.approx(0.2)
+        assert first["verdict"] == "better"
+
+    def test_reach_is_told_for_each_method(self, cells):
+        claim = Claim("how deep", "Little.", "them", Pick("fixed"), (Pick("steps"),), "reach")
+        claim = replace(claim, metrics=METRICS, published="a quarter")
+        study = replace(STUDY, claims=(claim,))
+        cells[2] = Cell(cells[2].identity, **tables("", 1.9, [1.0] * DOCUMENTS))
+        first, second = rows_of("how deep", cells, study)
+        assert (first["a"], first["b"], first["published"]) == ("fixed", "dense", "a quarter")
+        assert (first["value_a"], first["verdict"]) == (pytest.approx(1 / 1.9), "reached")
+        assert first["reason"] == "at the least budget measured"
+        assert (second["a"], second["value_a"]) == ("steps", pytest.approx(1.0))
+        assert second["verdict"] == "not reached"
+        assert set(first) <= set(COLUMNS)
+        (row,) = rows_of("how deep", cells[3:], replace(study, claims=(replace(claim, b=()),)))
+        assert row["verdict"] == "not comparable"
+
+    def test_similarity_is_compared_where_it_was_measured(self, cells, tmp_path):
+        claim = replace(STUDY.claims[0], kind="similarity", metrics=())
+        study = replace(STUDY, claims=(claim,))
+        assert likened(study, cells, "published") == cells[1:]
+        (row,) = rows_of("best", cells, study, tmp_path)
+        assert row["verdict"] == "not comparable"
+        for cell in cells:
+            share = 1 / cell.compute[0]["block_speedup"]
+            liking = share if cell.identity["method"] == "fixed" else share**3
+            about = {"cosine": liking, "tokens": 4, "flops": share, "dense_flops": 1.0}
+            file = similarity.file_of(cell, tmp_path)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({f"d{n}": about for n in range(12)}))
+        first, second = rows_of("best", cells, study, tmp_path)
+        assert (first["metric"], first["value_a"]) == ("cosine", pytest.approx(1 / 1.5))
+        assert first["verdict"] == second["verdict"] == "better"
+
+    def test_a_pick_may_name_its_phases(self, cells):
+        own = made("steps(phases=generation)", 1.25)
+        assert chosen(Pick("steps(phases=generation)"), [*cells, own], "both")
+        assert chosen(Pick("steps"), [*cells, own], "both") == []
 
     def test_recovered_cells_stand_apart(self, cells):
         recipe = Pick("dense", "lora").recipe

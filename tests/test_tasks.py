@@ -94,6 +94,7 @@ def test_offline_tasks_load_without_those_of_lm_eval(tasks):
         "last_word": 670,
         "wikipedia_bpb": 931,
         "title_generation": 238,
+        "wikipedia_continuation": 931,
     }
     assert all(task.VERSION == 1.0 for task in tasks.values())
 
@@ -116,7 +117,7 @@ def test_prompts_read_as_text_with_their_options(tasks):
     assert request.args[1].startswith(" ")
 
 
-@pytest.mark.parametrize("name", [name for name in OFFLINE if name != "wikipedia_bpb"])
+@pytest.mark.parametrize("name", [name for name in OFFLINE if "wikipedia" not in name])
 def test_few_shot_examples_are_answered_and_never_scored(tasks, name):
     task = tasks[name]
     scored = {repr(document) for document in task.eval_docs}
@@ -142,8 +143,23 @@ def test_rouge_l_is_the_f_measure_of_the_common_subsequence():
     assert rouge_l("a b c", "c b a") == pytest.approx(1 / 3)
 
 
+def test_a_passage_is_continued_from_its_middle(tasks):
+    task = tasks["wikipedia_continuation"]
+    whole = docs.passages()
+    for index, document in enumerate(task.eval_docs):
+        assert document["context"] + document["continuation"] == whole[index]
+        halves = [len(document[key].split()) for key in ("context", "continuation")]
+        assert abs(halves[0] - halves[1]) <= 1
+        assert document["continuation"][0].isspace()
+    document = task.eval_docs[0]
+    request = task.construct_requests(document, task.fewshot_context(document, 0))
+    assert request.args == (document["context"], document["continuation"])
+    size = len(document["continuation"].encode())
+    assert task.process_results(document, [(-3.0, False)]) == {"bits_per_byte": (-3.0, size)}
+
+
 def test_suites_are_expanded_once_and_in_order():
-    assert resolve("offline") == list(OFFLINE)
+    assert resolve("offline") == [name for name in OFFLINE if name != "wikipedia_continuation"]
     assert resolve(["quartz", "offline"])[:2] == ["quartz", "socialiqa"]
     assert resolve("quartz, socialiqa,quartz") == ["quartz", "socialiqa"]
     assert set(SUITES) == {"offline", "commonsense", "perplexity", "generation"}

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 """What lm-eval's ``--include_path`` takes to know the offline tasks."""
 
-OFFLINE = ("socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation")
+SUITE = ("socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation")
+"""The offline suite."""
+
+OFFLINE = (*SUITE, "wikipedia_continuation")
+"""All tasks of this folder."""
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "offline": OFFLINE,
+    "offline": SUITE,
     "commonsense": (
         "openbookqa",
         "piqa",

@@ -2,7 +2,8 @@
 
 Each loader is named in a task file (``custom_dataset``) and returns the splits ``test``, which is
 scored, and ``shots``, the few-shot examples: the first documents of the file, held out so that no
-scored document is ever shown in a prompt. ``wikipedia_bpb`` takes no examples and holds none out.
+scored document is ever shown in a prompt. The likelihoods of passages take no examples and hold
+none out.
 The order is the file's own, so a document keeps its index as long as the task version stays.
 """
 
@@ -92,6 +93,13 @@ def passages() -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in cleaned if len(text.split()) >= WORDS))
 
 
+def split_in_half(passage: str) -> Document:
+    """First and second half of a passage by words; the white space between goes to the second."""
+    starts = [match.start() for match in re.finditer(r"\s+\S", passage)]
+    middle = starts[(len(starts) - 1) // 2]
+    return {"context": passage[:middle], "continuation": passage[middle:]}
+
+
 @cache
 def abstracts() -> tuple[Document, ...]:
     """Abstracts with their titles, each once, white space normalised."""
@@ -120,6 +128,16 @@ def last_word(**_: Any) -> dict[str, Dataset]:
 def wikipedia_bpb(**_: Any) -> dict[str, Dataset]:
     """The one split of the task ``wikipedia_bpb``."""
     return {"test": _dataset([{"passage": passage} for passage in passages()])}
+
+
+def wikipedia_continuation(**_: Any) -> dict[str, Dataset]:
+    """The one split of the task ``wikipedia_continuation``."""
+    return {"test": _dataset([split_in_half(passage) for passage in passages()])}
+
+
+def continuation_results(doc: Document, results: list[tuple[float, bool]]) -> dict[str, Any]:
+    """Log-likelihood and bytes of one document of ``wikipedia_continuation``, for lm-eval."""
+    return {"bits_per_byte": (results[0][0], len(doc["continuation"].encode("utf-8")))}
 
 
 def title_generation(**_: Any) -> dict[str, Dataset]:

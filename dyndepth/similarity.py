@@ -1,0 +1,120 @@
+"""How near a method's final hidden states stay to the dense model's, for the cells of a study.
+
+The cosine of both at each token of evaluation passages, the first token left out: there is nothing
+to predict it from. One file a cell under the run's ``similarity/``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.errors import UserError
+from dyndepth.records import Cell
+from dyndepth.routed import DOCUMENTS, LENGTH, PROMPT
+from dyndepth.store import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dyndepth.method import DynamicDepthMethod
+    from dyndepth.options import Settings
+    from dyndepth.stats import Point
+
+METRIC = "cosine"
+
+
+def file_of(cell: Cell, folder: Path) -> Path:
+    """Where the similarities of a run's cell lie."""
+    return folder / "similarity" / f"{cell.key}.json"
+
+
+def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
+    """Measure the cells that have no file yet, on ``DOCUMENTS`` evaluation passages.
+
+    A cell that cannot be rebuilt is told and left out.
+    """
+    from dyndepth import routes_command
+
+    missing = [cell for cell in cells if not file_of(cell, folder).is_file()]
+    if not missing:
+        return
+    texts = routes_command.documents(None, DOCUMENTS)
+    bench = routes_command.Bench({})
+    started = time.monotonic()
+    for index, cell in enumerate(missing, start=1):
+        label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
+        elapsed = f"{time.monotonic() - started:.0f} s"
+        print(f"[{index}/{len(missing)}] similarity of {label} ({elapsed})", flush=True)
+        job = routes_command.Job(label, cell.key, settings, identity=cell.identity)
+        try:
+            with job.ready(bench) as method:
+                found = cosines(bench.model, method, tokens_of(texts, bench.tokenizer))
+        except UserError as fault:
+            print(f"similarity of {label} left out: {fault}", file=sys.stderr, flush=True)
+            continue
+        write_atomically(file_of(cell, folder), json.dumps(found))
+
+
+def tokens_of(texts: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
+    """Token ids of each document, cut after ``LENGTH``; those too short to compare are left out."""
+    encoded = {name: tokenizer.encode(text)[:LENGTH] for name, text in texts.items()}
+    return {name: ids for name, ids in encoded.items() if len(ids) > PROMPT}
+
+
+def cosines(
+    model: nn.Module, method: DynamicDepthMethod, documents: dict[str, list[int]]
+) -> dict[str, dict[str, float]]:
+    """By document: mean ``cosine`` of the final hidden states (after the final norm) of ``method``
+    and of the dense model, over the ``tokens`` after the prompt; and block FLOPs of both,
+    ``flops`` and ``dense_flops``."""
+    import torch
+    from torch.nn.functional import cosine_similarity
+
+    from dyndepth.blocks import decoder
+    from dyndepth.runtime import attach
+
+    found = {}
+    for name, tokens in documents.items():
+        ids = torch.tensor([tokens], device=next(model.parameters()).device)
+        with torch.no_grad():
+            dense = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+            with attach(model, method, documents=[name], prompt_length=PROMPT) as trace:
+                thin = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+                totals = trace.totals()
+        apart = cosine_similarity(dense[0, PROMPT:].double(), thin[0, PROMPT:].double(), dim=-1)
+        found[name] = {
+            METRIC: float(apart.mean()),
+            "tokens": len(apart),
+            "flops": totals["block_flops"],
+            "dense_flops": totals["dense_block_flops"],
+        }
+    return found
+
+
+def point(cells: Sequence[Cell], folder: Path) -> Point | None:
+    """The mean cosine of one method at one target, ``cells`` differing in their seed alone; None
+    where a cell has no file."""
+    from dyndepth.stats import averaged, by_document
+
+    files = [file_of(cell, folder) for cell in cells]
+    if not all(file.is_file() for file in files):
+        return None
+    points = []
+    for cell, file in zip(cells, files, strict=True):
+        rows = sorted(json.loads(file.read_text(encoding="utf-8")).items())
+        points.append(
+            by_document(
+                [name for name, _ in rows],
+                [row[METRIC] for _, row in rows],
+                [row["tokens"] for _, row in rows],
+                [row["flops"] for _, row in rows],
+                [row["dense_flops"] for _, row in rows],
+                cells=(cell.key,),
+            )
+        )
+    return averaged(points)
