@@ -119,6 +119,13 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
     )
 
 
+def label(pick: Pick) -> str:
+    """How rows call a pick: a bound says that it is one."""
+    from dyndepth.registry import load_method
+
+    return pick.label + (" (bound)" if load_method(pick.method).uses_labels else "")
+
+
 def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> list[Row]:
     """Rows of claims.csv for ``cells`` of the run in ``folder``.
 
@@ -168,7 +175,7 @@ def _methods(
     similar = claim.kind == "similarity"
     metrics = (("wikipedia passages", similarity.METRIC),) if similar else claim.metrics
     for b, (task, metric) in product(claim.b, metrics):
-        row: Row = {"task": task, "metric": metric, "b": b.label, "unit": "documents"}
+        row: Row = {"task": task, "metric": metric, "b": label(b), "unit": "documents"}
 
         def points(pick: Pick, task: str = task, metric: str = metric) -> dict[float, Point]:
             return _points(claim, pick, cells, phases, task, metric, folder)
@@ -190,7 +197,7 @@ def _methods(
 def _reached(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[Row]:
     """Rows of a claim on the least share at which A, and each B, is as good as dense."""
     for pick, (task, metric) in product((claim.a, *claim.b), claim.metrics):
-        row: Row = {"claim": claim.name, "kind": claim.kind, "a": pick.label, "b": DENSE}
+        row: Row = {"claim": claim.name, "kind": claim.kind, "a": label(pick), "b": DENSE}
         row |= {"task": task, "metric": metric, "unit": "documents"}
         own = _measured(pick, cells, phases, task, metric)
         dense = _measured(Pick(DENSE, pick.recovery), cells, phases, task, metric)
@@ -243,7 +250,7 @@ def _judged(claim: Claim, compared: Sequence[tuple[Row, Difference | str]]) -> I
     enough = [found for _, found in compared if isinstance(found, Difference) and found.n >= LEAST]
     adjusted = iter(holm([found.p for found in enough]))
     for row, found in compared:
-        row = {"claim": claim.name, "kind": claim.kind, "a": claim.a.label, **row}
+        row = {"claim": claim.name, "kind": claim.kind, "a": label(claim.a), **row}
         if isinstance(found, str):
             yield row | {"verdict": "not comparable", "reason": found}
             continue

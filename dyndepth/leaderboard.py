@@ -29,7 +29,6 @@ APART = {"bits_per_byte": "bits_per_byte", "rouge_l": "rougeL"}
 
 COLUMNS = (
     "status",
-    "bound",
     "mean_acc",
     "mean_acc_low",
     "mean_acc_high",
@@ -51,8 +50,7 @@ COLUMNS = (
     "threads",
     "error",
 )
-"""Columns of leaderboard.csv after the cell's identity. ``bound`` is True where the method sees
-labels: a bound, no competitor."""
+"""Columns of leaderboard.csv after those that lead every table."""
 
 
 def leaderboard(cells: Iterable[Cell]) -> list[Row]:
@@ -79,7 +77,6 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
     own = outcomes(cell)
     row: Row = {
         "status": cell.status,
-        "bound": bool(cell.provenance.get("uses_labels", False)),
         "documents": sum(map(len, own.values())),
         **{column: _mean_value(cell, metric) for column, metric in APART.items()},
         **speedups(cell),

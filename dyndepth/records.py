@@ -45,8 +45,11 @@ IDENTITY = (
     "method_code",
     "git_commit",
 )
-"""Keys of an identity, in the order in which they lead every table's columns (``cell``, the hash,
-stands before them)."""
+"""Keys of an identity, in the order in which they lead every table's columns."""
+
+LEADING = ("cell", *IDENTITY, "bound")
+"""The columns that lead every table: the cell's hash, its identity, and ``bound``, True where the
+method sees labels: a bound, no competitor."""
 
 UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values
@@ -155,8 +158,10 @@ def order(cell: Cell) -> tuple[Any, ...]:
 
 
 def identity_columns(cell: Cell) -> Row:
-    """The columns that lead every row of the cell: its hash and its identity."""
-    return {"cell": cell.key, **{key: flat(cell.identity[key]) for key in IDENTITY}}
+    """The columns that lead every row of the cell, ``LEADING``."""
+    bound = bool(cell.provenance.get("uses_labels", False))
+    own = {key: flat(cell.identity[key]) for key in IDENTITY}
+    return {"cell": cell.key, **own, "bound": bound}
 
 
 def flat(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dyndepth.claims import COLUMNS, VERDICTS
+from dyndepth.claims import COLUMNS, VERDICTS, label
 from dyndepth.console import print_table
 from dyndepth.records import Cell, Row, flat
 from dyndepth.stats import RESAMPLES
@@ -72,7 +72,7 @@ def show(study: Study, rows: Sequence[Row]) -> None:
         own = _of(claim, rows)
         table = Table(
             title=f"{claim.name}: {escape(claim.text)}",
-            caption=f"A: {escape(claim.a.label)}. {tally(own)}",
+            caption=f"A: {escape(label(claim.a))}. {tally(own)}",
             caption_justify="left",
         )
         for heading in HEADINGS:
@@ -93,7 +93,7 @@ def markdown(study: Study, rows: Sequence[Row], cells: Sequence[Cell]) -> str:
         own = _of(claim, rows)
         lines += ["", f"## {claim.name}", "", f"{claim.text} ({claim.source})", ""]
         lines += [f"Published: {claim.published}.", ""] if claim.published else []
-        lines += [f"A: `{claim.a.label}`. {tally(own)}", ""]
+        lines += [f"A: `{label(claim.a)}`. {tally(own)}", ""]
         lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
         lines += [_line(texts(row)) for row in own]
     return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ from typing import Any
 
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
+from dyndepth.method import DynamicDepthMethod
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
@@ -145,12 +146,18 @@ class Job:
     def ready(self, bench: Bench) -> Iterator[Any]:
         """The method, fitted; inside, ``bench.model`` has its adapter merged.
 
-        Raises UserError if a cell can't be rebuilt as it was.
+        Raises UserError if a cell can't be rebuilt as it was, or if its plans follow the outcomes
+        of the documents that were scored: on others it has none.
         """
         from dyndepth.adapters import adapted
         from dyndepth.recovered import fit_and_recover
 
         method = self.plan.build() if self.plan else rebuilt(self.identity or {})
+        if type(method).candidates is not DynamicDepthMethod.candidates:
+            raise UserError(
+                f"{method.name} chooses plans by the outcomes of the documents that are scored, so "
+                "there is nothing to record on others"
+            )
         bench.load(self.settings, self.identity)
         recovery = self.identity["recovery"] if self.identity else NONE
         method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)

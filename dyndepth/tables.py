@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.records import IDENTITY, Cell, Row, identity_columns
+from dyndepth.records import LEADING, Cell, Row, identity_columns
 from dyndepth.store import write_atomically
 
 ACCURACY = (
@@ -90,8 +90,8 @@ def _rows(cells: Iterable[Cell], name: str) -> list[Row]:
 
 
 def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """Identity, then ``columns``, then whatever else the rows have, in alphabetical order."""
-    known = ["cell", *IDENTITY, *columns]
+    """``LEADING``, then ``columns``, then whatever else the rows have, in alphabetical order."""
+    known = [*LEADING, *columns]
     return known + sorted({key for row in rows for key in row} - set(known))
 
 
