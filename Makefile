@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 EMBEDDED := $(VENV)/.embedded
+STUDY := skipgpt layer_selection
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
@@ -16,7 +17,7 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make bench      measure what the runtime costs and saves"
 	@echo "make routers    train the shipped routers and adapters again (about an hour)"
-	@echo "make study      test SkipGPT's claims on the embedded model (about two hours)"
+	@echo "make study      test published claims on the embedded model (some hours); STUDY names one"
 	@echo "make lint       check style and types"
 	@echo "make clean      remove $(VENV) and build outputs; runs, results and the cache stay"
 
@@ -51,7 +52,7 @@ routers: setup
 	$(RUN) -m dyndepth.recovered --methods skipgpt --speedups 1.1,1.25,1.5,2.0 --ship
 
 study: setup
-	$(RUN) -m dyndepth.studies skipgpt
+	for name in $(STUDY); do $(RUN) -m dyndepth.studies $$name || exit 1; done
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -7,6 +7,7 @@ later step are silently wrong.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -22,8 +23,7 @@ def skip_tokens(past: Any, layer: int, tokens: int) -> None:
     ``past`` is a ``transformers`` Cache. The layer gets a class of its own that counts; sliding
     windows, which count by themselves, are only advanced. Raises UserError for a static cache.
     """
-    while len(past.layers) <= layer and past.layer_class_to_replicate is not None:
-        past.layers.append(past.layer_class_to_replicate())
+    _fill(past, layer + 1)
     slot: Any = past.layers[layer]
     if not hasattr(slot, "skipped"):
         if not isinstance(slot, DynamicLayer):
@@ -36,6 +36,39 @@ def skip_tokens(past: Any, layer: int, tokens: int) -> None:
         slot.cumulative_length += tokens
     else:
         slot.skipped += tokens
+
+
+def has_lane(past: Any, layers: int) -> bool:
+    """Whether ``past``, the cache of a model of ``layers`` blocks, holds a dense lane."""
+    return len(past.layers) > layers
+
+
+def dense_lane(past: Any, layers: int) -> Any:
+    """The cache of a second run over the same tokens, kept inside ``past``; made when absent.
+
+    The lane is the layers of ``past`` from ``layers`` on: the same kinds as the first, so that
+    whatever reads, crops, reorders or selects from ``past`` treats both alike. It begins as a copy
+    of what ``past`` holds. Raises UserError for a static cache.
+    """
+    if not has_lane(past, layers):
+        _fill(past, layers)
+        for slot in past.layers:
+            if not isinstance(slot, DynamicLayer):
+                raise UserError(
+                    f"a {type(slot).__name__} of the cache cannot be looked ahead with; use a "
+                    "dynamic cache with methods that know the dense model's predictions"
+                )
+        # Growing a dynamic layer makes new tensors, so that the copies may share the old ones.
+        past.layers.extend([copy.copy(slot) for slot in past.layers])
+    lane = copy.copy(past)
+    lane.layers = past.layers[layers:]
+    return lane
+
+
+def _fill(past: Any, layers: int) -> None:
+    """Have ``past`` hold ``layers`` layers, if it is of the kind that adds them as they come."""
+    while len(past.layers) < layers and past.layer_class_to_replicate is not None:
+        past.layers.append(past.layer_class_to_replicate())
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.blocks import decoder
+from dyndepth.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import attach
 
@@ -108,3 +109,51 @@ def solve_threshold(
             share = (target - below[1]) / (above[1] - below[1])
             point = below[0] + min(max(share, 0.02), 0.98) * (above[0] - below[0])
     return min(seen, key=lambda found: abs(found[1] - target))
+
+
+# A set of whole sublayers cannot meet every budget; short of this the routers do not reach it.
+_LEAST_ACHIEVED = 0.85
+
+
+def meet_target(
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    windows: Tensor,
+    *,
+    span: float = 5.0,
+    steps: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Solve the logit at which routers execute so that the measured speedup meets the target.
+
+    Writes ``threshold`` and ``achieved_speedup`` into ``method.facts``; ``method`` must execute
+    where its logits are at least the threshold found there, which is sought within ``span`` of 0.
+    ``windows`` is calibration text ``[count, length]``. ``steps``, for routers that read nothing:
+    their logits and the shares of the budget, both ``[layers, 2]``. Their speedup is a step
+    function, so that the nearest step is taken, and no forward is needed to find it.
+    Raises UserError if the target is out of reach.
+    """
+
+    def measure(threshold: float) -> float:
+        method.facts["threshold"] = threshold
+        return block_speedup(model, method, windows)
+
+    target = method.target_speedup
+    if steps is None:
+        threshold, achieved = solve_threshold(
+            measure, target, 0.0, 0.05, low=-span, high=span, tolerance=0.005
+        )
+    else:
+        threshold = _nearest_step(*steps, target)
+        achieved = measure(threshold)
+    method.facts |= {"threshold": threshold, "achieved_speedup": achieved}
+    if achieved < _LEAST_ACHIEVED * target:
+        raise UserError(
+            f"{method.name} reaches {achieved:.3g}x with these routers, not {target:g}x; "
+            "ask for less, or train others"
+        )
+
+
+def _nearest_step(logits: Tensor, shares: Tensor, target: float) -> float:
+    """The logit, of those given, at which what executes comes nearest to 1 / ``target``."""
+    executed = {step: float(shares[logits >= step].sum()) for step in logits.unique().tolist()}
+    return min(executed, key=lambda step: abs(1 / executed[step] - target))

@@ -26,6 +26,7 @@ from dyndepth.errors import UserError
 from dyndepth.language_model import DyndepthLM
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.metrics import outcome, standard_error
+from dyndepth.outcomes import in_order, outcomes_of
 from dyndepth.runtime import Backend
 from dyndepth.tasks import resolve, task_manager
 
@@ -82,6 +83,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a fitted method on tasks.
 
+    A method with ``candidates`` first chooses by their outcomes, task by task.
+
     Args:
         model, tokenizer: as ``dyndepth.models`` loads them.
         method: fitted, or one that needs no fit.
@@ -98,27 +101,17 @@ def evaluate(
         include_path: a folder with further task files.
 
     Raises:
-        UserError: an unknown task, a limit below 1, or more examples than a task holds.
+        UserError: an unknown task, a limit below 1, more examples than a task holds, or a bound on
+            a task whose metric has no value on single documents.
         FloatingPointError: a log-likelihood that is not a number.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1 document a task, not {limit}")
-    names = resolve(tasks, include_path)
     with quiet_lm_eval():
-        loaded = task_manager(names, include_path).load(names)["tasks"]
-        for task in loaded.values():
-            set_shots(task, num_fewshot)
-        sizes = {name: len(task.eval_docs) for name, task in loaded.items()}
-        # A task that is scored whole is left out: lm-eval looks indices up one by one.
-        drawn = {
-            name: sample(name, size, limit, seed)
-            for name, size in sizes.items()
-            if limit is not None and limit < size
-        }
+        loaded, drawn = _drawn(tasks, limit, seed, num_fewshot, include_path)
         language_model = DyndepthLM(
             model, method, tokenizer, batch_size, backend=backend, progress=progress
         )
         language_model.document_index = drawn
+        _let_choose(language_model, loaded)
         # Not simple_evaluate: it seeds the process's generators and runs several subprocesses to
         # describe the machine, for every cell anew.
         results = run_lm_eval(
@@ -142,6 +135,60 @@ def evaluate(
             for row in _samples(name, task, results["samples"][name], costs[name])
         ],
     )
+
+
+def let_choose(
+    model: Any,
+    tokenizer: Any,
+    method: DynamicDepthMethod,
+    tasks: str | Iterable[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    num_fewshot: int | None = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+    include_path: str | Path | None = None,
+) -> None:
+    """Have a method with ``candidates`` choose as ``evaluate`` does, without scoring it; others are
+    left alone. Arguments and errors are those of ``evaluate``."""
+    if method.candidates() is None:
+        return
+    with quiet_lm_eval():
+        loaded, drawn = _drawn(tasks, limit, seed, num_fewshot, include_path)
+        reader = DyndepthLM(model, method, tokenizer, batch_size, progress=progress)
+        reader.document_index = drawn
+        _let_choose(reader, loaded)
+
+
+def _drawn(
+    tasks: str | Iterable[str],
+    limit: int | None,
+    seed: int,
+    num_fewshot: int | None,
+    include_path: str | Path | None,
+) -> tuple[dict[str, Task], dict[str, list[int]]]:
+    """Tasks by name, and the documents drawn of each that is not scored whole: lm-eval looks
+    indices up one by one."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1 document a task, not {limit}")
+    names = resolve(tasks, include_path)
+    loaded = task_manager(names, include_path).load(names)["tasks"]
+    for task in loaded.values():
+        set_shots(task, num_fewshot)
+    sizes = {name: len(task.eval_docs) for name, task in loaded.items()}
+    return loaded, {
+        name: sample(name, size, limit, seed)
+        for name, size in sizes.items()
+        if limit is not None and limit < size
+    }
+
+
+def _let_choose(reader: DyndepthLM, tasks: dict[str, Task]) -> None:
+    plans = reader.method.candidates()
+    if plans is not None:
+        for task in tasks.values():
+            reader.method.choose(outcomes_of(reader, task, plans))
 
 
 def sample(task: str, documents: int, limit: int, seed: int) -> list[int]:
@@ -210,9 +257,8 @@ def _samples(name: str, task: Task, logged: Sequence[Row], cost: Cost) -> Iterat
         first = documents[index][0]
         outcomes, weights = {}, {}
         for record in documents[index]:
-            # lm-eval logs metrics in an order of its own; the task's file names the main one first.
-            listed = [metric for metric in task.aggregation() if metric in record["metrics"]]
-            for metric in dict.fromkeys([*listed, *record["metrics"]]):
+            # lm-eval logs metrics in an order of its own.
+            for metric in in_order(task, record["metrics"]):
                 key = f"{metric},{record['filter']}"
                 aggregation = task.aggregation().get(metric)
                 outcomes[key], weights[key] = outcome(aggregation, record[metric])

@@ -3,8 +3,9 @@
 Two FLOPs a multiply-add, in matrix products only, as ``torch.utils.flop_counter`` counts them: the
 scores and values of a token cost all keys of its sequence that are present at the end of its
 forward (a causal prefill is a full square). Rotary tables, norms and activations are not counted.
-Counts are *useful* work: arithmetic spent on padding, or on filling a rectangle in a batch, is kept
-apart under ``padding`` and is in no total; useful + padding is what the counter sees.
+Counts are *useful* work: arithmetic spent on padding, on filling a rectangle in a batch, or on a
+bound's foresight is kept apart under ``padding`` and is in no total; useful + padding is what the
+counter sees.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Forward:
 
     ``gates`` holds, per block, the two gates as executed: True, False or a Selection.
     ``cached`` says whether a cache was there, so that skipped tokens were projected under the
-    policy ``project``. ``masked`` marks the backend that computes everything.
+    policy ``project``. ``masked`` marks the backend that computes everything, ``foresight`` a
+    forward that was looked ahead of: all blocks and a head after each, work done for nobody.
     """
 
     documents: Sequence[str] | None
@@ -105,6 +107,7 @@ class Forward:
     gates: list[tuple[bool | Selection, bool | Selection]] = field(default_factory=list)
     bills: list[Bill] = field(default_factory=list)
     heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
+    foresight: bool = False
 
     def executed(self) -> Tensor:
         """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
@@ -276,6 +279,9 @@ class Ledger:
         for bill in forward.bills:
             count = rectangle if bill.tokens is None else int(bill.tokens.sum())
             total += count * bill.flops_per_token
+        if forward.foresight:
+            depths = len(costs.mlp) + 1
+            total += rectangle * (costs.block(forward.keys) + depths * costs.lm_head)
         return total + sum(rows for _, rows in forward.heads) * costs.lm_head
 
 

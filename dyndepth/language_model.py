@@ -172,8 +172,51 @@ class DyndepthLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of each whole text, in windows of at most ``max_length`` tokens."""
+        owners, windows = self.windows(requests)
+        results = [0.0] * len(requests)
+        for index, (log, _) in self._scored(requests, owners, windows, disable_tqdm):
+            results[index] += log
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy completions, each cut at the first of its stop sequences; see ``prompts``."""
+        prompts, stops = self.prompts(requests)
+        results: list[Any] = [None] * len(requests)
+        with self.progress_bar(len(requests), "generate_until", disable_tqdm) as bar:
+            for task, places in self._by_task(requests).items():
+                chosen = [prompts[place] for place in places]
+                with self._attached(task) as trace:
+                    for index, tokens in scoring.generate(
+                        self.model, trace, chosen, self.batch_size
+                    ):
+                        results[places[index]] = self.completion(tokens, stops[places[index]])
+                        bar.update()
+        return results
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Required by lm-eval's base class, whose callers of it are all replaced here."""
+        raise NotImplementedError("requests must come with their documents: call loglikelihood")
+
+    # --- requests as token ids ------------------------------------------------------------------
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both; an empty context is the prefix token, unless the text begins so."""
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
+
+    def windows(
+        self, requests: Sequence[Instance]
+    ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """Whole texts as (context, continuation) pairs that cover each token once.
+
+        Returns the index of each pair's request, and the pairs.
+        """
         owners: list[int] = []
-        windows: list[tuple[list[int], list[int]]] = []
+        pairs: list[tuple[list[int], list[int]]] = []
         for index, request in enumerate(requests):
             (text,) = request.args
             for window in get_rolling_token_windows(
@@ -183,14 +226,35 @@ class DyndepthLM(TemplateLM):
                 context_len=1,
             ):
                 owners.append(index)
-                windows.append(make_disjoint_window(window))
-        results = [0.0] * len(requests)
-        for index, (log, _) in self._scored(requests, owners, windows, disable_tqdm):
-            results[index] += log
-        return results
+                pairs.append(make_disjoint_window(window))
+        return owners, pairs
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy completions, each cut at the first of its stop sequences.
+    def groups(
+        self, documents: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> tuple[list[Group], list[list[int]]]:
+        """Pairs of one document with equal contexts, together; ``documents`` has each pair's.
+
+        What does not fit into the model is cut from the left. Returns the groups, and for each
+        the places of its continuations among the pairs.
+        """
+        shared: dict[Any, list[int]] = defaultdict(list)
+        for place, (document, pair) in enumerate(zip(documents, pairs, strict=True)):
+            context, continuation = pair
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"document {document}: a continuation of {len(continuation)} tokens "
+                    f"can't be scored; 1 to {self.max_length} fit"
+                )
+            kept = self.max_length + 1 - len(continuation)
+            shared[document, tuple(context[-kept:])].append(place)
+        groups = [
+            Group(document, context, [pairs[place][1] for place in members])
+            for (document, context), members in shared.items()
+        ]
+        return groups, list(shared.values())
+
+    def prompts(self, requests: Sequence[Instance]) -> tuple[list[Prompt], list[list[str]]]:
+        """What is to be completed, and the stop sequences of each request.
 
         Raises UserError where a task asks for sampling or beams: results must not depend on a
         random state, and a beam is not one sequence to be counted.
@@ -215,35 +279,21 @@ class DyndepthLM(TemplateLM):
             until = handle_stop_sequences(settings["until"], eos=end)
             stops.append(until)
             tokens = self.tok_encode(context)[-room:]
-            prompts.append(Prompt(self._document(request), tokens, limit, self._stop(until)))
-        results: list[Any] = [None] * len(requests)
-        with self._progress(len(requests), "generate_until", disable_tqdm) as bar:
-            for task, places in self._by_task(requests).items():
-                chosen = [prompts[place] for place in places]
-                with self._attached(task) as trace:
-                    for index, tokens in scoring.generate(
-                        self.model, trace, chosen, self.batch_size
-                    ):
-                        place = places[index]
-                        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                        results[place] = postprocess_generated_text(text, stops[place], None)
-                        bar.update()
-        return results
+            prompts.append(Prompt(self.document(request), tokens, limit, self._stop(until)))
+        return prompts, stops
 
-    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Required by lm-eval's base class, whose callers of it are all replaced here."""
-        raise NotImplementedError("requests must come with their documents: call loglikelihood")
+    def completion(self, tokens: Sequence[int], until: list[str]) -> str:
+        """The text of generated tokens, cut at the first of its stop sequences."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return postprocess_generated_text(text, until, None)
+
+    def document(self, request: Instance) -> str:
+        """The id ``task/index`` of a request's document, by its index in the task's file."""
+        task, number = request.task_name or "", request.doc_id or 0
+        index = self.document_index.get(task)
+        return f"{task}/{number if index is None else index[number]}"
 
     # --- in between -----------------------------------------------------------------------------
-
-    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both; an empty context is the prefix token, unless the text begins so."""
-        if context:
-            return self._encode_pair(context, continuation)
-        tokens = self.tok_encode(continuation, add_special_tokens=False)
-        if tokens[:1] == [self.prefix_token_id]:
-            return tokens[:1], tokens[1:]
-        return [self.prefix_token_id], tokens
 
     def _stop(self, until: list[str]) -> Any:
         """Whether a list of generated tokens ends its completion."""
@@ -265,40 +315,22 @@ class DyndepthLM(TemplateLM):
         pairs: list[tuple[list[int], list[int]]],
         silent: bool,
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Score (context, continuation) pairs; yields (index of the owning request, result).
-
-        Pairs of one document with equal contexts share a context pass. What does not fit into the
-        model is cut from the left.
-        """
+        """Score (context, continuation) pairs; yields (index of the owning request, result)."""
         owners = list(owners)
-        with self._progress(len(pairs), "loglikelihood", silent) as bar:
+        with self.progress_bar(len(pairs), "loglikelihood", silent) as bar:
             for task, places in self._by_task([requests[owner] for owner in owners]).items():
-                shared: dict[Any, list[int]] = defaultdict(list)
-                for place in places:
-                    context, continuation = pairs[place]
-                    document = self._document(requests[owners[place]])
-                    if not 0 < len(continuation) <= self.max_length:
-                        raise ValueError(
-                            f"document {document}: a continuation of {len(continuation)} tokens "
-                            f"can't be scored; 1 to {self.max_length} fit"
-                        )
-                    kept = self.max_length + 1 - len(continuation)
-                    shared[document, tuple(context[-kept:])].append(place)
-                groups = [
-                    Group(document, context, [pairs[place][1] for place in members])
-                    for (document, context), members in shared.items()
-                ]
-                members = list(shared.values())
+                documents = [self.document(requests[owners[place]]) for place in places]
+                groups, members = self.groups(documents, [pairs[place] for place in places])
                 with self._attached(task) as trace:
                     for index, results in scoring.score(self.model, trace, groups, self.batch_size):
-                        for place, result in zip(members[index], results, strict=True):
+                        for member, result in zip(members[index], results, strict=True):
                             if math.isnan(result[0]):
                                 document = groups[index].document
                                 raise FloatingPointError(
                                     f"{self.method!r}: the log-likelihood of document {document} "
                                     "is not a number"
                                 )
-                            yield owners[place], result
+                            yield owners[places[member]], result
                         bar.update(len(results))
 
     @contextmanager
@@ -313,11 +345,6 @@ class DyndepthLM(TemplateLM):
                 )
             self.costs[task].add(trace)
 
-    def _document(self, request: Instance) -> str:
-        task, number = request.task_name or "", request.doc_id or 0
-        index = self.document_index.get(task)
-        return f"{task}/{number if index is None else index[number]}"
-
     @staticmethod
     def _by_task(requests: list[Instance]) -> dict[str, list[int]]:
         """Positions of the requests of each task."""
@@ -326,7 +353,8 @@ class DyndepthLM(TemplateLM):
             places[request.task_name or ""].append(place)
         return places
 
-    def _progress(self, total: int, kind: str, silent: bool) -> tqdm:
+    def progress_bar(self, total: int, kind: str, silent: bool = False) -> tqdm:
+        """A bar for ``total`` steps of a ``kind``, named after the method."""
         return tqdm(
             total=total, desc=f"{self.method.name}: {kind}", disable=silent or not self.progress
         )
@@ -359,4 +387,10 @@ def _fitted(
     from dyndepth.registry import load_method
 
     method = load_method(name, **parameters)
-    return fit_cached(method, model, load_corpus("embedded", tokenizer))
+    fitted = fit_cached(method, model, load_corpus("embedded", tokenizer))
+    if fitted.candidates() is not None:
+        raise UserError(
+            f"{name} is a bound, which chooses by the outcomes of the documents that are scored, "
+            "and these are not known here; use python -m dyndepth.sweep"
+        )
+    return fitted

@@ -53,7 +53,7 @@ class ForwardContext:
         head: final norm and LM head, ``[n, hidden] -> [n, vocabulary]``. Use ``readout``.
         past_real: tokens of each sequence in the cache, padding excluded, int64 ``[batch]``; None
             where nothing is padded.
-        foresight: for methods with ``uses_labels`` alone, None for all others. Calling it runs the
+        foresight: for methods that say ``foresees``, None for all others. Calling it runs the
             same tokens at full depth, past included, and returns the likeliest next token after
             each depth: int64 ``[layers + 1, batch, tokens]``, first that of the embeddings, last
             the dense model's. What it costs is billed to nobody (the ledger's ``padding``).
@@ -144,6 +144,7 @@ class DynamicDepthMethod:
         needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
         uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
             ``Outcomes`` of the documents that are scored) and are listed as bounds.
+        foresees: True if it calls ``foresight``. It is never timed: the clock would see that too.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
@@ -158,6 +159,7 @@ class DynamicDepthMethod:
     paper: ClassVar[str]
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
+    foresees: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
     fit_version: ClassVar[int] = 1
     shipped_adapters: ClassVar[Path | None] = None

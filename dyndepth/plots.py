@@ -34,6 +34,7 @@ SKIPPED = "#EDEDED"
 TITLES = dict(zip(SUBLAYERS, ("Attention", "MLP"), strict=True))
 
 _TOKENS_SHOWN = 72
+_FIRST = "first quarter to go, in this order"
 _DPI = 150
 
 
@@ -165,6 +166,73 @@ def training_curve(
     if title:
         figure.suptitle(title, fontsize=10)
     return _written(figure, path)
+
+
+def importance(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    labels: Mapping[str, str],
+    path: str | Path | None = None,
+    *,
+    title: str = "",
+) -> Figure:
+    """Scores over blocks, a panel for each criterion, with the first to go ringed and numbered.
+
+    ``tables`` has the rows of ``Ranking.rows`` by criterion: ``layer``, ``sublayer`` (``block``
+    where blocks are ranked), ``score``, ``rank`` from 1; ``labels`` says what each score is. The
+    ringed quarter is that of the ranked units. Scores that span orders of magnitude have a
+    logarithmic axis. Raises UserError if there is nothing to draw.
+    """
+    shown = {name: rows for name, rows in tables.items() if rows}
+    if not shown:
+        raise UserError("no unit was ranked; there is nothing to draw")
+    height = -(-len(shown) // 2)
+    figure = _figure(9.0, 0.7 + 2.5 * height)
+    panels = figure.subplots(height, 2, squeeze=False).flatten()
+    for axis in panels[len(shown) :]:
+        axis.remove()
+    handles: dict[str, Any] = {}
+    for axis, (name, rows) in zip(panels, shown.items(), strict=False):
+        _importance_panel(axis, rows)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_ylabel(labels.get(name, "score"))
+        axis.set_xlabel("block (0 is next to the embedding)")
+        drawn, names = axis.get_legend_handles_labels()
+        handles |= dict(zip(names, drawn, strict=True))
+    handles[_FIRST] = handles.pop(_FIRST)  # last
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
+        fontsize=8,
+    )  # fmt: skip
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return _written(figure, path)
+
+
+def _importance_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One criterion: a line for each kind of unit, rings around the first quarter to go."""
+    for kind, number in (("block", 2), (SUBLAYERS[0], 0), (SUBLAYERS[1], 1)):
+        part = sorted((row["layer"], row["score"]) for row in rows if row["sublayer"] == kind)
+        if part:
+            points = np.array(part)
+            _line(axis, points[:, 0], points[:, 1], number, TITLES.get(kind, "Block"))
+    first = [row for row in rows if row["rank"] <= max(1, len(rows) // 4)]
+    axis.plot(
+        [row["layer"] for row in first], [row["score"] for row in first], label=_FIRST,
+        linestyle="none", marker="o", markersize=9, markerfacecolor="none",
+        markeredgecolor=VERMILION,
+    )  # fmt: skip
+    for row in first:
+        axis.annotate(
+            str(row["rank"]), (row["layer"], row["score"]), xytext=(0, 7),
+            textcoords="offset points", ha="center", fontsize=7, color=VERMILION, zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4},
+        )  # fmt: skip
+    scores = [row["score"] for row in rows]
+    if min(scores) > 0 and max(scores) > 30 * min(scores):
+        axis.set_yscale("log")
+    axis.margins(y=0.15)
+    axis.grid(alpha=0.3)
+    _whole_numbers(axis.xaxis)
 
 
 def readable(token: str) -> str:

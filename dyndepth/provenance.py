@@ -33,6 +33,7 @@ FRONT = frozenset(
         "estimate.py",
         "fits.py",
         "grid.py",
+        "importance_command.py",
         "intervals.py",
         "leaderboard.py",
         "lm_eval_plugin.py",
@@ -118,8 +119,8 @@ def harness_code() -> str:
 @cache
 def fitting_code() -> str:
     """12 hex digits over what methods share for finding their parameters."""
-    files = ("calibration.py", "gain.py", "loop.py", "removal.py", "training.py")
-    return _digest([PACKAGE / name for name in files], PACKAGE)
+    files = ("calibration", "gain", "importance", "loop", "removal", "training", "trie")
+    return _digest([PACKAGE / f"{name}.py" for name in files], PACKAGE)
 
 
 @cache

@@ -15,11 +15,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from dyndepth.blocks import Block, blocks, cache_of, causal_lm, decoder, final_norm
+from dyndepth.blocks import (
+    Block,
+    blocks,
+    cache_argument,
+    cache_of,
+    causal_lm,
+    decoder,
+    final_norm,
+)
 from dyndepth.cache import skip_tokens
 from dyndepth.errors import UserError
 from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
+from dyndepth.foresight import Foresight
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Phase
 from dyndepth.selection import Selection
 
@@ -120,7 +130,7 @@ def attach(
     ]
     setattr(owner, _MARK, runtime)
     try:
-        with run_by(split, runtime.block):
+        with run_by(split, runtime.run):
             yield runtime.trace
     finally:
         for handle in handles:
@@ -176,11 +186,18 @@ class _Runtime:
         self.trace = Trace(self.ledger, self.head)
         self.forward: Forward
         self.plan: list[tuple[Gate, Gate]] | None = None
+        self.foresight = Foresight(model, self.block) if method.foresees else None
+        self.run = self.block if self.foresight is None else self.foresight.block
 
     # --- the start of a forward -----------------------------------------------------------------
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the decoder: learn the shapes, ask the method for a plan."""
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of the decoder: learn the shapes, ask the method for a plan.
+
+        Returns the decoder's arguments where a method with foresight had a cache added to them.
+        """
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
@@ -193,6 +210,10 @@ class _Runtime:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", False)
+        if self.foresight is not None and cache is None and use_cache:
+            # The decoder would make it later than it is needed.
+            cache = DynamicCache(config=self.config)
+            kwargs = kwargs | {cache_argument(module): cache}
         valid = None if mask is None else mask[:, -width:].bool()
         self.forward = forward = Forward(
             documents=_per_row(self.trace.documents, batch, "document ids"),
@@ -208,6 +229,8 @@ class _Runtime:
             masked=self.masked,
         )
         self.ledger.add(forward)
+        if self.foresight is not None:
+            self.foresight.begin(forward, args, kwargs, cache)
         context = ForwardContext(
             layers=len(self.blocks),
             batch=batch,
@@ -222,6 +245,7 @@ class _Runtime:
             bill=self._bill,
             readout_flops=float(self.ledger.costs.lm_head),
             past_real=None if mask is None else mask[:, :-width].sum(1),
+            foresight=self.foresight,
         )
         if self.trace.prompt_length is not None:
             length = self.trace.prompt_length
@@ -229,6 +253,11 @@ class _Runtime:
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         self.plan = self._plan(context)
+        if self.foresight is None:
+            return None
+        full = self.plan is not None and all(a is True and m is True for a, m in self.plan)
+        self.foresight.end(full)
+        return args, kwargs
 
     def _plan(self, context: ForwardContext) -> list[tuple[Gate, Gate]] | None:
         """The gates of all blocks if they are known before the forward, else None."""

@@ -6,10 +6,11 @@ straight-through gates, under
 
     loss + penalty * | executed share - wanted share |        (arXiv 2506.04179)
 
-with both shares counted in block FLOPs or in modules. Two estimators of the gates' gradient:
-``gumbel``, as published, samples hard gates from a logistic distribution (the difference of the
-Gumbel noises of two logits) at a temperature that falls during training; ``deterministic`` takes
-the gates that inference will take and a sigmoid's slope. Nothing is sampled at inference.
+with both shares counted in block FLOPs or in modules, or with no share wanted (arXiv 2410.20022).
+Two estimators of the gates' gradient: ``gumbel``, as published, samples hard gates from a logistic
+distribution (the difference of the Gumbel noises of two logits) at a temperature that falls during
+training; ``deterministic`` takes the gates that inference will take and a sigmoid's slope. Nothing
+is sampled at inference.
 
 Adapters that a caller put in and marked (``mark_along``) are trained along; the loss is then
 cross-entropy, since a dense model that moves is no yardstick.
@@ -17,7 +18,7 @@ cross-entropy, since a dense model that moves is no yardstick.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from dyndepth.blocks import blocks
+from dyndepth.blocks import blocks, decoder
 from dyndepth.flops import BlockCosts
 from dyndepth.loop import Curve, Schedule, optimise
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
@@ -42,6 +43,7 @@ class Router(nn.Module):
 
     ``bias`` is float32 ``[layers, 2]``, added to the logits; ``forward(layer, hidden)`` maps
     ``[batch, tokens, hidden]`` to float32 ``[batch, tokens, 2]``, execute where not negative.
+    A router whose one logit decides for both sublayers has 1 in place of the 2.
     """
 
     bias: nn.Parameter
@@ -56,6 +58,7 @@ class Tuning:
         budget: what a share counts: ``flops`` of the blocks, or ``modules`` (attention and MLP
             weigh the same, as in the paper).
         penalty: weight of the budget against the loss, nats a token.
+        cost: ``target``, or ``linear``: whatever is executed costs, as if the wanted share were 0.
         ramp: share of the steps over which the wanted share falls linearly from what the routers
             execute at first; 0: it is the target from the first step.
         curriculum: ``(fall, steps)``: instead of the ramp, from 1 by ``fall`` every ``steps``.
@@ -71,6 +74,7 @@ class Tuning:
     target_speedup: float
     budget: Literal["flops", "modules"] = "flops"
     penalty: float = 8.0
+    cost: Literal["target", "linear"] = "target"
     ramp: float = 0.0
     curriculum: tuple[float, int] | None = None
     estimator: Literal["deterministic", "gumbel"] = "deterministic"
@@ -83,6 +87,8 @@ class Tuning:
 
     def wanted(self, step: int, steps: int, first: float) -> float:
         """The share asked for at ``step``; ``first`` is what was executed at the first one."""
+        if self.cost == "linear":
+            return 0.0
         target = 1 / self.target_speedup
         if self.curriculum is not None:
             fall, every = self.curriculum
@@ -126,7 +132,7 @@ class Routed(DynamicDepthMethod):
         gates = (logits >= 0).float() + soft - soft.detach()
         part = self.context.generation
         self._executed.append(gates.mean((0, 1)) if part is None else gates[part].mean(0))
-        return gates[..., 0], gates[..., 1]
+        return gates[..., 0], gates[..., -1]
 
     def executed(self, shares: Tensor) -> Tensor:
         """Executed share of the last forward, a scalar with a gradient into every router."""
@@ -195,6 +201,40 @@ def divergence(model: nn.Module, method: CanRunInFull, ids: Tensor, first: int =
 def inverse_scale(hidden: Tensor) -> Tensor:
     """1 / root mean square of each token: ``[..., hidden] -> [..., 1]``."""
     return torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@torch.no_grad()
+def stream_statistics(
+    model: nn.Module, windows: Tensor, *, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``.
+
+    Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
+    root mean square if ``normalise``; a deviation is kept from falling below a thousandth.
+    """
+    found: list[list[Tensor]] = [[] for _ in blocks(model)]
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            stream = (args[0] if args else kwargs["hidden_states"]).float().flatten(0, 1)
+            found[index].append(stream * inverse_scale(stream) if normalise else stream)
+
+        return hook
+
+    hooks = [
+        block.layer.register_forward_pre_hook(watch(index), with_kwargs=True)
+        for index, block in enumerate(blocks(model))
+    ]
+    try:
+        for ids in windows.to(next(model.parameters()).device).split(2):
+            decoder(model)(input_ids=ids, use_cache=False)
+    finally:
+        for each in hooks:
+            each.remove()
+    streams = [torch.cat(parts) for parts in found]
+    mean = torch.stack([stream.mean(0) for stream in streams])
+    deviation = torch.stack([stream.std(0) for stream in streams]) + 1e-3
+    return mean, deviation
 
 
 def budget_shares(model: nn.Module, length: int, budget: str = "flops") -> Tensor:

@@ -46,6 +46,7 @@ class Workbench:
             trust_remote_code=settings.trust_remote_code,
         )
         self._fitted: tuple[Plan, Any, Any] | None = None
+        self._scored: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -114,39 +115,47 @@ class Workbench:
     def evaluate(self, plan: Plan) -> Tables:
         """Score the plan's cell."""
         with self.fitted(plan) as method:
+            self._scored = method
             return self._evaluate(method)
 
     def _evaluate(self, method: Any) -> Tables:
         from dyndepth.evaluate import evaluate
 
-        by_limit: dict[int | None, list[str]] = {}
-        for task, limit in self.limits.items():
-            by_limit.setdefault(limit, []).append(task)
         return together(
             [
-                evaluate(
-                    self.model,
-                    self.tokenizer,
-                    method,
-                    tasks,
-                    limit=limit,
-                    seed=self.settings.sample_seed,
-                    num_fewshot=self.settings.num_fewshot,
-                    batch_size=self.settings.batch_size,
-                    include_path=self.settings.include_path,
-                )
-                for limit, tasks in by_limit.items()
+                evaluate(self.model, self.tokenizer, method, tasks, **how)
+                for tasks, how in self._tasks_by_limit()
             ]
         )
 
+    def _tasks_by_limit(self) -> list[tuple[list[str], dict[str, Any]]]:
+        """Tasks that are scored with one limit, and how ``evaluate`` is to score them."""
+        by_limit: dict[int | None, list[str]] = {}
+        for task, limit in self.limits.items():
+            by_limit.setdefault(limit, []).append(task)
+        shared = {
+            "seed": self.settings.sample_seed,
+            "num_fewshot": self.settings.num_fewshot,
+            "batch_size": self.settings.batch_size,
+            "include_path": self.settings.include_path,
+        }
+        return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
+
     def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
         """Time the plan's method against dense, both on the weights that were scored; ``samples``
-        are its scored documents, of which the timed run has to reproduce some."""
+        are its scored documents, of which the timed run has to reproduce some. A method that
+        foresees has no rows: the clock would see it look ahead."""
+        from dyndepth.evaluate import let_choose
         from dyndepth.language_model import DyndepthLM
         from dyndepth.scored import scored_documents
         from dyndepth.timing import measure
 
         with self.fitted(plan) as method:
+            if method.foresees:
+                return []
+            if self._scored is not method:  # a bound that was scored earlier has yet to choose
+                for tasks, how in self._tasks_by_limit():
+                    let_choose(self.model, self.tokenizer, method, tasks, progress=False, **how)
             reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
             return measure(
                 self.model,

@@ -149,6 +149,44 @@ class TestTrainingCurve:
             plots.training_curve(curve)
 
 
+class TestImportance:
+    BLOCKS = [
+        {"layer": n, "sublayer": "block", "score": 1.0 + n % 5, "rank": (3 * n) % 8 + 1}
+        for n in range(8)
+    ]
+    SUBLAYERS = [
+        {"layer": n, "sublayer": kind, "score": 10.0 ** -(n + 4 * k), "rank": 8 - n - 4 * k}
+        for n in range(4)
+        for k, kind in enumerate(("attention", "mlp"))
+    ]
+
+    def test_a_panel_a_criterion_with_the_first_to_go_ringed(self, tmp_path):
+        tables = {"one": self.BLOCKS, "two": self.SUBLAYERS, "none": []}
+        labels = {"one": "loss, nats", "two": "1 − cosine"}
+        figure = plots.importance(tables, labels, tmp_path / "importance.png", title="a model")
+        assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
+        one, two = figure.axes
+        assert [axis.get_ylabel() for axis in (one, two)] == ["loss, nats", "1 − cosine"]
+        assert one.lines[0].get_ydata().tolist() == [row["score"] for row in self.BLOCKS]
+        assert [line.get_label() for line in two.lines[:2]] == ["Attention", "MLP"]
+        rings = {axis: sorted(axis.lines[-1].get_xdata()) for axis in (one, two)}
+        assert rings == {
+            one: sorted(row["layer"] for row in self.BLOCKS if row["rank"] <= 2),
+            two: sorted(row["layer"] for row in self.SUBLAYERS if row["rank"] <= 2),
+        }
+        assert [axis.get_yscale() for axis in (one, two)] == ["linear", "log"]
+        shown = texts(figure)
+        for part in ("one", "two", "a model", "Block", "Attention", "MLP", "first quarter"):
+            assert part in shown
+        styles = {(line.get_color(), line.get_marker(), line.get_linestyle())
+                  for line in (one.lines[0], *two.lines[:2])}  # fmt: skip
+        assert len(styles) == 3
+
+    def test_nothing_to_draw_is_told(self):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plots.importance({"one": []}, {})
+
+
 @pytest.mark.parametrize(
     ("token", "shown"),
     [(" the", "·the"), ("\n\t", "⏎⇥"), ("", ""), ("\x00", "□"), ("a" * 20, "a" * 13 + "…")],

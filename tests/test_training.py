@@ -14,6 +14,7 @@ from dyndepth.training import (
     budget_shares,
     loss,
     mark_along,
+    stream_statistics,
     tune_router,
 )
 
@@ -152,6 +153,46 @@ def test_the_wanted_share_follows_ramp_or_curriculum():
     steps = tuning(2.0, curriculum=(0.1, 500))
     found = [round(steps.wanted(n, 9999, 1.0), 6) for n in (0, 499, 500, 2500)]
     assert found == [1.0, 1.0, 0.9, 0.5]
+    assert tuning(2.0, cost="linear").wanted(0, 100, 1.0) == 0.0
+
+
+def test_a_linear_cost_is_the_executed_share(tiny, windows):
+    """No share is wanted; the dearer it is, the less is executed."""
+    shares = []
+    for penalty in (0.5, 20.0):
+        wanted = tuning(cost="linear", penalty=penalty, ramp=0.0, bias_rate=0.05)
+        curve = tune_router(tiny(), fresh(), windows, wanted, SCHEDULE, progress=False)
+        assert {row["wanted"] for row in curve} == {0.0}
+        shares.append([row["executed"] for row in curve])
+    assert shares[0][0] == shares[1][0] == 1.0
+    assert shares[1][-1] < shares[0][-1]
+
+
+def test_one_logit_decides_for_both_sublayers(tiny, windows):
+    router = LinearRouter(
+        torch.zeros(4, 1, 32), torch.tensor([[1.0], [-1], [1], [-1]]), normalise=True
+    )
+    model, method = tiny(), Routed(router, tuning())
+    with attach(model, method, backend="masked") as trace:
+        model(windows[:2])
+    assert trace.executed().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    shares = budget_shares(model, 32)
+    executed = method.executed(shares)
+    assert executed.item() == pytest.approx(shares[[0, 2]].sum().item())
+    executed.backward()
+    assert (router.bias.grad > 0).all()
+
+
+def test_statistics_are_those_of_the_streams(tiny, windows):
+    model = tiny()
+    with torch.no_grad():
+        states = model(windows[:4], output_hidden_states=True).hidden_states[:-1]
+    mean, deviation = stream_statistics(model, windows[:4], normalise=False)
+    for layer, state in enumerate(states):
+        flat = state.flatten(0, 1)
+        torch.testing.assert_close(mean[layer], flat.mean(0))
+        torch.testing.assert_close(deviation[layer], flat.std(0) + 1e-3)
+    assert not any(block._forward_pre_hooks for block in model.model.layers)
 
 
 def test_phase_generation_keeps_prompts_whole_and_counts_generated_tokens(tiny, windows):

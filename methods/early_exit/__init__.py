@@ -67,7 +67,7 @@ class EarlyExit(DynamicDepthMethod):
         if self.layer is not None or self.confidence == "fixed":
             self.granularity = "static"  # type: ignore[misc]
 
-    def candidates(self, layers: int) -> range:
+    def exits(self, layers: int) -> range:
         """Blocks at whose entry a token may leave; UserError if the model has none of them."""
         found = range(self.first_exit or max(1, layers // 3), layers, self.every)
         if not found:
@@ -89,7 +89,7 @@ class EarlyExit(DynamicDepthMethod):
         """Every token leaves at the first chance."""
         if self.granularity == "static":
             return layers / min(self.layer or 1, layers)
-        return layers / self.candidates(layers)[0]
+        return layers / self.exits(layers)[0]
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Solve the threshold on calibration text; a fixed depth needs none.
@@ -117,7 +117,7 @@ class EarlyExit(DynamicDepthMethod):
         for limit in (context.valid, context.generation if self.phases == "generation" else None):
             running = running if limit is None else running & limit
         self.context = context
-        self._exits = self.candidates(context.layers)
+        self._exits = self.exits(context.layers)
         self._running = running
         self._gate: Gate = True
         self._previous = running  # replaced by the stream before it is used

@@ -41,7 +41,7 @@ def solve(method: EarlyExit, model: torch.nn.Module, corpus: Corpus | None) -> N
         raise UserError("early_exit solves its threshold on text; give fit a corpus")
     if method.target_speedup > method.max_speedup(layers):
         raise UserError(
-            f"early_exit leaves at block {method.candidates(layers)[0]} of {layers} at the "
+            f"early_exit leaves at block {method.exits(layers)[0]} of {layers} at the "
             f"earliest, a speedup of at most {method.max_speedup(layers):g}, not "
             f"{method.target_speedup:g}"
         )
@@ -100,7 +100,7 @@ def _confidences(
     if key not in _recorded:
         probe = _Probe(**{f.name: getattr(method, f.name) for f in fields(method)})
         block_speedup(model, probe, windows)
-        exits = len(method.candidates(len(blocks(model))))
+        exits = len(method.exits(len(blocks(model))))
         by_exit = [torch.cat(probe.records[first::exits]) for first in range(exits)]
         _recorded[key] = torch.stack(by_exit)
     return _recorded[key]
@@ -108,6 +108,6 @@ def _confidences(
 
 def _nominal_speedup(method: EarlyExit, threshold: float, best: Tensor, layers: int) -> float:
     """Speedup in blocks at ``threshold``, by the running maxima ``[candidates, tokens]``."""
-    ends = torch.tensor([*method.candidates(layers), layers], dtype=torch.float64)
+    ends = torch.tensor([*method.exits(layers), layers], dtype=torch.float64)
     left = (best >= threshold).double().mean(1)
     return layers / (layers - float(ends.diff() @ left))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dyndepth.blocks import blocks, decoder
-from dyndepth.calibration import block_speedup, solve_threshold
+from dyndepth.calibration import block_speedup, meet_target
 from dyndepth.errors import UserError
 from dyndepth.gain import Regression, regress_gains
 from dyndepth.loop import Curve, Schedule
@@ -23,13 +22,12 @@ from dyndepth.removal import (
 from dyndepth.training import (
     Tuning,
     budget_shares,
-    inverse_scale,
+    stream_statistics,
     trained_along,
     tune_router,
 )
 
 from . import SkipGPT
-from .presets import Recipe
 from .router import LinearRouter, MLPRouter, kaiming
 
 if TYPE_CHECKING:
@@ -43,8 +41,6 @@ _STATISTICS_WINDOWS = 8
 _LEAST_EXECUTED = 1 / 3
 # Adapters that are trained along need some even where the routers need none.
 _STEPS_ALONG = 60
-# A set of whole sublayers cannot meet every budget; short of this the routers do not reach it.
-_LEAST_ACHIEVED = 0.85
 
 
 def train(
@@ -124,7 +120,8 @@ def initial_router(
         weight = _difference(layers, hidden, random)
     if not (recipe.standardise and recipe.steps and method.reads == "stream"):
         return LinearRouter(weight, bias, normalise=recipe.normalise), curve
-    mean, deviation = stream_statistics(model, corpus, recipe, method.seed)
+    statistics_windows = corpus.windows(recipe.length, _STATISTICS_WINDOWS, method.seed)
+    mean, deviation = stream_statistics(model, statistics_windows, normalise=recipe.normalise)
     router = LinearRouter(
         weight * deviation[:, None],
         bias + (weight * mean[:, None]).sum(-1),
@@ -203,40 +200,6 @@ def _gains(
     )
 
 
-@torch.no_grad()
-def stream_statistics(
-    model: torch.nn.Module, corpus: Corpus, recipe: Recipe, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``.
-
-    Of the dense model's streams; a deviation is kept from falling below a thousandth.
-    """
-    found: list[list[Tensor]] = [[] for _ in blocks(model)]
-
-    def watch(index: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            stream = (args[0] if args else kwargs["hidden_states"]).float().flatten(0, 1)
-            found[index].append(stream * inverse_scale(stream) if recipe.normalise else stream)
-
-        return hook
-
-    hooks = [
-        block.layer.register_forward_pre_hook(watch(index), with_kwargs=True)
-        for index, block in enumerate(blocks(model))
-    ]
-    try:
-        windows = corpus.windows(recipe.length, _STATISTICS_WINDOWS, seed)
-        for ids in windows.to(next(model.parameters()).device).split(2):
-            decoder(model)(input_ids=ids, use_cache=False)
-    finally:
-        for each in hooks:
-            each.remove()
-    streams = [torch.cat(parts) for parts in found]
-    mean = torch.stack([stream.mean(0) for stream in streams])
-    deviation = torch.stack([stream.std(0) for stream in streams]) + 1e-3
-    return mean, deviation
-
-
 def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) -> None:
     """Solve ``threshold`` so that the measured speedup meets the target; both go into the facts.
 
@@ -246,39 +209,14 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
     windows = _required(corpus).windows(
         length, _CALIBRATION_WINDOWS, method.seed, split="calibration"
     )
-
-    def measure(threshold: float) -> float:
-        method.facts["threshold"] = threshold
-        return block_speedup(model, method, windows)
-
     if method.recipe.threshold == "zero":
-        method.facts |= {"threshold": 0.0, "achieved_speedup": measure(0.0)}
+        method.facts["threshold"] = 0.0
+        method.facts["achieved_speedup"] = block_speedup(model, method, windows)
         return
+    steps = None
     if method.reads == "constant":
-        threshold = _plan_threshold(method, model)
-        achieved = measure(threshold)
-    else:
-        logits = 5.0 if method.recipe.normalise else 50.0
-        threshold, achieved = solve_threshold(
-            measure, method.target_speedup, 0.0, 0.05, low=-logits, high=logits, tolerance=0.005
-        )
-    method.facts |= {"threshold": threshold, "achieved_speedup": achieved}
-    if achieved < _LEAST_ACHIEVED * method.target_speedup:
-        raise UserError(
-            f"skipgpt reaches {achieved:.3g}x with these routers, not {method.target_speedup:g}x; "
-            "ask for less, or train others"
-        )
-
-
-def _plan_threshold(method: SkipGPT, model: torch.nn.Module) -> float:
-    """The bias at which routers that read nothing come nearest to the target; no forward is run.
-
-    Their speedup is a step function of the threshold, with a step at each bias.
-    """
-    bias = method.tensors["bias"].cpu()
-    shares = budget_shares(model, method.recipe.length)
-    steps = {step: float(shares[bias >= step].sum()) for step in bias.unique().tolist()}
-    return min(steps, key=lambda step: abs(1 / steps[step] - method.target_speedup))
+        steps = method.tensors["bias"].cpu(), budget_shares(model, method.recipe.length)
+    meet_target(model, method, windows, span=5.0 if method.recipe.normalise else 50.0, steps=steps)
 
 
 def _required(corpus: Corpus | None) -> Corpus:

@@ -13,12 +13,12 @@ EXITS = ("early_exit(confidence=fixed{})", "early_exit(confidence=saturation{})"
 
 CONTROLLER = Pick("layer_controller(phases=generation)")
 BLIND = Pick("layer_controller(phases=generation, reads=constant)")
-ORACLE = "oracle(depths=10)"
-TWIN = "oracle(depths=10, routes=random)"
-FITTED = "oracle(depths=10, cross_fitted=true)"
-FITTED_TWIN = "oracle(depths=10, routes=random, cross_fitted=true)"
-MATCH = "oracle(depths=10, rule=match)"
-MATCH_TWIN = "oracle(depths=10, routes=random, rule=match)"
+ORACLE = "oracle(depths=6)"
+TWIN = "oracle(depths=6, routes=random)"
+FITTED = "oracle(depths=6, cross_fitted=true)"
+FITTED_TWIN = "oracle(depths=6, routes=random, cross_fitted=true)"
+MATCH = "oracle(depths=6, rule=match)"
+MATCH_TWIN = "oracle(depths=6, routes=random, rule=match)"
 INFLUENCE = "static_pruning"
 GREEDY = "static_pruning(criterion=greedy)"
 ATTENTION = "static_pruning(criterion=attention)"

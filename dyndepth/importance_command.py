@@ -1,0 +1,220 @@
+"""The command line ``python -m dyndepth.importance``: which blocks or sublayers matter, by what.
+
+Prints a table of scores and ranks (1 = first to go), and with ``--output_path`` writes
+``importance.csv`` and ``importance.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+
+COLUMNS = ("criterion", "unit", "layer", "sublayer", "score", "rank")
+"""Of ``importance.csv``. ``layer`` is counted from 0; ``sublayer`` is ``block`` for blocks."""
+
+# Of each kind what tells them apart; the search takes minutes, and joint holds its two parts.
+_UNASKED = ("block_influence", "angular", "perplexity", "taylor", "joint")
+_SEARCHED = ("greedy", "random")
+_SETTINGS = ("unit", "windows", "length", "seed", "search")
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 2 for wrong input, 130 after Ctrl-C."""
+    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    try:
+        run(vars(_parser().parse_args(given)))
+    except UserError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.importance: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    built = Parser(
+        prog="python -m dyndepth.importance",
+        description="Rank a model's blocks or sublayers by importance on calibration text.",
+        epilog="Dashes and underscores in flags are the same.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add(
+        "criteria",
+        nargs="*",
+        metavar="CRITERION",
+        help="block_influence, angular, perplexity, greedy, taylor, attention, mlp, joint, last, "
+        f"random (default: {' '.join(_UNASKED)})",
+    )
+    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: embedded)")
+    add("--unit", choices=("block", "sublayer"), help="what is ranked (default: the criterion's)")
+    add("--windows", type=int, help="of calibration text (default: the criterion's)")
+    add("--length", type=int, help="tokens of each window (default: the criterion's)")
+    add("--run", type=int, default=1, help="angular: blocks that go together (default: 1)")
+    add("--search", choices=("full", "lazy"), default="full", help="greedy: which search (full)")
+    add(
+        "--until",
+        type=float,
+        default=2 / 3,
+        help="greedy: share of the block FLOPs at which it stops (default: 2/3)",
+    )
+    for end in ("first", "last"):
+        add(
+            f"--keep_{end}",
+            type=int,
+            help=f"{end} blocks that are left out (default: none; 1 for {' and '.join(_SEARCHED)})",
+        )
+    add("--seed", type=int, default=0, help="of the text's windows, and of random (default: 0)")
+    add("--corpus", default=EMBEDDED, help=f"{HELP['corpus']} (default: embedded)")
+    add("--device", default="auto", help=f"{HELP['device']} (default: auto)")
+    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
+    add("--revision", help=HELP["revision"])
+    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
+    add("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add("--output_path", metavar="DIR", help="folder for importance.csv and importance.png")
+    add("--debug", action="store_true", help=HELP["debug"])
+    return built
+
+
+def run(options: dict[str, Any]) -> None:
+    """Measure, print, write; the last line printed is one JSON document. Raises UserError."""
+    from dyndepth.importance import CRITERIA, rank
+
+    output = Path(options["output_path"]) if options["output_path"] else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
+    chosen = _chosen(options)
+    if not 0 < options["until"] <= 1:
+        raise UserError(f"--until takes a share above 0 and up to 1, not {options['until']:g}")
+    model, corpus = _loaded(options)
+    began = time.monotonic()
+    tables: Tables = {}
+    for name, settings in chosen.items():
+        print(f"{name}: measuring {settings.kind}s", flush=True)
+        found = rank(model, corpus, settings, until=options["until"], run=options["run"])
+        tables[name] = [{"criterion": name, "unit": found.kind} | row for row in found.rows()]
+    for kind in ("block", "sublayer"):
+        show({name: rows for name, rows in tables.items() if chosen[name].kind == kind}, kind)
+    if output is not None:
+        labels = {name: CRITERIA[name].label for name in tables}
+        write(tables, labels, output, title=f"Importance, {options['model']}")
+    summary = {
+        "model": options["model"],
+        "first_to_go": {name: _first(rows) for name, rows in tables.items()},
+        "seconds": round(time.monotonic() - began, 1),
+        "output_path": None if output is None else str(output),
+    }
+    print(json.dumps({"importance": summary}), flush=True)
+
+
+def _chosen(options: dict[str, Any]) -> dict[str, Any]:
+    """Settings by criterion, in the order given. Raises UserError for what does not exist."""
+    from dyndepth.importance import CRITERIA, Settings, criterion_named
+
+    unit = options["unit"]
+    names = options["criteria"] or [
+        name for name in _UNASKED if unit in (None, *CRITERIA[name].kinds)
+    ]
+    found = {}
+    for name in dict.fromkeys(names):
+        criterion_named(name)
+        # All are shown, but for searches, whose outcome depends on what may go.
+        keep = None if name in _SEARCHED else 0
+        given: dict[str, Any] = {each: options[each] for each in _SETTINGS}
+        for end in ("keep_first", "keep_last"):
+            given[end] = keep if options[end] is None else options[end]
+        try:
+            found[name] = Settings(criterion=name, **given)
+        except ValueError as fault:
+            raise UserError(str(fault)) from None
+    return found
+
+
+def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and corpus. Raises UserError for a model that is not supported or a run too long."""
+    from dyndepth.models import layer_count
+
+    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    if not 1 <= options["run"] <= layers:
+        raise UserError(f"--run takes 1 to {layers} blocks on this model, not {options['run']}")
+    if options["threads"] is not None and options["threads"] < 1:
+        raise UserError(f"--threads takes a whole number of at least 1, not {options['threads']}")
+
+    import torch
+
+    from dyndepth.corpus import load_corpus
+    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.workbench import resolve_device
+
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    corpus = load_corpus(options["corpus"], load_tokenizer(options["model"], options["revision"]))
+    model = load_model(
+        options["model"],
+        dtype=options["dtype"],
+        device=resolve_device(options["device"]),
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    return model, corpus
+
+
+def _first(rows: Sequence[Mapping[str, Any]], count: int = 5) -> list[str]:
+    """The first units to go, named."""
+    ordered = sorted(rows, key=lambda row: row["rank"])[:count]
+    return [f"{row['sublayer']} {row['layer']}" for row in ordered]
+
+
+def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> None:
+    """Print criteria that rank the same kind of unit side by side: score and rank of each unit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not any(tables.values()):
+        return
+    table = Table(title=f"Importance of {kind}s: score, and rank in brackets (1 = first to go)")
+    headings = ("block",) if kind == "block" else ("block", "sublayer")
+    for heading in (*headings, *tables):
+        table.add_column(heading, justify="left" if heading == "sublayer" else "right")
+    by_unit = {
+        name: {(row["layer"], row["sublayer"]): row for row in rows}
+        for name, rows in tables.items()
+    }
+    for at in sorted({unit for units in by_unit.values() for unit in units}):
+        cells = [units.get(at) for units in by_unit.values()]
+        table.add_row(
+            *map(str, at[: len(headings)]),
+            *(f"{cell['score']:.4g} ({cell['rank']:2})" if cell else "-" for cell in cells),
+        )
+    Console().print(table)
+
+
+def write(tables: Tables, labels: Mapping[str, str], output: Path, *, title: str) -> None:
+    """``importance.csv`` and ``importance.png`` in the folder ``output``."""
+    from dyndepth.plots import importance
+    from dyndepth.store import write_atomically
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for rows in tables.values():
+        writer.writerows(row | {"score": f"{row['score']:.10g}"} for row in rows)
+    write_atomically(output / "importance.csv", text.getvalue())
+    importance(tables, labels, output / "importance.png", title=title)
