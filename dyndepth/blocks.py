@@ -82,8 +82,11 @@ def cache_argument(module: Any) -> str:
 
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache among a forward's keyword arguments, or in its output; None if there is none."""
-    found = [values[name] for name in CACHE_ARGUMENTS if values.get(name) is not None]
-    return found[0] if found else None
+    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
+        found = values.get(name)
+        if found is not None:
+            return found
+    return None
 
 
 def causal_lm(model: Any) -> Any:

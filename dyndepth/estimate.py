@@ -78,6 +78,7 @@ def print_estimate(settings: Settings, cells: Sequence[Plan], tasks: Sequence[st
     from rich.markup import escape
     from rich.table import Table
 
+    from dyndepth.method import DynamicDepthMethod
     from dyndepth.workbench import resolve_device
 
     model = skeleton(settings)
@@ -87,20 +88,23 @@ def print_estimate(settings: Settings, cells: Sequence[Plan], tasks: Sequence[st
     for heading in ("#", "cell", "trains", "GFLOPs", "seconds"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
     whole = None in limits(settings, tasks).values()
-    total = 0.0
+    total, tried = 0.0, False
     for index, plan in enumerate(cells, start=1):
         flops = cell_flops(plan, settings, tasks, model)
         seconds = flops / (UTILISATION * rate) + TIMING_SECONDS[settings.timing]
         total += seconds
-        trains = "yes" if plan.build().needs_training or plan.recovery != NONE else ""
+        method = plan.build()
+        trains = "yes" if method.needs_training or plan.recovery != NONE else ""
+        tried |= type(method).candidates is not DynamicDepthMethod.candidates
         table.add_row(
             str(index), escape(plan.describe()), trains, f"{flops / 1e9:,.0f}", f"{seconds:,.0f}"
         )
     print_table(table)
+    trying = "; trying a bound's routes comes on top" if tried else ""
     print(
         f"about {total / 60:.1f} minutes in all; assumed: {TOKENS} tokens a document"
         f"{f', {DOCUMENTS} documents of a whole task' if whole else ''}, "
         f"{UTILISATION:.0%} of the measured {rate / 1e9:,.0f} GFLOP/s of a matrix product on "
         f"{device}, {TIMING_SECONDS[settings.timing]:.0f} s of timing a cell; "
-        "training, where a method needs it and has no cached fit, comes on top"
+        f"training, where a method needs it and has no cached fit, comes on top{trying}"
     )

@@ -13,42 +13,27 @@ Criteria, lowest score first to go (formulas and defaults as published):
 * ``last`` (the deepest first) and ``random`` need no text.
 
 All cosines are of the raw stream: what leaves the last block is taken before the final norm. They
-come from one dense pass. What is measured is kept under ``cache_root()/importance``. As a command:
+come from one dense pass; ``dyndepth.influence`` measures, and keeps what it finds. As a command:
 ``python -m dyndepth.importance``, see ``dyndepth.importance_command``.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
-
-from dyndepth.assets import cache_root
-from dyndepth.blocks import Block, blocks, decoder
 from dyndepth.errors import UserError
-from dyndepth.method import ATTENTION, MLP, SUBLAYERS
-from dyndepth.removal import Search, SearchKind, Unit, greedy_kept, key_of, losses_alone, units_of
 from dyndepth.spec import nearest
-from dyndepth.store import write_atomically
-from dyndepth.training import budget_shares, loss
 
+# torch takes seconds to import, and this module is also a command: what needs it imports it late.
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from dyndepth.corpus import Corpus
+    from dyndepth.removal import Search, SearchKind, Unit
 
 UnitKind = Literal["block", "sublayer"]
-
-# Raise it when the same text would give other numbers.
-_VERSION = 1
-_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -60,14 +45,14 @@ class Criterion:
         label: what the score is.
         text: calibration windows and their length where none are asked for; None: needs no text.
         keep: blocks protected at the two ends, as published.
-        only: index of the one sublayer that it ranks, None for both.
+        only: the one sublayer that it ranks, None for both.
     """
 
     kinds: tuple[UnitKind, ...]
     label: str
     text: tuple[int, int] | None
     keep: tuple[int, int] = (0, 0)
-    only: int | None = None
+    only: str | None = None
 
 
 _BLOCKS: tuple[UnitKind, ...] = ("block",)
@@ -81,8 +66,8 @@ CRITERIA: dict[str, Criterion] = {
     "perplexity": Criterion(_EITHER, "loss without it, nats", (10, 128), (4, 2)),
     "greedy": Criterion(_EITHER, "loss after it went, nats", (8, 128), (1, 1)),
     "taylor": Criterion(_EITHER, "Σ |weight × gradient|", (10, 128), (4, 2)),
-    "attention": Criterion(_SUBLAYERS, _COSINE, (32, 128), only=ATTENTION),
-    "mlp": Criterion(_SUBLAYERS, _COSINE, (32, 128), only=MLP),
+    "attention": Criterion(_SUBLAYERS, _COSINE, (32, 128), only="attention"),
+    "mlp": Criterion(_SUBLAYERS, _COSINE, (32, 128), only="mlp"),
     "joint": Criterion(_SUBLAYERS, _COSINE, (32, 128)),
     "last": Criterion(_EITHER, "place in the order", None),
     "random": Criterion(_EITHER, "place in the order", None, (1, 1)),
@@ -157,12 +142,15 @@ class Settings:
 
     def candidates(self, layers: int) -> list[Unit]:
         """The units that are ranked, in the order of the forward."""
+        from dyndepth.method import SUBLAYERS
+        from dyndepth.removal import units_of
+
         first, last = self.keep(layers)
         only = CRITERIA[self.criterion].only
         return [
             unit
             for unit in units_of(layers, self.kind)
-            if first <= unit[0] // 2 < layers - last and only in (None, unit[0] % 2)
+            if first <= unit[0] // 2 < layers - last and only in (None, SUBLAYERS[unit[0] % 2])
         ]
 
 
@@ -186,6 +174,8 @@ class Ranking:
     def rows(self) -> list[dict[str, Any]]:
         """A row a ranked unit, in the order of the forward: ``layer``, ``sublayer``, ``score``,
         ``rank`` (1 = first to go)."""
+        from dyndepth.method import SUBLAYERS
+
         found = zip(self.order, self.scores, range(1, len(self.order) + 1), strict=True)
         return [
             {
@@ -213,6 +203,8 @@ def rank(
     each block as the first of a run of ``run``. Raises UserError for an unsupported model, no
     corpus where one is needed, or too little text.
     """
+    from dyndepth.blocks import blocks
+
     units = settings.candidates(len(blocks(model)))
     if settings.criterion == "greedy":
         search = _greedy(model, corpus, settings, units, until, progress)
@@ -234,6 +226,12 @@ def _scores(
     progress: bool,
 ) -> list[float]:
     """A score a unit, for the criteria that rank at once."""
+    import torch
+
+    from dyndepth.blocks import blocks
+    from dyndepth.influence import streams, taylor, without_each
+    from dyndepth.removal import units_of
+
     criterion, layers = settings.criterion, len(blocks(model))
     if criterion == "last":
         return [float(place) for place in reversed(range(len(units)))]
@@ -269,202 +267,6 @@ def calibration_text(model: nn.Module, corpus: Corpus | None, settings: Settings
     return ids.to(next(model.parameters()).device)
 
 
-# --- measurements, each kept ---------------------------------------------------------------------
-
-
-def _kept(name: str, model: nn.Module, ids: Tensor, make: Callable[[], Any], shape: Any) -> Any:
-    """Plain numbers from the cache, else made and kept; garbled or of another shape: made again."""
-    key = key_of(model, ids, _VERSION, name)
-    file = cache_root() / "importance" / f"{name}-{key}.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if _shape(found) == shape:
-            return found
-    except (OSError, ValueError, TypeError):
-        pass
-    found = make()
-    write_atomically(file, json.dumps(found))
-    return found
-
-
-def _shape(value: Any) -> Any:
-    """Nested lists and mappings of numbers as nested lists and mappings of None."""
-    if isinstance(value, dict):
-        return {key: _shape(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_shape(inner) for inner in value]
-    return None if type(value) in (int, float) else value
-
-
-@dataclass(frozen=True)
-class Streams:
-    """How far units turn the residual stream, by one dense pass.
-
-    Attributes:
-        block: 1 - mean cosine over all tokens, ``[layers]``.
-        sublayer: the same of attention and MLP, ``[layers][2]``.
-        angles: ``[n - 1][l]``: mean of arccos(cosine) / pi over the windows' last tokens, between
-            what enters block l and what leaves block l + n - 1.
-    """
-
-    block: list[float]
-    sublayer: list[list[float]]
-    angles: list[list[float]]
-
-
-def streams(model: nn.Module, ids: Tensor, *, progress: bool = True) -> Streams:
-    """Cosines and angles of ``model`` on the windows ``ids`` ``[windows, length]``, kept."""
-    layers = len(blocks(model))
-    shape = {
-        "block": [None] * layers,
-        "sublayer": [[None, None]] * layers,
-        "angles": [[None] * (layers - n) for n in range(layers)],
-    }
-    make = lambda: _dense_pass(model, ids, progress)  # noqa: E731
-    return Streams(**_kept("streams", model, ids, make, shape))
-
-
-@torch.no_grad()
-def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]:
-    split = blocks(model)
-    layers = len(split)
-    sums = torch.zeros(layers, 3, dtype=torch.float64)
-    angles: list[Tensor] = []
-    rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
-    bar = tqdm(total=len(ids), desc="dense pass", unit="window", disable=not progress)
-    with bar, _watched(split) as seen:
-        for part in ids.split(rows):
-            decoder(model)(input_ids=part, use_cache=False)
-            for layer in range(layers):
-                x, y, z = (seen[layer, place].float() for place in range(3))
-                for column, (before, after) in enumerate(((x, z), (x, y), (y, z))):
-                    cosine = cosine_similarity(before, after, dim=-1)
-                    sums[layer, column] += cosine.double().sum().cpu()
-            last = [seen[layer, 0][:, -1].double() for layer in range(layers)]
-            angles.append(_angles(torch.stack([*last, seen[layers - 1, 2][:, -1].double()])))
-            seen.clear()
-            bar.update(len(part))
-    scores = (1 - sums / ids.numel()).tolist()
-    mean = torch.cat(angles, dim=-1).mean(-1)
-    return {
-        "block": [row[0] for row in scores],
-        "sublayer": [row[1:] for row in scores],
-        "angles": [[float(mean[at, at + n]) for at in range(layers + 1 - n)]
-                   for n in range(1, layers + 1)],
-    }  # fmt: skip
-
-
-def _angles(points: Tensor) -> Tensor:
-    """Angles between all pairs, as shares of pi: ``[n, batch, hidden] -> [n, n, batch]``, CPU."""
-    unit = points / points.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    cosines = torch.einsum("ibh,jbh->ijb", unit, unit).clamp(-1, 1)
-    return (cosines.arccos() / math.pi).cpu()
-
-
-@contextmanager
-def _watched(split: Sequence[Block]) -> Iterator[dict[tuple[int, int], Tensor]]:
-    """Streams of each forward by (block, place): before it, between its sublayers, after it.
-
-    Taken by hooks, so that they are raw whatever the model does to them later.
-    """
-    seen: dict[tuple[int, int], Tensor] = {}
-
-    def entering(layer: int, place: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            seen[layer, place] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def leaving(layer: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            seen[layer, 2] = output
-
-        return hook
-
-    handles = []
-    try:
-        for layer, block in enumerate(split):
-            for place, module in ((0, block.layer), (1, block.mlp_norm)):
-                hook = entering(layer, place)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            handles.append(block.layer.register_forward_hook(leaving(layer)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def taylor(model: nn.Module, ids: Tensor, *, progress: bool = True) -> list[list[float]]:
-    """Sum of |weight x gradient of the mean loss| by sublayer, ``[layers][2]``, kept.
-
-    A sublayer's weights are its matrices and its norms, without biases, as in the reference. The
-    gradient is summed over the windows ``ids`` before the absolute value is taken.
-    """
-    shape = [[None, None]] * len(blocks(model))
-    found: list[list[float]] = _kept(
-        "taylor", model, ids, lambda: _salience(model, ids, progress), shape
-    )
-    return found
-
-
-def _salience(model: nn.Module, ids: Tensor, progress: bool) -> list[list[float]]:
-    weights = [
-        [
-            parameter
-            for module in pair
-            for name, parameter in module.named_parameters()
-            if name.endswith("weight")
-        ]
-        for block in blocks(model)
-        for pair in ((block.attention_norm, block.attention), (block.mlp_norm, block.mlp))
-    ]
-    flat = [parameter for unit in weights for parameter in unit]
-    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
-    bar = tqdm(ids, desc="gradients", unit="window", disable=not progress)
-    with bar, _open(flat), torch.enable_grad():
-        for window in bar:
-            found = torch.autograd.grad(loss(model, window[None]) / len(ids), flat)
-            for total, gradient in zip(gradients, found, strict=True):
-                total += gradient
-            del found
-    each = iter(gradients)
-    sums = [
-        math.fsum(
-            float((parameter.detach().float() * next(each)).abs().sum()) for parameter in unit
-        )
-        for unit in weights
-    ]
-    return [sums[place : place + 2] for place in range(0, len(sums), 2)]
-
-
-@contextmanager
-def _open(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, ``parameters`` take part in gradients; afterwards each does as before."""
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
-
-
-def without_each(
-    model: nn.Module, ids: Tensor, kind: UnitKind, *, progress: bool = True
-) -> list[float]:
-    """Loss in nats without each unit of ``kind`` alone, ``[units]``, kept."""
-    units = units_of(len(blocks(model)), kind)
-    found: list[float] = _kept(
-        f"without-{kind}",
-        model,
-        ids,
-        lambda: losses_alone(model, ids, units, progress=progress)[1].tolist(),
-        [None] * len(units),
-    )
-    return found
-
-
 def _greedy(
     model: nn.Module,
     corpus: Corpus | None,
@@ -474,9 +276,14 @@ def _greedy(
     progress: bool,
 ) -> Search:
     """The greedy search, kept after each step: a later call that needs more goes on from there."""
+    from dyndepth.assets import cache_root
+    from dyndepth.influence import VERSION
+    from dyndepth.removal import greedy_kept, key_of
+    from dyndepth.training import budget_shares
+
     ids = calibration_text(model, corpus, settings)
     shares = budget_shares(model, ids.shape[1])
-    key = key_of(model, ids, _VERSION, settings.search, units, shares.tolist())
+    key = key_of(model, ids, VERSION, settings.search, units, shares.tolist())
     file = cache_root() / "importance" / f"greedy-{settings.kind}-{key}.json"
     return greedy_kept(
         file, model, ids, units, shares, until, kind=settings.search, progress=progress

@@ -27,6 +27,8 @@ FRONT = frozenset(
         "__main__.py",
         "assets.py",
         "bench.py",
+        "bench_gates.py",
+        "bench_routes.py",
         "claims.py",
         "console.py",
         "errors.py",
@@ -119,7 +121,18 @@ def harness_code() -> str:
 @cache
 def fitting_code() -> str:
     """12 hex digits over what methods share for finding their parameters."""
-    files = ("calibration", "gain", "importance", "loop", "removal", "training", "trie")
+    files = (
+        "calibration",
+        "gain",
+        "importance",
+        "influence",
+        "loop",
+        "prefixes",
+        "removal",
+        "training",
+        "trie",
+        "trie_pass",
+    )
     return _digest([PACKAGE / f"{name}.py" for name in files], PACKAGE)
 
 

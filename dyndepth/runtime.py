@@ -92,6 +92,11 @@ class Trace:
         return self._head(hidden)
 
 
+def attached(model: nn.Module) -> bool:
+    """Whether a method is attached to ``model`` now."""
+    return hasattr(decoder(model), _MARK)
+
+
 @contextmanager
 def attach(
     model: nn.Module,
@@ -113,7 +118,7 @@ def attach(
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
     owner = decoder(model)
-    if hasattr(owner, _MARK):
+    if attached(model):
         raise UserError("the model already has a method attached; leave that attach first")
     split = blocks(model)
     for block in split:

@@ -94,9 +94,62 @@ def generate(
     lengths = [len(prompts[index].tokens) for index in order]
     for part in _parts(lengths, batch_size):
         chosen = order[part]
-        yield from zip(
-            chosen, _generate_batch(model, trace, [prompts[i] for i in chosen]), strict=True
-        )
+        batch = [prompts[index] for index in chosen]
+        yield from zip(chosen, finish(model, trace, batch, begin(model, trace, batch)), strict=True)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Prompts that were read, a row each.
+
+    Attributes:
+        first: the likeliest token after each, int64 ``[rows]``.
+        mask: int64 ``[rows, tokens]``, 1 on the tokens of the prompts.
+        cache: of their keys and values.
+    """
+
+    first: Tensor
+    mask: Tensor
+    cache: Any
+
+    def rows(self, rows: Tensor) -> Begun:
+        """The chosen rows, repeated where ``rows`` (int64 ``[n]``) repeats; self is kept."""
+        rows = rows.to(self.mask.device)
+        return Begun(self.first[rows], self.mask[rows], _rows_of(self.cache, rows))
+
+
+@torch.no_grad()
+def begin(model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt]) -> Begun:
+    """Read ``prompts`` as one batch; ``trace`` is as in ``score``."""
+    device = next(model.parameters()).device
+    tokens, mask = _padded([prompt.tokens for prompt in prompts], "left", device)
+    first, cache = _likeliest(model, trace, prompts, tokens, mask)
+    return Begun(first, mask, cache)
+
+
+@torch.no_grad()
+def finish(
+    model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], begun: Begun
+) -> list[list[int]]:
+    """The greedy completions of ``prompts``, one or more, which ``begun`` holds row by row."""
+    best, mask, cache = begun.first, begun.mask, begun.cache
+    done: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    while True:
+        going = []
+        for place, (row, token) in enumerate(zip(alive, best.tolist(), strict=True)):
+            done[row].append(token)
+            if len(done[row]) < prompts[row].limit and not prompts[row].stop(done[row]):
+                going.append(place)
+        if not going:
+            return done
+        keep = torch.tensor(going, device=mask.device)
+        if len(going) < len(alive):
+            cache = _rows_of(cache, keep)
+        alive = [alive[place] for place in going]
+        mask = torch.cat((mask[keep], mask.new_ones(len(going), 1)), 1)
+        batch = [prompts[row] for row in alive]
+        best, cache = _likeliest(model, trace, batch, best[keep, None], mask, cache)
 
 
 def _parts(lengths: Sequence[int], most: int) -> Iterator[slice]:
@@ -193,29 +246,19 @@ def _log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.log_softmax(-1, dtype=exact), logits.argmax(-1)
 
 
-def _generate_batch(model: PreTrainedModel, trace: Trace, batch: list[Prompt]) -> list[list[int]]:
-    device = next(model.parameters()).device
-    inputs, mask = _padded([prompt.tokens for prompt in batch], "left", device)
-    done: list[list[int]] = [[] for _ in batch]
-    alive = list(range(len(batch)))
-    cache = None
-    while alive:
-        trace.documents = [batch[row].document for row in alive]
-        hidden, cache = _forward(model, inputs, mask, cache)
-        logits = trace.readout(hidden[:, -1], torch.arange(len(alive), device=device))
-        best = logits.argmax(-1)
-        going = []
-        for place, (row, token) in enumerate(zip(alive, best.tolist(), strict=True)):
-            done[row].append(token)
-            if len(done[row]) < batch[row].limit and not batch[row].stop(done[row]):
-                going.append(place)
-        keep = torch.tensor(going, dtype=torch.long, device=device)
-        if going and len(going) < len(alive):
-            cache = _rows_of(cache, keep)
-        alive = [alive[place] for place in going]
-        inputs = best[keep, None]
-        mask = torch.cat((mask[keep], mask.new_ones(len(going), 1)), 1)
-    return done
+def _likeliest(
+    model: PreTrainedModel,
+    trace: Trace,
+    batch: Sequence[Prompt],
+    inputs: Tensor,
+    mask: Tensor,
+    cache: Any = None,
+) -> tuple[Tensor, Any]:
+    """The likeliest token after each row of ``inputs``, and the cache; see ``_forward``."""
+    trace.documents = [prompt.document for prompt in batch]
+    hidden, cache = _forward(model, inputs, mask, cache)
+    logits = trace.readout(hidden[:, -1], torch.arange(len(batch), device=inputs.device))
+    return logits.argmax(-1), cache
 
 
 def _forward(

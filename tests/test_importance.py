@@ -12,10 +12,11 @@ from folders import tiny_folder
 from gating import GivenPlan
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from dyndepth import importance, importance_command, removal
+from dyndepth import importance, importance_command, influence, removal
 from dyndepth.corpus import Corpus
 from dyndepth.errors import UserError
-from dyndepth.importance import CRITERIA, Settings, rank, streams, taylor
+from dyndepth.importance import CRITERIA, Settings, rank
+from dyndepth.influence import streams, taylor
 from dyndepth.removal import plan_without, units_of
 from dyndepth.runtime import attach
 
@@ -181,7 +182,7 @@ def test_taylor_leaves_the_model_as_it_was(tiny, ids, monkeypatch):
     with torch.no_grad():
         taylor(model, ids, progress=False)
     unchanged()
-    monkeypatch.setattr(importance, "loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(influence, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         taylor(model, ids[:2], progress=False)
     unchanged()

@@ -48,6 +48,20 @@ def test_uls_keeps_the_published_sets(speedup, kept):
     assert UnifiedLayerSkipping(target_speedup=speedup).kept_blocks(30) == kept
 
 
+@pytest.mark.parametrize("layers", [4, 6, 12, 24, 30, 40])
+@pytest.mark.parametrize("speedup", [1.0, 1.1, 1.25, 4 / 3, 1.5, 1.6, 1.9, 2.0])
+def test_uls_walks_as_the_paper_says(layers, speedup):
+    """From the ends, every interval-th block is added until enough are reserved."""
+    wanted = int(layers / speedup + 1e-9)
+    reserved, interval = {0, layers - 1}, int(layers / (wanted - 2 + 1))
+    for block in range(1, layers - 1):
+        if len(reserved) < wanted and block % interval == 0:
+            reserved.add(block)
+    method = UnifiedLayerSkipping(target_speedup=speedup)
+    assert method.kept_blocks(layers) == sorted(reserved)
+    assert method.start(context(layers))[:, 0].nonzero()[:, 0].tolist() == sorted(reserved)
+
+
 @pytest.mark.parametrize("spacing", ["paper", "even"])
 @pytest.mark.parametrize("layers", [4, 12, 24, 30, 32])
 @pytest.mark.parametrize("speedup", [1.0, 1.1, 1.25, 1.5, 1.6, 2.0])

@@ -114,7 +114,7 @@ def test_the_count_comes_nearest_to_the_target(tiny, tiny_corpus, criterion, uni
 
 
 def test_angular_removes_the_run_with_the_least_angle(tiny, tiny_corpus):
-    from dyndepth.importance import streams
+    from dyndepth.influence import streams
 
     model = tiny()
     windows = tiny_corpus.windows(16, 2, 0, split="calibration")
@@ -237,3 +237,13 @@ def test_text_is_asked_for(tiny):
     with pytest.raises(UserError, match="block_influence reads text; give a corpus"):
         StaticPruning(target_speedup=1.5).fit(tiny())
     assert StaticPruning().fit(tiny()).tensors["plan"].all(), "nothing goes, nothing is read"
+
+
+def test_without_a_fit_it_says_so(tiny, tiny_corpus):
+    model = tiny()
+    with attach(model, StaticPruning()), pytest.raises(UserError, match="call fit"):
+        model(torch.tensor([[1, 2, 3]]))
+    fitted = StaticPruning(target_speedup=1.3, windows=2, length=16).fit(model, tiny_corpus)
+    deeper = tiny(num_hidden_layers=5)
+    with attach(deeper, fitted), pytest.raises(UserError, match="4 blocks, not 5"):
+        deeper(torch.tensor([[1, 2, 3]]))

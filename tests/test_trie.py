@@ -9,7 +9,7 @@ import torch
 from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndepth import trie
+from dyndepth import trie, trie_pass
 from dyndepth.blocks import FAMILIES, blocks, decoder
 from dyndepth.errors import UserError
 from dyndepth.runtime import attach
@@ -116,8 +116,8 @@ def test_scores_equal_each_plan_alone(tiny, family, attn, phases):
 @both_phases
 @pytest.mark.parametrize("batch_tokens", [1, 600, 2**20])
 def test_scores_do_not_depend_on_batches(tiny, phases, batch_tokens, monkeypatch):
-    monkeypatch.setattr(trie, "_CALL_TOKENS", 40)
-    monkeypatch.setattr(trie, "_LOGITS", 7 * 96)
+    monkeypatch.setattr(trie_pass, "_CALL_TOKENS", 40)
+    monkeypatch.setattr(trie_pass, "_LOGITS", 7 * 96)
     check(tiny("llama", "sdpa"), some_plans(), phases, batch_tokens=batch_tokens)
 
 
@@ -180,8 +180,8 @@ def test_losses_equal_each_plan_alone(tiny, family, attn, monkeypatch):
             logits = model(tokens).logits[:, :-1]
         each = -logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0].double()
         torch.testing.assert_close(whole[number], each.mean(1), atol=TOLERANCE, rtol=0)
-    monkeypatch.setattr(trie, "_BATCH_TOKENS", 600)
-    monkeypatch.setattr(trie, "_LOGITS", 7 * 96)
+    monkeypatch.setattr(trie, "BATCH_TOKENS", 600)
+    monkeypatch.setattr(trie_pass, "_LOGITS", 7 * 96)
     torch.testing.assert_close(trie.losses(model, plans, tokens), whole, atol=TOLERANCE, rtol=0)
 
 

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from dyndepth.errors import UserError
 from dyndepth.importance import Settings
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
 
@@ -110,5 +111,13 @@ class StaticPruning(DynamicDepthMethod):
         return self
 
     def start(self, context: ForwardContext) -> Tensor:
-        """The plan that ``fit`` found."""
-        return self.tensors["plan"]
+        """The plan that ``fit`` found. Raises UserError before ``fit`` and on another depth."""
+        plan = self.tensors.get("plan")
+        if plan is None:
+            raise UserError("static_pruning has no plan yet; call fit(model, corpus) first")
+        if len(plan) != context.layers:
+            raise UserError(
+                f"this plan is for a model of {len(plan)} blocks, not {context.layers}; fit the "
+                "method on this model"
+            )
+        return plan

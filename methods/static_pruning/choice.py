@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import blocks
 from dyndepth.errors import UserError
-from dyndepth.importance import Settings, calibration_text, rank, streams
+from dyndepth.importance import Settings, calibration_text, rank
+from dyndepth.influence import streams
 from dyndepth.method import SUBLAYERS
 from dyndepth.removal import Unit, plan_without
 from dyndepth.training import budget_shares

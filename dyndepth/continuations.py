@@ -1,0 +1,200 @@
+"""Scores continuations under many static plans at once.
+
+Each document is one row (``packing``). From a stream's last attention on, only the positions that
+are scored go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dyndepth.blocks import Block, cache_argument, causal_lm, decoder
+from dyndepth.errors import UserError
+from dyndepth.packing import Packed, Size, batches, table, tree_mask
+from dyndepth.scoring import Group
+from dyndepth.trie_pass import BATCH_TOKENS, Trie
+
+Scored = tuple[Tensor, Tensor]
+"""Of one continuation: log-probabilities float64 ``[plans, tokens]`` and whether each token is the
+likeliest, bool ``[plans, tokens]``; both on the CPU."""
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    plans: Tensor,
+    groups: Sequence[Group],
+    *,
+    phases: Literal["both", "generation"] = "both",
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[int, list[Scored]]]:
+    """Log-probability of every token of every continuation under every plan.
+
+    The numbers are those of ``scoring.score`` with each plan attached alone. Under ``phases``
+    "generation" contexts run at full depth, once for all plans, and only the continuations run
+    under the plans. ``plans`` as in ``trie.streams``; ``batch_tokens`` bounds the tokens of a batch
+    times the number of distinct plans, but for a single document that is longer. Yields (index of
+    the group, one pair a continuation) as batches are done, longest first.
+    """
+    if phases not in ("both", "generation"):
+        raise UserError(f"phases must be 'both' or 'generation', not {phases!r}")
+    whole = phases == "both"
+    trie = Trie(model, plans, narrows=whole)
+    score_batch = _score_whole if whole else _score_after_dense
+    sizes = [_size(group, trie.schedule.count, whole) for group in groups]
+    for chosen in batches(sizes, batch_tokens):
+        batch = [groups[index] for index in chosen]
+        yield from zip(chosen, score_batch(trie, batch), strict=True)
+
+
+def _size(group: Group, plans: int, whole: bool) -> Size:
+    context = len(group.context)
+    more = sum(len(tokens) - 1 for tokens in group.continuations)
+    if whole:
+        return context + more, plans * (context + more)
+    # The dense pass is padded by contexts, the other by continuations; the context costs more.
+    return context, max(context, plans * more)
+
+
+def _score_whole(trie: Trie, batch: list[Group]) -> list[list[Scored]]:
+    """Contexts and continuations, all under the plans."""
+    packed = Packed.of(batch, True, trie.device)
+    columns = torch.arange(packed.ids.shape[1], device=trie.device)
+    last = columns == packed.lengths[:, None] - 1
+    read = last | (packed.segments > 0)
+    states = _forward(trie, packed, read, packed.segments, packed.positions, None)
+    first = last[read]
+    return _scored(trie, batch, packed, states[:, first], states[:, ~first])
+
+
+def _score_after_dense(trie: Trie, batch: list[Group]) -> list[list[Scored]]:
+    """Contexts at full depth, then the continuations under the plans."""
+    packed = Packed.of(batch, False, trie.device)
+    contexts = table([group.context for group in batch], 0, trie.device)
+    hidden, cache = _dense(trie.model, contexts)
+    first = hidden[torch.arange(len(batch), device=trie.device), packed.lengths - 1][None]
+    rest = first.new_empty(trie.schedule.count, 0, first.shape[-1])
+    if packed.ids.shape[1]:
+        columns = torch.arange(contexts.shape[1], device=trie.device).expand(len(batch), -1)
+        before = (columns < packed.lengths[:, None]).long() - 1  # 0, and -1 on padding
+        segments = torch.cat((before, packed.segments), 1)
+        positions = torch.cat((columns, packed.positions), 1)
+        rest = _forward(trie, packed, packed.segments > 0, segments, positions, cache)
+    return _scored(trie, batch, packed, first, rest)
+
+
+def _dense(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
+    """Final hidden states at full depth, and keys and values of every token.
+
+    Padding on the right needs no mask. The cache is given, because one that the model makes may
+    forget what its sliding windows no longer reach.
+    """
+    owner, cache = decoder(model), DynamicCache()
+    out = owner(input_ids=ids, **{cache_argument(owner): cache}, use_cache=True)
+    return out.last_hidden_state, cache
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Keys and values ``[rows, heads, keys, size]`` before the tokens of a pass, as a cache.
+
+    Every stream sees them; it does not grow.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the stock attention asks for: the prompt's and the pass's own, for each stream."""
+        times = keys.shape[0] // self.keys.shape[0]
+        return (
+            torch.cat((self.keys.repeat(times, 1, 1, 1), keys), 2),
+            torch.cat((self.values.repeat(times, 1, 1, 1), values), 2),
+        )
+
+
+def _forward(
+    trie: Trie, packed: Packed, read: Tensor, segments: Tensor, positions: Tensor, cache: Any
+) -> Tensor:
+    """What is read of each stream, after the final norm: ``[streams, read, hidden]``.
+
+    ``segments`` and ``positions`` are those of all keys; ``cache`` holds those before the packed
+    tokens.
+    """
+    dtype = causal_lm(trie.model).get_input_embeddings().weight.dtype
+    windows = {_window(block) for block in trie.split} | {None}
+    masks = {window: tree_mask(packed, segments, positions, window, dtype) for window in windows}
+
+    def override(block: Block) -> dict[str, Any]:
+        given: dict[str, Any] = {"attention_mask": masks[_window(block)]}
+        if cache is not None:
+            layer = cache.layers[block.index]
+            given[block.cache_argument] = _Prompt(layer.keys, layer.values)
+        return given
+
+    return trie.forward(
+        read=read,
+        override=override,
+        input_ids=packed.ids,
+        attention_mask=masks[None],
+        position_ids=packed.positions,
+    )
+
+
+def _window(block: Block) -> int | None:
+    """Tokens that a block's attention reaches back, itself included; None: all."""
+    attention = block.attention
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)
+
+
+def _scored(
+    trie: Trie, batch: list[Group], packed: Packed, first: Tensor, rest: Tensor
+) -> list[list[Scored]]:
+    """Results a document, from states after the final norm.
+
+    ``first`` is ``[streams or 1, batch, hidden]`` and predicts each continuation's first token,
+    ``rest`` ``[streams, continuation tokens, hidden]`` the others.
+    """
+    openings = [[tokens[0] for tokens in group.continuations] for group in batch]
+    following = [[token] for group in batch for row in group.continuations for token in row[1:]]
+    first_log, first_best = _read_out(trie, first, table(openings, 0, trie.device))
+    wanted = torch.tensor(following, dtype=torch.long, device=trie.device).view(-1, 1)
+    rest_log, rest_best = _read_out(trie, rest, wanted)
+    which = torch.tensor(trie.schedule.which)
+    shared = which if first.shape[0] > 1 else torch.zeros_like(which)
+    first_log, first_best = first_log[shared], first_best[shared]
+    rest_log, rest_best = rest_log[which, :, 0], rest_best[which, :, 0]
+    return [
+        [
+            (
+                torch.cat((first_log[:, row, [number]], rest_log[:, span]), 1),
+                torch.cat((first_best[:, row, [number]], rest_best[:, span]), 1),
+            )
+            for number, span in enumerate(spans)
+        ]
+        for row, spans in enumerate(packed.spans)
+    ]
+
+
+def _read_out(trie: Trie, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of some tokens at each position, and whether each is the likeliest.
+
+    ``states`` is ``[streams, positions, hidden]``, ``targets`` int64 ``[positions, choices]``.
+    Returns float64 and bool ``[streams, positions, choices]`` on the CPU.
+    """
+    count = states.shape[0]
+    logs, hits = [], []
+    for logits, wanted in trie.logits(states.flatten(0, 1), targets.repeat(count, 1)):
+        # log_softmax, as in scoring and lm-eval: see scoring for why.
+        logs.append(logits.log_softmax(-1).gather(1, wanted))
+        hits.append(logits.argmax(-1, keepdim=True) == wanted)
+    shape = (count, *targets.shape)
+    return torch.cat(logs).cpu().double().view(shape), torch.cat(hits).cpu().view(shape)

@@ -1,0 +1,220 @@
+"""One forward of a model over all streams of a schedule (``prefixes``).
+
+All streams that a sublayer runs for are computed together, in calls of a size that suits the
+caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.blocks import Block, blocks, causal_lm, decoder
+from dyndepth.errors import UserError
+from dyndepth.prefixes import Moves, Schedule
+from dyndepth.runtime import attached, run_by
+from dyndepth.selection import Selection
+
+BATCH_TOKENS = 2**15
+"""Tokens times distinct plans that a batch holds: 72 MiB of states 576 wide in float32."""
+_CALL_TOKENS = 2048
+"""Tokens that one call of a sublayer computes, about, on a CPU."""
+_LOGITS = 2**23
+"""Logits held at a time: 32 MiB in float32."""
+
+Override = Callable[[Block], dict[str, Any]]
+"""Arguments of a block in place of the decoder's."""
+
+
+class Trie:
+    """Plans on one model.
+
+    ``plans`` is bool ``[plans, layers, 2]``; for ``narrows`` see ``Schedule``. Raises UserError for
+    plans of another shape or type, and for a model whose blocks cannot be run by others.
+    """
+
+    def __init__(self, model: nn.Module, plans: Tensor, *, narrows: bool = False) -> None:
+        self.model = model
+        self.split = _split(model)
+        self.schedule = Schedule(_checked(plans, len(self.split)), narrows)
+        self.device = next(model.parameters()).device
+
+    def forward(
+        self, *, read: Tensor | None = None, override: Override | None = None, **arguments: Any
+    ) -> Tensor:
+        """States after the final norm, of the decoder's forward with ``arguments``.
+
+        ``read`` is bool ``[batch, tokens]``, the positions that are wanted of each stream. Returns
+        ``[streams, read, hidden]``, or for None ``[streams x batch, tokens, hidden]``.
+        """
+        with run_by(self.split, _Pass(self.split, self.schedule, read, override).run):
+            return decoder(self.model)(use_cache=False, **arguments).last_hidden_state
+
+    def logits(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits, at least float32, and their targets, in parts.
+
+        ``states`` is ``[n, hidden]``, ``targets`` ``[n, ...]``.
+        """
+        head = causal_lm(self.model).get_output_embeddings()
+        most = max(1, _LOGITS // head.weight.shape[0])
+        for part, wanted in zip(states.split(most), targets.split(most), strict=True):
+            logits = head(part)
+            yield logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted
+
+
+def _split(model: nn.Module) -> list[Block]:
+    """The model's blocks; UserError for a model whose blocks cannot be run by others."""
+    if attached(model):
+        raise UserError("plans can't run together while a method is attached; leave that attach")
+    split = blocks(model)
+    for block in split:
+        if "forward" in vars(block.layer):
+            raise UserError(
+                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
+                "the plans; remove it, or load the model on one device"
+            )
+    implementation = causal_lm(model).config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UserError(
+            f"plans run together with the attention 'sdpa' or 'eager', not {implementation!r}"
+        )
+    return split
+
+
+def _checked(plans: Tensor, layers: int) -> Any:
+    """The plans as nested lists."""
+    if plans.dtype != torch.bool or plans.ndim != 3 or plans.shape[1:] != (layers, 2):
+        raise UserError(
+            f"plans must be bool [plans, {layers}, 2] for this model, not {plans.dtype} "
+            f"{list(plans.shape)}"
+        )
+    if not len(plans):
+        raise UserError("no plans were given; at least one is needed")
+    return plans.tolist()
+
+
+class _Pass:
+    """The blocks' work in one forward of the decoder; arguments as in ``Trie.forward``.
+
+    The decoder passes the result of the last block through its final norm; what the other blocks
+    return is not looked at. The states are kept here: ``wide`` is ``[places, batch, tokens,
+    hidden]``, ``narrow`` ``[places, read, hidden]``.
+    """
+
+    def __init__(
+        self,
+        split: list[Block],
+        schedule: Schedule,
+        read: Tensor | None,
+        override: Override | None,
+    ) -> None:
+        self.split, self.schedule, self.read = split, schedule, read
+        self.override = override
+        self.wide: Tensor
+        self.narrow: Tensor
+        self.places: Tensor  # of what is read, in the flattened batch
+
+    def run(self, index: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """One block for all streams; see ``runtime.run_by``."""
+        if index == 0:
+            self._begin(hidden)
+        block = self.split[index]
+        if self.override is not None:
+            arguments = arguments | self.override(block)
+        attention, mlp = self.schedule.steps[index]
+        self._narrow_down(attention.narrowed)
+        self._attend_last(block, attention.last, arguments)
+        self._attend(block, attention.wide, arguments)
+        self._narrow_down(mlp.narrowed)
+        self._feed(block, self.wide, mlp.wide)
+        if self.schedule.narrows:
+            self._feed(block, self.narrow, mlp.narrow)
+        return self._end() if index == len(self.split) - 1 else hidden
+
+    def _begin(self, hidden: Tensor) -> None:
+        self.wide = hidden.new_empty(self.schedule.wide.count, *hidden.shape)
+        self.wide[0] = hidden
+        if self.read is not None:
+            self.places = self.read.flatten().nonzero()[:, 0]
+        if self.schedule.narrows:
+            shape = (self.schedule.narrow.count, len(self.places), hidden.shape[-1])
+            self.narrow = hidden.new_empty(shape)
+
+    def _end(self) -> Tensor:
+        ends = torch.tensor(self.schedule.ends, device=self.wide.device)
+        if self.schedule.narrows:
+            return self.narrow.index_select(0, ends)
+        if self.read is not None:
+            return self.wide.flatten(1, 2)[ends[:, None], self.places]
+        return self.wide.index_select(0, ends).flatten(0, 1)
+
+    def _parts(self, moves: Moves, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sources and targets of as many streams of ``tokens`` as one call computes."""
+        device, count = self.wide.device, len(moves.sources)
+        most = max(1, _CALL_TOKENS // tokens if device.type == "cpu" else count)
+        for start in range(0, count, most):
+            part = slice(start, start + most)
+            yield (
+                torch.tensor(moves.sources[part], device=device),
+                torch.tensor(moves.targets[part], device=device),
+            )
+
+    def _narrow_down(self, moves: Moves) -> None:
+        for source, target in zip(moves.sources, moves.targets, strict=True):
+            self.narrow[target] = self.wide[source].flatten(0, 1).index_select(0, self.places)
+
+    def _attend(self, block: Block, moves: Moves, arguments: dict[str, Any]) -> None:
+        _, rows, tokens, _ = self.wide.shape
+        for sources, targets in self._parts(moves, rows * tokens):
+            hidden = self.wide.index_select(0, sources)
+            flat = hidden.flatten(0, 1)
+            flat += block.attention_branch(flat, _repeated(arguments, rows, len(sources)))
+            self.wide.index_copy_(0, targets, hidden)
+
+    def _feed(self, block: Block, store: Tensor, moves: Moves) -> None:
+        for sources, targets in self._parts(moves, store[0].shape[:-1].numel()):
+            hidden = store.index_select(0, sources)
+            flat = hidden.flatten(0, -2)
+            flat += block.mlp_branch(flat)
+            store.index_copy_(0, targets, hidden)
+
+    def _attend_last(self, block: Block, moves: Moves, arguments: dict[str, Any]) -> None:
+        """Attention of the positions that are read, over keys and values of all."""
+        _, rows, tokens, size = self.wide.shape
+        for sources, targets in self._parts(moves, rows * tokens):
+            assert self.read is not None
+            count = len(sources)
+            given = _repeated(arguments, rows, count)
+            selection = Selection(
+                self.read.repeat(count, 1),
+                torch.cat([self.places + stream * rows * tokens for stream in range(count)]),
+            )
+            hidden = self.wide.index_select(0, sources).flatten(0, 1)
+            normed = block.attention_norm(hidden)
+            keys, values = block.keys_values(normed, given)
+            read = normed.flatten(0, 1).index_select(0, selection.index)
+            cosine, sine = (selection.gather(table) for table in given["position_embeddings"])
+            queries = selection.into_slots(block.queries(read, cosine, sine))
+            mask = selection.mask_rows(given["attention_mask"], keys)
+            out = selection.out_of_slots(block.attend(queries, keys, values, mask))
+            update = hidden.flatten(0, 1).index_select(0, selection.index) + block.output(out)
+            self.narrow.index_copy_(0, targets, update.view(count, -1, size))
+
+
+def _repeated(value: Any, rows: int, times: int) -> Any:
+    """A block's arguments for ``times`` streams: tensors of ``rows`` sequences are repeated.
+
+    Those that all sequences share, with a first dimension of 1, stay as they are.
+    """
+    if rows == 1 or times == 1:
+        return value
+    if isinstance(value, dict):
+        return {name: _repeated(one, rows, times) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_repeated(one, rows, times) for one in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value

@@ -1,0 +1,16 @@
+"""The estimate of a dry run: what it says that it assumes."""
+
+import pytest
+
+from dyndepth import estimate
+from dyndepth.grid import Plan
+from dyndepth.options import Settings
+
+
+@pytest.mark.parametrize(("method", "says"), [("oracle", True), ("exit_oracle", False)])
+def test_trying_routes_is_said_to_be_left_out(tiny, monkeypatch, capsys, method, says):
+    monkeypatch.setattr(estimate, "skeleton", lambda settings: tiny())
+    monkeypatch.setattr(estimate, "measured_rate", lambda device, dtype: 1e9)
+    cells = [Plan("dense"), Plan(method, target_speedup=2.0)]
+    estimate.print_estimate(Settings(device="cpu"), cells, ["choice"])
+    assert ("comes on top; trying a bound's routes comes on top" in capsys.readouterr().out) is says
