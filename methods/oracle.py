@@ -7,7 +7,8 @@ Rule: at every depth k = 2 .. L - 1 of L blocks the routes are the sets of Unifi
 the k blocks of most influence, the first k and some random sets; the full depth is one more.
     ``budget``: the routes that maximise the task's mean quality while the executed block FLOPs of
         all its documents are at most 1 / speedup of the dense model's: a multiple-choice knapsack,
-        solved exactly, task by task. Quality is the task's first metric on the document.
+        solved exactly, task by task. Quality is the task's first metric on the document. Where
+        text is written, each route's FLOPs are those of its own text, scaled to the dense model's.
     ``match``: each document takes its cheapest route that is as good as full depth, the best of
         those; what is saved is the result.
 Granularity: sequence. Phases: ``both``, or ``generation`` as in the paper.
@@ -15,11 +16,16 @@ KV policy: drop (``both``), prompt_only (``generation``). In a batch whose docum
 block's keys and values are computed for all of them if any runs it.
 Costs: trying the routes is billed to nobody. Documents whose outcomes are not known, such as those
 that are timed, follow a route drawn from the chosen ones: they cost the same and are not better.
+A document that no route gets right takes its cheapest one, since nothing is lost by the first
+metric: the task's other metrics (perplexity beside the accuracy of the last word) can be wrecked.
 What it is not: a policy. And a bound with luck in it: the maximum over noisy outcomes is above what
 any rule can know. ``routes=random`` tells what that is worth: as many routes at every depth, all
 random. ``cross_fitted`` takes the luck of single routes away: half of each depth's routes are the
 evidence, and a document executes the partner, in the other half, of the one that it would choose.
-What is left is the choice of its depth. Routes without a partner are not used.
+What is left is the choice of its depth, and the luck in that: what shallow routes have in common,
+such as a liking for the same answer, is right for some documents by chance. Routes without a
+partner are not used. With ``match`` it is refused: what is executed would not be what was found as
+good as full depth.
 Deviations: keys and values of skipped blocks are not kept; the paper masks densely and keeps all.
 It scores fine-tuned models by ROUGE and counts layers; here any task by its metric, and FLOPs. The
 paper's set of routes is not known. ``random`` sets keep the first and the last block.
@@ -31,6 +37,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -60,7 +67,7 @@ class Oracle(DynamicDepthMethod):
         routes: ``all`` as listed there, or ``random``.
         random: random sets at every depth, among ``all``.
         depths: try only so many depths, evenly spaced; None: all.
-        cross_fitted: choose by one half of each depth's routes, execute the other.
+        cross_fitted: choose by one half of each depth's routes, execute the other; for ``budget``.
         windows: of calibration text for the blocks' influence; None: as published for pruning.
             Without a corpus there is no route by influence.
     """
@@ -85,6 +92,11 @@ class Oracle(DynamicDepthMethod):
             given = getattr(self, field)
             if given is not None and given < least:
                 raise ValueError(f"oracle: {field} must be at least {least}, not {given}")
+        if self.cross_fitted and self.rule == "match":
+            raise ValueError(
+                "oracle: cross_fitted goes with rule=budget alone; under match a document would "
+                "execute another route than the one found as good as full depth"
+            )
         self._drawn: dict[str, int] = {}
 
     @property
@@ -93,8 +105,9 @@ class Oracle(DynamicDepthMethod):
         return self.rule == "budget"
 
     def max_speedup(self, layers: int) -> float:
-        """L / 2: the shallowest routes run two blocks."""
-        return layers / 2
+        """L / 2: the shallowest route runs two blocks. There is but one, so it has no partner:
+        cross-fitted, L / the second depth tried."""
+        return layers / min(self._grid(layers)[self.cross_fitted :], default=layers)
 
     def fit(self, model: torch.nn.Module, corpus: Any = None) -> Self:
         """Lay out the routes: bool ``[routes, layers, 2]``, full depth first, then by depth."""
@@ -107,7 +120,8 @@ class Oracle(DynamicDepthMethod):
             order = [unit[0] // 2 for unit in rank(model, corpus, settings, progress=False).order]
         routes = [tuple(range(layers))]
         for depth in self._grid(layers):
-            listed = self._listed(layers, depth, order)
+            # No more than there are random sets: a twin has as many routes at every depth.
+            listed = self._listed(layers, depth, order)[: comb(layers - 2, depth - 2)]
             if self.routes == "random":
                 listed = self._random(layers, depth, len(listed), f"twin {depth}")
             routes += listed
