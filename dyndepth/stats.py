@@ -164,7 +164,8 @@ def reach(points: Sequence[Point], dense: Point, higher_is_better: bool, seed: i
     """Where the curve through ``points`` and ``dense`` first is as good as dense.
 
     Between two points the value is interpolated linearly. The interval is the percentile bootstrap
-    over documents, values and FLOPs resampled together. Raises UserError if the points are not of
+    over documents, values and FLOPs resampled together; what a method chose on these documents is
+    taken as given. Raises UserError if the points are not of
     dense's documents.
     """
     ordered = curve([*points, dense])
@@ -178,6 +179,7 @@ def reach(points: Sequence[Point], dense: Point, higher_is_better: bool, seed: i
     shares = np.stack([times @ x.flops / (times @ x.dense_flops) for x in ordered])
     values = np.stack([weight @ x.outcomes for x in ordered])
     ahead = sign * (values - weight @ dense.outcomes) / weight.sum(1)
+    ahead[-1] = 0.0  # dense itself, whatever was averaged into it at full depth
     found = _first_crossing(shares, np.where(np.abs(ahead) < SAME, 0.0, ahead))
     low, high = np.quantile(found[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Reach(float(found[0]), float(low), float(high), count, bool(ahead[0, 0] >= 0))
