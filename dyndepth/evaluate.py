@@ -186,9 +186,14 @@ def _drawn(
 
 def _let_choose(reader: DyndepthLM, tasks: dict[str, Task]) -> None:
     plans = reader.method.candidates()
-    if plans is not None:
-        for task in tasks.values():
-            reader.method.choose(outcomes_of(reader, task, plans))
+    if plans is None:
+        return
+    if not reader.method.uses_labels:
+        raise TypeError(f"{reader.method.name} has candidates but does not say that it uses labels")
+    for task in tasks.values():
+        reader.method.choose(outcomes_of(reader, task, plans))
+        # Examples drawn at random must be drawn again as they were: the same prompts are scored.
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
 def sample(task: str, documents: int, limit: int, seed: int) -> list[int]:

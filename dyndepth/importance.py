@@ -153,6 +153,15 @@ class Settings:
             if first <= unit[0] // 2 < layers - last and only in (None, SUBLAYERS[unit[0] % 2])
         ]
 
+    def ranked(self, layers: int, run: int = 1) -> list[Unit]:
+        """The candidates. Raises UserError if there are none, or no run of so many blocks."""
+        found = self.candidates(layers)
+        if not found:
+            raise UserError(f"all {layers} blocks are kept, so that none is left to rank")
+        if self.criterion == "angular" and not 1 <= run <= len(found):
+            raise UserError(f"a run holds 1 to {len(found)} blocks on this model, not {run}")
+        return found
+
 
 # --- ranking ------------------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ def rank(
     """
     from dyndepth.blocks import blocks
 
-    units = settings.candidates(len(blocks(model)))
+    units = settings.ranked(len(blocks(model)), run)
     if settings.criterion == "greedy":
         search = _greedy(model, corpus, settings, units, until, progress)
         order = [units[step.unit] for step in search.steps]
@@ -277,13 +286,12 @@ def _greedy(
 ) -> Search:
     """The greedy search, kept after each step: a later call that needs more goes on from there."""
     from dyndepth.assets import cache_root
-    from dyndepth.influence import VERSION
     from dyndepth.removal import greedy_kept, key_of
     from dyndepth.training import budget_shares
 
     ids = calibration_text(model, corpus, settings)
     shares = budget_shares(model, ids.shape[1])
-    key = key_of(model, ids, VERSION, settings.search, units, shares.tolist())
+    key = key_of(model, ids, settings.search, units, shares.tolist())
     file = cache_root() / "importance" / f"greedy-{settings.kind}-{key}.json"
     return greedy_kept(
         file, model, ids, units, shares, until, kind=settings.search, progress=progress

@@ -13,12 +13,15 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+
+if TYPE_CHECKING:
+    from dyndepth.importance import Settings
 
 COLUMNS = ("criterion", "unit", "layer", "sublayer", "score", "rank")
 """Of ``importance.csv``. ``layer`` is counted from 0; ``sublayer`` is ``block`` for blocks."""
@@ -103,7 +106,7 @@ def run(options: dict[str, Any]) -> None:
     chosen = _chosen(options)
     if not 0 < options["until"] <= 1:
         raise UserError(f"--until takes a share above 0 and up to 1, not {options['until']:g}")
-    model, corpus = _loaded(options)
+    model, corpus = _loaded(options, chosen.values())
     began = time.monotonic()
     tables: Tables = {}
     for name, settings in chosen.items():
@@ -147,13 +150,14 @@ def _chosen(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and corpus. Raises UserError for a model that is not supported or a run too long."""
+def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, Any]:
+    """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
+    for what is ``chosen``."""
     from dyndepth.models import layer_count
 
     layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
-    if not 1 <= options["run"] <= layers:
-        raise UserError(f"--run takes 1 to {layers} blocks on this model, not {options['run']}")
+    for each in chosen:
+        each.ranked(layers, options["run"])
     if options["threads"] is not None and options["threads"] < 1:
         raise UserError(f"--threads takes a whole number of at least 1, not {options['threads']}")
 

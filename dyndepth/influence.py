@@ -25,9 +25,6 @@ from dyndepth.removal import key_of, losses_alone, units_of
 from dyndepth.store import write_atomically
 from dyndepth.training import loss
 
-VERSION = 1
-"""Of what is kept: raise it when the same text would give other numbers."""
-
 _TOKENS_AT_ONCE = 1024
 
 
@@ -203,7 +200,7 @@ def without_each(model: nn.Module, ids: Tensor, kind: str, *, progress: bool = T
 
 def _kept(name: str, model: nn.Module, ids: Tensor, make: Callable[[], Any], shape: Any) -> Any:
     """Plain numbers from the cache, else made and kept; garbled or of another shape: made again."""
-    key = key_of(model, ids, VERSION, name)
+    key = key_of(model, ids, name)
     file = cache_root() / "importance" / f"{name}-{key}.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

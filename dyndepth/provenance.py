@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import platform
@@ -120,20 +121,28 @@ def harness_code() -> str:
 
 @cache
 def fitting_code() -> str:
-    """12 hex digits over what methods share for finding their parameters."""
-    files = (
-        "calibration",
-        "gain",
-        "importance",
-        "influence",
-        "loop",
-        "prefixes",
-        "removal",
-        "training",
-        "trie",
-        "trie_pass",
-    )
-    return _digest([PACKAGE / f"{name}.py" for name in files], PACKAGE)
+    """12 hex digits over what methods share for finding their parameters, and all that it uses."""
+    return _digest(_used_by("calibration", "gain", "importance", "training"), PACKAGE)
+
+
+def _used_by(*modules: str) -> list[Path]:
+    """Files of the package that these modules import, at whatever depth, and their own; without
+    those of ``FRONT``."""
+    found: dict[str, Path] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE / f"{name}.py"
+        if name in found or path.name in FRONT or not path.is_file():
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                package, _, inner = node.module.partition(".")
+                waiting += [inner] if package == PACKAGE.name else []
+    return list(found.values())
 
 
 @cache

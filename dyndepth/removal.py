@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dyndepth.assets import cache_root
-from dyndepth.blocks import blocks
+from dyndepth.blocks import blocks, causal_lm
 from dyndepth.store import write_atomically
 from dyndepth.trie import losses
 
@@ -35,8 +35,6 @@ more for the MLP."""
 
 SearchKind = Literal["full", "lazy"]
 
-# Raise it when the same text would give other numbers.
-_VERSION = 2
 # Windows are read in parts of about so many tokens: bounds memory, moves the progress bar.
 _TOKENS_AT_ONCE = 512
 
@@ -268,11 +266,16 @@ def greedy_kept(
 
 
 def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
-    """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts."""
+    """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
+    and the code and libraries that measure."""
     from dyndepth.models import fingerprint
+    from dyndepth.provenance import fitting_code, versions
 
     parameter = next(model.parameters())
     whole = [
+        fitting_code(),
+        versions(),
+        causal_lm(model).config._attn_implementation,
         fingerprint(model),
         str(parameter.dtype),
         parameter.device.type,
@@ -311,7 +314,7 @@ def cached_order(
 
     What was kept serves a later call if it reaches as far; otherwise it is continued.
     """
-    key = key_of(model, ids, _VERSION, shares.tolist())
+    key = key_of(model, ids, shares.tolist())
     file = cache_root() / "removal" / f"{key}.json"
     units = units_of(len(shares), "sublayer")
     return _rows(

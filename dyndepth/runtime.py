@@ -115,6 +115,8 @@ def attach(
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
+    if method.foresees and not method.uses_labels:
+        raise TypeError(f"{method.name} foresees but does not say that it uses labels")
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
     owner = decoder(model)

@@ -90,6 +90,11 @@ def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:
 
     named = any("target_speedup" in parameters for _, parameters in parse_methods(options.method))
     method = load_method(options.method, seed=options.seed)
+    if method.uses_labels:
+        raise UserError(
+            f"{method.name} is a bound: what it runs follows from the documents that are scored, "
+            "or from a look ahead that the clock would see; a sweep times those that can be timed"
+        )
     reach = method.max_speedup(layers)
     speedup = options.speedup
     if speedup is None:

@@ -237,7 +237,7 @@ def test_missing_and_tampered_assets_get_a_sentence(tmp_path, fault):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["err", "out"]
 
 
-COMMANDS = ("", ".sweep", ".leaderboard", ".fit", ".recovered", ".studies")
+COMMANDS = ("", ".sweep", ".leaderboard", ".fit", ".recovered", ".studies", ".importance")
 
 
 @pytest.mark.parametrize("module", [f"dyndepth{command}" for command in COMMANDS])

@@ -176,6 +176,8 @@ def test_declares_what_the_contract_asks(name):
     assert (cls.__doc__ or "").strip()
     assert cls().max_speedup(30) >= 1.0
     assert all(f.kw_only for f in fields(cls))
+    tries = cls.candidates is not DynamicDepthMethod.candidates
+    assert cls.uses_labels or not (tries or cls.foresees)
 
 
 def test_harness_names_no_method_and_no_family():

@@ -242,6 +242,14 @@ def test_a_past_that_was_never_seen_is_refused(tiny):
         model(ids(1, 5), **{name: static})
 
 
+def test_it_is_for_those_that_say_that_they_use_labels(tiny):
+    class Sly(RandomMask):
+        foresees = True
+
+    with pytest.raises(TypeError, match="does not say"), attach(tiny(), Sly()):
+        pass
+
+
 def test_it_is_for_start_alone(tiny):
     class TooLate(RandomMask):
         uses_labels = True

@@ -330,7 +330,9 @@ class TestCommand:
         [
             (("greddy",), "unknown criterion 'greddy'; did you mean greedy?"),
             (("joint", "--unit", "block"), "joint ranks sublayers only"),
-            (("angular", "--run", "5"), "--run takes 1 to 4 blocks on this model, not 5"),
+            (("angular", "--run", "5"), "a run holds 1 to 4 blocks on this model, not 5"),
+            (("angular", "--run", "3", "--keep_first", "2"), "a run holds 1 to 2 blocks"),
+            (("greedy", "--keep_first", "4"), "all 4 blocks are kept"),
             (("greedy", "--until", "0"), "--until takes a share above 0"),
             (("joint", "--model", "no/such/folder"), "no model folder"),
             (("joint", "--threads", "0"), "--threads takes a whole number"),

@@ -57,6 +57,24 @@ def test_what_is_promised_is_what_is_scored(model, run, phases, settings):
             assert len({route for name, route in method.facts["chosen"].items()}) > 1
 
 
+def test_examples_drawn_at_random_are_those_that_were_tried(model, run, monkeypatch):
+    """Full depth for every document: the scores are then dense's, prompts included."""
+
+    def choose(self, outcomes):
+        self.facts.setdefault("chosen", {}).update(dict.fromkeys(outcomes.documents, 0))
+
+    monkeypatch.setattr(Oracle, "choose", choose)
+    found = [run(method, "drawn", num_fewshot=2) for method in (bound(model), Dense())]
+    logs = [[row["loglikelihoods"] for row in each.samples] for each in found]
+    assert logs[0] == logs[1]
+
+
+def test_labels_are_for_those_that_say_so(model, run, monkeypatch):
+    monkeypatch.setattr(Oracle, "uses_labels", False)
+    with pytest.raises(TypeError, match="does not say that it uses labels"):
+        run(bound(model), "choice")
+
+
 def test_match_is_never_worse_than_full_depth_and_saves(model, run):
     method = bound(model, rule="match", target_speedup=1.1)
     assert not method.budgeted

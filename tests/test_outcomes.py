@@ -25,6 +25,11 @@ GRADED = (
     .replace("task: written", "task: graded\nprocess_results: !function graded.grade")
     .replace("metric: exact_match", "metric: grade")
 )
+DRAWN = (
+    scored.TASKS["choice"]
+    .replace("task: choice", "task: drawn")
+    .replace("fewshot_config: {sampler: first_n}\n", "")
+)
 GRADE = """
 def grade(doc, results):
     return {"grade": sum(map(ord, results[0])) % 101 / 100}
@@ -42,9 +47,10 @@ TABLE = torch.tensor(PLANS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tasks of test_evaluate, and ``graded``: written, with a metric that always differs."""
+    """The tasks of test_evaluate; ``graded``: written, with a metric that always differs;
+    ``drawn``: choices whose examples are drawn at random, as lm-eval does by default."""
     path = tmp_path_factory.mktemp("tasks")
-    for name, text in (scored.TASKS | {"graded": GRADED}).items():
+    for name, text in (scored.TASKS | {"graded": GRADED, "drawn": DRAWN}).items():
         (path / f"{name}.yaml").write_text(text)
     (path / "tiny_documents.py").write_text(scored.DOCUMENTS)
     (path / "graded.py").write_text(GRADE)

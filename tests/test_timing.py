@@ -360,6 +360,7 @@ class TestCommandLine:
             (["--method", "dense", "--speedup", "2"], "reaches a speedup of 1 "),
             (["--method", "dense", "--model", "./no/such/model"], "no/such/model"),
             (["--method", "dense", "--threads", "0"], "--threads"),
+            (["--method", "oracle"], "is a bound"),
         ],
     )
     def test_wrong_input_exits_with_2(self, arguments, message, capsys):
