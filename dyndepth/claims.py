@@ -158,7 +158,7 @@ def traced(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
 def likened(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     """The cells whose final hidden states the claims compare with dense's."""
     claims = [claim for claim in study.claims if claim.kind == "similarity"]
-    picks = {pick for claim in claims for pick in (claim.a, *claim.b, Pick(DENSE))}
+    picks = dict.fromkeys(pick for claim in claims for pick in (Pick(DENSE), claim.a, *claim.b))
     found = {cell.key: cell for pick in picks for cell in chosen(pick, cells, phases)}
     return [cell for cell in found.values() if cell.evaluated]
 
