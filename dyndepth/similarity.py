@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
+from dyndepth.recipe import NONE
 from dyndepth.records import Cell
-from dyndepth.routed import DOCUMENTS, LENGTH, PROMPT
+from dyndepth.routed import LENGTH, PROMPT
 from dyndepth.store import write_atomically
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.options import Settings
     from dyndepth.stats import Point
 
 METRIC = "cosine"
+DOCUMENTS = 16
+"""Passages that each cell is measured on."""
 
 
 def file_of(cell: Cell, folder: Path) -> Path:
@@ -46,6 +49,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
     texts = routes_command.documents(None, DOCUMENTS)
     bench = routes_command.Bench({})
     started = time.monotonic()
+    whole: dict[str, Tensor] = {}  # the dense model's states, as long as its weights are the same
     for index, cell in enumerate(missing, start=1):
         label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
         elapsed = f"{time.monotonic() - started:.0f} s"
@@ -53,7 +57,9 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
         job = routes_command.Job(label, cell.key, settings, identity=cell.identity)
         try:
             with job.ready(bench) as method:
-                found = cosines(bench.model, method, tokens_of(texts, bench.tokenizer))
+                tokens = tokens_of(texts, bench.tokenizer)
+                kept = whole if cell.identity["recovery"] == NONE else {}
+                found = cosines(bench.model, method, tokens, kept)
         except UserError as fault:
             print(f"similarity of {label} left out: {fault}", file=sys.stderr, flush=True)
             continue
@@ -67,11 +73,15 @@ def tokens_of(texts: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
 
 
 def cosines(
-    model: nn.Module, method: DynamicDepthMethod, documents: dict[str, list[int]]
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    documents: dict[str, list[int]],
+    dense: dict[str, Tensor] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By document: mean ``cosine`` of the final hidden states (after the final norm) of ``method``
     and of the dense model, over the ``tokens`` after the prompt; and block FLOPs of both,
-    ``flops`` and ``dense_flops``."""
+    ``flops`` and ``dense_flops``. The dense model's states are taken from ``dense``, by document
+    ``[tokens, hidden]``, and put there."""
     import torch
     from torch.nn.functional import cosine_similarity
 
@@ -79,14 +89,17 @@ def cosines(
     from dyndepth.runtime import attach
 
     found = {}
+    dense = {} if dense is None else dense
     for name, tokens in documents.items():
         ids = torch.tensor([tokens], device=next(model.parameters()).device)
         with torch.no_grad():
-            dense = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+            if name not in dense:
+                dense[name] = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             with attach(model, method, documents=[name], prompt_length=PROMPT) as trace:
                 thin = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
                 totals = trace.totals()
-        apart = cosine_similarity(dense[0, PROMPT:].double(), thin[0, PROMPT:].double(), dim=-1)
+        pair = (states[PROMPT:].double() for states in (dense[name], thin[0]))
+        apart = cosine_similarity(*pair, dim=-1)
         found[name] = {
             METRIC: float(apart.mean()),
             "tokens": len(apart),
