@@ -98,8 +98,8 @@ def cosines(
             with attach(model, method, documents=[name], prompt_length=PROMPT) as trace:
                 thin = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
                 totals = trace.totals()
-        pair = (states[PROMPT:].double() for states in (dense[name], thin[0]))
-        apart = cosine_similarity(*pair, dim=-1)
+        whole, thinned = (states[PROMPT:].double() for states in (dense[name], thin[0]))
+        apart = cosine_similarity(whole, thinned, dim=-1)
         found[name] = {
             METRIC: float(apart.mean()),
             "tokens": len(apart),
