@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,16 +51,32 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
     texts = routes_command.documents(None, DOCUMENTS)
     options = {"prompt_length": PROMPT, "length": LENGTH}
     bench = routes_command.Bench(options)
+
+    def trace(cell: Cell, job: Any) -> None:
+        job.record(bench, texts, options).save(trace_file(cell, folder))
+
+    again(missing, settings, "routes", trace)
+
+
+def again(
+    cells: Sequence[Cell], settings: Settings, what: str, run: Callable[[Cell, Any], None]
+) -> None:
+    """Have ``run`` measure ``what`` of each cell, given it and a ``routes_command.Job`` of it.
+
+    A cell that cannot be rebuilt is told and left out.
+    """
+    from dyndepth import routes_command
+
     started = time.monotonic()
-    for index, cell in enumerate(missing, start=1):
+    for index, cell in enumerate(cells, start=1):
         label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
         elapsed = f"{time.monotonic() - started:.0f} s"
-        print(f"[{index}/{len(missing)}] routes of {label} ({elapsed})", flush=True)
+        print(f"[{index}/{len(cells)}] {what} of {label} ({elapsed})", flush=True)
         job = routes_command.Job(label, cell.key, settings, identity=cell.identity)
         try:
-            job.record(bench, texts, options).save(trace_file(cell, folder))
+            run(cell, job)
         except UserError as fault:
-            print(f"routes of {label} left out: {fault}", file=sys.stderr, flush=True)
+            print(f"{what} of {label} left out: {fault}", file=sys.stderr, flush=True)
 
 
 def sublayers(label: str, groups: Groups, folder: Path) -> Iterator[tuple[Row, Difference]]:

@@ -123,12 +123,6 @@ def attach(
     if attached(model):
         raise UserError("the model already has a method attached; leave that attach first")
     split = blocks(model)
-    for block in split:
-        if "forward" in vars(block.layer):
-            raise UserError(
-                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
-                "the runtime; remove it, or load the model on one device"
-            )
     runtime = _Runtime(model, split, method, backend)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     handles = [
@@ -153,7 +147,16 @@ Stock = Callable[..., Tensor]
 def run_by(
     split: Sequence[Block], run: Callable[[int, Stock, Tensor, dict[str, Any]], Tensor]
 ) -> Iterator[None]:
-    """Inside, each block's forward is ``run(index, stock forward, hidden, arguments)``."""
+    """Inside, each block's forward is ``run(index, stock forward, hidden, arguments)``.
+
+    Raises UserError for a block that is wrapped by somebody else.
+    """
+    for block in split:
+        if "forward" in vars(block.layer):
+            raise UserError(
+                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
+                "the runtime; remove it, or load the model on one device"
+            )
     stock = [type(block.layer) for block in split]
     try:
         for index, block in enumerate(split):

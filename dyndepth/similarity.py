@@ -7,16 +7,13 @@ to predict it from. One file a cell under the run's ``similarity/``.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
 from dyndepth.recipe import NONE
 from dyndepth.records import Cell
-from dyndepth.routed import LENGTH, PROMPT
+from dyndepth.routed import LENGTH, PROMPT, again
 from dyndepth.store import write_atomically
 
 if TYPE_CHECKING:
@@ -48,22 +45,16 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
         return
     texts = routes_command.documents(None, DOCUMENTS)
     bench = routes_command.Bench({})
-    started = time.monotonic()
     whole: dict[str, Tensor] = {}  # the dense model's states, as long as its weights are the same
-    for index, cell in enumerate(missing, start=1):
-        label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
-        elapsed = f"{time.monotonic() - started:.0f} s"
-        print(f"[{index}/{len(missing)}] similarity of {label} ({elapsed})", flush=True)
-        job = routes_command.Job(label, cell.key, settings, identity=cell.identity)
-        try:
-            with job.ready(bench) as method:
-                tokens = tokens_of(texts, bench.tokenizer)
-                kept = whole if cell.identity["recovery"] == NONE else {}
-                found = cosines(bench.model, method, tokens, kept)
-        except UserError as fault:
-            print(f"similarity of {label} left out: {fault}", file=sys.stderr, flush=True)
-            continue
+
+    def measure(cell: Cell, job: Any) -> None:
+        with job.ready(bench) as method:
+            tokens = tokens_of(texts, bench.tokenizer)
+            kept = whole if cell.identity["recovery"] == NONE else {}
+            found = cosines(bench.model, method, tokens, kept)
         write_atomically(file_of(cell, folder), json.dumps(found))
+
+    again(missing, settings, "similarity", measure)
 
 
 def tokens_of(texts: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:

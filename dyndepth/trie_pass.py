@@ -70,12 +70,6 @@ def _split(model: nn.Module) -> list[Block]:
     if attached(model):
         raise UserError("plans can't run together while a method is attached; leave that attach")
     split = blocks(model)
-    for block in split:
-        if "forward" in vars(block.layer):
-            raise UserError(
-                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
-                "the plans; remove it, or load the model on one device"
-            )
     implementation = causal_lm(model).config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UserError(
