@@ -68,7 +68,8 @@ STUDY = Study(
             name="recovery",
             text="With LoRA after the routers, quality is that of the dense model with the same "
             "LoRA, up to about 40 % skipped at 7B.",
-            source=f"{PAPER}, stage 2: average 69.50 against 69.98 on Llama-2-7B",
+            source=f"{PAPER}, stage 2",
+            published="average 69.50 against 69.98 on Llama-2-7B",
             a=RECOVERED,
             b=(DENSE_RECOVERED,),
             kind="full_depth",
@@ -77,15 +78,16 @@ STUDY = Study(
         Claim(
             name="sublayers",
             text="Attention is more redundant than the MLPs: routers execute less of it.",
-            source=f"{PAPER}, analysis: at a target of 30 %, 33.19 % of attention and 26.33 % of "
-            "MLPs are skipped",
+            source=f"{PAPER}, analysis",
+            published="at a target of 30 %, 33.19 % of attention and 26.33 % of MLPs are skipped",
             a=SKIPGPT,
             kind="sublayers",
         ),
         Claim(
             name="position",
             text="With position in the context, attention is executed more and the MLPs less.",
-            source=f"{PAPER}, analysis: attention from 0.5 to 0.75, MLPs from 0.7 to 0.5",
+            source=f"{PAPER}, analysis",
+            published="attention from 0.5 to 0.75, MLPs from 0.7 to 0.5",
             a=SKIPGPT,
             kind="position",
         ),
