@@ -33,7 +33,9 @@ def values(result):
 @pytest.mark.parametrize("settings", [{}, {"rule": "match"}, {"cross_fitted": True}], ids=str)
 @pytest.mark.parametrize("phases", ["both", "generation"])
 def test_what_is_promised_is_what_is_scored(model, run, phases, settings):
-    method = bound(model, phases=phases, random=4, **settings)
+    # The shallowest route of 4 blocks has no partner.
+    target = 1.3 if "cross_fitted" in settings else 1.5
+    method = bound(model, phases=phases, random=4, target_speedup=target, **settings)
     result = run(method, ",".join(PROMISED))
     assert json.loads(json.dumps(method.facts)) == method.facts
     assert {f"{row['task']}/{row['doc_id']}" for row in result.samples} == set(
@@ -53,7 +55,7 @@ def test_what_is_promised_is_what_is_scored(model, run, phases, settings):
         tolerance = 0.06 if task == "graded" else 1e-9
         assert spent[task] == pytest.approx(1 / promise["executed"], rel=tolerance)
         if "rule" not in settings:
-            assert promise["executed"] <= 1 / 1.5
+            assert promise["executed"] <= 1 / target
             assert len({route for name, route in method.facts["chosen"].items()}) > 1
 
 
