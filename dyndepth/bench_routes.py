@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dyndepth import continuations, scoring
 from dyndepth.bench_gates import given
@@ -40,17 +41,18 @@ def routes(corpus: Any, options: argparse.Namespace) -> dict[str, dict[str, floa
     parts = [documents[start : start + BATCH] for start in range(0, len(documents), BATCH)]
     lines: dict[str, dict[str, float]] = {}
     for skipping in options.skipping:
-        together = Together(model, plans, parts, skipping)
-        alone = OneByOne(model, plans, parts, skipping)
-        together.warm_up()
-        alone.warm_up()
-        times = interleave(
-            {"together": together.run, "one by one": alone.run},
-            repeats=len(parts),
-            warmup=0,
-            seed=0,
-            device=options.device,
-        )
+        with tqdm(total=2 * len(parts), desc=f"routes, {skipping}", unit="run") as bar:
+            together = Together(model, plans, parts, skipping, bar)
+            alone = OneByOne(model, plans, parts, skipping, bar)
+            together.warm_up()
+            alone.warm_up()
+            times = interleave(
+                {"together": together.run, "one by one": alone.run},
+                repeats=len(parts),
+                warmup=0,
+                seed=0,
+                device=options.device,
+            )
         found = ratio(times["together"], times["one by one"])
         name = f"routes/{skipping}/{dtype}"
         lines[name] = line = {
@@ -132,6 +134,7 @@ class Together:
     plans: Tensor
     parts: list[list[Group]]
     skipping: Any
+    bar: Any
 
     def __post_init__(self) -> None:
         self.found: list[Tensor] = []
@@ -150,6 +153,7 @@ class Together:
     def run(self) -> None:
         """What is timed."""
         self.found.append(self.score(next(self._next), self.plans))
+        self.bar.update()
 
 
 class OneByOne(Together):
