@@ -4,22 +4,26 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 EMBEDDED := $(VENV)/.embedded
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
 STUDY := skipgpt layer_selection
 # Two processes of one thread: tiny models gain nothing from threads.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
+PYTEST := pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow bench routers study lint clean
+.PHONY: help setup sweep test test-slow test-oldest bench docs routers study lint clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
 	@echo "make sweep      run the default sweep on the embedded model"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-oldest run the tests with the oldest transformers that pyproject.toml allows"
 	@echo "make bench      measure what the runtime costs and saves"
+	@echo "make docs       write what the checks found into docs/"
 	@echo "make routers    train the shipped routers and adapters again (about an hour)"
 	@echo "make study      test published claims on the embedded model (some hours); STUDY names one"
 	@echo "make lint       check style and types"
-	@echo "make clean      remove $(VENV) and build outputs; runs, results and the cache stay"
+	@echo "make clean      remove both venvs and build outputs; runs, results and the cache stay"
 
 setup: $(EMBEDDED)
 
@@ -39,13 +43,29 @@ sweep: setup
 	$(RUN) -m dyndepth.sweep --methods skipgpt,early_exit,uls
 
 test: setup
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST)
 
 test-slow: setup
-	$(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST) -m slow
+
+test-oldest: setup $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m $(PYTEST)
+
+# A venv that sees all of the first one, and before it the oldest transformers that
+# pyproject.toml allows.
+$(OLDEST_INSTALLED): pyproject.toml | setup
+	$(RUN) -m venv --clear --without-pip $(OLDEST)
+	$(RUN) -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	  > "$$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/normal.pth"
+	$(RUN) -m pip --python $(OLDEST)/bin/python install --disable-pip-version-check \
+	  "$$(sed -n 's/^ *"\(transformers\)>=\([^,"]*\).*/\1==\2/p' pyproject.toml)"
+	@touch $@
 
 bench: setup
 	$(RUN) -m dyndepth.bench
+
+docs: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/support.py
 
 routers: setup
 	$(RUN) -m dyndepth.methods.skipgpt.ship
@@ -60,4 +80,4 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

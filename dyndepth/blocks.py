@@ -1,51 +1,203 @@
 """How each model family's decoder block splits into its two residual branches, as data.
 
 Everything that is peculiar to an architecture stands in one record of ``FAMILIES``. A block is
-``h + attention(h)`` followed by ``h + mlp(h)``, with ``branch(h) = module(norm(h))``; what the
-runtime does with the two branches is common to all families.
+``h + attention(h)`` followed by ``h + mlp(h)``, with ``branch(h) = multiplier * post(module(norm(
+h)))``; what the runtime does with the two branches is common to all families. How to add one:
+docs/families.md.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from dyndepth.branches import CACHE_ARGUMENTS, Block, cache_argument, cache_of
 from dyndepth.errors import UserError
+from dyndepth.projections import Layout
+
+__all__ = [
+    "CACHE_ARGUMENTS",
+    "FAMILIES",
+    "Block",
+    "Family",
+    "blocks",
+    "cache_argument",
+    "cache_of",
+    "causal_lm",
+    "decoder",
+    "family",
+    "final_norm",
+    "position_bias",
+    "projections",
+    "readout",
+    "supported",
+]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts of one architecture; the defaults are those of most pre-norm decoders."""
+    """Names of the parts of one architecture; the defaults are those of most pre-norm decoders.
+
+    Attributes:
+        decoder: path of the module that owns the blocks, from the causal LM.
+        layers, final_norm: names in it.
+        attention, attention_norm, mlp_norm: names in a block; a norm is None where the branch reads
+            the stream as it is.
+        mlp: modules of a block that are applied one after the other.
+        attention_post, mlp_post: modules applied to a branch's output.
+        query, key, value, output: names in the attention. Where ``fused`` says how one map holds
+            all three, the first three are that map.
+        gate: path in a block of the MLP's first linear map.
+        query_norm, key_norm: names in the attention; applied to each head, unless
+            ``norm_whole``.
+        rotary: whether positions are rotary; a name: the attribute of the attention that says so.
+        head_size, scale: attributes of the attention.
+        softcap: attribute of the attention that caps its scores, where the eager kernel takes it.
+        bias: keyword under which a block gets a bias of scores by position, ``[batch x heads, 1,
+            keys]``.
+        multiplier: attribute of a block that both branches are multiplied by.
+        parallel: attribute of a block: whether both branches read the block's input.
+        adds_residual: the modules add a residual that they are given themselves.
+        returns_tuple: a block returns a tuple that leads with the stream.
+        logit_divisor, logit_softcap: attributes of the config that change the LM head's output.
+        requires: (attribute of the config, value, what is the matter with any other).
+    """
 
     decoder: str = "model"
     layers: str = "layers"
     final_norm: str = "norm"
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    mlp: str = "mlp"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    attention_post: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("mlp",)
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post: tuple[str, ...] = ()
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    gate: str = "gate_proj"
+    fused: Layout | None = None
+    gate: str = "mlp.gate_proj"
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_whole: bool = False
+    rotary: bool | str = True
+    head_size: str = "head_dim"
+    scale: str = "scaling"
+    softcap: str | None = None
+    bias: str | None = None
+    multiplier: str | None = None
+    parallel: str | None = None
+    adds_residual: bool = False
+    returns_tuple: bool = False
+    logit_divisor: str | None = None
+    logit_softcap: str | None = None
+    requires: tuple[tuple[str, Any, str], ...] = ()
 
+
+def _fused(name: str) -> dict[str, Any]:
+    return dict.fromkeys(("query", "key", "value"), name)
+
+
+_RESIDUAL_NORM = "its norm sits on the residual stream, so a skipped sublayer is no identity"
+_SANDWICH: dict[str, Any] = {
+    "attention_post": ("post_attention_layernorm",),
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post": ("post_feedforward_layernorm",),
+    "logit_softcap": "final_logit_softcapping",
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(query_norm="q_norm", key_norm="k_norm"),
+    "smollm3": Family(rotary="use_rope"),
+    "granite": Family(multiplier="residual_multiplier", logit_divisor="logits_scaling"),
+    "gemma2": Family(softcap="attn_logit_softcapping", **_SANDWICH),
+    "gemma3_text": Family(
+        query_norm="q_norm",
+        key_norm="k_norm",
+        requires=(("use_bidirectional_attention", False, "its attention is not causal"),),
+        **_SANDWICH,
+    ),
+    "phi3": Family(
+        attention_post=("resid_attn_dropout",),
+        mlp_post=("resid_mlp_dropout",),
+        **_fused("qkv_proj"),
+        fused="blocks",
+        gate="mlp.gate_up_proj",
+    ),
+    "olmo2": Family(
+        attention_norm=None,
+        attention_post=("post_attention_layernorm",),
+        mlp_norm=None,
+        mlp_post=("post_feedforward_layernorm",),
+        query_norm="q_norm",
+        key_norm="k_norm",
+        norm_whole=True,
+    ),
+    "gpt_neox": Family(
+        decoder="gpt_neox",
+        final_norm="final_layer_norm",
+        attention="attention",
+        attention_post=("post_attention_dropout",),
+        mlp_post=("post_mlp_dropout",),
+        **_fused("query_key_value"),
+        fused="heads",
+        output="dense",
+        gate="mlp.dense_h_to_4h",
+        head_size="head_size",
+        parallel="use_parallel_residual",
+    ),
+    "gpt2": Family(
+        decoder="transformer",
+        layers="h",
+        final_norm="ln_f",
+        attention="attn",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        **_fused("c_attn"),
+        fused="blocks",
+        output="c_proj",
+        gate="mlp.c_fc",
+        rotary=False,
+        requires=(("add_cross_attention", False, "its blocks have a third branch"),),
+    ),
+    "opt": Family(
+        decoder="model.decoder",
+        final_norm="final_layer_norm",
+        attention_norm="self_attn_layer_norm",
+        mlp=("fc1", "activation_fn", "fc2"),
+        mlp_norm="final_layer_norm",
+        output="out_proj",
+        gate="fc1",
+        rotary=False,
+        requires=(
+            ("do_layer_norm_before", True, _RESIDUAL_NORM),
+            ("_remove_final_layer_norm", False, "it has no final norm"),
+        ),
+    ),
+    "bloom": Family(
+        decoder="transformer",
+        layers="h",
+        final_norm="ln_f",
+        attention="self_attention",
+        **_fused("query_key_value"),
+        fused="heads",
+        output="dense",
+        gate="mlp.dense_h_to_4h",
+        rotary=False,
+        scale="inv_norm_factor",
+        bias="alibi",
+        adds_residual=True,
+        returns_tuple=True,
+        requires=(("apply_residual_connection_post_layernorm", False, _RESIDUAL_NORM),),
+    ),
 }
 
 
@@ -55,38 +207,20 @@ def supported() -> list[str]:
 
 
 def family(model_or_config: Any) -> Family:
-    """The record of a model's architecture; UserError with the list if there is none."""
+    """The record of a model's architecture; UserError for one that can't be split."""
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", type(model_or_config).__name__)
     if model_type not in FAMILIES:
         raise UserError(
-            f"architecture {model_type!r} is not supported; supported are: {', '.join(supported())}"
+            f"architecture {model_type!r} is not supported; supported are: "
+            f"{', '.join(supported())}; docs/families.md says how to add one"
         )
-    return FAMILIES[model_type]
-
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
-
-
-@functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    accepted = inspect.signature(forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[-1])
-
-
-def cache_argument(module: Any) -> str:
-    """The keyword under which ``module.forward`` takes its cache."""
-    return _cache_argument(type(module).forward)
-
-
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache among a forward's keyword arguments, or in its output; None if there is none."""
-    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
-        found = values.get(name)
-        if found is not None:
-            return found
-    return None
+    record = FAMILIES[model_type]
+    for name, value, matter in record.requires:
+        found = getattr(config, name, value)
+        if found != value:
+            raise UserError(f"this {model_type} is not supported ({name}={found}): {matter}")
+    return record
 
 
 def causal_lm(model: Any) -> Any:
@@ -96,14 +230,15 @@ def causal_lm(model: Any) -> Any:
 
 def decoder(model: nn.Module) -> Any:
     """The module that owns the list of blocks and sees the cache at the start of each forward."""
-    return getattr(causal_lm(model), family(causal_lm(model)).decoder)
+    return causal_lm(model).get_submodule(family(causal_lm(model)).decoder)
 
 
 def blocks(model: nn.Module) -> list[Block]:
     """The model's decoder blocks, in order, each split into its branches."""
     record = family(causal_lm(model))
     layers = getattr(decoder(model), record.layers)
-    return [Block(layer, record) for layer in layers[: causal_lm(model).config.num_hidden_layers]]
+    config = causal_lm(model).config
+    return [Block(layer, record, config) for layer in layers[: config.num_hidden_layers]]
 
 
 def final_norm(model: nn.Module) -> Any:
@@ -111,113 +246,58 @@ def final_norm(model: nn.Module) -> Any:
     return getattr(decoder(model), family(causal_lm(model)).final_norm)
 
 
+def position_bias(model: nn.Module, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Argument of every block by which scores depend on the keys' positions; none where rotary or
+    learned embeddings do that.
+
+    ``positions`` is int64 ``[batch, keys]``. A decoder that biases scores counts positions from its
+    attention mask, and so has no way to be told others.
+    """
+    record = family(causal_lm(model))
+    if record.bias is None:
+        return {}
+    every = torch.ones(1, int(positions.max()) + 1, dtype=torch.long, device=positions.device)
+    heads = causal_lm(model).config.num_attention_heads
+    slopes = decoder(model).build_alibi_tensor(every, heads, dtype)[:, 0]  # [heads, position]
+    return {record.bias: slopes[:, positions].transpose(0, 1).flatten(0, 1)[:, None]}
+
+
+def readout(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Logits of final hidden states: the LM head, and what the causal LM does to its output."""
+    owner = causal_lm(model)
+    record, config, head = family(owner), owner.config, owner.get_output_embeddings()
+    divisor = getattr(config, record.logit_divisor) if record.logit_divisor else None
+    cap = getattr(config, record.logit_softcap) if record.logit_softcap else None
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = head(hidden)
+        if divisor is not None:
+            found = found / divisor
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits
+
+
 def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
     """Name in the causal LM -> module, for each of ``roles`` in each block.
 
-    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP).
-    Raises UserError if a block has no such module.
+    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP); one
+    module may have several. Raises UserError if a block has no such module.
     """
     record = family(causal_lm(model))
     roles = tuple(roles)
     found = {}
     for index in range(len(blocks(model))):
         for role in roles:
-            branch = record.mlp if role == "gate" else record.attention
-            path = (record.decoder, record.layers, str(index), branch, getattr(record, role))
+            path: str = getattr(record, role)
+            if role != "gate":
+                path = f"{record.attention}.{path}"
+            name = f"{record.decoder}.{record.layers}.{index}.{path}"
             try:
-                found[".".join(path)] = causal_lm(model).get_submodule(".".join(path))
+                found[name] = causal_lm(model).get_submodule(name)
             except AttributeError:
                 raise UserError(
-                    f"block {index} has no {role} projection ({'.'.join(path[3:])}), "
+                    f"block {index} has no {role} projection ({path}), "
                     "so no adapter can sit there; name other targets"
                 ) from None
     return found
-
-
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding over the last dimension, halves paired."""
-    half = states.shape[-1] // 2
-    rotated = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return states * cosine + rotated * sine
-
-
-class Block:
-    """One decoder block seen as two branches. Holds references, owns no parameters."""
-
-    def __init__(self, layer: nn.Module, record: Family) -> None:
-        self.layer = layer
-        self.attention: Any = getattr(layer, record.attention)
-        self.attention_norm: nn.Module = getattr(layer, record.attention_norm)
-        self.mlp: nn.Module = getattr(layer, record.mlp)
-        self.mlp_norm: nn.Module = getattr(layer, record.mlp_norm)
-        self.query: nn.Module = getattr(self.attention, record.query)
-        self.key: nn.Module = getattr(self.attention, record.key)
-        self.value: nn.Module = getattr(self.attention, record.value)
-        self.output: nn.Module = getattr(self.attention, record.output)
-        self.query_norm = getattr(self.attention, record.query_norm) if record.query_norm else None
-        self.key_norm = getattr(self.attention, record.key_norm) if record.key_norm else None
-        self.cache_argument = cache_argument(layer)
-        self.index: int = self.attention.layer_idx
-
-    def attention_branch(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The attention branch for all tokens, by the stock module: ``[batch, tokens, hidden]``."""
-        return self.attention(hidden_states=self.attention_norm(hidden), **arguments)[0]
-
-    def mlp_branch(self, hidden: Tensor) -> Tensor:
-        """The MLP branch of whatever tokens are given: ``[..., hidden] -> [..., hidden]``."""
-        return self.mlp(self.mlp_norm(hidden))
-
-    def keys_values(self, normed: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of all tokens, merged with the cache where there is one.
-
-        ``normed`` is ``[batch, tokens, hidden]``, already through the branch's norm; the result is
-        two tensors ``[batch, key heads, past + tokens, head size]``.
-        """
-        batch, tokens, _ = normed.shape
-        heads = (batch, tokens, -1, self.attention.head_dim)
-        keys = self.key(normed).view(heads)
-        if self.key_norm is not None:
-            keys = self.key_norm(keys)
-        cosine, sine = arguments["position_embeddings"]
-        keys = _rotate(keys.transpose(1, 2), cosine[:, None], sine[:, None])
-        values = self.value(normed).view(heads).transpose(1, 2)
-        cache = arguments.get(self.cache_argument)
-        if cache is not None:
-            return cache.update(keys, values, self.index)
-        return keys, values
-
-    def queries(self, normed: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Rotated queries of the selected tokens: ``[n, hidden] -> [n, heads, head size]``."""
-        queries = self.query(normed).view(normed.shape[0], -1, self.attention.head_dim)
-        if self.query_norm is not None:
-            queries = self.query_norm(queries)
-        return _rotate(queries, cosine[:, None], sine[:, None])
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Attention of gathered queries under an explicit mask.
-
-        ``queries`` is ``[batch, slots, heads, head size]``, ``mask`` additive ``[batch or 1, 1,
-        slots, keys]``. Returns ``[batch, slots, heads x head size]``.
-        """
-        config = self.attention.config
-        scale = self.attention.scaling
-        queries = queries.transpose(1, 2)
-        if config._attn_implementation == "sdpa":
-            grouped = queries.shape[1] != keys.shape[1]
-            out = scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
-            ).transpose(1, 2)
-        else:
-            interface = _attention_interface(self.attention)
-            out, _ = interface(
-                self.attention, queries, keys, values, mask, dropout=0.0, scaling=scale
-            )
-        return out.flatten(2)
-
-
-def _attention_interface(attention: Any) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function that the stock module would call."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    eager = sys.modules[type(attention).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)

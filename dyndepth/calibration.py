@@ -66,10 +66,11 @@ def solve_threshold(
     measure: Callable[[float], float],
     target: float,
     first: float,
-    step: float,
+    step: float = 0.05,
     *,
     low: float,
     high: float,
+    ends: tuple[float, float] | None = None,
     tolerance: float = 0.01,
     rounds: int = 12,
 ) -> tuple[float, float]:
@@ -77,11 +78,13 @@ def solve_threshold(
 
     ``measure`` must not decrease. It is asked at ``first``, then in growing steps until the target
     is bracketed, then by interpolation (by halves where that stalls); at most ``rounds`` times,
-    for each asking may cost seconds. Returns the best point seen: within the relative
-    ``tolerance`` unless the rounds ran out, the ends are too near, or ``measure`` jumps.
+    for each asking may cost seconds. ``ends``: what it is at ``low`` and ``high``, where that is
+    known without asking; they bracket the target from the start. Returns the best point seen:
+    within the relative ``tolerance`` unless the rounds ran out, the ends are too near, or
+    ``measure`` jumps.
     """
-    below: tuple[float, float] | None = None
-    above: tuple[float, float] | None = None
+    below = (low, ends[0]) if ends else None
+    above = (high, ends[1]) if ends else None
     seen: list[tuple[float, float]] = []
     point = min(max(first, low), high)
     same_side = 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyndepth import scoring
+from dyndepth import generation
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
 from dyndepth.runtime import Trace, attach
 
@@ -24,12 +24,12 @@ Completion = tuple[int, int, list[int]]
 def completions(
     model: PreTrainedModel,
     plans: Tensor,
-    prompts: Sequence[scoring.Prompt],
+    prompts: Sequence[generation.Prompt],
     *,
     phases: Phases,
     batch_size: int,
 ) -> Generator[Completion, None, None]:
-    """What ``scoring.generate`` gives with each plan attached alone, as it is done.
+    """What ``generation.generate`` gives with each plan attached alone, as it is done.
 
     ``plans`` is bool ``[plans, layers, 2]`` on the CPU; at most ``batch_size`` rows are written at
     a time. The plans stay attached to ``model`` until the last completion is taken or this is
@@ -43,35 +43,35 @@ def completions(
 def _rows(
     model: PreTrainedModel,
     trace: Trace,
-    prompts: Sequence[scoring.Prompt],
+    prompts: Sequence[generation.Prompt],
     count: int,
     batch_size: int,
 ) -> Iterator[Completion]:
     """Each prompt completed under each of ``count`` plans, a row of a batch each."""
     rows = [row for prompt in prompts for row in _numbered(prompt, count)]
-    for index, tokens in scoring.generate(model, trace, rows, batch_size):
+    for index, tokens in generation.generate(model, trace, rows, batch_size):
         yield *divmod(index, count), tokens
 
 
 def _branches(
     model: PreTrainedModel,
     trace: Trace,
-    prompts: Sequence[scoring.Prompt],
+    prompts: Sequence[generation.Prompt],
     count: int,
     batch_size: int,
 ) -> Iterator[Completion]:
     """As ``_rows`` where prompts run at full depth: each is read once for all plans."""
     for place, prompt in enumerate(prompts):
         rows = _numbered(prompt, count)
-        begun = scoring.begin(model, trace, rows[:1])
+        begun = generation.begin(model, trace, rows[:1])
         for plans in torch.arange(count).split(batch_size):
             numbers = plans.tolist()
             part = begun.rows(torch.zeros_like(plans))
-            texts = scoring.finish(model, trace, [rows[plan] for plan in numbers], part)
+            texts = generation.finish(model, trace, [rows[plan] for plan in numbers], part)
             yield from ((place, plan, tokens) for plan, tokens in zip(numbers, texts, strict=True))
 
 
-def _numbered(prompt: scoring.Prompt, count: int) -> list[scoring.Prompt]:
+def _numbered(prompt: generation.Prompt, count: int) -> list[generation.Prompt]:
     """A prompt for each of ``count`` plans, with the plan's number behind the document's id."""
     return [replace(prompt, document=f"{prompt.document} {plan}") for plan in range(count)]
 

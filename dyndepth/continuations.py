@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dyndepth.blocks import Block, cache_argument, causal_lm, decoder
+from dyndepth.blocks import Block, cache_argument, causal_lm, decoder, position_bias
 from dyndepth.errors import UserError
 from dyndepth.packing import Packed, Size, batches, table, tree_mask
 from dyndepth.scoring import Group
@@ -128,31 +128,20 @@ def _forward(
     tokens.
     """
     dtype = causal_lm(trie.model).get_input_embeddings().weight.dtype
-    windows = {_window(block) for block in trie.split} | {None}
+    windows = {block.window for block in trie.split} | {None}
     masks = {window: tree_mask(packed, segments, positions, window, dtype) for window in windows}
 
+    bias = position_bias(trie.model, positions, dtype)
+
     def override(block: Block) -> dict[str, Any]:
-        given: dict[str, Any] = {"attention_mask": masks[_window(block)]}
+        given: dict[str, Any] = {"attention_mask": masks[block.window], **bias}
         if cache is not None:
             layer = cache.layers[block.index]
             given[block.cache_argument] = _Prompt(layer.keys, layer.values)
         return given
 
-    return trie.forward(
-        read=read,
-        override=override,
-        input_ids=packed.ids,
-        attention_mask=masks[None],
-        position_ids=packed.positions,
-    )
-
-
-def _window(block: Block) -> int | None:
-    """Tokens that a block's attention reaches back, itself included; None: all."""
-    attention = block.attention
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)
+    given = {} if bias else {"attention_mask": masks[None], "position_ids": packed.positions}
+    return trie.forward(read=read, override=override, input_ids=packed.ids, **given)
 
 
 def _scored(

@@ -60,7 +60,10 @@ def compute_rows(task: str, cost: Cost) -> Iterator[Row]:
             "block_speedup": _ratio(totals["dense_block_flops"], totals["block_flops"]),
             "total_speedup": _ratio(totals["dense_total_flops"], totals["total_flops"]),
             **{cause: totals["by_cause"][cause] / tokens for cause in CAUSES},
-            "padding": float(totals["by_cause"]["padding"]) / tokens if phase == "all" else None,
+            **{
+                cause: float(totals["by_cause"][cause]) / tokens if phase == "all" else None
+                for cause in ("padding", "reused")
+            },
         }
 
 

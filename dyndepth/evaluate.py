@@ -23,7 +23,7 @@ from lm_eval.evaluator import evaluate as run_lm_eval
 from dyndepth import lm_eval_plugin
 from dyndepth.costs import Cost, Row, compute_rows, routing_rows
 from dyndepth.errors import UserError
-from dyndepth.language_model import DyndepthLM
+from dyndepth.language_model import ROWS, DyndepthLM
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.metrics import outcome, standard_error
 from dyndepth.outcomes import in_order, outcomes_of
@@ -48,7 +48,8 @@ class Evaluation:
             ``task_version``.
         compute: one row a task and phase (``all``, ``prompt``, ``generation``): ``tokens``,
             ``block_flops_per_token``, ``total_flops_per_token``, the achieved ``block_speedup``
-            and ``total_speedup``, and the FLOPs a token by cause. ``padding`` is known over all
+            and ``total_speedup``, and the FLOPs a token by cause. ``padding`` (computed for nobody)
+            and ``reused`` (billed to several documents, computed once: negative) are known over all
             phases only. A phase without tokens has no row.
         routing: one row a phase, layer and sublayer over all tasks: ``task`` (``all``), ``phase``,
             ``layer`` (from 0), ``sublayer``, ``executed`` (fraction of tokens).
@@ -76,7 +77,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     num_fewshot: int | None = 0,
-    batch_size: int = 8,
+    batch_size: int = ROWS,
     backend: Backend = "sparse",
     progress: bool = True,
     include_path: str | Path | None = None,
@@ -95,7 +96,7 @@ def evaluate(
         seed: of that sample.
         num_fewshot: examples before each question; None: what each task's file says. Tasks that
             fix it at 0 keep 0.
-        batch_size: contexts in a forward.
+        batch_size: most contexts in a forward; fewer where they are long.
         backend: ``sparse`` or ``masked``.
         progress: show progress bars.
         include_path: a folder with further task files.
@@ -104,9 +105,11 @@ def evaluate(
         UserError: an unknown task, a limit below 1, more examples than a task holds, or a bound on
             a task whose metric has no value on single documents.
         FloatingPointError: a log-likelihood that is not a number.
+        RuntimeError: batches give other log-likelihoods than documents alone; see
+            ``dyndepth.agreement``.
     """
     with quiet_lm_eval():
-        loaded, drawn = _drawn(tasks, limit, seed, num_fewshot, include_path)
+        loaded, drawn = drawn_tasks(tasks, limit, seed, num_fewshot, include_path)
         language_model = DyndepthLM(
             model, method, tokenizer, batch_size, backend=backend, progress=progress
         )
@@ -146,7 +149,7 @@ def let_choose(
     limit: int | None = None,
     seed: int = 0,
     num_fewshot: int | None = 0,
-    batch_size: int = 8,
+    batch_size: int = ROWS,
     progress: bool = True,
     include_path: str | Path | None = None,
 ) -> None:
@@ -155,13 +158,13 @@ def let_choose(
     if method.candidates() is None:
         return
     with quiet_lm_eval():
-        loaded, drawn = _drawn(tasks, limit, seed, num_fewshot, include_path)
+        loaded, drawn = drawn_tasks(tasks, limit, seed, num_fewshot, include_path)
         reader = DyndepthLM(model, method, tokenizer, batch_size, progress=progress)
         reader.document_index = drawn
         _let_choose(reader, loaded)
 
 
-def _drawn(
+def drawn_tasks(
     tasks: str | Iterable[str],
     limit: int | None,
     seed: int,

@@ -4,8 +4,10 @@ Two FLOPs a multiply-add, in matrix products only, as ``torch.utils.flop_counter
 scores and values of a token cost all keys of its sequence that are present at the end of its
 forward (a causal prefill is a full square). Rotary tables, norms and activations are not counted.
 Counts are *useful* work: arithmetic spent on padding, on filling a rectangle in a batch, or on a
-bound's foresight is kept apart under ``padding`` and is in no total; useful + padding is what the
-counter sees.
+bound's foresight is kept apart under ``padding`` and is in no total. Documents that begin alike may
+share the forward of that beginning; each is billed it in full, with the keys of its whole context,
+as if it had been read at once, and what was so billed and not computed is ``reused``, a negative
+number. Useful + padding + reused is what the counter sees.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.blocks import blocks, causal_lm
+from dyndepth.method import ATTENTION, MLP
 
 if TYPE_CHECKING:
     from dyndepth.method import Phase
@@ -29,11 +32,6 @@ _DENSE = ("tokens", "dense_block", "dense_total")
 _COLUMNS = CAUSES + _DENSE
 _COLUMN = {name: column for column, name in enumerate(_COLUMNS)}
 _FLUSH_AFTER = 128
-
-
-def _linear_flops(module: nn.Module) -> int:
-    """FLOPs a token of all linear maps inside a module, adapters included."""
-    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,13 @@ class BlockCosts:
     @classmethod
     def of(cls, model: nn.Module) -> BlockCosts:
         """Costs read off the modules of a supported model."""
-        projections, score, key_value, mlp = [], [], [], []
-        for block in blocks(model):
-            kv = _linear_flops(block.key) + _linear_flops(block.value)
-            projections.append(kv + _linear_flops(block.query) + _linear_flops(block.output))
-            heads = causal_lm(model).config.num_attention_heads
-            score.append(2 * 2 * heads * block.attention.head_dim)
-            key_value.append(kv)
-            mlp.append(_linear_flops(block.mlp))
+        split = blocks(model)
+        projections = [block.query_flops + block.key_value_flops for block in split]
         return cls(
             projections=np.array(projections, dtype=np.int64),
-            score=np.array(score, dtype=np.int64),
-            key_value=np.array(key_value, dtype=np.int64),
-            mlp=np.array(mlp, dtype=np.int64),
+            score=np.array([block.score_flops for block in split], dtype=np.int64),
+            key_value=np.array([block.key_value_flops for block in split], dtype=np.int64),
+            mlp=np.array([block.mlp_flops for block in split], dtype=np.int64),
             lm_head=2 * causal_lm(model).get_output_embeddings().weight.numel(),
         )
 
@@ -87,10 +79,14 @@ class Bill:
 class Forward:
     """What one forward executed; the runtime fills it, the ledger reduces it later.
 
-    ``gates`` holds, per block, the two gates as executed: True, False or a Selection.
+    ``gates`` holds, per block, the two gates as executed: True, False or a Selection; ``whole`` the
+    (layer, sublayer) that ran for all tokens although their gate selects some, which was faster;
+    ``kept`` the layers that nobody executed and whose keys and values are cached nevertheless.
     ``cached`` says whether a cache was there, so that skipped tokens were projected under the
     policy ``project``. ``masked`` marks the backend that computes everything, ``foresight`` a
     forward that was looked ahead of: all blocks and a head after each, work done for nobody.
+    ``shared`` has, for each row, the documents that begin with it and the length of the context
+    that each reads it in; None where a row is its one document's.
     """
 
     documents: Sequence[str] | None
@@ -105,9 +101,12 @@ class Forward:
     cached: bool
     masked: bool
     gates: list[tuple[bool | Selection, bool | Selection]] = field(default_factory=list)
+    whole: set[tuple[int, int]] = field(default_factory=set)
+    kept: set[int] = field(default_factory=set)
     bills: list[Bill] = field(default_factory=list)
     heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
     foresight: bool = False
+    shared: Sequence[Sequence[tuple[str, int]]] | None = None
 
     def executed(self) -> Tensor:
         """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
@@ -134,6 +133,7 @@ class Ledger:
         self._executed: dict[str, np.ndarray] = {}
         self._tokens: dict[str, float] = {}
         self._computed = 0.0
+        self._reused = 0.0
 
     def add(self, forward: Forward) -> None:
         """Take a forward that has begun; it is reduced once it is over."""
@@ -146,19 +146,32 @@ class Ledger:
         """The forward that began last, if it is not yet reduced."""
         return self._pending[-1] if self._pending else None
 
+    def bill_last(self, shared: Sequence[Sequence[tuple[str, int]]]) -> None:
+        """Bill each row of the forward that began last to several documents; see ``Forward``.
+
+        Each pays what its tokens cost in one forward over its whole context. Raises RuntimeError if
+        there is no forward to bill.
+        """
+        if self.last is None:
+            raise RuntimeError("bill_last needs a forward before it")
+        self.last.shared = shared
+
     def totals(self, phase: str | None = None) -> dict[str, Any]:
         """Sums over all forwards, or over one phase.
 
         Returns ``tokens``, ``block_flops`` (attention + mlp executed), ``total_flops`` (all
         causes), ``dense_block_flops``, ``dense_total_flops`` and ``by_cause``. ``padding``, what
-        was computed for nobody, is known over all phases only.
+        was computed for nobody, and ``reused``, what was billed and not computed (negative), are
+        known over all phases only.
         """
         self._flush()
         total = sum((v for (_, p), v in self._rows.items() if phase in (None, p)), self._zero())
         result = self._named(total)
         by_cause = {cause: float(total[_COLUMN[cause]]) for cause in CAUSES}
         if phase is None:
-            by_cause["padding"] = self._computed - float(total[: len(CAUSES)].sum())
+            useful = float(total[: len(CAUSES)].sum())
+            by_cause["padding"] = self._computed - self._reused - useful
+            by_cause["reused"] = self._reused
         return result | {"by_cause": by_cause}
 
     def by_document(self) -> dict[str, dict[str, float]]:
@@ -212,8 +225,12 @@ class Ledger:
         else:
             context = forward.context.double().cpu().numpy()
         executed = self._executed_counts(forward, part, tokens)  # [batch, layers, 2]
-        self._executed[phase] = self._executed.get(phase, 0.0) + executed.sum(0)
-        self._tokens[phase] = self._tokens.get(phase, 0.0) + tokens.sum()
+        times = np.ones(batch)
+        if forward.shared is not None:
+            times = np.array([float(len(readers)) for readers in forward.shared])
+        counted = (executed * times[:, None, None]).sum(0)
+        self._executed[phase] = self._executed.get(phase, 0.0) + counted
+        self._tokens[phase] = self._tokens.get(phase, 0.0) + float(tokens @ times)
         if forward.masked:
             executed = np.broadcast_to(tokens[:, None, None], (batch, layers, 2))
 
@@ -240,10 +257,41 @@ class Ledger:
         dense_block = tokens * (attention + costs.mlp).sum(1)
         rows[:, _COLUMN["dense_block"]] = dense_block
         rows[:, _COLUMN["dense_total"]] = dense_block + rows[:, _COLUMN["lm_head"]]
+        if forward.shared is not None:
+            self._share(forward.shared, phase, rows, executed[:, :, 0], tokens, context)
+            return
         for row in range(batch):
             document = forward.documents[row] if forward.documents else ""
-            key = (document, phase)
-            self._rows[key] = self._rows.get(key, self._zero()) + rows[row]
+            self._add_row(document, phase, rows[row])
+
+    def _share(
+        self,
+        shared: Sequence[Sequence[tuple[str, int]]],
+        phase: str,
+        rows: np.ndarray,
+        attending: np.ndarray,
+        tokens: np.ndarray,
+        context: np.ndarray,
+    ) -> None:
+        """Bill rows to the documents that share them, each with the keys of its whole context.
+
+        ``attending`` are the tokens that each attention executed, ``[batch, layers]``.
+        """
+        a_key = np.zeros(rows.shape)
+        a_key[:, _COLUMN["attention"]] = attending @ self.costs.score
+        a_key[:, [_COLUMN["dense_block"], _COLUMN["dense_total"]]] = (
+            tokens * self.costs.score.sum()
+        )[:, None]
+        for row, readers in enumerate(shared):
+            self._reused += rows[row, : len(CAUSES)].sum()
+            for document, keys in readers:
+                alone = rows[row] + (keys - context[row]) * a_key[row]
+                self._reused -= alone[: len(CAUSES)].sum()
+                self._add_row(document, phase, alone)
+
+    def _add_row(self, document: str, phase: str, row: np.ndarray) -> None:
+        key = (document, phase)
+        self._rows[key] = self._rows.get(key, self._zero()) + row
 
     @staticmethod
     def _executed_counts(forward: Forward, part: Tensor | None, tokens: np.ndarray) -> np.ndarray:
@@ -253,7 +301,8 @@ class Ledger:
         executed[:, [g is True for g in gates]] = tokens[:, None]
         masks = [(i, g.mask) for i, g in enumerate(gates) if not isinstance(g, bool)]
         if masks:
-            stack = torch.stack([mask for _, mask in masks])
+            place = masks[0][1].device if part is None else part.device
+            stack = torch.stack([mask.to(place) for _, mask in masks])
             counts = (stack if part is None else stack & part).sum(-1)
             executed[:, [i for i, _ in masks]] = counts.T.double().cpu().numpy()
         return executed.reshape(forward.batch, -1, 2)
@@ -264,15 +313,17 @@ class Ledger:
         rectangle = forward.batch * forward.width
         total = 0.0
         for layer, (attention, mlp) in enumerate(forward.gates):
-            if attention is True or forward.masked:
+            whole = [forward.masked or (layer, sublayer) in forward.whole for sublayer in (0, 1)]
+            if attention is True or whole[ATTENTION]:
                 total += rectangle * (costs.projections[layer] + costs.score[layer] * forward.keys)
             elif attention is False:
-                total += rectangle * costs.key_value[layer] * (forward.project and forward.cached)
+                keeps = forward.project or layer in forward.kept
+                total += rectangle * costs.key_value[layer] * (keeps and forward.cached)
             else:
                 total += attention.count * (costs.projections[layer] - costs.key_value[layer])
                 total += rectangle * costs.key_value[layer]
                 total += forward.batch * attention.slots * forward.keys * costs.score[layer]
-            if mlp is True or forward.masked:
+            if mlp is True or whole[MLP]:
                 total += rectangle * costs.mlp[layer]
             elif mlp is not False:
                 total += mlp.count * costs.mlp[layer]

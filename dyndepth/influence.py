@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from dyndepth.assets import cache_root
 from dyndepth.blocks import Block, blocks, decoder
+from dyndepth.patching import run_by
 from dyndepth.removal import key_of, losses_alone, units_of
 from dyndepth.store import write_atomically
 from dyndepth.training import loss
@@ -95,35 +96,16 @@ def _angles(points: Tensor) -> Tensor:
 
 @contextmanager
 def _watched(split: Sequence[Block]) -> Iterator[dict[tuple[int, int], Tensor]]:
-    """Streams of each forward by (block, place): before it, between its sublayers, after it.
-
-    Taken by hooks, so that they are raw whatever the model does to them later.
-    """
+    """Streams of each forward by (block, place): before it, between its sublayers, after it."""
     seen: dict[tuple[int, int], Tensor] = {}
 
-    def entering(layer: int, place: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            seen[layer, place] = args[0] if args else kwargs["hidden_states"]
+    def run(index: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        between, after = split[index].states(hidden, arguments)
+        seen[index, 0], seen[index, 1], seen[index, 2] = hidden, between, after
+        return after
 
-        return hook
-
-    def leaving(layer: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            seen[layer, 2] = output
-
-        return hook
-
-    handles = []
-    try:
-        for layer, block in enumerate(split):
-            for place, module in ((0, block.layer), (1, block.mlp_norm)):
-                hook = entering(layer, place)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            handles.append(block.layer.register_forward_hook(leaving(layer)))
+    with run_by(split, run):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def taylor(model: nn.Module, ids: Tensor, *, progress: bool = True) -> list[list[float]]:
@@ -143,12 +125,13 @@ def _salience(model: nn.Module, ids: Tensor, progress: bool) -> list[list[float]
     weights = [
         [
             parameter
-            for module in pair
+            for module in modules
+            if isinstance(module, nn.Module)
             for name, parameter in module.named_parameters()
             if name.endswith("weight")
         ]
         for block in blocks(model)
-        for pair in ((block.attention_norm, block.attention), (block.mlp_norm, block.mlp))
+        for modules in (block.attention_modules, block.mlp_modules)
     ]
     flat = [parameter for unit in weights for parameter in unit]
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]

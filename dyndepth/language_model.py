@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.api.instance import Instance
@@ -25,12 +26,21 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from dyndepth import scoring
+from dyndepth import generation, scoring
+from dyndepth.agreement import agree
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
+from dyndepth.generation import Prompt
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import Backend, Trace, attach
-from dyndepth.scoring import Group, Prompt
+from dyndepth.scoring import Group, Scored
+
+ROWS = 32
+"""Most rows in a forward unless told otherwise; the budget of tokens decides first."""
+
+_encoded: WeakKeyDictionary[Any, dict[tuple[str, bool | None], list[int]]] = WeakKeyDictionary()
+"""Token ids by tokenizer, text and whether special tokens are added: every cell of a sweep reads
+the same texts."""
 
 
 class DyndepthLM(TemplateLM):
@@ -42,8 +52,9 @@ class DyndepthLM(TemplateLM):
         method: a method object, or a specification as in ``--methods``. One that is given by name
             is fitted on the embedded corpus (cached) unless it comes fitted.
         tokenizer: a loaded tokenizer or its name; the model's own by default.
-        batch_size: contexts in a forward; their continuations follow in at most twice as many
-            rows.
+        batch_size: most contexts in a forward, fewer where they are long; their continuations
+            follow in at most twice as many rows. A method that is ``pooled`` runs one sequence at a
+            time.
         device, dtype, attn_implementation, revision, trust_remote_code: as ``load_model`` takes
             them; ignored for a loaded model. lm-eval asks for ``cuda:0`` unless told otherwise;
             without a GPU that means the CPU, with a warning, as it does for its ``hf`` model.
@@ -63,7 +74,7 @@ class DyndepthLM(TemplateLM):
         pretrained: Any = "embedded",
         method: DynamicDepthMethod | str = "dense",
         tokenizer: Any = None,
-        batch_size: int | str | None = 8,
+        batch_size: int | str | None = ROWS,
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "float32",
@@ -140,10 +151,16 @@ class DyndepthLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Token ids of a text; no second beginning of sequence where the text brings its own."""
-        if add_special_tokens is None:
-            own = string.startswith(self.tokenizer.decode(self.prefix_token_id))
-            return self.tokenizer.encode(string, **({"add_special_tokens": False} if own else {}))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        kept = _encoded.setdefault(self.tokenizer, {})
+        key = (string, add_special_tokens)
+        if key not in kept:
+            if add_special_tokens is None:
+                own = string.startswith(self.tokenizer.decode(self.prefix_token_id))
+                given = {"add_special_tokens": False} if own else {}
+            else:
+                given = {"add_special_tokens": add_special_tokens}
+            kept[key] = self.tokenizer.encode(string, **given)
+        return list(kept[key])
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -186,9 +203,8 @@ class DyndepthLM(TemplateLM):
             for task, places in self._by_task(requests).items():
                 chosen = [prompts[place] for place in places]
                 with self._attached(task) as trace:
-                    for index, tokens in scoring.generate(
-                        self.model, trace, chosen, self.batch_size
-                    ):
+                    rows = 1 if self.method.pooled else self.batch_size
+                    for index, tokens in generation.generate(self.model, trace, chosen, rows):
                         results[places[index]] = self.completion(tokens, stops[places[index]])
                         bar.update()
         return results
@@ -321,8 +337,9 @@ class DyndepthLM(TemplateLM):
             for task, places in self._by_task([requests[owner] for owner in owners]).items():
                 documents = [self.document(requests[owners[place]]) for place in places]
                 groups, members = self.groups(documents, [pairs[place] for place in places])
+                self._check(task, groups)
                 with self._attached(task) as trace:
-                    for index, results in scoring.score(self.model, trace, groups, self.batch_size):
+                    for index, results in self._results(trace, groups):
                         for member, result in zip(members[index], results, strict=True):
                             if math.isnan(result[0]):
                                 document = groups[index].document
@@ -332,6 +349,34 @@ class DyndepthLM(TemplateLM):
                                 )
                             yield owners[places[member]], result
                         bar.update(len(results))
+
+    def _results(self, trace: Trace, groups: Sequence[Group]) -> Iterator[tuple[int, Scored]]:
+        """Score groups in the way that the method's declared facts allow; see ``scoring.score``."""
+        if self.method.pooled:
+            for index, group in enumerate(groups):
+                yield index, scoring.score_alone(self.model, trace, group)
+            return
+        sharing = not self.method.by_document
+        yield from scoring.score(self.model, trace, groups, self.batch_size, sharing=sharing)
+
+    def _check(self, task: str, groups: Sequence[Group]) -> None:
+        """Refuse to score ``task`` if batches do not give what documents give alone."""
+        if self.method.pooled:
+            return
+
+        def run(score: Callable[[Trace], Iterable[Scored]]) -> list[Scored]:
+            with attach(self.model, self.method, backend=self.backend) as trace:
+                return list(score(trace))
+
+        def together(chosen: list[int]) -> list[Scored]:
+            some = [groups[index] for index in chosen]
+            return run(lambda trace: dict(sorted(self._results(trace, some))).values())
+
+        def alone(some: list[Group]) -> list[Scored]:
+            return run(lambda trace: (scoring.score_alone(self.model, trace, one) for one in some))
+
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        agree(task, self.method, dtype, groups, together, alone)
 
     @contextmanager
     def _attached(self, task: str) -> Iterator[Trace]:
@@ -358,6 +403,11 @@ class DyndepthLM(TemplateLM):
         return tqdm(
             total=total, desc=f"{self.method.name}: {kind}", disable=silent or not self.progress
         )
+
+
+def forget_tokens() -> None:
+    """Have every text tokenised again."""
+    _encoded.clear()
 
 
 def _batch_size(value: int | str | None) -> int:

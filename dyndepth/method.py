@@ -145,6 +145,12 @@ class DynamicDepthMethod:
         uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
             ``Outcomes`` of the documents that are scored) and are listed as bounds.
         foresees: True if it calls ``foresight``. It is never timed: the clock would see that too.
+        pooled: True if it decides over the sequences of a batch together. It is then evaluated one
+            sequence a forward, nothing shared, so that a result does not depend on batch mates.
+        by_document: True if a decision depends on which document it is, and not on its tokens and
+            their positions alone: documents then never share the forward of an equal beginning. By
+            default true for granularity ``sequence``; a token method that reads the context's
+            ``documents`` has to say it.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
@@ -160,6 +166,7 @@ class DynamicDepthMethod:
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
     fit_version: ClassVar[int] = 1
     shipped_adapters: ClassVar[Path | None] = None
@@ -178,6 +185,11 @@ class DynamicDepthMethod:
     def phases(self) -> Literal["generation", "both"]:
         """See the class docstring."""
         return "both"
+
+    @property
+    def by_document(self) -> bool:
+        """See the class docstring."""
+        return self.granularity == "sequence"
 
     @property
     def budgeted(self) -> bool:

@@ -57,7 +57,7 @@ class Settings:
     sample_seed: int = 0
     limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
     num_fewshot: int = 0
-    batch_size: int = 8
+    batch_size: int = 32
     device: str = "auto"
     dtype: str = "float32"
     attn_implementation: str | None = None
@@ -88,7 +88,7 @@ HELP = {
     "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
     "32,title_generation=8",
     "num_fewshot": "examples before each question",
-    "batch_size": "sequences scored at once",
+    "batch_size": "most sequences scored at once; fewer where they are long",
     "device": "auto, cpu, cuda, cuda:1, ...",
     "dtype": "of weights and arithmetic",
     "attn_implementation": "transformers' attention kernel; the model's own choice unless given",

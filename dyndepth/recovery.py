@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dyndepth.adapters import Factors, linear
-from dyndepth.blocks import causal_lm, decoder, projections
+from dyndepth.blocks import causal_lm, decoder, projections, readout
 from dyndepth.calibration import prompt_phase
 from dyndepth.errors import UserError
 from dyndepth.loop import Curve, Schedule, optimise
@@ -148,11 +148,11 @@ def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
     They are computed once more in the backward pass: beside a small model with a large vocabulary
     the logits of a batch and their gradients outweigh everything else.
     """
-    head = causal_lm(model).get_output_embeddings()
+    read = readout(model)
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
 
     def nats(row: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(head(row).float(), wanted)
+        return cross_entropy(read(row).float(), wanted)
 
     found = [
         checkpoint(nats, row[:-1], wanted[1:], use_reentrant=False, preserve_rng_state=False)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyndepth import scoring
 from dyndepth.completions import Phases, completions
 from dyndepth.flops import BlockCosts
+from dyndepth.generation import Prompt
+from dyndepth.scoring import Group
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -35,9 +36,9 @@ class Asked:
     """
 
     requests: list[Instance]
-    groups: list[scoring.Group]
+    groups: list[Group]
     owners: list[list[int]]
-    prompts: list[scoring.Prompt]
+    prompts: list[Prompt]
     stops: list[list[str]]
 
     @classmethod
@@ -137,7 +138,7 @@ def _written(
     return texts, work
 
 
-def _passes(group: scoring.Group, phases: Phases) -> tuple[int, int]:
+def _passes(group: Group, phases: Phases) -> tuple[int, int]:
     """Tokens that the passes of a group read, and the keys of all of them together.
 
     See dyndepth.scoring: the context pass reads the context, the continuation pass each

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,13 +24,17 @@ from dyndepth.blocks import (
     causal_lm,
     decoder,
     final_norm,
+    readout,
 )
 from dyndepth.cache import skip_tokens
 from dyndepth.errors import UserError
 from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.foresight import Foresight
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Phase
+from dyndepth.gathering import Limits, limits_of
+from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
+from dyndepth.patching import Stock, run_by
 from dyndepth.selection import Selection
+from dyndepth.settling import Settled, Settler
 
 Backend = Literal["sparse", "masked"]
 _MARK = "_dyndepth_runtime"
@@ -49,7 +52,7 @@ class Trace:
             generation.
     """
 
-    def __init__(self, ledger: Ledger, head: nn.Module) -> None:
+    def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
         self._ledger = ledger
@@ -57,6 +60,7 @@ class Trace:
         self.reset = ledger.reset
         self.totals = ledger.totals
         self.by_document = ledger.by_document
+        self.bill_last = ledger.bill_last
 
     @property
     def flops(self) -> dict[str, float]:
@@ -79,7 +83,7 @@ class Trace:
         return last.executed()
 
     def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """LM head on chosen positions of the last forward's final hidden state.
+        """Logits of chosen positions of the last forward's final hidden state.
 
         ``hidden`` is ``[n, hidden]``, already through the final norm; ``rows`` int64 ``[n]`` names
         each position's sequence, which the cost is billed to. Returns ``[n, vocabulary]``.
@@ -105,13 +109,16 @@ def attach(
     backend: Backend = "sparse",
     documents: Sequence[str] | None = None,
     prompt_length: int | Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Trace]:
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
 
     Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
-    and without a cache, padding on either side. On exit, also by an exception, the model is
-    restored. Raises UserError for an unsupported architecture, a model that already has a method
-    attached, or one whose blocks are wrapped by somebody else.
+    and without a cache, padding on either side. ``limits`` says when selected tokens are gathered
+    and when the dense kernel runs instead, with the same result; by default the measured rule of
+    ``dyndepth.gathering``. On exit, also by an exception, the model is restored. Raises UserError
+    for an unsupported architecture, a model that already has a method attached, or one whose blocks
+    are wrapped by somebody else.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
@@ -123,7 +130,7 @@ def attach(
     if attached(model):
         raise UserError("the model already has a method attached; leave that attach first")
     split = blocks(model)
-    runtime = _Runtime(model, split, method, backend)
+    runtime = _Runtime(model, split, method, backend, limits or limits_of(model))
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     handles = [
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
@@ -139,63 +146,31 @@ def attach(
         delattr(owner, _MARK)
 
 
-Stock = Callable[..., Tensor]
-"""A block's own forward, ``(hidden_states, **arguments) -> hidden_states``."""
-
-
-@contextmanager
-def run_by(
-    split: Sequence[Block], run: Callable[[int, Stock, Tensor, dict[str, Any]], Tensor]
-) -> Iterator[None]:
-    """Inside, each block's forward is ``run(index, stock forward, hidden, arguments)``.
-
-    Raises UserError for a block that is wrapped by somebody else.
-    """
-    for block in split:
-        if "forward" in vars(block.layer):
-            raise UserError(
-                f"block {block.index} has a forward of its own (an accelerate hook?), which hides "
-                "the runtime; remove it, or load the model on one device"
-            )
-    stock = [type(block.layer) for block in split]
-    try:
-        for index, block in enumerate(split):
-            block.layer.__class__ = _patched(type(block.layer), run, index)
-        yield
-    finally:
-        for block, cls in zip(split, stock, strict=True):
-            block.layer.__class__ = cls
-
-
-def _patched(
-    cls: type[nn.Module], run: Callable[[int, Stock, Tensor, dict[str, Any]], Tensor], index: int
-) -> type[nn.Module]:
-    """A subclass of a block's class whose forward is ``run``'s."""
-    stock = cls.forward
-
-    def forward(self: nn.Module, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        return run(index, partial(stock, self), hidden_states, arguments)
-
-    return type(cls.__name__, (cls,), {"forward": forward})
-
-
 class _Runtime:
     """One method attached to one model."""
 
     def __init__(
-        self, model: nn.Module, split: list[Block], method: DynamicDepthMethod, backend: Backend
+        self,
+        model: nn.Module,
+        split: list[Block],
+        method: DynamicDepthMethod,
+        backend: Backend,
+        limits: Limits,
     ) -> None:
         self.blocks = split
         self.method = method
+        self.limits = limits
         self.masked = backend == "masked"
         self.project = method.kv_policy == "project"
         self.config = causal_lm(model).config
         self.norm: nn.Module = final_norm(model)
         self.head: nn.Module = causal_lm(model).get_output_embeddings()
         self.ledger = Ledger(BlockCosts.of(model))
-        self.trace = Trace(self.ledger, self.head)
+        self.readout = readout(model)
+        self.trace = Trace(self.ledger, self.readout)
         self.forward: Forward
         self.plan: list[tuple[Gate, Gate]] | None = None
+        self.settler: Settler
         self.foresight = Foresight(model, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
@@ -251,7 +226,7 @@ class _Runtime:
             valid=forward.valid,
             generation=None,
             documents=forward.documents,
-            head=lambda hidden: self.head(self.norm(hidden)),
+            head=lambda hidden: self.readout(self.norm(hidden)),
             bill=self._bill,
             readout_flops=float(self.ledger.costs.lm_head),
             past_real=None if mask is None else mask[:, :-width].sum(1),
@@ -262,6 +237,7 @@ class _Runtime:
             forward.phase, forward.generation = _phase_of_tokens(context, length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
+        self.settler = Settler(self.method, forward, self.masked, inputs.device)
         self.plan = self._plan(context)
         if self.foresight is None:
             return None
@@ -287,17 +263,10 @@ class _Runtime:
             plan = plan[0]
         if plan.ndim == 2:
             return [(attention, mlp) for attention, mlp in plan.tolist()]
+        rows_of = self.settler.rows
         return [
-            (self._row_gate(plan[:, layer, 0], context), self._row_gate(plan[:, layer, 1], context))
-            for layer in range(context.layers)
+            (rows_of(attention), rows_of(mlp)) for attention, mlp in plan.cpu().permute(1, 2, 0)
         ]
-
-    @staticmethod
-    def _row_gate(rows: Tensor, context: ForwardContext) -> Gate:
-        """A gate from one decision a sequence."""
-        if bool(rows.all()) or not bool(rows.any()):
-            return bool(rows[0])
-        return rows.to(context.device)[:, None].expand(context.batch, context.tokens)
 
     def _bill(self, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
         self.forward.bills.append(Bill(cause, flops_per_token, tokens))
@@ -312,98 +281,87 @@ class _Runtime:
 
     def block(self, index: int, stock: Stock, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The forward of one block: the stock one where everything runs."""
-        gates = self.gates(index, hidden)
+        asked = self.method.gates(index, hidden) if self.plan is None else self.plan[index]
+        if asked[0] is True and asked[1] is True:
+            self.forward.gates.append((True, True))
+            return stock(hidden, **arguments)
+        gates = self.settler(asked, hidden)
+        self.forward.gates.append(self.settler.decided(gates))
         if gates[0] is True and gates[1] is True:
             return stock(hidden, **arguments)
+        if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
+            # Nobody here, but a sequence that is all padding now may run it later: it stays in the
+            # cache, whose tokens must stand in line.
+            self.forward.kept.add(index)
         return self.execute(index, hidden, gates, arguments)
 
-    def gates(self, layer: int, hidden: Tensor) -> tuple[Any, Any]:
-        """Gates of one block as they will be executed; also written to the ledger."""
-        if self.plan is not None:
-            attention, mlp = self.plan[layer]
-        else:
-            attention, mlp = self.method.gates(layer, hidden)
-        first = self._executed(attention, hidden)
-        second = first if mlp is attention else self._executed(mlp, hidden)
-        if self.masked:
-            self.forward.gates.append((_decided(first), _decided(second)))
-        else:
-            self.forward.gates.append((first, second))
-        return first, second
-
-    def _executed(self, gate: Gate, hidden: Tensor) -> Any:
-        """A method's gate with padding and prompt tokens of generation methods settled.
-
-        Under ``sparse`` the result is True, False or a Selection; under ``masked`` it is True,
-        False or a mask, which may be float and carry a gradient.
-        """
-        forward = self.forward
-        generation = forward.generation if self.method.phases == "generation" else None
-        if isinstance(gate, bool):
-            if gate or generation is None:
-                return gate
-            gate = ~generation
-        elif gate.shape != hidden.shape[:2] or not (gate.dtype == torch.bool or self.masked):
-            raise TypeError(
-                f"{self.method.name}: a gate must be a bool, or a bool tensor [batch, tokens], "
-                f"here {list(hidden.shape[:2])}, not {gate.dtype} {list(gate.shape)}"
-            )
-        elif generation is not None:
-            gate = torch.where(generation, gate, torch.ones_like(gate))
-        if self.masked:
-            return gate
-        return Selection.of(gate if forward.valid is None else gate & forward.valid, forward.valid)
-
     def execute(
-        self, index: int, hidden: Tensor, gates: tuple[Any, Any], arguments: dict[str, Any]
+        self, index: int, hidden: Tensor, gates: tuple[Settled, Settled], arguments: dict[str, Any]
     ) -> Tensor:
         """One block whose gates are not both True."""
-        block = self.blocks[index]
-        if self.masked:
-            hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), gates[0])
-            return hidden + _multiplied(block.mlp_branch(hidden), gates[1])
+        block, entered = self.blocks[index], hidden
         attention, mlp = gates
-        entered = hidden
-        if attention is True:
-            hidden = hidden + block.attention_branch(hidden, arguments)
-        elif attention is False:
-            self._skip_attention(block, hidden, arguments)
+        if isinstance(attention, Selection):
+            hidden = self._attend(block, index, hidden, attention, arguments)
+        elif attention is True or self.masked:
+            hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), attention)
         else:
-            hidden = self._attend_selected(block, hidden, attention, arguments)
-        if mlp is True:
-            return hidden + block.mlp_branch(hidden)
-        if mlp is False:
-            return hidden
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        update = block.mlp_branch(flat.index_select(0, mlp.index))
-        if hidden is entered:  # the caller's tensor: never written to
-            return flat.index_add(0, mlp.index, update).view_as(hidden)
-        return flat.index_add_(0, mlp.index, update).view_as(hidden)
+            self._skip_attention(block, index, hidden, arguments)
+        source = entered if block.parallel else hidden
+        if isinstance(mlp, Selection):
+            return self._feed(block, index, source, hidden, mlp, owned=hidden is not entered)
+        if mlp is True or self.masked:
+            return hidden + _multiplied(block.mlp_branch(source), mlp)
+        return hidden
 
-    def _skip_attention(self, block: Block, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _skip_attention(
+        self, block: Block, index: int, hidden: Tensor, arguments: dict[str, Any]
+    ) -> None:
         """What a wholly skipped attention still owes to the cache."""
         cache = arguments.get(block.cache_argument)
         if cache is None:
             return
-        if self.project:
-            block.keys_values(block.attention_norm(hidden), arguments)
+        if self.project or index in self.forward.kept:
+            block.keep(hidden, arguments)
         else:
             skip_tokens(cache, block.index, hidden.shape[1])
 
-    def _attend_selected(
-        self, block: Block, hidden: Tensor, selection: Selection, arguments: dict[str, Any]
+    def _attend(
+        self,
+        block: Block,
+        index: int,
+        hidden: Tensor,
+        selection: Selection,
+        arguments: dict[str, Any],
     ) -> Tensor:
-        """Attention of the selected tokens over all keys; every token's K and V are computed."""
-        normed = block.attention_norm(hidden)
-        keys, values = block.keys_values(normed, arguments)
-        flat = normed.reshape(-1, normed.shape[-1]).index_select(0, selection.index)
-        cosine, sine = (selection.gather(table) for table in arguments["position_embeddings"])
-        queries = selection.into_slots(block.queries(flat, cosine, sine))
-        mask = selection.mask_rows(arguments.get("attention_mask"), keys)
-        out = selection.out_of_slots(block.attend(queries, keys, values, mask))
-        update = block.output(out)
-        stream = hidden.reshape(-1, hidden.shape[-1])
-        return stream.index_add(0, selection.index, update).view_as(hidden)
+        """The attention branch, added for the selected tokens."""
+        if not (block.gathers and self.limits.gather(ATTENTION, selection)):
+            self.forward.whole.add((index, ATTENTION))
+            return selection.put(hidden, hidden + block.attention_branch(hidden, arguments))
+        update = block.attention_selected(hidden, selection, arguments)
+        return hidden.flatten(0, 1).index_add(0, selection.index, update).view_as(hidden)
+
+    def _feed(
+        self,
+        block: Block,
+        index: int,
+        source: Tensor,
+        hidden: Tensor,
+        selection: Selection,
+        *,
+        owned: bool,
+    ) -> Tensor:
+        """The MLP branch of ``source``, added to ``hidden`` for the selected tokens.
+
+        ``owned`` says that ``hidden`` was made in this block, so that it may be written to.
+        """
+        if not self.limits.gather(MLP, selection):
+            self.forward.whole.add((index, MLP))
+            return selection.put(hidden, hidden + block.mlp_branch(source))
+        update = block.mlp_branch(source.flatten(0, 1).index_select(0, selection.index))
+        flat = hidden.flatten(0, 1)
+        add = flat.index_add_ if owned else flat.index_add
+        return add(0, selection.index, update).view_as(hidden)
 
 
 def _phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
@@ -430,13 +388,9 @@ def _per_row(values: Any, batch: int, what: str) -> Any:
     return [value for value in values for _ in range(times)]
 
 
-def _decided(gate: Any) -> Any:
-    """The decision behind a masked gate, as the ledger takes it."""
-    return gate if isinstance(gate, bool) else Selection.of(gate.detach() > 0.5, None)
-
-
-def _multiplied(branch: Tensor, gate: Any) -> Tensor:
-    """A computed branch times its gate."""
+def _multiplied(branch: Tensor, gate: Settled) -> Tensor:
+    """A computed branch times its gate, which is no Selection."""
+    assert not isinstance(gate, Selection)
     if isinstance(gate, bool):
-        return branch * float(gate)
+        return branch if gate else branch * 0.0
     return branch * gate.to(branch.dtype)[..., None]

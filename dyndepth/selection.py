@@ -1,13 +1,14 @@
 """The tokens that one gate selects, and how they are gathered and put back.
 
-One object a mask. The host waits for the device at the ``nonzero`` that lists the selected tokens
-and, in batches, where padding and the largest number in a sequence must be known. In a batch the
-selected queries of each sequence are laid into padded slots for the attention product alone; every
-projection runs on exactly the selected tokens.
+One object a mask. How many are selected is the one thing that the host must wait for the device to
+know; both masks of a block are asked about together. In a batch the selected queries of each
+sequence are laid into padded slots for the attention product alone; every projection runs on
+exactly the selected tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,38 +22,46 @@ class Selection:
 
     Attributes:
         mask: bool ``[batch, tokens]``.
-        index: int64 ``[count]``, positions in the flattened batch, ascending.
+        count: number of selected tokens.
+        slots: slots a sequence in the attention product: the largest number selected in any.
     """
 
     mask: Tensor
-    index: Tensor
+    count: int
+    slots: int
 
     @classmethod
-    def of(cls, mask: Tensor, valid: Tensor | None) -> Selection | bool:
-        """A selection, or True or False where all or none of the valid tokens are selected."""
-        index = mask.flatten().nonzero()[:, 0]
-        if index.numel() == 0:
-            return False
-        if index.numel() == mask.numel() or (valid is not None and index.numel() == valid.sum()):
-            return True
-        return cls(mask, index)
+    def of(cls, masks: Sequence[Tensor], real: int) -> list[Selection | bool]:
+        """A selection each, or True or False where all ``real`` tokens or none are selected.
 
-    @property
-    def count(self) -> int:
-        """Number of selected tokens."""
-        return self.index.numel()
+        The masks must not select padding; ``real`` counts what is no padding.
+        """
+        if masks[0].numel() == 1:
+            return [bool(mask) for mask in masks]
+        stacked = torch.stack(list(masks)) if len(masks) > 1 else masks[0][None]
+        return [
+            cls.counted(mask, counts, real)
+            for mask, counts in zip(masks, stacked.sum(-1).tolist(), strict=True)
+        ]
+
+    @classmethod
+    def counted(cls, mask: Tensor, counts: Sequence[int], real: int) -> Selection | bool:
+        """As ``of``, for one mask whose counts by sequence are known."""
+        count = sum(counts)
+        return count > 0 if count in (0, real) else cls(mask, count, max(counts))
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Selected tokens in the flattened batch, ascending: int64 ``[count]``."""
+        flat = self.mask.flatten()
+        if flat.device.type == "cpu":
+            return flat.nonzero()[:, 0]
+        return flat.logical_not().argsort(stable=True)[: self.count]  # nonzero would wait again
 
     @cached_property
     def token(self) -> Tensor:
         """Column of each selected token in its sequence: int64 ``[count]``."""
-        return self.index % self.mask.shape[1]
-
-    @cached_property
-    def slots(self) -> int:
-        """Slots a sequence in the attention product: the largest number selected in any."""
-        if self.mask.shape[0] == 1:
-            return self.count
-        return int(self.mask.sum(1).max())
+        return self.index if self.mask.shape[0] == 1 else self.index % self.mask.shape[1]
 
     @cached_property
     def _slot(self) -> Tensor:
@@ -64,8 +73,10 @@ class Selection:
         return row * self.slots + rank
 
     @cached_property
-    def _slot_token(self) -> Tensor:
+    def slot_token(self) -> Tensor:
         """Column of the token in each slot, 0 in unused ones: int64 ``[batch, slots]``."""
+        if self.mask.shape[0] == 1:
+            return self.token[None]
         columns = self.index.new_zeros(self.mask.shape[0] * self.slots)
         columns[self._slot] = self.token
         return columns.view(-1, self.slots)
@@ -88,6 +99,10 @@ class Selection:
         flat = padded.flatten(0, 1)
         return flat if self.mask.shape[0] == 1 else flat.index_select(0, self._slot)
 
+    def put(self, hidden: Tensor, executed: Tensor) -> Tensor:
+        """``executed`` for the selected tokens, else ``hidden``; ``[batch, tokens, size]``."""
+        return torch.where(self.mask[..., None], executed, hidden)
+
     def mask_rows(self, mask: Tensor | None, keys: Tensor) -> Tensor:
         """Rows of the attention mask for the slots, additive: ``[batch or 1, 1, slots, keys]``.
 
@@ -99,15 +114,14 @@ class Selection:
         if mask is None:
             if self.mask.shape[1] == 1:
                 return keys.new_zeros(1, 1, 1, length)
-            columns = self.token[None] if self.mask.shape[0] == 1 else self._slot_token
-            allowed = torch.arange(length, device=keys.device) <= columns[:, None, :, None]
-            return _additive(allowed, keys.dtype)
+            columns = torch.arange(length, device=keys.device)
+            return _additive(columns <= self.slot_token[:, None, :, None], keys.dtype)
         mask = mask[..., :length]
         if self.mask.shape[0] == 1:
             rows = mask.index_select(2, self.token)
         else:
             expanded = mask[:, 0].expand(self.mask.shape[0], -1, -1)
-            rows = expanded.gather(1, self._slot_token[..., None].expand(-1, -1, length))[:, None]
+            rows = expanded.gather(1, self.slot_token[..., None].expand(-1, -1, length))[:, None]
         return _additive(rows, keys.dtype) if rows.dtype == torch.bool else rows
 
 

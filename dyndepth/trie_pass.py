@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import Block, blocks, causal_lm, decoder
+from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm, readout
 from dyndepth.errors import UserError
-from dyndepth.prefixes import Moves, Schedule
-from dyndepth.runtime import attached, run_by
+from dyndepth.patching import run_by
+from dyndepth.prefixes import Moves, Schedule, Step
+from dyndepth.runtime import attached
 from dyndepth.selection import Selection
 
 BATCH_TOKENS = 2**15
@@ -50,18 +51,20 @@ class Trie:
         ``read`` is bool ``[batch, tokens]``, the positions that are wanted of each stream. Returns
         ``[streams, read, hidden]``, or for None ``[streams x batch, tokens, hidden]``.
         """
-        with run_by(self.split, _Pass(self.split, self.schedule, read, override).run):
-            return decoder(self.model)(use_cache=False, **arguments).last_hidden_state
+        work = _Pass(self.split, self.schedule, read, override)
+        with run_by(self.split, work.run):
+            decoder(self.model)(use_cache=False, **arguments)
+        return final_norm(self.model)(work.ended())
 
     def logits(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits, at least float32, and their targets, in parts.
 
         ``states`` is ``[n, hidden]``, ``targets`` ``[n, ...]``.
         """
-        head = causal_lm(self.model).get_output_embeddings()
-        most = max(1, _LOGITS // head.weight.shape[0])
+        vocabulary = causal_lm(self.model).get_output_embeddings().weight.shape[0]
+        read, most = readout(self.model), max(1, _LOGITS // vocabulary)
         for part, wanted in zip(states.split(most), targets.split(most), strict=True):
-            logits = head(part)
+            logits = read(part)
             yield logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted
 
 
@@ -93,9 +96,8 @@ def _checked(plans: Tensor, layers: int) -> Any:
 class _Pass:
     """The blocks' work in one forward of the decoder; arguments as in ``Trie.forward``.
 
-    The decoder passes the result of the last block through its final norm; what the other blocks
-    return is not looked at. The states are kept here: ``wide`` is ``[places, batch, tokens,
-    hidden]``, ``narrow`` ``[places, read, hidden]``.
+    What the blocks return to the decoder is not looked at. The states are kept here: ``wide`` is
+    ``[places, batch, tokens, hidden]``, ``narrow`` ``[places, read, hidden]``.
     """
 
     def __init__(
@@ -112,32 +114,35 @@ class _Pass:
         self.places: Tensor  # of what is read, in the flattened batch
 
     def run(self, index: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """One block for all streams; see ``runtime.run_by``."""
+        """One block for all streams; see ``patching.run_by``."""
         if index == 0:
             self._begin(hidden)
         block = self.split[index]
         if self.override is not None:
             arguments = arguments | self.override(block)
         attention, mlp = self.schedule.steps[index]
+        before = self.wide.clone() if block.parallel else None
         self._narrow_down(attention.narrowed)
         self._attend_last(block, attention.last, arguments)
         self._attend(block, attention.wide, arguments)
         self._narrow_down(mlp.narrowed)
-        self._feed(block, self.wide, mlp.wide)
-        if self.schedule.narrows:
-            self._feed(block, self.narrow, mlp.narrow)
-        return self._end() if index == len(self.split) - 1 else hidden
+        wide, narrow = self.wide, self.narrow
+        if before is not None:
+            wide, narrow = self._entered(before, attention, mlp)
+        self._feed(block, self.wide, mlp.wide, wide)
+        self._feed(block, self.narrow, mlp.narrow, narrow)
+        return hidden
 
     def _begin(self, hidden: Tensor) -> None:
         self.wide = hidden.new_empty(self.schedule.wide.count, *hidden.shape)
         self.wide[0] = hidden
         if self.read is not None:
             self.places = self.read.flatten().nonzero()[:, 0]
-        if self.schedule.narrows:
-            shape = (self.schedule.narrow.count, len(self.places), hidden.shape[-1])
-            self.narrow = hidden.new_empty(shape)
+        rows = len(self.places) if self.schedule.narrows else 0
+        self.narrow = hidden.new_empty(self.schedule.narrow.count, rows, hidden.shape[-1])
 
-    def _end(self) -> Tensor:
+    def ended(self) -> Tensor:
+        """The streams after the last block."""
         ends = torch.tensor(self.schedule.ends, device=self.wide.device)
         if self.schedule.narrows:
             return self.narrow.index_select(0, ends)
@@ -165,15 +170,33 @@ class _Pass:
         for sources, targets in self._parts(moves, rows * tokens):
             hidden = self.wide.index_select(0, sources)
             flat = hidden.flatten(0, 1)
-            flat += block.attention_branch(flat, _repeated(arguments, rows, len(sources)))
+            flat += block.attention_branch(flat, _given(block, arguments, rows, len(sources)))
             self.wide.index_copy_(0, targets, hidden)
 
-    def _feed(self, block: Block, store: Tensor, moves: Moves) -> None:
+    def _feed(self, block: Block, store: Tensor, moves: Moves, read: Tensor) -> None:
+        """The MLP of streams in ``store``; what it reads of them lies in ``read``."""
+        if not moves.sources:
+            return
         for sources, targets in self._parts(moves, store[0].shape[:-1].numel()):
             hidden = store.index_select(0, sources)
             flat = hidden.flatten(0, -2)
-            flat += block.mlp_branch(flat)
+            flat += block.mlp_branch(
+                flat if read is store else read.index_select(0, sources).flatten(0, -2)
+            )
             store.index_copy_(0, targets, hidden)
+
+    def _entered(self, before: Tensor, attention: Step, mlp: Step) -> tuple[Tensor, Tensor]:
+        """Of every place in both stores, the state with which its stream entered the block, where
+        both branches read that; ``before`` is the wide store then."""
+        origin = list(range(len(before)))
+        for source, target in zip(attention.wide.sources, attention.wide.targets, strict=True):
+            origin[target] = source
+        narrow = self.narrow.clone()
+        for moves in (attention.last, mlp.narrowed):
+            for source, target in zip(moves.sources, moves.targets, strict=True):
+                came = source if moves is attention.last else origin[source]
+                narrow[target] = before[came].flatten(0, 1).index_select(0, self.places)
+        return before[origin], narrow
 
     def _attend_last(self, block: Block, moves: Moves, arguments: dict[str, Any]) -> None:
         """Attention of the positions that are read, over keys and values of all."""
@@ -181,21 +204,22 @@ class _Pass:
         for sources, targets in self._parts(moves, rows * tokens):
             assert self.read is not None
             count = len(sources)
-            given = _repeated(arguments, rows, count)
-            selection = Selection(
-                self.read.repeat(count, 1),
-                torch.cat([self.places + stream * rows * tokens for stream in range(count)]),
-            )
+            slots = int(self.read.sum(1).max())
+            selection = Selection(self.read.repeat(count, 1), count * len(self.places), slots)
             hidden = self.wide.index_select(0, sources).flatten(0, 1)
-            normed = block.attention_norm(hidden)
-            keys, values = block.keys_values(normed, given)
-            read = normed.flatten(0, 1).index_select(0, selection.index)
-            cosine, sine = (selection.gather(table) for table in given["position_embeddings"])
-            queries = selection.into_slots(block.queries(read, cosine, sine))
-            mask = selection.mask_rows(given["attention_mask"], keys)
-            out = selection.out_of_slots(block.attend(queries, keys, values, mask))
-            update = hidden.flatten(0, 1).index_select(0, selection.index) + block.output(out)
+            given = _given(block, arguments, rows, count)
+            update = block.attention_selected(hidden, selection, given)
+            update += hidden.flatten(0, 1).index_select(0, selection.index)
             self.narrow.index_copy_(0, targets, update.view(count, -1, size))
+
+
+def _given(block: Block, arguments: dict[str, Any], rows: int, times: int) -> dict[str, Any]:
+    """A block's arguments for ``times`` streams of ``rows`` sequences each."""
+    given = _repeated(arguments, rows, times)
+    if block.bias_argument is not None:  # a row a head, of each sequence
+        bias = arguments[block.bias_argument]
+        given = given | {block.bias_argument: bias.repeat(times, 1, 1)}
+    return given
 
 
 def _repeated(value: Any, rows: int, times: int) -> Any:

@@ -62,6 +62,7 @@ class RandomMask(DynamicDepthMethod):
     granularity: ClassVar[Granularity] = "token"
     paper: ClassVar[str] = "control"
     needs_training: ClassVar[bool] = True
+    by_document: ClassVar[bool] = True
     quick: ClassVar[dict[str, Any]] = {
         "source": f"{SkipGPT.name}({', '.join(f'{k}={v}' for k, v in SkipGPT.quick.items())})",
         "length": 48,

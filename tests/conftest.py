@@ -10,16 +10,44 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ATTENTIONS = ("sdpa", "eager")
 TINY_VOCABULARY = 96
+PECULIAR: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1], "pad_token_id": 0},
+    "granite": {"residual_multiplier": 0.6, "logits_scaling": 2.0, "attention_multiplier": 0.3},
+    "gemma2": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {"rope_parameters": {"partial_rotary_factor": 0.5}, "sliding_window": 8},
+    "gpt_neox": {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    "gpt2": {"n_inner": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+"""Settings that bring out what is peculiar to a family."""
+
+
+def attentions(family: str) -> tuple[str, ...]:
+    """Attention implementations that ``transformers`` has for a family, of those tested."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(family))]
+    return ("sdpa", "eager") if cls._supports_sdpa else ("eager",)
 
 
 def make_tiny(family: str = "llama", attn: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
     """A causal LM of 4 blocks in float32; ``changes`` go into its configuration.
 
-    Weights are drawn wide enough that each branch moves the residual stream by about a third of
-    its length, so that a wrong gate shows in the logits.
+    Where a family has no ``sdpa``, it is made with ``eager``. Weights are drawn wide enough that
+    each branch moves the residual stream by about a third of its length, so that a wrong gate shows
+    in the logits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,7 +65,8 @@ def make_tiny(family: str = "llama", attn: str = "sdpa", seed: int = 0, **change
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    config = AutoConfig.for_model(family, **settings | changes)
+    config = AutoConfig.for_model(family, **settings | PECULIAR.get(family, {}) | changes)
+    attn = attn if attn in attentions(family) else "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
@@ -45,13 +74,35 @@ def make_tiny(family: str = "llama", attn: str = "sdpa", seed: int = 0, **change
         )
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                width = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                embeds = any(part in name for part in ("embed", "wte", "wpe"))
+                width = 1.0 if embeds else parameter.shape[1] ** -0.5
                 torch.nn.init.normal_(parameter, std=width)
-            elif "norm" in name:
+            elif name.endswith("weight"):
                 torch.nn.init.uniform_(parameter, 0.7, 1.3)
             else:
                 torch.nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
+
+
+def variants() -> Any:
+    """Parametrizes a test by all families, each with the attention implementations it has."""
+    from dyndepth.blocks import FAMILIES
+
+    pairs = [(family, attn) for family in FAMILIES for attn in attentions(family)]
+    return pytest.mark.parametrize(("family", "attn"), pairs)
+
+
+@pytest.fixture(autouse=True)
+def gathered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are too small for gathering to pay: it is tested whether it pays or not.
+
+    The marker ``rule`` leaves the rule in force.
+    """
+    from dyndepth import runtime
+    from dyndepth.gathering import ALWAYS
+
+    if request.node.get_closest_marker("rule") is None:
+        monkeypatch.setattr(runtime, "limits_of", lambda model: ALWAYS)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""The bench's routes: what is timed is what the one-by-one scores are."""
+"""The bench: its shapes and goals on tiny models and given numbers; its routes: what is timed is
+what the one-by-one scores are. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import argparse
 import pytest
 import torch
 
-from dyndepth import bench, bench_routes
+from dyndepth import bench, bench_gates, bench_routes, bench_shapes
+from dyndepth.bench_goals import GOALS, MET, MISSED, UNCERTAIN, Goal, check
 
 
 def test_spaced_blocks_keep_both_ends():
@@ -63,3 +65,98 @@ def test_prompts_kept_whole_are_timed_on_request_alone(monkeypatch):
     monkeypatch.setattr(bench, "bench", asked.append)
     assert bench.main([]) == bench.main(["--skipping", "generation"]) == 0
     assert [options.skipping for options in asked] == [["both"], ["generation"]]
+
+
+def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys):
+    monkeypatch.setattr("dyndepth.models.load_model", lambda *_, **__: tiny("llama", "sdpa"))
+    monkeypatch.setattr(bench_shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
+    works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", bench_shapes.REFERENCE]
+    options = argparse.Namespace(
+        dtypes=["float32"],
+        phases=["prefill_1x512", "decode_8"],
+        works=works,
+        model="tiny",
+        device="cpu",
+        repeats=6,
+    )
+    lines = bench_shapes.shapes(tiny_corpus, options)
+    assert list(lines) == [f"{work}/{phase}/float32" for phase in options.phases for work in works]
+    for line in lines.values():
+        assert line["low"] <= line["speedup"] <= line["high"]
+        assert line["efficiency"] == pytest.approx(line["speedup"] / line["flop_ideal"])
+        assert line["peak_ratio"] > 0
+    ideals = {name: line["flop_ideal"] for name, line in lines.items()}
+    assert ideals["all_execute/decode_8/float32"] == 1
+    assert ideals[f"{bench_shapes.REFERENCE}/prefill_1x512/float32"] == 1
+    assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
+    assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
+    assert capsys.readouterr().out.count("/float32") == len(lines)
+
+
+@pytest.mark.parametrize(("work", "whole"), [("mask_50_attention", 1), ("mask_50_mlp", 0)])
+def test_masks_of_one_sublayer_leave_the_other_whole(work, whole, tiny):
+    method = bench_gates.method(work, tiny(), 2, 50)
+    method.start(argparse.Namespace(past_length=0, tokens=50, device="cpu"))
+    gates = torch.stack([torch.stack(pair) for pair in method.masks])
+    assert bool(gates[:, whole].all())
+    assert 0.4 < gates[:, 1 - whole].double().mean() < 0.6
+    assert work not in bench_shapes.WORKS
+
+
+def line(speedup=1.0, flop_ideal=1.0, high=None, peak_ratio=1.0):
+    return {
+        "speedup": speedup,
+        "flop_ideal": flop_ideal,
+        "efficiency": speedup / flop_ideal,
+        "high": speedup if high is None else high,
+        "peak_ratio": peak_ratio,
+    }
+
+
+@pytest.mark.parametrize(
+    ("goal", "measured", "verdict"),
+    [
+        (Goal("*", "efficiency", 0.9), line(1.8, 2.0), MET),
+        (Goal("*", "efficiency", 0.9), line(1.7, 2.0, high=1.82), UNCERTAIN),
+        (Goal("*", "efficiency", 0.9), line(1.7, 2.0, high=1.75), MISSED),
+        (Goal("*", "efficiency", 0.9), line(1.7, 2.0, high=float("nan")), MISSED),
+        (Goal("*", "speedup", 0.98), line(0.97, high=0.99), UNCERTAIN),
+        (Goal("*", "peak_ratio", 1.05, at_most=True), line(peak_ratio=1.05), MET),
+        (Goal("*", "peak_ratio", 1.05, at_most=True), line(peak_ratio=1.06), MISSED),
+    ],
+)
+def test_a_goal_is_met_missed_or_uncertain(goal, measured, verdict):
+    (found,) = check({"mask_50/decode_1/float32": measured}, [goal])
+    assert found.verdict == verdict
+    assert str(found).endswith(verdict)
+
+
+def test_every_goal_speaks_of_lines_that_there_are():
+    names = [
+        f"{work}/{phase}/{dtype}"
+        for work in bench_shapes.WORKS + bench_shapes.MORE_WORKS
+        for phase in bench_shapes.PHASES
+        for dtype in bench.DTYPES
+    ]
+    checks = list(check({name: line() for name in names}))
+    assert {each.goal for each in checks} == set(GOALS)
+    assert not any(each.line.startswith(bench_shapes.REFERENCE) for each in checks)
+    spoken = {(each.line, each.goal.quantity) for each in checks}
+    assert len(spoken) == len(checks)
+    assert ("mask_50/decode_8/bfloat16", "speedup") in spoken
+    assert ("mask_50_mlp/decode_8/bfloat16", "speedup") not in spoken
+
+
+def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
+    monkeypatch.setattr("dyndepth.models.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("dyndepth.corpus.load_corpus", lambda *_: None)
+    monkeypatch.setattr("dyndepth.machine.steady_allocator", lambda: "")
+    codes = [
+        bench.main(["--parts", "shapes", *more])
+        for more in ([], ["--check"], ["--check", "print"], ["--check", "fail"])
+    ]
+    assert codes == [0, 0, 0, 1]
+    assert capsys.readouterr().out.count("1 met, 0 missed within noise, 1 missed") == 3
+    assert bench.main(["--parts", "routes", "--check"]) == 2
+    assert "add it to --parts" in capsys.readouterr().err

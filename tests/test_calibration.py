@@ -30,6 +30,20 @@ def test_finds_the_target(curve, target, first):
     assert all(0 <= x <= 3 for x in asked)
 
 
+@pytest.mark.parametrize("curve", [lambda x: 1 + 1.06 * (x - 1), lambda x: 1 + 0.94 * (x - 1)])
+def test_known_ends_are_not_asked_for(curve):
+    """A knob that nearly is the speedup: the first correction meets the target."""
+    asked = []
+
+    def measure(x):
+        asked.append(x)
+        return curve(x)
+
+    found = solve_threshold(measure, 1.5, 1.5, low=1.0, high=3.0, ends=(1.0, 3.0))
+    assert found[1] == curve(found[0]) == pytest.approx(1.5, rel=0.01)
+    assert len(asked) == 2
+
+
 def test_gives_the_nearest_where_the_target_is_jumped_over_or_out_of_reach():
     assert solve_threshold(lambda x: 1.0 if x < 2 else 1.4, 1.3, 0, 0.5, low=0, high=9)[1] == 1.4
     assert solve_threshold(lambda x: 1 + x, 5.0, 0, 0.5, low=0, high=2) == (2, 3)

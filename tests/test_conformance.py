@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import variants
 from test_flops import counted
 from test_runtime import ids, incremental, padded
 
@@ -42,6 +43,7 @@ conforming = pytest.mark.parametrize(
     ],
 )
 families = pytest.mark.parametrize("family", FAMILIES)
+every_variant = variants()
 implementations = pytest.mark.parametrize("attn", ATTENTION)
 
 
@@ -69,8 +71,7 @@ def test_target_one_is_dense(tiny, fitted, name, phases, family):
 
 
 @conforming
-@families
-@implementations
+@every_variant
 def test_sparse_equals_masked(tiny, fitted, name, phases, family, attn):
     model, method = tiny(family, attn), fitted(name, phases, family)
     logits = []
@@ -81,8 +82,7 @@ def test_sparse_equals_masked(tiny, fitted, name, phases, family, attn):
 
 
 @conforming
-@families
-@implementations
+@every_variant
 def test_cached_decode_equals_one_forward(tiny, fitted, name, phases, family, attn):
     model, method = tiny(family, attn), fitted(name, phases, family)
     tokens = ids(3, 12)
@@ -94,8 +94,7 @@ def test_cached_decode_equals_one_forward(tiny, fitted, name, phases, family, at
 
 
 @conforming
-@families
-@implementations
+@every_variant
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_equals_single(tiny, fitted, name, phases, family, attn, side):
     model, method = tiny(family, attn), fitted(name, phases, family)

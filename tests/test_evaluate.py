@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from conftest import make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 
-from dyndepth import scoring
+from dyndepth import language_model, scoring
 from dyndepth.errors import UserError
 from dyndepth.evaluate import DyndepthLM, evaluate, sample
+from dyndepth.forwards import parts
 from dyndepth.methods.dense import Dense
 from dyndepth.metrics import outcome, standard_error
 from dyndepth.runtime import attach
@@ -216,17 +218,23 @@ def test_results_do_not_depend_on_the_batch(run, random_mask, batch_size):
 
 
 @pytest.mark.parametrize("most", [1, 3, 8])
-def test_batches_hold_every_sequence_once_and_little_padding(most):
-    lengths = sorted((7 * i * i % 301 for i in range(1, 60)), reverse=True)
-    parts = list(scoring._parts(lengths, most))
-    assert [index for part in parts for index in range(len(lengths))[part]] == list(range(59))
-    for part in parts:
-        batch = lengths[part]
-        padding = len(batch) * batch[0] - sum(batch)
-        assert len(batch) <= most
-        assert padding <= max(32, sum(batch) / 4)
-    assert len(parts) < 1.5 * len(lengths) / most + 4, "batches are closed too early"
-    assert list(scoring._parts([], most)) == []
+def test_batches_hold_every_sequence_once_and_cost_least(most):
+    lengths = sorted((7 * i * i % 301 + 1 for i in range(1, 60)), reverse=True)
+    found = [range(len(lengths))[part] for part in parts(lengths, most, 640)]
+    assert [index for part in found for index in part] == list(range(59))
+
+    def cost(batches):
+        return sum(len(part) * lengths[part[0]] + 640 / 16 for part in batches)
+
+    for part in found:
+        assert len(part) <= most
+        assert len(part) == 1 or len(part) * lengths[part[0]] <= 640
+    by_rows = [range(59)[start : start + most] for start in range(0, 59, most)]
+    fitting = [part for part in by_rows if len(part) * lengths[part[0]] <= 640]
+    if len(fitting) == len(by_rows):
+        assert cost(found) <= cost(by_rows)
+    assert cost(found) <= cost([range(index, index + 1) for index in range(59)])
+    assert list(parts([], most, 640)) == []
 
 
 def test_sparse_and_masked_score_alike(run, random_mask):
@@ -319,11 +327,18 @@ def test_phases_are_kept_apart(run):
     assert executed["generation", 3, "attention"] == 1.0
 
 
+@dataclass(kw_only=True)
+class PlanByDocument(GivenPlan):
+    """A plan a document, and so none that documents could share a beginning under."""
+
+    granularity = "sequence"
+
+
 def test_a_method_hears_which_document_it_sees(run):
     full, half = plan_without(LAYERS), plan_without(LAYERS, (1, 0), (1, 1), (2, 0), (2, 1))
     chosen = sample("choice", 20, 6, seed=5)
     plans = {f"choice/{index}": half if index % 2 else full for index in chosen}
-    result = run(GivenPlan(plan=plans), "choice", limit=6, seed=5)
+    result = run(PlanByDocument(plan=plans), "choice", limit=6, seed=5)
     assert [row["doc_id"] for row in result.samples] == chosen
     assert {row["doc_id"] % 2 for row in result.samples} == {0, 1}
     for row in result.samples:
@@ -383,10 +398,11 @@ def test_a_log_likelihood_that_is_not_a_number_stops_the_run(tokenizer, folder):
 
 
 def test_scores_that_bypass_the_method_are_refused(run, monkeypatch):
-    def bypass(model, trace, groups, batch_size):
+    def bypass(model, trace, groups, batch_size, **_):
         yield from ((i, [(0.0, True)] * len(g.continuations)) for i, g in enumerate(groups))
 
     monkeypatch.setattr(scoring, "score", bypass)
+    monkeypatch.setattr(language_model, "agree", lambda *_: None)
     with pytest.raises(RuntimeError, match="task choice: nothing was recorded"):
         run(tasks="choice")
 

@@ -12,11 +12,13 @@ from test_flops import counted
 from test_runtime import attached_and_failing, ids, incremental, padded
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.blocks import FAMILIES, cache_argument, cache_of, decoder
+from dyndepth.blocks import FAMILIES, cache_argument, cache_of, decoder, final_norm, readout
 from dyndepth.errors import UserError
 from dyndepth.flops import BlockCosts
+from dyndepth.forwards import rows_of
+from dyndepth.generation import Prompt, generate
 from dyndepth.runtime import attach
-from dyndepth.scoring import Group, Prompt, _rows_of, generate, score
+from dyndepth.scoring import Group, score
 
 LAYERS = 4
 
@@ -62,8 +64,8 @@ def expected(model, tokens, **kwargs):
     """Likeliest next tokens after each depth, from the stock model's hidden states."""
     states = model(tokens, output_hidden_states=True, **kwargs).hidden_states
     # The last one has been through the final norm.
-    normed = [model.model.norm(state) for state in states[:-1]] + [states[-1]]
-    return torch.stack([model.lm_head(state).argmax(-1) for state in normed])
+    normed = [final_norm(model)(state) for state in states[:-1]] + [states[-1]]
+    return torch.stack([readout(model)(state).argmax(-1) for state in normed])
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +124,8 @@ def test_padding_and_batch_mates_change_nothing(tiny, which, side):
 @pytest.mark.parametrize("cache", [lambda _: DynamicCache(), lambda c: DynamicCache(config=c)])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_given_caches_may_be_cropped_selected_and_reordered(tiny, which, cache, family):
-    model, method = tiny(family), seers()[which]
+    windows = {"sliding_window": 64} if family == "mistral" else {}
+    model, method = tiny(family, **windows), seers()[which]
     name, past = cache_argument(model), cache(model.config)
     tokens = ids(2, 9)
     with attach(model, method):
@@ -132,7 +135,7 @@ def test_given_caches_may_be_cropped_selected_and_reordered(tiny, which, cache, 
         model(ids(2, 3, seed=1), **{name: past})
         past.crop(-3)
         rows = torch.tensor([1, 0, 1])
-        chosen = _rows_of(past, rows)
+        chosen = rows_of(past, rows)
         model(tokens[rows, 5:7], **{name: chosen})
         chosen.reorder_cache(torch.tensor([2, 1, 0]))
         model(tokens[rows, 7:], **{name: chosen})

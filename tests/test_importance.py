@@ -353,14 +353,14 @@ class TestCommand:
         assert "the corpus is too short" in err
 
     def test_an_unsupported_model_is_told(self, command, folder, tmp_path):
-        from transformers import GPT2Config
+        from transformers import MambaConfig
 
-        config = GPT2Config(architectures=["GPT2LMHeadModel"])
+        config = MambaConfig(architectures=["MambaForCausalLM"])
         config.save_pretrained(tmp_path / "other")
         corpus = ("--corpus", str(folder / "corpus.txt"))
         status, _, err = command("joint", "--model", str(tmp_path / "other"), *corpus)
         assert status == 2
-        assert "architecture 'gpt2' is not supported" in err
+        assert "architecture 'mamba' is not supported" in err
         assert len(err.strip().splitlines()) == 1
 
 

@@ -67,8 +67,9 @@ def test_examples_drawn_at_random_are_those_that_were_tried(model, run, monkeypa
 
     monkeypatch.setattr(Oracle, "choose", choose)
     found = [run(method, "drawn", num_fewshot=2) for method in (bound(model), Dense())]
-    logs = [[row["loglikelihoods"] for row in each.samples] for each in found]
-    assert logs[0] == logs[1]
+    logs = [[json.loads(row["loglikelihoods"]) for row in each.samples] for each in found]
+    for one, other in zip(*logs, strict=True):  # dense documents share examples, a bound's do not
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_labels_are_for_those_that_say_so(model, run, monkeypatch):

@@ -79,8 +79,8 @@ def test_architectures_are_checked_before_any_weight_is_read(saved):
     change_config(saved, architectures=["LlamaForSequenceClassification"])
     with pytest.raises(UserError, match="not a causal language model"):
         load_model(str(saved))
-    change_config(saved, architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported are: llama, mistral"):
+    change_config(saved, architectures=["MambaForCausalLM"], model_type="mamba")
+    with pytest.raises(UserError, match="'mamba' is not supported; supported are: bloom"):
         load_model(str(saved))
     change_config(saved, architectures=[], model_type="no_such_type")
     with pytest.raises(UserError, match="can't be read"):

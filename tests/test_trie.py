@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from conftest import variants
 from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndepth import trie, trie_pass
-from dyndepth.blocks import FAMILIES, blocks, decoder
+from dyndepth.blocks import blocks, decoder
 from dyndepth.errors import UserError
 from dyndepth.runtime import attach
 from dyndepth.scoring import Group
@@ -19,7 +20,7 @@ from dyndepth.scoring import score as score_alone
 LAYERS = 4
 TOLERANCE = 1e-5
 
-families = pytest.mark.parametrize("family", FAMILIES)
+every_variant = variants()
 implementations = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 both_phases = pytest.mark.parametrize("phases", ["both", "generation"])
 
@@ -106,8 +107,7 @@ def check(model, plans: torch.Tensor, phases: str, **settings) -> None:
     assert seen == set(range(len(groups)))
 
 
-@families
-@implementations
+@every_variant
 @both_phases
 def test_scores_equal_each_plan_alone(tiny, family, attn, phases):
     check(tiny(family, attn), some_plans(), phases)
@@ -143,8 +143,7 @@ def test_one_plan_alone(tiny, phases):
         check(tiny("llama", "sdpa"), some_plans()[number : number + 1], phases)
 
 
-@families
-@implementations
+@every_variant
 @pytest.mark.parametrize("padded", [None, "left", "right"])
 def test_streams_equal_each_plan_alone(tiny, family, attn, padded):
     model, plans, tokens = tiny(family, attn), some_plans(), ids(3, 12)
@@ -168,8 +167,7 @@ def test_streams_equal_each_plan_alone(tiny, family, attn, padded):
         torch.testing.assert_close(stream[real], expected[real], atol=TOLERANCE, rtol=0)
 
 
-@families
-@implementations
+@every_variant
 def test_losses_equal_each_plan_alone(tiny, family, attn, monkeypatch):
     model, plans, tokens = tiny(family, attn), some_plans(), ids(5, 11)
     whole = trie.losses(model, plans, tokens)
@@ -191,7 +189,7 @@ def test_shared_sublayers_run_once(tiny, attn):
     computed = [0, 0]
     handles = []
     for block in blocks(model):
-        for sublayer, norm in enumerate((block.attention_norm, block.mlp_norm)):
+        for sublayer, norm in enumerate((block.attention_modules[0], block.mlp_modules[0])):
 
             def count(_, args, out, sublayer=sublayer):
                 computed[sublayer] += out.shape[:-1].numel()
@@ -233,7 +231,7 @@ def test_scoring_costs_no_more_than_its_prefixes(tiny):
     )
     seen = []
     handles = [
-        block.mlp_norm.register_forward_hook(lambda _, __, out: seen.append(out.shape[0]))
+        block.mlp_modules[0].register_forward_hook(lambda _, __, out: seen.append(out.shape[0]))
         for block in blocks(model)
     ]
     list(trie.score(model, plans, [group]))
@@ -265,7 +263,7 @@ def test_the_model_is_restored(tiny):
     def fail(*_):
         raise RuntimeError("in the depth of a pass")
 
-    handle = blocks(model)[2].mlp.register_forward_pre_hook(fail)
+    handle = blocks(model)[2].mlp_modules[1].register_forward_pre_hook(fail)
     for run in (
         lambda: trie.streams(model, plans, tokens),
         lambda: list(trie.score(model, plans, some_groups())),
@@ -299,7 +297,7 @@ def test_refusals(tiny):
             list(trie.score(model, plans, some_groups()))
     layer = decoder(model).layers[1]
     layer.forward = layer.forward
-    with pytest.raises(UserError, match="hook"):
+    with pytest.raises(UserError, match="forward of its own"):
         trie.losses(model, plans, tokens)
     del layer.forward
     model.config._attn_implementation = "flex_attention"

@@ -1,0 +1,107 @@
+"""Kinds of skipped work on shapes of input, timed against the stock model.
+
+A part of ``python -m dyndepth.bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dyndepth.bench_jobs import Decode, Prefill
+
+REFERENCE = "masked_reference"
+"""Compute everything and multiply by masks of 50%, as published references do: the backend
+``masked`` of the runtime. All other works run on ``sparse``."""
+WORKS = (
+    "all_execute",
+    "static_8",
+    "static_15",
+    "mask_75",
+    "mask_50",
+    "early_exit_half",
+    REFERENCE,
+)
+MORE_WORKS = ("mask_50_attention", "mask_50_mlp")
+"""On request: masks in one of the two sublayers, the other one executes."""
+PHASES = {
+    "prefill_1x512": (1, 512),
+    "prefill_8x256": (8, 256),
+    "decode_1": (1, 128),
+    "decode_8": (8, 128),
+}
+"""Batch and length; in decode the length of the cache."""
+
+Lines = dict[str, dict[str, float]]
+"""By ``work/phase/dtype``: ``speedup`` with its interval ``low`` to ``high``, ``flop_ideal``,
+``byte_ideal``, ``efficiency``, ``peak_ratio``."""
+
+
+def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
+    """The chosen works on the chosen shapes, a printed line each."""
+    import torch
+
+    from dyndepth.bench_jobs import STEPS, Decode, Prefill
+    from dyndepth.models import load_model
+
+    headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
+    print(f"{'':42}{headings}{'peak':>7}")
+    lines: Lines = {}
+    for dtype in options.dtypes:
+        model = load_model(options.model, dtype=dtype, device=options.device)
+        for phase in options.phases:
+            batch, length = PHASES[phase]
+            tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration")
+            shape = Prefill(tokens[:, :length]) if "prefill" in phase else Decode(tokens, length)
+            with torch.inference_mode():
+                for work, line in _measure(model, shape, options):
+                    name = f"{work}/{phase}/{dtype}"
+                    lines[name] = line
+                    print(
+                        f"{name:42}{line['speedup']:9.3f}   [{line['low']:.3f}, {line['high']:.3f}]"
+                        f"{line['flop_ideal']:12.3f}{line['byte_ideal']:12.3f}"
+                        f"{line['efficiency']:7.2f}{line['peak_ratio']:7.2f}",
+                        flush=True,
+                    )
+    return lines
+
+
+def _measure(
+    model: Any, shape: Prefill | Decode, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """All works on one shape, in one set of interleaved rounds."""
+    from dyndepth.bench_gates import method
+    from dyndepth.bench_jobs import Job
+    from dyndepth.pairing import interleave, ratio
+
+    batch, width = shape.gate_shape
+    jobs = {"dense": Job(model, None, shape)}
+    for work in options.works:
+        backend: Any = "masked" if work == REFERENCE else "sparse"
+        jobs[work] = Job(model, method(work, model, batch, width), shape, backend)
+    times = interleave(
+        {name: job.run for name, job in jobs.items()},
+        around={name: job.prepared for name, job in jobs.items()},
+        repeats=options.repeats,
+        warmup=2,
+        seed=0,
+        device=options.device,
+    )
+    dense_peak = jobs["dense"].peak()
+    for work in options.works:
+        found = ratio(times["dense"], times[work])
+        flop_ideal = jobs[work].flop_ideal
+        yield (
+            work,
+            {
+                "speedup": found.median,
+                "flop_ideal": flop_ideal,
+                "byte_ideal": jobs["dense"].bytes_read / jobs[work].bytes_read,
+                "efficiency": found.median / flop_ideal,
+                "low": found.low,
+                "high": found.high,
+                "peak_ratio": jobs[work].peak() / dense_peak,
+            },
+        )

@@ -1,0 +1,232 @@
+"""One decoder block as two residual branches, whatever its architecture; see ``blocks``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from dyndepth.projections import Fused, Separate, linear_flops, rotate
+
+if TYPE_CHECKING:
+    from dyndepth.blocks import Family
+    from dyndepth.selection import Selection
+
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+"""Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    accepted = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[1])
+
+
+def cache_argument(module: Any) -> str:
+    """The keyword under which ``module.forward`` takes its cache; peft's wrapper hands it on."""
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return _cache_argument(type(module).forward)
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among a forward's keyword arguments, or in its output; None if there is none."""
+    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
+        found = values.get(name)
+        if found is not None:
+            return found
+    return None
+
+
+class Block:
+    """One decoder block seen as two branches. Holds references, owns no parameters.
+
+    Attributes:
+        index: its number in the cache.
+        parallel: both branches read the block's input.
+        bias_argument: keyword of a bias of its scores, ``[batch x heads, 1, keys]``, or None.
+        returns_tuple: its forward returns a tuple that leads with the stream.
+        attention_modules, mlp_modules: all modules of each sublayer, norms included.
+    """
+
+    def __init__(self, layer: nn.Module, record: Family, config: Any) -> None:
+        def part(name: str | None) -> Any:
+            return nn.Identity() if name is None else getattr(layer, name)
+
+        self.layer, self._record, self._config = layer, record, config
+        self.attention: Any = getattr(layer, record.attention)
+        self._attention_norm = part(record.attention_norm)
+        self._attention_post = [part(name) for name in record.attention_post]
+        self._mlp = [part(name) for name in record.mlp]
+        self._mlp_norm = part(record.mlp_norm)
+        self._mlp_post = [part(name) for name in record.mlp_post]
+        self._multiplier = getattr(layer, record.multiplier) if record.multiplier else None
+        self.parallel: bool = getattr(layer, record.parallel) if record.parallel else False
+        self.returns_tuple = record.returns_tuple
+        self.bias_argument = record.bias
+        self.cache_argument = cache_argument(layer)
+        self.index: int = self.attention.layer_idx
+        self.attention_modules = [self._attention_norm, self.attention, *self._attention_post]
+        self.mlp_modules = [self._mlp_norm, *self._mlp, *self._mlp_post]
+
+        self._size: int = getattr(self.attention, record.head_size)
+        self._output = getattr(self.attention, record.output)
+        named = [getattr(self.attention, name) for name in (record.query, record.key, record.value)]
+        self._project: Separate | Fused
+        if record.fused is None:
+            self._project = Separate(*named)
+        else:
+            heads = config.num_attention_heads
+            self._project = Fused(named[0], record.fused, heads, self._size)
+        norms = (record.query_norm, record.key_norm)
+        self._norms = [getattr(self.attention, name) if name else None for name in norms]
+        rotary = record.rotary
+        self._rotary = getattr(self.attention, rotary) if isinstance(rotary, str) else rotary
+
+    @property
+    def gathers(self) -> bool:
+        """Whether its attention can run for selected tokens alone."""
+        return self._config._attn_implementation in ("sdpa", "eager")
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that its attention reaches back, itself included; None: all."""
+        if hasattr(self.attention, "sliding_window"):
+            return self.attention.sliding_window
+        return getattr(self._config, "sliding_window", None)
+
+    # --- costs ----------------------------------------------------------------------------------
+
+    @property
+    def query_flops(self) -> int:
+        """FLOPs a token of what only executed tokens need: query and output projections."""
+        return self._project.flops[0] + linear_flops([self._output])
+
+    @property
+    def key_value_flops(self) -> int:
+        """FLOPs a token of its key and value."""
+        return self._project.flops[1]
+
+    @property
+    def score_flops(self) -> int:
+        """FLOPs a token and key of scores and their values."""
+        return 2 * 2 * self._config.num_attention_heads * self._size
+
+    @property
+    def mlp_flops(self) -> int:
+        """FLOPs a token of the MLP."""
+        return linear_flops(self._mlp)
+
+    # --- all tokens -----------------------------------------------------------------------------
+
+    def attention_branch(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The attention branch for all tokens, by the stock module: ``[batch, tokens, hidden]``."""
+        if self._record.adds_residual:
+            arguments = arguments | {"residual": hidden.new_zeros(1)}
+        normed = self._attention_norm(hidden)
+        return self._after(
+            self.attention(hidden_states=normed, **arguments)[0], self._attention_post
+        )
+
+    def mlp_branch(self, hidden: Tensor) -> Tensor:
+        """The MLP branch of whatever tokens are given: ``[..., hidden] -> [..., hidden]``."""
+        states = self._mlp_norm(hidden)
+        if self._record.adds_residual:
+            states = self._mlp[0](states, hidden.new_zeros(1))
+        else:
+            for module in self._mlp:
+                states = module(states)
+        return self._after(states, self._mlp_post)
+
+    def states(self, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The stream after each sublayer, both for all tokens."""
+        between = hidden + self.attention_branch(hidden, arguments)
+        return between, between + self.mlp_branch(hidden if self.parallel else between)
+
+    def keep(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Put keys and values of all tokens into the cache, nothing else."""
+        _, keys, values = self._project(self._attention_norm(hidden), None)
+        self._merged(keys, values, arguments)
+
+    def _after(self, branch: Tensor, post: Sequence[Any]) -> Tensor:
+        for module in post:
+            branch = module(branch)
+        return branch if self._multiplier is None else branch * self._multiplier
+
+    # --- selected tokens ------------------------------------------------------------------------
+
+    def attention_selected(
+        self, hidden: Tensor, selection: Selection, arguments: dict[str, Any]
+    ) -> Tensor:
+        """The attention branch of the selected tokens over all keys: ``[count, hidden]``.
+
+        Keys and values of all tokens are computed, and put into the cache where there is one.
+        """
+        normed = self._attention_norm(hidden)
+        projected, keys, values = self._project(normed, selection.index)
+        assert projected is not None
+        keys, values = self._merged(keys, values, arguments)
+        queries = self._heads(projected, 0)
+        if self._rotary:
+            tables = (
+                selection.gather(table)[:, None] for table in arguments["position_embeddings"]
+            )
+            queries = rotate(queries, *tables)
+        mask = selection.mask_rows(arguments.get("attention_mask"), keys)
+        if self.bias_argument is not None:
+            bias = arguments[self.bias_argument].view(keys.shape[0], -1, 1, keys.shape[2])
+            mask = mask + bias.to(mask.dtype)
+        out = self._attend(selection.into_slots(queries).transpose(1, 2), keys, values, mask)
+        update = self._output(selection.out_of_slots(out.flatten(2)))
+        return self._after(update, self._attention_post)
+
+    def _heads(self, states: Tensor, which: int) -> Tensor:
+        """``[..., size]`` to ``[..., heads, head size]``, normed; ``which``: 0 query, 1 key."""
+        norm = self._norms[which]
+        if norm is not None and self._record.norm_whole:
+            return norm(states).unflatten(-1, (-1, self._size))
+        states = states.unflatten(-1, (-1, self._size))
+        return states if norm is None else norm(states)
+
+    def _merged(
+        self, keys: Tensor, values: Tensor, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, past + tokens, head size]``, rotated, with the past."""
+        keys = self._heads(keys, 1).transpose(1, 2)
+        values = values.unflatten(-1, (-1, self._size)).transpose(1, 2)
+        if self._rotary:
+            cosine, sine = arguments["position_embeddings"]
+            keys = rotate(keys, cosine[:, None], sine[:, None])
+        cache = arguments.get(self.cache_argument)
+        return (keys, values) if cache is None else cache.update(keys, values, self.index)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """``[batch, slots, heads, head size]`` of gathered queries under an explicit mask.
+
+        ``queries`` is ``[batch, heads, slots, head size]``, ``mask`` additive ``[batch or 1, heads
+        or 1, slots, keys]``.
+        """
+        scale = getattr(self.attention, self._record.scale)
+        if self._config._attn_implementation == "sdpa":
+            grouped = queries.shape[1] != keys.shape[1]
+            return scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
+            ).transpose(1, 2)
+        eager = getattr(
+            sys.modules[type(self.attention).__module__], "eager_attention_forward", None
+        )
+        if eager is None:
+            scores = (queries @ keys.transpose(2, 3)) * scale + mask
+            return (scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values).transpose(
+                1, 2
+            )
+        cap = self._record.softcap
+        extra = {"softcap": getattr(self.attention, cap)} if cap else {}
+        return eager(
+            self.attention, queries, keys, values, mask, dropout=0.0, scaling=scale, **extra
+        )[0]

@@ -1,0 +1,121 @@
+"""Generates with an attached model, greedily, and nothing of lm-eval: see ``dyndepth.scoring``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.forwards import budget_of, forward, padded, parts, rows_of
+from dyndepth.runtime import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HELD = 8
+"""Prompts that are completed together may hold this many budgets of tokens: what follows runs one
+token a row, and is the cheaper the more rows there are."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to complete greedily.
+
+    ``stop`` is asked after every token, with the token ids generated so far, whether that was the
+    last; ``limit`` bounds their number.
+    """
+
+    document: str
+    tokens: Sequence[int]
+    limit: int
+    stop: Callable[[list[int]], bool]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy completions: (index of the prompt, generated token ids), the longest prompts first.
+
+    At most ``batch_size`` prompts run at once. A sequence that is done leaves the batch, so that
+    nothing is computed or counted for it while the others go on.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens), reverse=True)
+    lengths = [len(prompts[index].tokens) for index in order]
+    held = _HELD * budget_of(next(model.parameters()).device)
+    for part in parts(lengths, batch_size, held):
+        chosen = order[part]
+        batch = [prompts[index] for index in chosen]
+        yield from zip(chosen, finish(model, trace, batch, begin(model, trace, batch)), strict=True)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Prompts that were read, a row each.
+
+    Attributes:
+        first: the likeliest token after each, int64 ``[rows]``.
+        mask: int64 ``[rows, tokens]``, 1 on the tokens of the prompts.
+        cache: of their keys and values.
+    """
+
+    first: Tensor
+    mask: Tensor
+    cache: Any
+
+    def rows(self, rows: Tensor) -> Begun:
+        """The chosen rows, repeated where ``rows`` (int64 ``[n]``) repeats; self is kept."""
+        rows = rows.to(self.mask.device)
+        return Begun(self.first[rows], self.mask[rows], rows_of(self.cache, rows))
+
+
+@torch.no_grad()
+def begin(model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt]) -> Begun:
+    """Read ``prompts`` as one batch; ``trace`` is as in ``score``."""
+    device = next(model.parameters()).device
+    tokens, mask = padded([prompt.tokens for prompt in prompts], "left", device)
+    first, cache = _likeliest(model, trace, prompts, tokens, mask)
+    return Begun(first, mask, cache)
+
+
+@torch.no_grad()
+def finish(
+    model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], begun: Begun
+) -> list[list[int]]:
+    """The greedy completions of ``prompts``, one or more, which ``begun`` holds row by row."""
+    best, mask, cache = begun.first, begun.mask, begun.cache
+    done: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    while True:
+        going = []
+        for place, (row, token) in enumerate(zip(alive, best.tolist(), strict=True)):
+            done[row].append(token)
+            if len(done[row]) < prompts[row].limit and not prompts[row].stop(done[row]):
+                going.append(place)
+        if not going:
+            return done
+        keep = torch.tensor(going, device=mask.device)
+        if len(going) < len(alive):
+            cache = rows_of(cache, keep)
+        alive = [alive[place] for place in going]
+        mask = torch.cat((mask[keep], mask.new_ones(len(going), 1)), 1)
+        batch = [prompts[row] for row in alive]
+        best, cache = _likeliest(model, trace, batch, best[keep, None], mask, cache)
+
+
+def _likeliest(
+    model: PreTrainedModel,
+    trace: Trace,
+    batch: Sequence[Prompt],
+    inputs: Tensor,
+    mask: Tensor,
+    cache: Any = None,
+) -> tuple[Tensor, Any]:
+    """The likeliest token after each row of ``inputs``, and the cache; see ``forward``."""
+    trace.documents = [prompt.document for prompt in batch]
+    hidden, cache = forward(model, inputs, mask, cache)
+    logits = trace.readout(hidden[:, -1], torch.arange(len(batch), device=inputs.device))
+    return logits.argmax(-1), cache

@@ -1,0 +1,135 @@
+"""Queries of the selected tokens, keys and values of all: what token gates ask of an attention.
+
+Architectures differ in whether these are three linear maps or one. One fused map is used in parts
+where that is the same arithmetic; where it is wrapped by somebody else (an adapter, a quantised
+weight, an offloaded one), it is called whole and its result is taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+Layout = Literal["blocks", "heads"]
+"""Of a fused map's output: all queries, all keys, all values; or query, key, value of each head."""
+Projected = tuple[Tensor | None, Tensor, Tensor]
+"""Queries ``[n, query size]`` of the selected tokens, None if none were asked for, keys and values
+``[batch, tokens, key size]`` of all."""
+
+
+def linear_flops(modules: Sequence[Any]) -> int:
+    """FLOPs a token of all linear maps inside modules, adapters included."""
+    maps = (m for module in modules if isinstance(module, nn.Module) for m in module.modules())
+    return sum(2 * m.weight.numel() for m in maps if isinstance(m, (nn.Linear, Conv1D)))
+
+
+@dataclass(frozen=True)
+class Separate:
+    """One linear map each."""
+
+    query: Any
+    key: Any
+    value: Any
+
+    def __call__(self, normed: Tensor, index: Tensor | None) -> Projected:
+        """Project ``[batch, tokens, hidden]``; ``index`` int64 ``[n]`` says whose queries."""
+        queries = None
+        if index is not None:
+            queries = self.query(normed.flatten(0, 1).index_select(0, index))
+        return queries, self.key(normed), self.value(normed)
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """FLOPs a token of its query, and of its key and value."""
+        return linear_flops([self.query]), linear_flops([self.key, self.value])
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One linear map for all three; ``heads`` of queries, each of ``size``."""
+
+    module: Any
+    layout: Layout
+    heads: int
+    size: int
+
+    @property
+    def _key_size(self) -> int:
+        """Size of all keys of a token, as of all values."""
+        out = self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features
+        return (out - self.heads * self.size) // 2
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the weight is at hand, so that a part of the map can be computed alone."""
+        return type(self.module) in (nn.Linear, Conv1D) and not self.module.weight.is_meta
+
+    def __call__(self, normed: Tensor, index: Tensor | None) -> Projected:
+        """As ``Separate``."""
+        if not self.divisible:
+            all_queries, keys, values = self._apart(self.module(normed))
+            if index is not None:
+                return all_queries.flatten(0, 1).index_select(0, index), keys, values
+            return None, keys, values
+        queries = None
+        if index is not None:
+            queries = self._part(normed.flatten(0, 1).index_select(0, index), first=True)
+        both = self._part(normed.flatten(0, 1), first=False).unflatten(0, normed.shape[:2])
+        if self.layout == "blocks":
+            keys, values = both.chunk(2, -1)
+        else:
+            keys, values = both.unflatten(-1, (self.heads, 2, self.size)).unbind(-2)
+            keys, values = keys.flatten(-2), values.flatten(-2)
+        return queries, keys, values
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """As ``Separate``; a map that can't be divided is all done for the keys and values."""
+        whole = linear_flops([self.module])
+        if not self.divisible:
+            return 0, whole
+        query = self.heads * self.size
+        query_flops = whole * query // (query + 2 * self._key_size)
+        return query_flops, whole - query_flops
+
+    def _apart(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.layout == "heads":
+            parts = whole.unflatten(-1, (self.heads, 3, self.size)).unbind(-2)
+            queries, keys, values = (part.flatten(-2) for part in parts)
+            return queries, keys, values
+        sizes = [self.heads * self.size, self._key_size, self._key_size]
+        queries, keys, values = whole.split(sizes, -1)
+        return queries, keys, values
+
+    def _part(self, rows: Tensor, first: bool) -> Tensor:
+        """The queries (``first``), or keys and values, of ``[n, hidden]``."""
+        module = self.module
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+        bias = module.bias
+        if self.layout == "blocks":
+            end = self.heads * self.size
+            part = slice(end) if first else slice(end, None)
+            return linear(rows, weight[part], None if bias is None else bias[part])
+        # By head, so that the weight is read where it lies and not copied.
+        shape, part = (self.heads, 3, self.size), slice(1) if first else slice(1, None)
+        maps = weight.unflatten(0, shape)[:, part].flatten(1, 2).transpose(1, 2)
+        out = rows.expand(self.heads, *rows.shape) @ maps
+        if bias is not None:
+            out = out + bias.view(shape)[:, part].flatten(1)[:, None]
+        return out.transpose(0, 1).flatten(1)
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding of the leading dimensions that the tables cover, halves paired."""
+    size = cosine.shape[-1]
+    turned = states if size == states.shape[-1] else states[..., :size]
+    half = size // 2
+    swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+    turned = (turned * cosine + swapped * sine).to(states.dtype)
+    return turned if size == states.shape[-1] else torch.cat((turned, states[..., size:]), dim=-1)
