@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
 
 from dyndepth.blocks import cache_argument, cache_of, decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BUDGET = {"cpu": 512}
+_BUDGET = {"cpu": 1024}
 _LARGE_BUDGET = 16384
-_FIXED = 1 / 16
+_FIXED = 1 / 32
 """A forward's fixed cost, as a part of the budget: what it is worth to pad rather than to split.
 On a CPU and a small model it is that of about 32 tokens."""
 
@@ -80,6 +82,41 @@ def rows_of(cache: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
+
+
+def joined(masks: Sequence[Tensor], caches: Sequence[Any]) -> tuple[Tensor, Any] | None:
+    """Sequences of several batches as one: masks ``[rows, tokens]`` and caches, padded on the left.
+
+    The caches are kept. None for caches that can't be padded: static ones, and those that hold some
+    of a layer's tokens only.
+    """
+    if len(caches) == 1:
+        return masks[0], caches[0]
+    width = max(mask.shape[1] for mask in masks)
+    widest = next(
+        cache for mask, cache in zip(masks, caches, strict=True) if mask.shape[1] == width
+    )
+    whole = copy.copy(widest)
+    whole.layers = []
+    for number, layer in enumerate(widest.layers):
+        layers = [cache.layers[number] for cache in caches]
+        held = [getattr(one, "keys", None) is not None for one in layers]
+        partly = any(getattr(one, "skipped", 0) for one in layers) and any(held)
+        if not isinstance(layer, DynamicLayer) or partly or any(held) != all(held):
+            return None
+        layer = copy.copy(layer)
+        if all(held):
+            layer.keys = _stacked([one.keys for one in layers], dim=2)
+            layer.values = _stacked([one.values for one in layers], dim=2)
+        whole.layers.append(layer)
+    return _stacked(masks, dim=1), whole
+
+
+def _stacked(tensors: Sequence[Any], dim: int) -> Tensor:
+    """Rows of tensors that differ in ``dim``, where zeros are put before what there is."""
+    size = max(tensor.shape[dim] for tensor in tensors)
+    after = [0, 0] * (tensors[0].ndim - dim - 1)
+    return torch.cat([pad(tensor, [*after, size - tensor.shape[dim], 0]) for tensor in tensors])
 
 
 def padded(

@@ -7,6 +7,7 @@ token, padded on the right, over the cache, which is expanded to one row a conti
 scored positions go through the LM head. Where documents may share, a beginning that many contexts
 have in common is a forward of its own, run once, and the context pass runs what is left of each
 context over its cache; each document is billed all of its context as if it had been read at once.
+Continuations are short, so that several context passes wait for one continuation pass.
 
 ``score_alone`` is the yardstick: one forward a continuation, no cache, no batch.
 """
@@ -20,15 +21,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dyndepth.forwards import budget_of, forward, log_probabilities, padded, parts, rows_of
+from dyndepth.blocks import blocks
+from dyndepth.forwards import (
+    budget_of,
+    forward,
+    joined,
+    log_probabilities,
+    padded,
+    parts,
+    rows_of,
+)
 from dyndepth.runtime import Trace
 from dyndepth.shared_prefixes import shared_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ROWS_PER_CONTEXT = 2
+_ROWS_PER_CONTEXT = 4
 """Continuation passes run at most this many rows for each row of a full context batch."""
+_HELD = 4096
+"""Tokens of contexts that may wait in caches for their continuations, padding included."""
 _LOGITS = 2**24
 """Logits held at a time: 64 MiB in float32."""
 
@@ -69,18 +81,108 @@ def score(
     budget = budget_of(next(model.parameters()).device)
     everyone = list(range(len(groups)))
     contexts = [group.context for group in groups]
+    sharing = sharing and not _slides(model, groups)
     found = shared_prefixes(contexts) if sharing else [(0, everyone)]
     alone = [index for length, members in found if not length for index in members]
-    yield from _score_all(model, trace, groups, alone, [0] * len(groups), None, batch_size)
+    reads = _read(model, trace, groups, alone, found, batch_size, budget)
+    for together in _held(reads):
+        whole = joined([one.mask for one in together], [one.cache for one in together])
+        several = together if whole is None else [_Read.of(together, *whole)]
+        for one in several:
+            _finish(model, trace, one, batch_size)
+            yield from one.results()
 
+
+def _slides(model: PreTrainedModel, groups: Sequence[Group]) -> bool:
+    """Whether some attention reaches back less far than the longest sequence.
+
+    Its window is counted in columns, and what follows a shared beginning has padding before it.
+    """
+    windows = [block.window for block in blocks(model) if block.window is not None]
+    return bool(windows) and min(windows) < max(sum(group.size) for group in groups)
+
+
+@dataclass
+class _Read:
+    """Contexts that were read, a row each, and what is known of their continuations.
+
+    Attributes:
+        indices, groups: of each row.
+        mask, cache: of the contexts, ``[rows, tokens]``.
+        pairs: (row, continuation), all continuations in order.
+        log, greedy: of each pair's first token, and in the end of all its tokens: float64 and bool
+            ``[pairs]``.
+    """
+
+    indices: list[int]
+    groups: list[Group]
+    mask: Tensor
+    cache: Any
+    pairs: list[tuple[int, Sequence[int]]]
+    log: Tensor
+    greedy: Tensor
+
+    @classmethod
+    def of(cls, several: list[_Read], mask: Tensor, cache: Any) -> _Read:
+        """Several as one, with their joined mask and cache."""
+        if len(several) == 1:
+            return several[0]
+        groups = [group for one in several for group in one.groups]
+        return cls(
+            [index for one in several for index in one.indices],
+            groups,
+            mask,
+            cache,
+            _pairs(groups),
+            torch.cat([one.log for one in several]),
+            torch.cat([one.greedy for one in several]),
+        )
+
+    def results(self) -> Iterator[tuple[int, Scored]]:
+        """Index of each group, and what its continuations came to."""
+        results = iter(zip(self.log.tolist(), self.greedy.tolist(), strict=True))
+        for index, group in zip(self.indices, self.groups, strict=True):
+            yield index, [next(results) for _ in group.continuations]
+
+
+def _pairs(groups: Sequence[Group]) -> list[tuple[int, Sequence[int]]]:
+    return [(row, tokens) for row, group in enumerate(groups) for tokens in group.continuations]
+
+
+def _held(reads: Iterator[_Read]) -> Iterator[list[_Read]]:
+    """Batches of contexts whose continuations are scored together."""
+    together: list[_Read] = []
+    for one in reads:
+        together.append(one)
+        rows = sum(len(each.mask) for each in together)
+        if rows * max(each.mask.shape[1] for each in together) >= _HELD:
+            yield together
+            together = []
+    if together:
+        yield together
+
+
+def _read(
+    model: PreTrainedModel,
+    trace: Trace,
+    groups: Sequence[Group],
+    alone: list[int],
+    found: list[tuple[int, list[int]]],
+    batch_size: int,
+    budget: int,
+) -> Iterator[_Read]:
+    """Context passes of all groups; arguments as in ``score``, ``found`` as in
+    ``shared_prefixes``."""
+    everyone = range(len(groups))
+    yield from _read_all(model, trace, groups, alone, [0] * len(groups), None, batch_size)
     shared = sorted((one for one in found if one[0]), key=lambda one: one[0], reverse=True)
     for part in parts([length for length, _ in shared], batch_size, budget):
-        beginnings = [contexts[members[0]][:length] for length, members in shared[part]]
+        beginnings = [groups[members[0]].context[:length] for length, members in shared[part]]
         readers = [[groups[index] for index in members] for _, members in shared[part]]
         begun = _begin_shared(model, trace, beginnings, readers)
         row_of = {index: row for row, (_, members) in enumerate(shared[part]) for index in members}
         rows = [row_of.get(index, 0) for index in everyone]
-        yield from _score_all(model, trace, groups, list(row_of), rows, begun, batch_size)
+        yield from _read_all(model, trace, groups, list(row_of), rows, begun, batch_size)
 
 
 @torch.no_grad()
@@ -126,7 +228,7 @@ def _begin_shared(
     return _Shared(mask, cache)
 
 
-def _score_all(
+def _read_all(
     model: PreTrainedModel,
     trace: Trace,
     groups: Sequence[Group],
@@ -134,8 +236,9 @@ def _score_all(
     rows: list[int],
     shared: _Shared | None,
     batch_size: int,
-) -> Iterator[tuple[int, Scored]]:
-    """Score the chosen groups; ``rows`` has, for each of all, its beginning in ``shared``."""
+) -> Iterator[_Read]:
+    """Read the chosen groups' contexts; ``rows`` has, for each of all, its beginning in
+    ``shared``."""
     device = next(model.parameters()).device
     begun = [0] * len(groups) if shared is None else shared.mask.sum(1)[rows].tolist()
 
@@ -157,43 +260,29 @@ def _score_all(
             trace.prompt_length = mask.sum(1)
         hidden, cache = forward(model, ids, mask, cache)
         trace.prompt_length = None
-        results = _score_batch(model, trace, batch, hidden[:, -1], mask, cache, batch_size)
-        yield from zip(order[part], results, strict=True)
+        pairs = _pairs(batch)
+        log, best = _first_tokens(trace, hidden[:, -1], pairs)
+        yield _Read(order[part], batch, mask, cache, pairs, log.double(), best)
 
 
-def _score_batch(
-    model: PreTrainedModel,
-    trace: Trace,
-    batch: list[Group],
-    last: Tensor,
-    mask: Tensor,
-    cache: Any,
-    batch_size: int,
-) -> list[Scored]:
-    """Score the continuations of contexts that were read: ``last`` ``[contexts, hidden]`` is the
-    final state of each, ``mask`` and ``cache`` are theirs."""
-    device = mask.device
-    pairs = [(row, tokens) for row, group in enumerate(batch) for tokens in group.continuations]
-    first_log, first_best = _first_tokens(trace, last, pairs)
-    log = first_log.double()
-    greedy = first_best
+def _finish(model: PreTrainedModel, trace: Trace, read: _Read, batch_size: int) -> None:
+    """The continuation passes: adds what follows the first tokens to ``log`` and ``greedy``."""
+    pairs, device = read.pairs, read.mask.device
     longer = [index for index, (_, tokens) in enumerate(pairs) if len(tokens) > 1]
     longer.sort(key=lambda index: len(pairs[index][1]), reverse=True)
     lengths = [len(pairs[index][1]) - 1 for index in longer]
     for part in parts(lengths, _ROWS_PER_CONTEXT * batch_size, budget_of(device)):
         chunk = longer[part]
         rows = torch.tensor([pairs[index][0] for index in chunk], device=device)
-        trace.documents = [batch[pairs[index][0]].document for index in chunk]
+        trace.documents = [read.groups[pairs[index][0]].document for index in chunk]
         inputs, valid = padded([pairs[index][1][:-1] for index in chunk], "right", device)
         targets, _ = padded([pairs[index][1][1:] for index in chunk], "right", device)
-        seen = torch.cat((mask[rows], valid), 1)
-        hidden, _ = forward(model, inputs, seen, rows_of(cache, rows))
+        seen = torch.cat((read.mask[rows], valid), 1)
+        hidden, _ = forward(model, inputs, seen, rows_of(read.cache, rows))
         rest_log, rest_best = _token_sums(model, trace, hidden, targets, valid.bool())
         where = torch.tensor(chunk, device=device)
-        log[where] += rest_log
-        greedy[where] &= rest_best
-    results = iter(zip(log.tolist(), greedy.tolist(), strict=True))
-    return [[next(results) for _ in group.continuations] for group in batch]
+        read.log[where] += rest_log
+        read.greedy[where] &= rest_best
 
 
 def _first_tokens(

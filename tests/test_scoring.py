@@ -67,7 +67,7 @@ def logs(results):
 
 @phases
 @methods
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "bloom"])
 def test_batches_and_shared_beginnings_equal_documents_alone(tiny, family, name, phases):
     model = tiny(family)
     method = METHODS[name](phases)
