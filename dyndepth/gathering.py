@@ -2,18 +2,26 @@
 
 Under a token mask a sublayer either runs for the gathered tokens alone, or for all of them, whose
 result is then taken where the mask says so. Gathering costs copies, an explicit attention mask and
-smaller matrix products; with few tokens to skip or few tokens at all it saves less than that.
+smaller matrix products; with few tokens to skip or few tokens at all it saves less than that. Where
+the line lies depends on the device, the precision and the width: ``python -m dyndepth.timing
+limits`` measures it. Until it has, the line is that of one CPU core (AVX2) and blocks 576 wide.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from dyndepth.assets import cache_root
+from dyndepth.blocks import causal_lm
 from dyndepth.method import ATTENTION
 from dyndepth.selection import Selection
+from dyndepth.store import write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,33 @@ _COARSE = Limits(attention=0.75, mlp=0.85, tokens=64)
 
 
 def limits_of(model: nn.Module) -> Limits:
-    """The rule for a model: by its precision, as measured on a CPU with blocks 576 wide."""
-    dtype = next(model.parameters()).dtype
-    return _EXACT if dtype in (torch.float32, torch.float64) else _COARSE
+    """The rule for a model: as measured on this device, else by its precision."""
+    try:
+        found = json.loads(_file(model).read_text(encoding="utf-8"))
+        return Limits(float(found["attention"]), float(found["mlp"]), int(found["tokens"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        dtype = next(model.parameters()).dtype
+        return _EXACT if dtype in (torch.float32, torch.float64) else _COARSE
+
+
+def keep(model: nn.Module, limits: Limits) -> Path:
+    """Keep measured limits for models of this width and precision on this device."""
+    file = _file(model)
+    write_atomically(file, json.dumps(asdict(limits)))
+    return file
+
+
+def _file(model: nn.Module) -> Path:
+    parameter, config = next(model.parameters()), causal_lm(model).config
+    device = parameter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about = [
+        name,
+        str(parameter.dtype),
+        config.model_type,
+        config.hidden_size,
+        config.num_attention_heads,
+        config._attn_implementation,
+    ]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return cache_root() / "limits" / f"{key}.json"

@@ -45,6 +45,7 @@ FRONT = frozenset(
         "importance_command.py",
         "intervals.py",
         "leaderboard.py",
+        "limits_command.py",
         "lm_eval_plugin.py",
         "machine.py",
         "memory.py",

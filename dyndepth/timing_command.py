@@ -1,6 +1,7 @@
 """The command line ``python -m dyndepth.timing``: one method on one model, as a table and JSON.
 
-With ``break-even`` as its first word it is that of ``dyndepth.break_even_command``.
+With ``break-even`` as its first word it is that of ``dyndepth.break_even_command``, with ``limits``
+that of ``dyndepth.limits_command``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dyndepth import break_even_command
+from dyndepth import break_even_command, limits_command
 from dyndepth.timing import LEVELS, Row, measure
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time one method; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [break_even_command.NAME]:
-        return break_even_command.main(given[1:])
+    for command in (break_even_command, limits_command):
+        if given[:1] == [command.NAME]:
+            return command.main(given[1:])
     options = _parser().parse_args(given)
     from dyndepth.errors import UserError
 
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dyndepth.timing",
         description="Time a method against the stock model, in interleaved pairs.",
         epilog=f"`python -m dyndepth.timing {break_even_command.NAME} --help`: from which skipped "
-        "fraction on token routing pays.",
+        f"fraction on token routing pays; `{limits_command.NAME} --help`: when tokens are gathered.",
     )
     add = parser.add_argument
     add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")

@@ -1,0 +1,173 @@
+"""The command line ``python -m dyndepth.timing limits``: when gathering pays on this machine.
+
+One block in the middle of the model runs on gathered tokens and with the dense kernel in turns, at
+several executed shares and numbers of tokens. What is found is kept in the cache, and from then on
+every ``attach`` of a model of that width and precision on that device goes by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.errors import UserError
+from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dyndepth.blocks import Block
+    from dyndepth.gathering import Limits
+
+NAME = "limits"
+SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+COUNTS = (8, 16, 32, 64, 128, 256)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and keep; returns 0, or 2 for wrong input."""
+    built = Parser(
+        prog=f"python -m dyndepth.timing {NAME}",
+        description="Measure for which executed shares gathering the selected tokens is faster "
+        "than computing all, and keep it for this device, precision and width.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: {EMBEDDED})")
+    add("--tokens", type=int, default=512, help="of the forward (default: 512)")
+    add("--repeats", type=int, default=15, help="rounds, 6 or more (default: 15)")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
+    add("--attn_implementation", choices=CHOICES["attn_implementation"])
+    add("--threads", type=int, help="default: torch's own choice")
+    try:
+        run(built.parse_args([underscored(each) for each in arguments]))
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, measure, print, keep. Raises UserError for wrong input."""
+    for name, least in (("tokens", max(COUNTS)), ("repeats", 6), ("threads", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} takes a whole number of at least {least}, not {value}")
+    import torch
+
+    from dyndepth.gathering import keep
+    from dyndepth.machine import steady_allocator
+    from dyndepth.models import load_model
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        steady_allocator()
+    model = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+    )
+    found = measure(model, options.tokens, options.repeats, say=print)
+    print(f"gather attention up to {found.attention:g} and MLP up to {found.mlp:g} of the tokens,")
+    print(f"in forwards of at least {found.tokens} tokens; kept in {keep(model, found)}")
+
+
+def measure(
+    model: Any, tokens: int, repeats: int, say: Callable[[str], None] = lambda line: None
+) -> Limits:
+    """The largest shares and the least number of tokens for which gathering is faster."""
+    from dyndepth.gathering import Limits
+
+    shares = [
+        max((s for s in SHARES if _faster(model, tokens, s, which, repeats, say)), default=0.0)
+        for which in (0, 1)
+    ]
+    pays = [all(_faster(model, n, 0.5, which, repeats, say) for which in (0, 1)) for n in COUNTS]
+    least = next((n for k, n in enumerate(COUNTS) if all(pays[k:])), max(COUNTS) + 1)
+    return Limits(attention=shares[0], mlp=shares[1], tokens=least)
+
+
+def _faster(
+    model: Any,
+    tokens: int,
+    share: float,
+    sublayer: int,
+    repeats: int,
+    say: Callable[[str], None],
+) -> bool:
+    """Whether gathering ``share`` of ``tokens`` is faster than the dense kernel."""
+    import torch
+
+    from dyndepth.blocks import blocks
+    from dyndepth.pairing import interleave, ratio
+    from dyndepth.selection import Selection
+
+    split = blocks(model)
+    block = split[len(split) // 2]
+    with torch.inference_mode():
+        hidden, arguments = _entering(model, split, len(split) // 2, tokens)
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+        mask = (order < round(share * tokens))[None].to(hidden.device)
+        selection = Selection(mask, round(share * tokens), round(share * tokens))
+        if sublayer == 0:
+
+            def gathered() -> Tensor:
+                fresh = Selection(mask, selection.count, selection.slots)
+                update = block.attention_selected(hidden, fresh, arguments)
+                return hidden.flatten(0, 1).index_add(0, fresh.index, update)
+
+            def whole() -> Tensor:
+                return selection.put(hidden, hidden + block.attention_branch(hidden, arguments))
+        else:
+
+            def gathered() -> Tensor:
+                fresh = Selection(mask, selection.count, selection.slots)
+                flat = hidden.flatten(0, 1)
+                update = block.mlp_branch(flat.index_select(0, fresh.index))
+                return flat.index_add(0, fresh.index, update)
+
+            def whole() -> Tensor:
+                return selection.put(hidden, hidden + block.mlp_branch(hidden))
+
+        times = interleave(
+            {"whole": whole, "gathered": gathered},
+            repeats=repeats,
+            warmup=3,
+            seed=0,
+            device=hidden.device,
+        )
+    found = ratio(times["whole"], times["gathered"])
+    say(
+        f"{('attention', 'mlp')[sublayer]:9} {share:4.0%} of {tokens:4} tokens: gathering is "
+        f"{found.median:.2f} times as fast [{found.low:.2f}, {found.high:.2f}]"
+    )
+    return found.median > 1.0
+
+
+def _entering(
+    model: Any, split: list[Block], index: int, tokens: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """What the block ``index`` is given in a forward of as many tokens, without a cache."""
+    import torch
+
+    from dyndepth.blocks import causal_lm, decoder
+    from dyndepth.patching import run_by
+
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def run(number: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if number == index:
+            seen.append((hidden, arguments))
+        return stock(hidden, **arguments)
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+    with run_by(split, run):
+        decoder(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return seen[0]
