@@ -181,7 +181,19 @@ class Block:
         if self.bias_argument is not None:
             bias = arguments[self.bias_argument].view(keys.shape[0], -1, 1, keys.shape[2])
             mask = mask + bias.to(mask.dtype)
-        out = self._attend(selection.into_slots(queries).transpose(1, 2), keys, values, mask)
+        slots = selection.into_slots(queries).transpose(1, 2)
+        parts = [(slice(None), keys.shape[2])]
+        if arguments.get("attention_mask") is None and self._config._attn_implementation == "sdpa":
+            parts = selection.parts(keys.shape[2])
+        out = torch.cat(
+            [
+                self._attend(
+                    slots[:, :, part], keys[:, :, :end], values[:, :, :end], mask[:, :, part, :end]
+                )
+                for part, end in parts
+            ],
+            dim=1,
+        )
         update = self._output(selection.out_of_slots(out.flatten(2)))
         return self._after(update, self._attention_post)
 

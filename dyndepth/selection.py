@@ -15,6 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_KEYS_A_PART, _MOST_PARTS = 256, 8
+"""In how many parts causal attention of gathered queries is computed."""
+
 
 @dataclass(eq=False)
 class Selection:
@@ -98,6 +101,25 @@ class Selection:
         """``[batch, slots, size]`` back into ``[count, size]``."""
         flat = padded.flatten(0, 1)
         return flat if self.mask.shape[0] == 1 else flat.index_select(0, self._slot)
+
+    def parts(self, keys: int) -> list[tuple[slice, int]]:
+        """Parts of the slots under a causal mask, each with the number of keys that it may see.
+
+        A causal kernel passes over the keys after a query by itself, under an explicit mask it does
+        not, so that many keys are read in parts. On a CPU alone: elsewhere the host would have to
+        ask where the parts end.
+        """
+        count = min(_MOST_PARTS, keys // _KEYS_A_PART)
+        if count < 2 or self.mask.shape[0] > 1 or self.mask.device.type != "cpu":
+            return [(slice(None), keys)]
+        if self.mask.shape[1] != keys:
+            return [(slice(None), keys)]  # a single query over a cache
+        size = -(-self.count // count)
+        stops = range(size, self.count + size, size)
+        return [
+            (slice(stop - size, stop), int(self.token[min(stop, self.count) - 1]) + 1)
+            for stop in stops
+        ]
 
     def put(self, hidden: Tensor, executed: Tensor) -> Tensor:
         """``executed`` for the selected tokens, else ``hidden``; ``[batch, tokens, size]``."""

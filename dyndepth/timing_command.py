@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dyndepth.timing",
         description="Time a method against the stock model, in interleaved pairs.",
         epilog=f"`python -m dyndepth.timing {break_even_command.NAME} --help`: from which skipped "
-        f"fraction on token routing pays; `{limits_command.NAME} --help`: when tokens are gathered.",
+        f"fraction on routing pays; `{limits_command.NAME} --help`: when tokens are gathered.",
     )
     add = parser.add_argument
     add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")

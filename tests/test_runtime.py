@@ -347,3 +347,24 @@ def test_wrong_gates_are_named(tiny, gate, plan):
     with attach(model, RandomMask()) as trace:  # the failed forward left nothing behind
         model(ids(1, 5))
     assert trace.totals()["tokens"] == 5
+
+
+@pytest.mark.parametrize("length", [511, 512, 1100])
+def test_long_causal_attention_in_parts(tiny, length):
+    """Each part of the gathered queries reads the keys up to its last token, and no others."""
+    model = tiny("llama", "sdpa", max_position_embeddings=2048)
+    tokens = ids(1, length)
+    method = RandomMask(rate=0.3)
+    method.start = lambda context: (
+        setattr(method, "context", context)
+        or setattr(
+            method,
+            "table",
+            torch.rand(2048, LAYERS, 2, generator=torch.Generator().manual_seed(0)) < method.rate,
+        )
+    )
+    logits = []
+    for backend in ("sparse", "masked"):
+        with attach(model, method, backend=backend):
+            logits.append(model(tokens).logits)
+    torch.testing.assert_close(*logits, atol=5e-5, rtol=0)
