@@ -225,9 +225,13 @@ class Block:
         """
         scale = getattr(self.attention, self._record.scale)
         if self._config._attn_implementation == "sdpa":
-            grouped = queries.shape[1] != keys.shape[1]
+            groups = queries.shape[1] // keys.shape[1]
+            if groups > 1 and queries.device.type != "cpu":
+                # With a mask, kernels other than the slow one take no grouped heads there.
+                keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
+                groups = 1
             return scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
+                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=groups > 1
             ).transpose(1, 2)
         eager = getattr(
             sys.modules[type(self.attention).__module__], "eager_attention_forward", None

@@ -2,12 +2,13 @@
 
 Two FLOPs a multiply-add, in matrix products only, as ``torch.utils.flop_counter`` counts them: the
 scores and values of a token cost all keys of its sequence that are present at the end of its
-forward (a causal prefill is a full square). Rotary tables, norms and activations are not counted.
-Counts are *useful* work: arithmetic spent on padding, on filling a rectangle in a batch, or on a
-bound's foresight is kept apart under ``padding`` and is in no total. Documents that begin alike may
-share the forward of that beginning; each is billed it in full, with the keys of its whole context,
-as if it had been read at once, and what was so billed and not computed is ``reused``, a negative
-number. Useful + padding + reused is what the counter sees.
+forward (a causal prefill is a full square, and a window is not taken off, whatever a kernel leaves
+out). Rotary tables, norms and activations are not counted. Counts are *useful* work: arithmetic
+spent on padding, on filling a rectangle in a batch, or on a bound's foresight is kept apart under
+``padding`` and is in no total. Documents that begin alike may share the forward of that beginning;
+each is billed it in full, with the keys of its whole context, as if it had been read at once, and
+what was so billed and not computed is ``reused``, a negative number. Useful + padding + reused is
+what the counter sees.
 """
 
 from __future__ import annotations

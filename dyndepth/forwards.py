@@ -73,14 +73,17 @@ def forward(
         arguments["position_ids"] = positions[:, -inputs.shape[1] :]
     arguments[cache_argument(owner)] = cache
     out = owner(input_ids=inputs, **arguments)
-    return out.last_hidden_state, cache_of(out) if keep else None
+    # A model that is spread over devices ends on another one than it began on.
+    return out.last_hidden_state.to(inputs.device), cache_of(out) if keep else None
 
 
 def rows_of(cache: Any, rows: Tensor) -> Any:
     """A cache that holds the chosen rows, repeated where ``rows`` repeats; ``cache`` is kept."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
+    for layer in chosen.layers:
+        keys = getattr(layer, "keys", None)
+        layer.batch_select_indices(rows if keys is None else rows.to(keys.device))
     return chosen
 
 

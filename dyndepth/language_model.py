@@ -53,8 +53,8 @@ class DyndepthLM(TemplateLM):
             is fitted on the embedded corpus (cached) unless it comes fitted.
         tokenizer: a loaded tokenizer or its name; the model's own by default.
         batch_size: most contexts in a forward, fewer where they are long; their continuations
-            follow in at most twice as many rows. A method that is ``pooled`` runs one sequence at a
-            time.
+            follow in at most four times as many rows. A method that is ``pooled`` runs one sequence
+            at a time.
         device, dtype, attn_implementation, revision, trust_remote_code: as ``load_model`` takes
             them; ignored for a loaded model. lm-eval asks for ``cuda:0`` unless told otherwise;
             without a GPU that means the CPU, with a warning, as it does for its ``hf`` model.

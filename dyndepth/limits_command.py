@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
@@ -83,10 +84,11 @@ def measure(
     """The largest shares and the least number of tokens for which gathering is faster."""
     from dyndepth.gathering import Limits
 
-    shares = [
-        max((s for s in SHARES if _faster(model, tokens, s, which, repeats, say)), default=0.0)
-        for which in (0, 1)
-    ]
+    shares = []
+    for which in (0, 1):
+        faster = [_faster(model, tokens, share, which, repeats, say) for share in SHARES]
+        wins = len(list(takewhile(bool, faster)))  # a lucky win beyond a loss is none
+        shares.append(SHARES[wins - 1] if wins else 0.0)
     pays = [all(_faster(model, n, 0.5, which, repeats, say) for which in (0, 1)) for n in COUNTS]
     least = next((n for k, n in enumerate(COUNTS) if all(pays[k:])), max(COUNTS) + 1)
     return Limits(attention=shares[0], mlp=shares[1], tokens=least)

@@ -61,9 +61,18 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "allocator": _allocator(on_gpu),
+        "gather_limits": _gather_limits(model),
         "load_average": None if load is None else round(load, 2),
         "gpu": _gpu_state(device) if on_gpu else None,
     }
+
+
+def _gather_limits(model: torch.nn.Module) -> str:
+    """When the runtime gathers, see ``dyndepth.gathering``: attention, MLP, least tokens."""
+    from dyndepth.gathering import limits_of
+
+    limits = limits_of(model)
+    return f"{limits.attention:g} {limits.mlp:g} {limits.tokens}"
 
 
 def _allocator(on_gpu: bool) -> str:

@@ -147,10 +147,10 @@ class DynamicDepthMethod:
         foresees: True if it calls ``foresight``. It is never timed: the clock would see that too.
         pooled: True if it decides over the sequences of a batch together. It is then evaluated one
             sequence a forward, nothing shared, so that a result does not depend on batch mates.
-        by_document: True if a decision depends on which document it is, and not on its tokens and
-            their positions alone: documents then never share the forward of an equal beginning. By
-            default true for granularity ``sequence``; a token method that reads the context's
-            ``documents`` has to say it.
+        by_document: True if a decision depends on which document it is, and not on its tokens up
+            to the one decided, and their positions, alone: documents then never share the forward
+            of an equal beginning. By default true for granularity ``sequence``; a token method that
+            reads the context's ``documents`` has to say it.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance

@@ -26,7 +26,11 @@ Projected = tuple[Tensor | None, Tensor, Tensor]
 def linear_flops(modules: Sequence[Any]) -> int:
     """FLOPs a token of all linear maps inside modules, adapters included."""
     maps = (m for module in modules if isinstance(module, nn.Module) for m in module.modules())
-    return sum(2 * m.weight.numel() for m in maps if isinstance(m, (nn.Linear, Conv1D)))
+    return sum(
+        2 * m.in_features * m.out_features if isinstance(m, nn.Linear) else 2 * m.weight.numel()
+        for m in maps
+        if isinstance(m, (nn.Linear, Conv1D))
+    )
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Trace:
             raise RuntimeError("readout needs a forward through the attached model before it")
         counts = torch.bincount(rows, minlength=last.batch)
         last.heads.append((counts, hidden.shape[0]))
-        return self._head(hidden)
+        return self._head(hidden).to(hidden.device)
 
 
 def attached(model: nn.Module) -> bool:
@@ -339,7 +339,8 @@ class _Runtime:
             self.forward.whole.add((index, ATTENTION))
             return selection.put(hidden, hidden + block.attention_branch(hidden, arguments))
         update = block.attention_selected(hidden, selection, arguments)
-        return hidden.flatten(0, 1).index_add(0, selection.index, update).view_as(hidden)
+        flat = hidden.flatten(0, 1)
+        return flat.index_add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
 
     def _feed(
         self,
@@ -361,7 +362,7 @@ class _Runtime:
         update = block.mlp_branch(source.flatten(0, 1).index_select(0, selection.index))
         flat = hidden.flatten(0, 1)
         add = flat.index_add_ if owned else flat.index_add
-        return add(0, selection.index, update).view_as(hidden)
+        return add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
 
 
 def _phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:

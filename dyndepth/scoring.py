@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _ROWS_PER_CONTEXT = 4
 """Continuation passes run at most this many rows for each row of a full context batch."""
+_COPIED = 2**14
+"""Tokens of contexts that a continuation pass may hold copies of."""
 _HELD = 4096
 """Tokens of contexts that may wait in caches for their continuations, padding included."""
 _LOGITS = 2**24
@@ -94,12 +96,17 @@ def score(
 
 
 def _slides(model: PreTrainedModel, groups: Sequence[Group]) -> bool:
-    """Whether some attention reaches back less far than the longest sequence.
+    """Whether some attention may reach back less far than a row is wide.
 
-    Its window is counted in columns, and what follows a shared beginning has padding before it.
+    A window is counted in columns, and what follows a shared beginning has padding before it: a row
+    is at most as wide as the longest beginning, rest and continuation of different documents.
     """
     windows = [block.window for block in blocks(model) if block.window is not None]
-    return bool(windows) and min(windows) < max(sum(group.size) for group in groups)
+    if not windows or not groups:
+        return False
+    sizes = [group.size for group in groups]
+    longest = 2 * max(context for context, _ in sizes) + max(more for _, more in sizes)
+    return min(windows) < longest
 
 
 @dataclass
@@ -208,7 +215,8 @@ def score_alone(model: PreTrainedModel, trace: Trace, group: Group) -> Scored:
 
 @dataclass(frozen=True)
 class _Shared:
-    """Beginnings of contexts that were read, a row each: their cache and mask, as in ``Begun``."""
+    """Beginnings of contexts that were read, a row each: their cache and mask, as in
+    ``generation.Begun``."""
 
     mask: Tensor
     cache: Any
@@ -271,7 +279,9 @@ def _finish(model: PreTrainedModel, trace: Trace, read: _Read, batch_size: int) 
     longer = [index for index, (_, tokens) in enumerate(pairs) if len(tokens) > 1]
     longer.sort(key=lambda index: len(pairs[index][1]), reverse=True)
     lengths = [len(pairs[index][1]) - 1 for index in longer]
-    for part in parts(lengths, _ROWS_PER_CONTEXT * batch_size, budget_of(device)):
+    copies = max(1, _COPIED // (read.mask.shape[1] + max(lengths, default=0)))
+    most = min(_ROWS_PER_CONTEXT * batch_size, copies)
+    for part in parts(lengths, most, budget_of(device)):
         chunk = longer[part]
         rows = torch.tensor([pairs[index][0] for index in chunk], device=device)
         trace.documents = [read.groups[pairs[index][0]].document for index in chunk]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,6 +18,10 @@ Settled = bool | Selection | Tensor
 float and carry a gradient."""
 
 
+Key = tuple[int, int, torch.device]
+_fresh = itertools.count()
+
+
 class Settler:
     """The gates of one forward. A mask that comes back for another block is settled once."""
 
@@ -27,8 +32,9 @@ class Settler:
         self._device = device
         self._generation = forward.generation if method.phases == "generation" else None
         # By identity, with the gate itself, so that no other can take its place in memory.
-        self._known: dict[tuple[int, torch.device], tuple[Tensor, Settled]] = {}
+        self._known: dict[Key, tuple[Gate, Settled]] = {}
         self._rows: dict[tuple[bool, ...], Gate] = {}
+        self._own: set[int] = set()
 
     def __call__(self, gates: tuple[Gate, Gate], hidden: Tensor) -> tuple[Settled, Settled]:
         """Both gates of a block whose tokens are ``hidden``, ``[batch, tokens, hidden]``.
@@ -37,17 +43,17 @@ class Settler:
         """
         if self._masked:
             return self._mask(gates[0], hidden), self._mask(gates[1], hidden)
-        new: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        new: dict[Key, tuple[Gate, Tensor]] = {}
         found: list[Any] = []
         for gate in gates:
             if isinstance(gate, bool) and (gate or self._generation is None):
                 found.append(gate)
                 continue
-            key = (id(gate), hidden.device)
+            key = found[0] if gate is gates[0] and found else self._key(gate, hidden.device)
             found.append(key)
             if key not in self._known and key not in new:
                 mask = cast(Tensor, self._mask(gate, hidden))
-                new[key] = (cast(Tensor, gate), self._real(mask))
+                new[key] = (gate, self._real(mask))
         if new:
             selected = Selection.of([mask for _, mask in new.values()], self._count)
             for (key, (gate, _)), selection in zip(new.items(), selected, strict=True):
@@ -81,8 +87,17 @@ class Settler:
             # Counted here, so that the host need not wait for the device at each block.
             counts = [count * runs for count, runs in zip(self._by_row, pattern, strict=True)]
             selection = Selection.counted(self._real(gate), counts, self._count)
-            self._known[id(gate), gate.device] = (gate, selection)
+            self._own.add(id(gate))
+            self._known[self._key(gate, gate.device)] = (gate, selection)
         return gate
+
+    def _key(self, gate: Gate, device: torch.device) -> Key:
+        """What a gate is known by: a mask that was written to since is another one."""
+        if isinstance(gate, bool) or id(gate) in self._own:
+            return id(gate), 0, device
+        # Tensors made under inference mode don't tell whether they were written to.
+        version = next(_fresh) if gate.is_inference() else gate._version
+        return id(gate), version, device
 
     def _mask(self, gate: Gate, hidden: Tensor) -> Settled:
         """A gate with prompt tokens of generation methods open, on the device of the block."""
@@ -102,9 +117,9 @@ class Settler:
         return torch.where(generation.to(hidden.device), gate, torch.ones_like(gate))
 
     def _real(self, mask: Tensor) -> Tensor:
-        """Without padding, which is never executed."""
+        """Without padding, which is never executed; a copy, which the method can't write to."""
         valid = self._forward.valid
-        return mask if valid is None else mask & valid.to(mask.device)
+        return mask.clone() if valid is None else mask & valid.to(mask.device)
 
     @cached_property
     def _by_row(self) -> list[int]:

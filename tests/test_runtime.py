@@ -368,3 +368,38 @@ def test_long_causal_attention_in_parts(tiny, length):
         with attach(model, method, backend=backend):
             logits.append(model(tokens).logits)
     torch.testing.assert_close(*logits, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_mask_may_be_written_to_between_blocks(tiny, family, inference):
+    """A method may keep one mask and thin it in place; what ran before stays what it was."""
+
+    class Thinning(RandomMask):
+        def start(self, context):
+            super().start(context)
+            self.alive = torch.ones(context.batch, context.tokens, dtype=torch.bool)
+
+        def gates(self, layer, hidden):
+            self.alive &= super().gates(layer, hidden)[0]
+            return self.alive, self.alive
+
+    model, tokens, logits, executed = tiny(family), ids(3, 20), [], []
+    for backend in ("sparse", "masked"):
+        with (
+            torch.inference_mode(inference),
+            attach(model, Thinning(rate=0.8), backend=backend) as t,
+        ):
+            logits.append(model(tokens).logits)
+            executed.append(t.executed())
+    torch.testing.assert_close(*logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(*executed)
+    assert (executed[0][1:] < executed[0][:-1]).all()
+
+
+def test_autocast(tiny):
+    model, tokens, logits = tiny("llama"), ids(3, 12), []
+    for backend in ("sparse", "masked"):
+        with torch.autocast("cpu", torch.bfloat16), attach(model, RandomMask(), backend=backend):
+            logits.append(model(tokens).logits.float())
+    assert (logits[0] - logits[1]).abs().mean() < 0.05

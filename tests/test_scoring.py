@@ -248,3 +248,18 @@ def test_a_text_is_tokenised_once(tiny):
         pairs.append([own.pair("one context", " choice"), own.pair("one context", " other")])
         assert tokenizer.read == 3
     assert pairs[0] == pairs[1]
+
+
+def test_windows_that_padding_would_exhaust_are_not_shared(tiny):
+    """Each sequence fits the window, a row of two of them does not."""
+    model = tiny("mistral", sliding_window=64)
+    shots = tokens(40, 1)
+    two = [
+        Group("a", shots + tokens(20, 2), [tokens(2, 3)]),
+        Group("b", shots + tokens(2, 4), [tokens(19, 5)]),
+    ]
+    with attach(model, GivenPlan(plan=HALF)) as trace:
+        found = dict(score(model, trace, two, 8, sharing=True))
+        alone = [score_alone(model, trace, group) for group in two]
+        assert not list(score(model, trace, [], 8, sharing=True))
+    torch.testing.assert_close(logs([found[0], found[1]]), logs(alone), atol=2e-4, rtol=0)
