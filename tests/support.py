@@ -93,11 +93,21 @@ def found(family: str) -> dict[str, dict[str, bool]]:
     }
 
 
+def version() -> str:
+    """The first two numbers of transformers' version: with others, classes may have less or more."""
+    import transformers
+
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
 def table(results: dict[str, dict[str, dict[str, bool]]]) -> str:
     """The matrix as Markdown: where a check holds, the implementations that it holds with."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    lines = [f"| family | class | {' | '.join(CHECKS)} |", "|---" * (2 + len(CHECKS)) + "|"]
+    lines = [
+        f"| family | class in transformers {version()} | {' | '.join(CHECKS)} |",
+        "|---" * (2 + len(CHECKS)) + "|",
+    ]
     for family, checks in sorted(results.items()):
         cells = [", ".join(a for a, held in checks[name].items() if held) for name in CHECKS]
         lines.append(f"| {family} | {NAMES[family]} | {' | '.join(c or 'no' for c in cells)} |")

@@ -135,15 +135,20 @@ def test_kinds_of_cache(tiny, family, attn, kind):
     """Steps over any kind of cache give what one forward gives."""
     model, tokens = tiny(family, attn), ids(3, 14)
     method = METHODS["masks"]
+    name = cache_argument(model)
     make = {
         "lazy": DynamicCache,
         "configured": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=20),
     }[kind]
+    try:
+        model(tokens[:, :6], **{name: make()}, use_cache=True)
+    except RuntimeError:
+        pytest.skip(f"the stock {family} of this transformers can't run over a {kind} cache")
     past, parts = make(), []
     with attach(model, method) as trace:
         for start, stop in ((0, 6), (6, 9), (9, 10), (10, 14)):
-            step = model(tokens[:, start:stop], **{cache_argument(model): past}, use_cache=True)
+            step = model(tokens[:, start:stop], **{name: past}, use_cache=True)
             parts.append(step.logits)
         trace.prompt_length = 6
         whole = model(tokens).logits
