@@ -94,7 +94,7 @@ def found(family: str) -> dict[str, dict[str, bool]]:
 
 
 def version() -> str:
-    """The first two numbers of transformers' version: with others, classes may have less or more."""
+    """The first two numbers of transformers' version: with others a class may have less."""
     import transformers
 
     return ".".join(transformers.__version__.split(".")[:2])
