@@ -185,15 +185,13 @@ class Block:
         parts = [(slice(None), keys.shape[2])]
         if arguments.get("attention_mask") is None and self._config._attn_implementation == "sdpa":
             parts = selection.parts(keys.shape[2])
-        out = torch.cat(
-            [
-                self._attend(
-                    slots[:, :, part], keys[:, :, :end], values[:, :, :end], mask[:, :, part, :end]
-                )
-                for part, end in parts
-            ],
-            dim=1,
-        )
+        outs = [
+            self._attend(
+                slots[:, :, part], keys[:, :, :end], values[:, :, :end], mask[:, :, part, :end]
+            )
+            for part, end in parts
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         update = self._output(selection.out_of_slots(out.flatten(2)))
         return self._after(update, self._attention_post)
 

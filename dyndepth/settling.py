@@ -129,7 +129,7 @@ class Settler:
             return [forward.width] * forward.batch
         return forward.valid.sum(1).tolist()
 
-    @property
+    @cached_property
     def _count(self) -> int:
         return sum(self._by_row)
 
