@@ -27,13 +27,13 @@ from dyndepth.recipe import NONE, parse_recoveries
 from dyndepth.sweep import INTERRUPTED
 
 GROUP = "dyndepth.studies"
-SWEEP_KEYS = frozenset({"methods", "speedups", "seed", "recovery"})
+SWEEP_KEYS = frozenset({"methods", "speedups", "seed", "recovery", "timing"})
 """What a study's sweeps may differ in; all else is shared, so that their cells compare."""
 
 FLAGS = (
     *("model", "output_path", "limit", "speedups", "sample_seed", "num_fewshot", "batch_size"),
     *("device", "dtype", "attn_implementation", "revision", "trust_remote_code", "corpus"),
-    *("resume", "dry_run", "debug"),
+    *("timing", "resume", "dry_run", "debug"),
 )
 """Settings of the sweep that may be given on a study's command line."""
 
