@@ -100,7 +100,7 @@ class Study:
     Attributes:
         name, title: for the command line; for people.
         sweeps: settings of each sweep, of the keys ``SWEEP_KEYS``.
-        claims: in the order of the report.
+        claims: in the order of the report; none: its sweeps are all there is.
         limit: documents by task; the tasks are its keys. For the embedded model only: every other
             model is scored on all documents unless --limit says otherwise.
     """
@@ -210,8 +210,10 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
         # Before the first cell is computed, every later sweep's methods have been looked at too.
         check(sweeps)
         status = run_sweeps(study, sweeps)
-        if status == INTERRUPTED or sweeps[0].dry_run:
+        if status == INTERRUPTED or sweeps[0].dry_run or not study.claims:
             return status
+    if not study.claims:
+        raise UserError(f"the study {study.name} makes no claims, so there is no report of its own")
     # numpy and scipy come late: --help must be instant.
     from dyndepth import similarity
     from dyndepth.claims import comparable, failures, likened, report, traced

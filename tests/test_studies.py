@@ -386,6 +386,21 @@ class TestCommand:
         assert says in captured.err
         assert not (tmp_path / "run").exists()
 
+    def test_study_without_claims_is_its_sweeps(self, toy, tmp_path, monkeypatch, capsys):
+        entry = SimpleNamespace(load=lambda: replace(STUDY, claims=()))
+        monkeypatch.setattr(studies, "studies", lambda: {"toy": entry})
+        assert toy() == 0
+        assert ToyBench.asked == 7
+        assert not list((tmp_path / "run").glob("claims.*"))
+        capsys.readouterr()
+        assert toy("--only-report") == 2
+        assert "makes no claims" in capsys.readouterr().err
+
+    def test_sweeps_may_be_timed_apart(self):
+        timed = replace(STUDY, sweeps=({"methods": "steps", "timing": "full"}, STUDY.sweeps[0]))
+        assert [each.timing for each in timed.settings({})] == ["full", "off"]
+        assert [each.timing for each in timed.settings({"timing": "quick"})] == ["quick"] * 2
+
     def test_unknown_study(self, capsys):
         assert studies.main(["nope"]) == 2
         assert "unknown study 'nope'" in capsys.readouterr().err
