@@ -10,7 +10,7 @@ STUDY := skipgpt layer_selection
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow test-oldest bench docs routers study lint clean
+.PHONY: help setup sweep test test-slow test-oldest bench docs results notebooks routers study lint clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -19,7 +19,9 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-oldest run the tests with the oldest transformers that pyproject.toml allows"
 	@echo "make bench      measure what the runtime costs and saves"
-	@echo "make docs       write what the checks found into docs/"
+	@echo "make docs       write families, method cards, tables and all numbers of README and docs"
+	@echo "make results    make results/embedded again (some six hours on two cores; it resumes)"
+	@echo "make notebooks  execute the notebooks into runs/notebooks"
 	@echo "make routers    train the shipped routers and adapters again (about an hour)"
 	@echo "make study      test published claims on the embedded model (some hours); STUDY names one"
 	@echo "make lint       check style and types"
@@ -66,6 +68,18 @@ bench: setup
 
 docs: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/support.py
+	OMP_NUM_THREADS=1 $(RUN) -m dyndepth.pages
+
+notebooks: setup
+	OMP_NUM_THREADS=1 $(RUN) -m jupyter nbconvert --to notebook --execute --output-dir runs/notebooks \
+	  notebooks/*.ipynb
+
+results: setup
+	$(RUN) -m dyndepth.studies embedded --output_path results/embedded
+	$(RUN) -m dyndepth.comparison results/embedded --output_path results/embedded
+	$(RUN) -m dyndepth.leaderboard results/embedded --output_path results/embedded
+	$(RUN) -m dyndepth.verify results/embedded --write_manifest
+	$(RUN) -m dyndepth.verify results/embedded --sample 5
 
 routers: setup
 	$(RUN) -m dyndepth.methods.skipgpt.ship

@@ -1,14 +1,16 @@
 """One row a cell: what it scores, what it retains of dense, what it saves.
 
-``python -m dyndepth.leaderboard RUN...`` merges runs, prints the table, writes it with --output.
-Accuracy here is ``acc`` alone, never mixed with ``acc_norm``: the mean over tasks, its interval by
-bootstrap over documents within tasks, and the fraction of dense retained on the same documents.
+``python -m dyndepth.leaderboard RUN...`` merges runs and prints the table; with --output_path it
+writes leaderboard.csv and, for people, leaderboard.md and leaderboard.html. Accuracy here is
+``acc`` alone, never mixed with ``acc_norm``: the mean over tasks, its interval by bootstrap over
+documents within tasks, and the fraction of dense retained on the same documents.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,37 +22,18 @@ from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, identity_columns, order, setting
+from dyndepth.schema import TABLES, validate
 from dyndepth.store import Store, write_atomically
 from dyndepth.tables import as_csv
 
 METRIC = "acc"
+Z95 = 1.96
+"""Standard errors on each side of a 95% interval."""
 APART = {"bits_per_byte": "bits_per_byte", "rouge_l": "rougeL"}
 """Columns of scores that are no accuracies, and the metric whose mean over tasks they hold."""
 
-COLUMNS = (
-    "status",
-    "mean_acc",
-    "mean_acc_low",
-    "mean_acc_high",
-    "documents",
-    "retained",
-    "retained_low",
-    "retained_high",
-    *APART,
-    "block_speedup",
-    "total_speedup",
-    "wall_prefill_speedup",
-    "wall_prefill_low",
-    "wall_prefill_high",
-    "wall_decode_speedup",
-    "wall_decode_low",
-    "wall_decode_high",
-    "needs_training",
-    "device_name",
-    "threads",
-    "error",
-)
-"""Columns of leaderboard.csv after those that lead every table."""
+NAMES = ("leaderboard.csv", "leaderboard.md", "leaderboard.html")
+"""What the command writes."""
 
 
 def leaderboard(cells: Iterable[Cell]) -> list[Row]:
@@ -78,9 +61,15 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
     row: Row = {
         "status": cell.status,
         "documents": sum(map(len, own.values())),
-        **{column: _mean_value(cell, metric) for column, metric in APART.items()},
+        **{
+            key: value
+            for column, metric in APART.items()
+            for key, value in _mean_value(cell, column, metric).items()
+        },
         **speedups(cell),
         **wall_speedups(cell),
+        **_timed_shape(cell),
+        "paper": cell.provenance.get("paper"),
         "needs_training": cell.provenance.get("needs_training"),
         "device_name": cell.provenance.get("device_name"),
         "threads": cell.provenance.get("threads"),
@@ -106,13 +95,20 @@ def outcomes(cell: Cell) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
-def _mean_value(cell: Cell, metric: str) -> float | None:
-    values = [
-        row["value"]
-        for row in cell.accuracy
-        if row["metric"] == metric and row["value"] is not None
-    ]
-    return sum(values) / len(values) if values else None
+def _mean_value(cell: Cell, column: str, metric: str) -> Row:
+    """Mean of a metric over the tasks that have it, and its 95% interval by their standard errors
+    (the tasks' documents are independent); no interval where one of them is unknown."""
+    rows = [row for row in cell.accuracy if row["metric"] == metric and row["value"] is not None]
+    if not rows:
+        return {column: None}
+    value = sum(row["value"] for row in rows) / len(rows)
+    errors = [float(row["stderr"]) for row in rows if row.get("stderr") is not None]
+    margin = Z95 * math.sqrt(sum(error**2 for error in errors)) / len(rows)
+    if len(errors) < len(rows) or math.isnan(margin):
+        return {column: value}
+    # Neither metric can be negative, and the normal law does not know it.
+    low = max(0.0, value - margin)
+    return {column: value, f"{column}_low": low, f"{column}_high": value + margin}
 
 
 def speedups(cell: Cell) -> Row:
@@ -133,18 +129,27 @@ def wall_speedups(cell: Cell) -> Row:
     """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase."""
     found: Row = {}
     for phase in ("prefill", "decode"):
-        rows = [
-            row
-            for row in cell.timing
-            if row.get("phase") == phase and row.get("wall_speedup") is not None
-        ]
-        if not rows:
+        row = _timed(cell, phase)
+        if row is None:
             continue
-        row = min(rows, key=lambda r: (r["batch"], -r["length"]))
         found[f"wall_{phase}_speedup"] = row["wall_speedup"]
         for end in ("low", "high"):
             found[f"wall_{phase}_{end}"] = row.get(f"wall_speedup_{end}")
     return found
+
+
+def _timed(cell: Cell, phase: str) -> Row | None:
+    rows = [
+        row
+        for row in cell.timing
+        if row.get("phase") == phase and row.get("wall_speedup") is not None
+    ]
+    return min(rows, key=lambda row: (row["batch"], -row["length"])) if rows else None
+
+
+def _timed_shape(cell: Cell) -> Row:
+    row = _timed(cell, "prefill") or _timed(cell, "decode")
+    return {f"wall_{key}": row[key] for key in ("batch", "length")} if row else {}
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
@@ -190,6 +195,21 @@ def merged(runs: Sequence[Path]) -> list[Cell]:
     cells = sorted(found.values(), key=order)
     check_comparable(cells)
     return cells
+
+
+def write(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write the table for programs, a page for people and one for browsers; return where.
+
+    Raises UserError, before anything is written, if a value cannot be in the table.
+    """
+    from dyndepth.leaderboard_page import board, html, markdown
+
+    validate(NAMES[0], rows)
+    found = board(cells, rows)
+    texts = (as_csv(rows, TABLES[NAMES[0]].own), markdown(found), html(found))
+    for name, text in zip(NAMES, texts, strict=True):
+        write_atomically(folder / name, text)
+    return [folder / name for name in NAMES]
 
 
 def show(rows: Sequence[Row], title: str = "Leaderboard") -> None:
@@ -245,17 +265,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Merge runs into one leaderboard; refuse rows that are not comparable.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
-    parser.add_argument("--output", type=Path, help="CSV file to write the table to")
+    parser.add_argument(
+        "--output_path",
+        type=Path,
+        metavar="FOLDER",
+        help=f"folder to write {', '.join(NAMES)} to",
+    )
     options = parser.parse_args(arguments)
     try:
-        rows = leaderboard(merged(options.runs))
+        cells = merged(options.runs)
+        rows = leaderboard(cells)
+        written = write(cells, rows, options.output_path) if options.output_path else []
     except UserError as fault:
         print(f"dyndepth.leaderboard: {fault}", file=sys.stderr)
         return 2
     show(rows)
-    if options.output:
-        write_atomically(options.output, as_csv(rows, COLUMNS))
-        print(f"written to {options.output}")
+    if written:
+        print(f"written: {', '.join(map(str, written))}")
     return 0
 
 

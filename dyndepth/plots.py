@@ -1,340 +1,198 @@
-"""Figures, each once: the notebooks and commands call these and draw nothing themselves.
+"""Every figure, once: the notebooks and commands call these and draw nothing themselves.
 
-Every function returns a matplotlib Figure and writes it to ``path`` if one is given (PNG, PDF or
-SVG, by its ending). Colours are told apart by readers with any colour vision (Okabe and Ito 2008),
-and lines by their markers and dashes as well.
+Each function takes tables or records, returns a matplotlib Figure and writes it to ``path`` if one
+is given (PNG, PDF or SVG, by its ending). ``python -m dyndepth.plots RUN`` writes every figure that
+a run's tables allow.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dyndepth.errors import UserError
-from dyndepth.method import SUBLAYERS
+from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
+from dyndepth.plot_fits import importance, training_curve
+from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
+from dyndepth.plot_parts import readable, written
+from dyndepth.plot_points import main_metric, on_front, points, read_tables, reference, task_table
+from dyndepth.plot_routes import (
+    executed_by_layer,
+    executed_by_position,
+    executed_in_run,
+    routing_heatmap,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    from dyndepth.routes import Phase, Routes
+    from dyndepth.routes import Routes
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
-)  # fmt: skip
-COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
-MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ("-", "--", "-.", ":")
-SKIPPED = "#EDEDED"
-TITLES = dict(zip(SUBLAYERS, ("Attention", "MLP"), strict=True))
+__all__ = [
+    "accuracy_vs_flops",
+    "accuracy_vs_wallclock",
+    "bound_gap",
+    "executed_by_layer",
+    "executed_by_position",
+    "executed_in_run",
+    "flops_vs_wallclock",
+    "gaps",
+    "importance",
+    "main_metric",
+    "on_front",
+    "points",
+    "read_tables",
+    "readable",
+    "reference",
+    "retained",
+    "retained_by_task",
+    "routing_heatmap",
+    "task_table",
+    "training_curve",
+    "written",
+]
 
-_TOKENS_SHOWN = 72
-_FIRST = "first quarter to go, in this order"
-_DPI = 150
+FORMATS = ("png", "svg")
+Drawing = Callable[[], "Figure"]
 
 
-def routing_heatmap(
-    routes: Routes,
-    document: str,
-    path: str | Path | None = None,
-    *,
-    first: int = 0,
-    count: int = _TOKENS_SHOWN,
-) -> Figure:
-    """Tokens by sublayers of one document: filled where a token executed.
+def figures(run: str | Path) -> Iterator[tuple[str, Drawing]]:
+    """Name and drawing of every figure of a run folder; a drawing raises UserError, saying why, if
+    the run's tables do not allow it.
 
-    Shows ``count`` tokens from position ``first`` on, with their texts; a line marks where the
-    prompt ends. Raises UserError for an unknown document, or a ``first`` beyond its end.
+    Where a run holds several models or settings of data, each has its own figures, in a folder
+    ``setting_1`` and so on. Raises UserError if the folder is no run.
     """
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
-    rows = routes.document(document)
-    length = rows.stop - rows.start
-    if not 0 <= first < length or count < 1:
-        raise UserError(f"document {document!r} has {length} tokens, so none from {first} on")
-    shown = slice(rows.start + first, min(rows.start + first + count, rows.stop))
-    gates = routes.gates[shown]
-    tokens, layers = gates.shape[:2]
-    figure = _figure(max(6.0, 1.6 + 0.155 * tokens), 2.4 + 2 * max(1.2, 0.085 * layers))
-    axes = figure.subplots(2, 1, sharex=True)
-    colours = ListedColormap([SKIPPED, BLUE])
-    boundary = routes.prompt_lengths[routes.documents.index(document)] - first
-    ends = None
-    for index, (axis, sublayer) in enumerate(zip(axes, SUBLAYERS, strict=True)):
-        table = gates[:, :, index].T
-        axis.imshow(
-            table, cmap=colours, vmin=0, vmax=1, aspect="auto", origin="lower",
-            interpolation="nearest",
-        )  # fmt: skip
-        axis.set_ylabel("block")
-        axis.set_title(f"{TITLES[sublayer]}: {table.mean():.0%} executed", loc="left", fontsize=9)
-        _whole_numbers(axis.yaxis)
-        if 0 < boundary < tokens:
-            ends = axis.axvline(boundary - 0.5, color=VERMILION, linewidth=2, label="prompt ends")
-    labels = [readable(text) for text in routes.strings(shown)]
-    axes[1].set_xticks(range(tokens), labels, rotation=90, fontsize=7, parse_math=False)
-    axes[1].set_xlabel(f"tokens {first} to {first + tokens - 1} of {length}")
-    handles: list[Artist] = [
-        Patch(facecolor=BLUE, label="executed"),
-        Patch(facecolor=SKIPPED, edgecolor="gray", linewidth=0.5, label="skipped"),
-    ]
-    handles += [ends] if ends else []
-    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{routes.label}, {document}", x=0.01, ha="left", fontsize=10)
-    return _written(figure, path)
+    tables = read_tables(run)
+    board = tables["leaderboard"]
+    keys = ["model", "data_fingerprint", "dtype"]
+    settings = board.groupby(keys, sort=False, dropna=False)["cell"].apply(set).tolist()
+    for number, cells in enumerate(settings, start=1):
+        own = {
+            name: table[table["cell"].isin(cells)]
+            for name, table in tables.items()
+            if "cell" in table
+        }
+        folder = f"setting_{number}/" if len(settings) > 1 else ""
+        for name, draw in _of_setting(own):
+            yield folder + name, draw
+    yield from _of_records(Path(run))
 
 
-def executed_by_layer(
-    routes: Routes | Iterable[Routes] | Mapping[str, Routes],
-    path: str | Path | None = None,
-    *,
-    phase: Phase | None = None,
-) -> Figure:
-    """Executed fraction of tokens over blocks, a line for each record, by kind of sublayer."""
-    figure, axes = _pair("block (0 is next to the embedding)")
-    for number, (label, each) in enumerate(_named(routes).items()):
-        table = each.by_sublayer(phase)
-        for axis, sublayer in zip(axes, SUBLAYERS, strict=True):
-            part = table[table["sublayer"] == sublayer]
-            _line(axis, part["layer"], part["executed"], number, label)
-    for axis in axes:
-        _whole_numbers(axis.xaxis)
-    return _finished(figure, axes, path)
+def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]]:
+    def of(function: Callable[..., Figure], *names: str, **options: Any) -> Drawing:
+        return partial(_from_tables, tables, names, function, options)
 
-
-def executed_by_position(
-    routes: Routes | Iterable[Routes] | Mapping[str, Routes],
-    path: str | Path | None = None,
-    *,
-    bins: int = 16,
-    phase: Phase | None = None,
-) -> Figure:
-    """Executed fraction over the position in the document, a line for each record."""
-    figure, axes = _pair("position in the document, tokens")
-    for number, (label, each) in enumerate(_named(routes).items()):
-        table = each.by_position(bins, phase)
-        for axis, sublayer in zip(axes, SUBLAYERS, strict=True):
-            part = table[table["sublayer"] == sublayer]
-            _line(axis, (part["first"] + part["last"]) / 2, part["executed"], number, label)
-    return _finished(figure, axes, path)
-
-
-def training_curve(
-    curve: Sequence[Mapping[str, Any]], path: str | Path | None = None, *, title: str = ""
-) -> Figure:
-    """Loss, and executed beside wanted fraction, over tokens read (or steps).
-
-    ``curve`` has a row a step, as methods keep it: ``loss``, ``executed``, ``wanted``, ``tokens``;
-    a column that no row has is left out, and so are values that a row lacks. Raises UserError if
-    there is nothing to draw.
-    """
-    across = "tokens" if any("tokens" in row for row in curve) else "step"
-    points = {name: _points(curve, name, across) for name in ("loss", "executed", "wanted")}
-    present = {name for name, (x, _) in points.items() if len(x)}
-    if not present:
-        raise UserError(
-            "this training curve has neither loss nor executed; there is nothing to draw"
-        )
-    panels = [p for p in (("loss",), ("executed", "wanted")) if present & set(p)]
-    figure = _figure(6.4, 2.4 * len(panels) + 0.4)
-    axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
-    for axis, names in zip(axes, panels, strict=True):
-        for number, name in enumerate(names):
-            x, y = points[name]
-            if name not in present:
-                continue
-            fainter = len(x) > 40 and name != "wanted"
-            style = {"color": COLOURS[number], "linestyle": DASHES[number]}
-            axis.plot(x, y, alpha=0.3 if fainter else 1, linewidth=1.2, **style,
-                      label=None if fainter else name)  # fmt: skip
-            if fainter:
-                axis.plot(x, _smoothed(y), linewidth=1.8, **style, label=f"{name}, running mean")
-        if len(names) > 1:
-            axis.set_ylim(-0.02, 1.02)
-        axis.set_ylabel("loss, nats a token" if names == ("loss",) else "executed fraction")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-    axes[-1].set_xlabel("tokens read" if across == "tokens" else "step")
-    _whole_numbers(axes[-1].xaxis)
-    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _written(figure, path)
-
-
-def importance(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    labels: Mapping[str, str],
-    path: str | Path | None = None,
-    *,
-    title: str = "",
-) -> Figure:
-    """Scores over blocks, a panel for each criterion, with the first to go ringed and numbered.
-
-    ``tables`` has the rows of ``Ranking.rows`` by criterion: ``layer``, ``sublayer`` (``block``
-    where blocks are ranked), ``score``, ``rank`` from 1; ``labels`` says what each score is. The
-    ringed quarter is that of the ranked units. Scores that span orders of magnitude have a
-    logarithmic axis. Raises UserError if there is nothing to draw.
-    """
-    shown = {name: rows for name, rows in tables.items() if rows}
-    if not shown:
-        raise UserError("no unit was ranked; there is nothing to draw")
-    height = -(-len(shown) // 2)
-    figure = _figure(9.0, 0.7 + 2.5 * height)
-    panels = figure.subplots(height, 2, squeeze=False).flatten()
-    for axis in panels[len(shown) :]:
-        axis.remove()
-    handles: dict[str, Any] = {}
-    for axis, (name, rows) in zip(panels, shown.items(), strict=False):
-        _importance_panel(axis, rows)
-        axis.set_title(name, loc="left", fontsize=10)
-        axis.set_ylabel(labels.get(name, "score"))
-        axis.set_xlabel("block (0 is next to the embedding)")
-        drawn, names = axis.get_legend_handles_labels()
-        handles |= dict(zip(names, drawn, strict=True))
-    handles[_FIRST] = handles.pop(_FIRST)  # last
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
-        fontsize=8,
-    )  # fmt: skip
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _written(figure, path)
-
-
-def _importance_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One criterion: a line for each kind of unit, rings around the first quarter to go."""
-    for kind, number in (("block", 2), (SUBLAYERS[0], 0), (SUBLAYERS[1], 1)):
-        part = sorted((row["layer"], row["score"]) for row in rows if row["sublayer"] == kind)
-        if part:
-            points = np.array(part)
-            _line(axis, points[:, 0], points[:, 1], number, TITLES.get(kind, "Block"))
-    first = [row for row in rows if row["rank"] <= max(1, len(rows) // 4)]
-    axis.plot(
-        [row["layer"] for row in first], [row["score"] for row in first], label=_FIRST,
-        linestyle="none", marker="o", markersize=9, markerfacecolor="none",
-        markeredgecolor=VERMILION,
-    )  # fmt: skip
-    for row in first:
-        axis.annotate(
-            str(row["rank"]), (row["layer"], row["score"]), xytext=(0, 7),
-            textcoords="offset points", ha="center", fontsize=7, color=VERMILION, zorder=5,
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4},
-        )  # fmt: skip
-    scores = [row["score"] for row in rows]
-    if min(scores) > 0 and max(scores) > 30 * min(scores):
-        axis.set_yscale("log")
-    axis.margins(y=0.15)
-    axis.grid(alpha=0.3)
-    _whole_numbers(axis.xaxis)
-
-
-def readable(token: str) -> str:
-    """A token's text as a label: spaces and control characters visible, nothing empty."""
-    marks = {" ": "·", "\n": "⏎", "\t": "⇥"}
-    shown = "".join(
-        marks.get(c, c if unicodedata.category(c)[0] not in "CZ" else "□") for c in token
-    )
-    return shown if len(shown) <= 14 else f"{shown[:13]}…"
-
-
-# --- pieces -------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Not through pyplot: no global state, no window, nothing to close.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _pair(across: str) -> tuple[Figure, Sequence[Axes]]:
-    """Two panels, attention and MLP, with executed fractions upwards."""
-    figure = _figure(8.4, 3.4)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, sublayer in zip(axes, SUBLAYERS, strict=True):
-        axis.set_title(TITLES[sublayer], fontsize=10)
-        axis.set_xlabel(across)
-        axis.set_ylim(-0.03, 1.03)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("executed fraction of tokens")
-    return figure, axes
-
-
-def _named(routes: Any) -> dict[str, Routes]:
-    """Records by label; equal labels are numbered."""
-    if isinstance(routes, Mapping):
-        found = dict(routes)
+    board = "leaderboard"
+    yield "accuracy_vs_flops", of(accuracy_vs_flops, board)
+    yield "accuracy_vs_total_flops", of(accuracy_vs_flops, board, across="total_speedup")
+    for phase in ("prefill", "decode"):
+        yield f"accuracy_vs_{phase}_time", of(accuracy_vs_wallclock, board, phase=phase)
+    yield "bound_gap", of(bound_gap, board)
+    accuracy = tables.get("accuracy")
+    for task in () if accuracy is None else accuracy["task"].dropna().unique():
+        metric = main_metric(tables["accuracy"], task)
+        scores = ("accuracy", "compute")
+        for name, figure in ((f"{metric}_vs_flops", accuracy_vs_flops), ("bound_gap", bound_gap)):
+            yield f"{name}_{task}", of(partial(_of_task, figure, task, metric), *scores)
+    yield "retained_by_task", of(retained_by_task, "accuracy", "compute")
+    timing = tables.get("timing")
+    if timing is None or timing.empty:
+        yield "flops_vs_wallclock", of(flops_vs_wallclock, "timing")
     else:
-        several = [routes] if hasattr(routes, "by_sublayer") else list(routes)
-        found = {}
-        for each in several:
-            label, number = each.label, 2
-            while label in found:
-                label, number = f"{each.label} ({number})", number + 1
-            found[label] = each
-    if not found:
-        raise UserError("there are no routes to draw; record some by python -m dyndepth.routes")
-    return found
+        for batch, length in timing[["batch", "length"]].drop_duplicates().itertuples(index=False):
+            conditions = {"batch": int(batch), "length": int(length)}
+            name = f"flops_vs_wallclock_batch{batch}_length{length}"
+            yield name, of(flops_vs_wallclock, "timing", **conditions)
+    for target in sorted(set(tables[board]["target_speedup"]) - {1.0}):
+        name = f"executed_by_layer_{target:g}x"
+        yield name, of(executed_in_run, "routing", target_speedup=target)
 
 
-def _line(axis: Axes, x: Any, y: Any, number: int, label: str) -> None:
-    axis.plot(
-        x, y, label=label, color=COLOURS[number % len(COLOURS)], linewidth=1.4, markersize=4,
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle=DASHES[(number + number // len(COLOURS)) % len(DASHES)],
-    )  # fmt: skip
+def _from_tables(
+    tables: dict[str, pd.DataFrame],
+    names: Sequence[str],
+    function: Callable[..., Figure],
+    options: dict[str, Any],
+) -> Figure:
+    for name in names:
+        if name not in tables or tables[name].empty:
+            raise UserError(f"{name}.csv is missing or has no rows")
+    return function(*(tables[name] for name in names), **options)
 
 
-def _finished(figure: Figure, axes: Sequence[Axes], path: str | Path | None) -> Figure:
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False,
-        fontsize=8,
-    )  # fmt: skip
-    return _written(figure, path)
+def _of_task(
+    function: Callable[..., Figure],
+    task: str,
+    metric: str,
+    accuracy: pd.DataFrame,
+    compute: pd.DataFrame,
+) -> Figure:
+    return function(task_table(accuracy, compute, task, metric), metric=metric, title=task)
 
 
-def _points(
-    curve: Sequence[Mapping[str, Any]], name: str, across: str
-) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [
-        (row.get(across, step), row[name])
-        for step, row in enumerate(curve, start=1)
-        if row.get(name) is not None and np.isfinite(row[name])
-    ]
-    table = np.array(pairs, dtype=float).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+def _of_records(run: Path) -> Iterator[tuple[str, Drawing]]:
+    """Figures of the traces that lie beside the tables."""
+    files = sorted((run / "routes").glob("*.safetensors"))
+    if not files:
+        yield "executed_by_position", partial(_no_records, run / "routes")
+        return
+    # Records are read with a module that loads torch.
+    from dyndepth.routes import Routes
+
+    records = [Routes.load(file) for file in files]
+    by_target: dict[float, list[Routes]] = {}
+    for record in records:
+        by_target.setdefault(float(record.identity.get("target_speedup", 1.0)), []).append(record)
+    for target, own in sorted(by_target.items()):
+        yield f"executed_by_position_{target:g}x", partial(executed_by_position, own)
+    for file, record in zip(files, records, strict=True):
+        yield f"routing/{file.stem}", partial(routing_heatmap, record, record.documents[0])
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over a twentieth of the values, shorter at both ends."""
-    reach = max(1, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+def _no_records(folder: Path) -> Figure:
+    raise UserError(f"no traces in {folder}; record them by python -m dyndepth.routes")
 
 
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: write every figure that a run's tables allow; say which they do not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.plots",
+        description="Write every figure that a run's tables allow, and say which they do not.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output folder")
+    parser.add_argument(
+        "--output_path", type=Path, help="folder to write to (default: RUN/figures)"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", choices=(*FORMATS, "pdf"), default=FORMATS, help="(default: both)"
+    )
+    options = parser.parse_args(arguments)
+    output = options.output_path or options.run / "figures"
+    count = 0
+    try:
+        for name, draw in figures(options.run):
+            try:
+                figure = draw()
+            except UserError as reason:
+                print(f"not drawn: {name}: {reason}")
+                continue
+            paths = [output / f"{name}.{ending}" for ending in options.formats]
+            for path in paths:
+                written(figure, path)
+            print(f"written: {', '.join(map(str, paths))}")
+            count += 1
+    except UserError as fault:
+        print(f"dyndepth.plots: {fault}", file=sys.stderr)
+        return 2
+    print(f"{count} figures in {output}")
+    return 0
 
-    axis.set_major_locator(MaxNLocator(integer=True))
 
-
-def _written(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        import warnings
-
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # Tokens of other scripts than the font has are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(path)
-    return figure
+if __name__ == "__main__":
+    sys.exit(main())

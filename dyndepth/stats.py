@@ -144,7 +144,7 @@ def interpolate(points: Sequence[Point], fraction: float, slack: float = 0.0) ->
 
 def difference(a: Point, b: Point, seed: int = 0) -> Difference:
     """A minus B over the documents of both. Raises UserError if they are not the same documents."""
-    _check_paired(a, b)
+    check_paired(a, b)
     return paired(a.outcomes, b.outcomes, a.weights, seed)
 
 
@@ -170,7 +170,7 @@ def reach(points: Sequence[Point], dense: Point, higher_is_better: bool, seed: i
     """
     ordered = curve([*points, dense])
     for each in ordered:
-        _check_paired(each, dense)
+        check_paired(each, dense)
     sign = 1.0 if higher_is_better else -1.0
     count = len(dense.documents)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
@@ -233,13 +233,33 @@ def paired(a: Vector, b: Vector, weights: Vector | None = None, seed: int = 0) -
     )
 
 
+def mcnemar(a: Vector, b: Vector) -> float:
+    """Two-sided exact p of McNemar's test (McNemar 1947; the binomial test of the documents on
+    which the two differ) for paired outcomes 0 or 1, ``[units]`` each; 1 where none differs.
+
+    Raises:
+        ValueError: an outcome is neither 0 nor 1, or they are not as many.
+    """
+    from statsmodels.stats import contingency_tables
+
+    if len(a) != len(b) or not (is_binary(a) and is_binary(b)):
+        raise ValueError("McNemar's test needs as many outcomes of both, each 0 or 1")
+    table = np.histogram2d(a, b, bins=[[-0.5, 0.5, 1.5]] * 2)[0]
+    return float(contingency_tables.mcnemar(table, exact=True).pvalue)
+
+
+def is_binary(outcomes: Vector) -> bool:
+    """True if every outcome is 0 or 1."""
+    return bool(np.isin(outcomes, (0.0, 1.0)).all())
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p adjusted for all comparisons of one table (Holm 1979), in the given order."""
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    from statsmodels.stats.multitest import multipletests
+
+    if not len(p_values):
+        return []
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
 def direction(found: Difference, p_adjusted: float) -> int:
@@ -291,7 +311,7 @@ def _mixed(points: Sequence[Point], shares: Vector) -> Point:
     if len(points) == 1:
         return points[0]
     for point in points[1:]:
-        _check_paired(points[0], point)
+        check_paired(points[0], point)
     return Point(
         fraction=float(shares @ [point.fraction for point in points]),
         documents=points[0].documents,
@@ -304,7 +324,8 @@ def _mixed(points: Sequence[Point], shares: Vector) -> Point:
     )
 
 
-def _check_paired(one: Point, other: Point) -> None:
+def check_paired(one: Point, other: Point) -> None:
+    """Raise UserError unless both were scored on the same documents."""
     if one.documents != other.documents or not np.array_equal(one.weights, other.weights):
         raise UserError(
             f"the cells {', '.join(one.cells)} and {', '.join(other.cells)} were scored on "

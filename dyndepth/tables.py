@@ -1,7 +1,7 @@
 """The tidy tables, as a pure function of the cells: equal cells give equal bytes.
 
-Order of rows and columns is fixed, and so is the way a number is written (10 significant digits).
-Every row leads with its cell's hash and identity.
+Order of rows and columns is fixed (by ``dyndepth.schema``), and so is the way a number is written
+(10 significant digits). Every row leads with its cell's hash and identity.
 """
 
 from __future__ import annotations
@@ -14,65 +14,39 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.records import LEADING, Cell, Row, identity_columns
+from dyndepth.schema import TABLES, validate
 from dyndepth.store import write_atomically
 
-ACCURACY = (
-    "status",
-    "task",
-    "metric",
-    "filter",
-    "value",
-    "stderr",
-    "n",
-    "higher_is_better",
-    "task_version",
-)
-COMPUTE = (
-    "task",
-    "phase",
-    "tokens",
-    "block_flops_per_token",
-    "total_flops_per_token",
-    "block_speedup",
-    "total_speedup",
-    "attention",
-    "mlp",
-    "kv_projection",
-    "router",
-    "readout",
-    "lm_head",
-    "padding",
-)
-ROUTING = ("task", "phase", "layer", "sublayer", "executed")
-TIMING = ("phase", "batch", "length")
-SAMPLES = ("task", "doc_id", "doc_hash", "metric", "outcome")
-"""Columns of each table after the identity; others that a row has follow in alphabetical order."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of a text that a spreadsheet would run as a formula."""
 
-NAMES = (
-    "accuracy.csv",
-    "compute.csv",
-    "timing.csv",
-    "routing.csv",
-    "samples.parquet",
-    "leaderboard.csv",
-)
+NAMES = tuple(TABLES)
+"""The files of a run, in the order in which they are written."""
+
+CHECKED = ("accuracy.csv", "compute.csv", "timing.csv", "leaderboard.csv")
+"""Tables that are validated each time they are written. The others have many times the rows and are
+written after every cell of a sweep: ``schema.validate_folder`` and the verification check them."""
 
 
 def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
-    """Write the six tables of ``cells`` (in ``records.order``) under ``path``; return where."""
-    # The leaderboard is a table too, and it is written with this module's functions.
-    from dyndepth.leaderboard import COLUMNS, leaderboard
+    """Write the six tables of ``cells`` (in ``records.order``) under ``path``; return where.
 
-    tables: dict[str, str | bytes] = {
-        "accuracy.csv": as_csv(accuracy(cells), ACCURACY),
-        "compute.csv": as_csv(_rows(cells, "compute"), COMPUTE),
-        "timing.csv": as_csv(_rows(cells, "timing"), TIMING),
-        "routing.csv": as_csv(_rows(cells, "routing"), ROUTING),
-        "samples.parquet": as_parquet(_rows(cells, "samples"), SAMPLES),
-        "leaderboard.csv": as_csv(leaderboard(cells), COLUMNS),
+    Raises UserError, before anything is written, if a value of a table in ``CHECKED`` cannot be.
+    """
+    # The leaderboard is a table too, and it is written with this module's functions.
+    from dyndepth.leaderboard import leaderboard
+
+    rows = {
+        "accuracy.csv": accuracy(cells),
+        "leaderboard.csv": leaderboard(cells),
+        **{f"{name}.csv": _rows(cells, name) for name in ("compute", "timing", "routing")},
+        "samples.parquet": _rows(cells, "samples"),
     }
+    for name in CHECKED:
+        validate(name, rows[name])
     for name in NAMES:
-        write_atomically(path / name, tables[name])
+        write = as_parquet if name.endswith(".parquet") else as_csv
+        write_atomically(path / name, write(rows[name], TABLES[name].own))
     return [path / name for name in NAMES]
 
 
@@ -96,12 +70,15 @@ def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The rows as CSV text; a missing value is an empty field."""
+    """The rows as CSV text: one header, no index; a missing value is an empty field.
+
+    A text that a spreadsheet would take for a formula is led by an apostrophe.
+    """
     buffer = io.StringIO()
     names = columns_of(rows, columns)
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(names)
-    writer.writerows([_text(row.get(name)) for name in names] for row in rows)
+    writer.writerows([_field(row.get(name)) for name in names] for row in rows)
     return buffer.getvalue()
 
 
@@ -109,6 +86,11 @@ def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return format(value, ".10g") if isinstance(value, float) else str(value)
+
+
+def _field(value: Any) -> str:
+    text = _text(value)
+    return f"'{text}" if isinstance(value, str) and text.startswith(_FORMULA) else text
 
 
 def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:

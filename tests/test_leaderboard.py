@@ -11,7 +11,7 @@ from cells import cell, identity
 
 from dyndepth.errors import UserError
 from dyndepth.intervals import expected_margin, mean_score, retained
-from dyndepth.leaderboard import leaderboard, main, merged, speedups, wall_speedups
+from dyndepth.leaderboard import NAMES, leaderboard, main, merged, speedups, wall_speedups
 from dyndepth.records import Cell
 from dyndepth.store import Store
 
@@ -116,6 +116,29 @@ def test_wall_speedup_is_that_of_batch_one_at_the_longest_length():
     }
 
 
+def test_what_was_timed_stands_beside_the_wall_speedups():
+    one = cell()
+    base = {"phase": "decode", "wall_speedup": 1.1}
+    one.timing = [base | {"batch": 8, "length": 64}, base | {"batch": 2, "length": 32}]
+    (row,) = leaderboard([one])
+    assert (row["wall_batch"], row["wall_length"]) == (2, 32)
+    assert "wall_batch" not in leaderboard([cell()])[0]
+
+
+def test_scores_that_are_no_accuracies_have_intervals_from_their_errors():
+    one = cell()
+    base = one.accuracy[0] | {"metric": "bits_per_byte"}
+    one.accuracy += [base | {"task": "a", "value": 1.0, "stderr": 0.3}]
+    one.accuracy += [base | {"task": "b", "value": 2.0, "stderr": 0.4}]
+    (row,) = leaderboard([one])
+    assert row["bits_per_byte"] == 1.5
+    # The error of a mean of two independent values: half the root of the summed squares, 0.25.
+    assert row["bits_per_byte_low"] == pytest.approx(1.5 - 1.96 * 0.25)
+    assert row["bits_per_byte_high"] == pytest.approx(1.5 + 1.96 * 0.25)
+    one.accuracy[-1]["stderr"] = None
+    assert leaderboard([one])[0].get("bits_per_byte_low") is None
+
+
 def test_failed_cell_has_a_row_and_an_oracle_is_a_bound(capsys):
     failed = Cell(identity(method="m"), status="error", error="ValueError: no")
     oracle = cell([1, 1, 1, 1], method="o")
@@ -130,10 +153,11 @@ def test_runs_are_merged_and_a_finished_cell_beats_a_failed_one(tmp_path, capsys
     Store(tmp_path / "a").write(cell())
     Store(tmp_path / "a").write(Cell(identity(method="m"), status="error", error="no"))
     Store(tmp_path / "b").write(cell([0, 0, 1, 1], method="m"))
-    output = tmp_path / "board.csv"
+    output = tmp_path / "board"
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert main([*runs, "--output", str(output)]) == 0
-    with output.open() as file:
+    assert main([*runs, "--output_path", str(output)]) == 0
+    assert sorted(path.name for path in output.iterdir()) == sorted(NAMES)
+    with (output / "leaderboard.csv").open() as file:
         written = list(csv.DictReader(file))
     assert [(row["method"], row["status"]) for row in written] == [("dense", "done"), ("m", "done")]
     assert float(written[1]["retained"]) == pytest.approx(2 / 3)
@@ -149,8 +173,8 @@ def test_rows_that_are_not_comparable_are_refused(tmp_path, capsys, what):
         other.accuracy[0]["task_version"] = 2.0
     Store(tmp_path / "a").write(one)
     Store(tmp_path / "b").write(other)
-    output = tmp_path / "board.csv"
-    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)]) == 2
+    output = tmp_path / "board"
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--output_path", str(output)]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "separate leaderboards" in captured.err

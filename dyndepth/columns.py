@@ -1,0 +1,384 @@
+"""What every column of every table means, and which values it may have: said once, here.
+
+``dyndepth.schema`` checks tables against it, and the reference of the documentation is made from
+it. Indices count from 0; an empty field is a missing value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dyndepth.records import LEADING
+
+
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        dtype: ``text``, ``integer``, ``number``, ``boolean`` or ``any``.
+        nullable: whether the field may be empty.
+        description: one sentence: meaning, unit, and what empty means.
+        checks: bounds ``ge``, ``gt``, ``le`` and choices ``isin``, by name; empty fields pass.
+    """
+
+    dtype: str
+    nullable: bool
+    description: str
+    checks: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        row: what one row is.
+        columns: by name, in the order in which they are written.
+        key: columns whose values together stand in one row only.
+        ordered: triples of columns, low <= value <= high.
+        optional: columns that a file may lack.
+    """
+
+    row: str
+    columns: Mapping[str, Column]
+    key: tuple[str, ...] = ()
+    ordered: tuple[tuple[str, str, str], ...] = ()
+    optional: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the columns after those that lead every table."""
+        return tuple(name for name in self.columns if name not in LEADING)
+
+
+def _text(description: str, *, nullable: bool = False, isin: Sequence[str] = ()) -> Column:
+    return Column("text", nullable, description, {"isin": tuple(isin)} if isin else {})
+
+
+def _integer(description: str, *, nullable: bool = False, least: int | None = 0) -> Column:
+    return Column("integer", nullable, description, {} if least is None else {"ge": least})
+
+
+def _number(description: str, *, nullable: bool = True, **checks: float) -> Column:
+    return Column("number", nullable, description, checks)
+
+
+def _boolean(description: str, *, nullable: bool = False) -> Column:
+    return Column("boolean", nullable, description)
+
+
+def _fraction(description: str, *, nullable: bool = True) -> Column:
+    return Column("number", nullable, description, {"ge": 0, "le": 1})
+
+
+def _speedup(description: str, *, nullable: bool = True) -> Column:
+    return Column("number", nullable, description, {"gt": 0})
+
+
+def _flops(description: str, *, nullable: bool = True) -> Column:
+    return Column("number", nullable, description, {"ge": 0})
+
+
+_EVALUATION_PHASES = ("all", "prompt", "generation")
+_STATUS = _text(
+    "`done`, or `error`: the cell failed, or its timing did and its scores stand.",
+    isin=("done", "error"),
+)
+
+IDENTITY = {
+    "cell": _text("Name of the cell: 12 hex digits of SHA-256 over what changes its numbers."),
+    "model": _text("Model as it was asked for: `embedded`, a hub id or a path; not hashed."),
+    "model_fingerprint": _text("Digest of the model's weights and configuration."),
+    "revision": _text("Revision of the model where it came from; empty if none.", nullable=True),
+    "method": _text("Name of the method."),
+    "parameters": _text(
+        "The method's parameters as `name=value`; empty if it has none.", nullable=True
+    ),
+    "phases": _text("Where the method skips: `both`, or `generation`: prompts at full depth."),
+    "target_speedup": _number(
+        "What was asked for: dense block FLOPs / executed block FLOPs (a ratio).",
+        nullable=False,
+        ge=1,
+    ),
+    "seed": _integer("Seed of the fit and of random choices.", least=None),
+    "recovery": _text("Adapter trained under the method: `none`, or the recipe in full."),
+    "fit_version": Column("any", False, "Version of the fitting code's layout (whole number)."),
+    "dtype": _text("Type of the weights and activations, as torch names it."),
+    "device": _text("Kind of device: `cpu` or `cuda`."),
+    "attn_implementation": _text("Attention implementation of transformers, such as `sdpa`."),
+    "tasks": _text("All tasks of the cell, joined by commas."),
+    "limit": _text(
+        "Documents drawn of each task as `task=count`; `all` for a whole task; empty if every "
+        "task is whole.",
+        nullable=True,
+    ),
+    "sample_seed": Column("any", False, "Seed of the draw of documents (whole number)."),
+    "num_fewshot": Column(
+        "any", True, "Examples before each question; empty: as each task's own file says."
+    ),
+    "batch_size": Column("any", False, "Most contexts in one forward while scoring."),
+    "data_fingerprint": _text("Digest of the evaluation data."),
+    "corpus_fingerprint": _text(
+        "Digest of the text that the method was fitted on; empty if there was none.", nullable=True
+    ),
+    "torch": _text("Version of torch."),
+    "transformers": _text("Version of transformers."),
+    "lm_eval": _text("Version of lm-eval."),
+    "dyndepth": _text("Version of this suite."),
+    "harness_code": _text("Digest of the suite's own code that can change a number."),
+    "method_code": _text("Digest of the method's code."),
+    "git_commit": _text(
+        "Commit of the code; `+changes` if it was edited; empty outside a repository; not hashed.",
+        nullable=True,
+    ),
+    "bound": _boolean("True if the method chooses by the answers: a bound, no competitor."),
+}
+"""The columns that lead every table: ``records.LEADING``."""
+
+_TASK = _text("Name of the task.")
+_PHASE = _text(
+    "Tokens that the row is about: `prompt` (contexts), `generation` (continuations) or `all`.",
+    isin=_EVALUATION_PHASES,
+)
+
+ACCURACY = Table(
+    "cell x task x metric x filter; a cell without scores has one row that says so in `status`",
+    IDENTITY
+    | {
+        "status": _STATUS,
+        "task": _text("Name of the task; empty if the cell has no scores.", nullable=True),
+        "metric": _text(
+            "Metric as lm-eval names it; empty if the cell has no scores.", nullable=True
+        ),
+        "filter": _text("lm-eval's filter, `none` for plain answers.", nullable=True),
+        "value": _number(
+            "Value of the metric over the documents, in its own unit (accuracies and ROUGE-L from "
+            "0 to 1, bits per byte in bits); empty if there is none."
+        ),
+        "stderr": _number(
+            "Standard error of the value over documents; empty where no formula is known.", ge=0
+        ),
+        "n": _integer("Documents in the value.", nullable=True),
+        "higher_is_better": _boolean(
+            "True if larger values are better; empty if the task does not say.", nullable=True
+        ),
+        "task_version": _text("Version of the task's definition.", nullable=True),
+    },
+    key=("cell", "task", "metric", "filter"),
+)
+
+COMPUTE = Table(
+    "cell x task x phase",
+    IDENTITY
+    | {
+        "task": _TASK,
+        "phase": _PHASE,
+        "tokens": _integer("Tokens that were scored or read, each as often as it is billed."),
+        "block_flops_per_token": _flops(
+            "Executed FLOPs a token in the blocks (attention and MLP); two a multiply-add."
+        ),
+        "total_flops_per_token": _flops(
+            "Executed FLOPs a token in all, LM head and the method's own work included."
+        ),
+        "block_speedup": _speedup(
+            "Dense block FLOPs / executed block FLOPs; empty if no block was executed."
+        ),
+        "total_speedup": _speedup(
+            "Dense total FLOPs / executed total FLOPs, everything the method adds included."
+        ),
+        "attention": _flops("FLOPs a token in attention sublayers, projections included."),
+        "mlp": _flops("FLOPs a token in MLP sublayers."),
+        "kv_projection": _flops("FLOPs a token for keys and values of tokens that skip attention."),
+        "router": _flops("FLOPs a token in routers and controllers."),
+        "readout": _flops("FLOPs a token for reading the residual stream out before the end."),
+        "lm_head": _flops("FLOPs a token in the final LM head, at the scored positions only."),
+        "padding": _flops(
+            "FLOPs a token that were computed for padding, in no total; empty but in phase `all`."
+        ),
+        "reused": _number(
+            "FLOPs a token that were billed to several documents and computed once (negative), in "
+            "no total; empty but in phase `all`.",
+            le=0,
+        ),
+    },
+    key=("cell", "task", "phase"),
+    optional=frozenset({"padding", "reused"}),
+)
+
+ROUTING = Table(
+    "cell x task x phase x sublayer",
+    IDENTITY
+    | {
+        "task": _text("`all`: over the tokens of all tasks."),
+        "phase": _PHASE,
+        "layer": _integer("Block, counted from 0, next to the embedding."),
+        "sublayer": _text("Residual branch of the block.", isin=("attention", "mlp")),
+        "executed": _fraction("Fraction of the tokens that executed the sublayer.", nullable=False),
+    },
+    key=("cell", "task", "phase", "layer", "sublayer"),
+)
+
+_TIMING = {
+    "phase": _text(
+        "`prefill`: one pass over the prompts; `decode`: one step that adds a token to each.",
+        isin=("prefill", "decode"),
+    ),
+    "batch": _integer("Sequences in the batch.", least=1),
+    "length": _integer("Tokens of each prompt.", least=1),
+    "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
+    "repeats": _integer("Interleaved pairs of dense and method that were timed.", nullable=True),
+    "dense_median_s": _number("Median of the dense model's times, seconds a pass or step.", gt=0),
+    "method_median_s": _number("Median of the method's times, seconds a pass or step.", gt=0),
+    "wall_speedup": _speedup("Dense time / method time: median over the pairs, host's clock."),
+    "wall_speedup_low": _number("Lower end of the 95% interval of `wall_speedup`.", ge=0),
+    "wall_speedup_high": _speedup("Upper end of the 95% interval of `wall_speedup`."),
+    "wall_efficiency": _speedup(
+        "`wall_speedup / total_speedup`; 1.0: all saved arithmetic became saved time."
+    ),
+    "block_speedup": _speedup("Dense / executed block FLOPs of the timed passes (median)."),
+    "total_speedup": _speedup("Dense / executed total FLOPs of the timed passes (median)."),
+    "dense_device_s": _number(
+        "As `dense_median_s`, between events on the device; empty on a CPU.", gt=0
+    ),
+    "method_device_s": _number(
+        "As `method_median_s`, between events on the device; empty on a CPU.", gt=0
+    ),
+    "device_speedup": _speedup("As `wall_speedup`, by the device's events; empty on a CPU."),
+    "suspect": _boolean(
+        "True if faster than the FLOPs allow by more than 5%: the measurement is in doubt.",
+        nullable=True,
+    ),
+    "reproduces_scores": _boolean(
+        "True if the timed object gave the scored log-likelihoods; empty if nothing was compared.",
+        nullable=True,
+    ),
+    "score_gap": _number(
+        "Largest difference to the scored log-likelihoods, nats; empty if none was computed.", ge=0
+    ),
+    "check_error": _text("Why no scores were compared; empty if they were.", nullable=True),
+    "attach_s": _number("Seconds that attaching the method takes, outside of the clock.", ge=0),
+    "level": _text("How thoroughly was timed.", nullable=True, isin=("quick", "full", "custom")),
+    "device_name": _text("Name of the processor or GPU.", nullable=True),
+    "threads": _integer("Threads that torch used.", nullable=True, least=1),
+    "cores": _integer("Logical processors of the machine.", nullable=True, least=1),
+    "vector_units": _text("Vector instructions that torch used on the CPU.", nullable=True),
+    "allocator": _text("Settings of the memory allocator.", nullable=True),
+    "gather_limits": _text(
+        "Largest executed fractions of attention and MLP at which tokens are gathered, and the "
+        "least tokens a forward.",
+        nullable=True,
+    ),
+    "load_average": _number("The system's load over the last minute; a hint at neighbours.", ge=0),
+    "gpu": _text("Clocks, power limit and temperature of the GPU; empty on a CPU.", nullable=True),
+}
+
+TIMING = Table(
+    "cell x phase x batch x length",
+    IDENTITY | _TIMING,
+    key=("cell", "phase", "batch", "length"),
+    ordered=(("wall_speedup_low", "wall_speedup", "wall_speedup_high"),),
+    optional=frozenset(_TIMING) - {"phase", "batch", "length"},
+)
+
+_SAMPLE_COST = {
+    "weight": _number("Weight of the document in the task's value (bytes, words, or 1).", ge=0),
+    "tokens": _integer("Tokens billed to the document.", nullable=True),
+    "block_flops": _flops("Executed block FLOPs of the document."),
+    "total_flops": _flops("Executed FLOPs of the document in all."),
+    "dense_block_flops": _flops("Block FLOPs of the document at full depth."),
+    "dense_total_flops": _flops("FLOPs of the document in all at full depth."),
+}
+_SAMPLE_TEXTS = {
+    "loglikelihoods": _text(
+        "Log-likelihoods of the requests, JSON list, nats; empty where text was generated.",
+        nullable=True,
+    ),
+    "response": _text("Generated text; empty where likelihoods were scored.", nullable=True),
+    "target": _text("The right answer as the task has it; empty for whole texts.", nullable=True),
+}
+
+SAMPLES = Table(
+    "cell x task x document",
+    IDENTITY
+    | {
+        "task": _TASK,
+        "doc_id": _integer("Index of the document in the task's data, counted from 0."),
+        "doc_hash": _text("Digest of the document."),
+        "metric": _text("The task's main metric and filter, as `metric,filter`."),
+        "outcome": _number("Value of that metric on this document alone; empty where it has none."),
+        "outcomes": _text("All metrics of the document, JSON object by `metric,filter`."),
+        **_SAMPLE_TEXTS,
+        **_SAMPLE_COST,
+    },
+    key=("cell", "task", "doc_id"),
+    optional=frozenset({*_SAMPLE_TEXTS, *_SAMPLE_COST}),
+)
+
+_END = "end of the 95% interval; empty where there is none."
+
+LEADERBOARD = Table(
+    "cell",
+    IDENTITY
+    | {
+        "status": _STATUS,
+        "mean_acc": _fraction("Accuracy (`acc` alone), mean over tasks; empty if no task has one."),
+        "mean_acc_low": _fraction(f"Mean accuracy, lower {_END}"),
+        "mean_acc_high": _fraction(f"Mean accuracy, upper {_END}"),
+        "documents": _integer("Documents behind the mean accuracy."),
+        "retained": _number(
+            "Mean accuracy / dense's on the same documents (1 = dense, not percent); empty "
+            "without a dense cell of the same setting.",
+            ge=0,
+        ),
+        "retained_low": _number(f"Retained fraction, lower {_END}", ge=0),
+        "retained_high": _number(f"Retained fraction, upper {_END}", ge=0),
+        "bits_per_byte": _number(
+            "Bits per byte, mean over tasks; lower is better; empty if no task has it.", ge=0
+        ),
+        "bits_per_byte_low": _number(f"Bits per byte, lower {_END}"),
+        "bits_per_byte_high": _number(f"Bits per byte, upper {_END}", ge=0),
+        "rouge_l": _fraction("ROUGE-L, mean over tasks; empty if no task has it."),
+        "rouge_l_low": _number(f"ROUGE-L, lower {_END}"),
+        "rouge_l_high": _number(f"ROUGE-L, upper {_END}"),
+        "block_speedup": _speedup(
+            "Achieved: dense / executed block FLOPs over the tokens of all tasks; empty if none."
+        ),
+        "total_speedup": _speedup(
+            "Achieved: dense / executed FLOPs in all, the method's own work included."
+        ),
+        "wall_prefill_speedup": _speedup(
+            "Dense time / method time in prefill; empty if not timed."
+        ),
+        "wall_prefill_low": _number(f"Prefill speedup, lower {_END}", ge=0),
+        "wall_prefill_high": _speedup(f"Prefill speedup, upper {_END}"),
+        "wall_decode_speedup": _speedup("Dense time / method time in decode; empty if not timed."),
+        "wall_decode_low": _number(f"Decode speedup, lower {_END}", ge=0),
+        "wall_decode_high": _speedup(f"Decode speedup, upper {_END}"),
+        "wall_batch": _integer(
+            "Sequences in the timed batch (the smallest that was timed); empty if not timed.",
+            nullable=True,
+            least=1,
+        ),
+        "wall_length": _integer(
+            "Tokens of the timed prompts (the longest at that batch); empty if not timed.",
+            nullable=True,
+            least=1,
+        ),
+        "paper": _text("Source of the method's rule, as the method states it.", nullable=True),
+        "needs_training": _boolean("True if the method has trained parts.", nullable=True),
+        "device_name": _text("Name of the processor or GPU.", nullable=True),
+        "threads": _integer("Threads that torch used.", nullable=True, least=1),
+        "error": _text("Why the cell failed; empty if it did not.", nullable=True),
+    },
+    key=("cell",),
+    ordered=(
+        ("mean_acc_low", "mean_acc", "mean_acc_high"),
+        ("retained_low", "retained", "retained_high"),
+        ("bits_per_byte_low", "bits_per_byte", "bits_per_byte_high"),
+        ("rouge_l_low", "rouge_l", "rouge_l_high"),
+        ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
+        ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
+    ),
+)

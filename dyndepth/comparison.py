@@ -1,0 +1,129 @@
+"""Every cell against dense on the same documents, methods as wholes, and methods at equal FLOPs.
+
+``python -m dyndepth.comparison RUN...`` prints three kinds of tables and writes comparison.csv,
+curves.csv and equal_flops.csv with ``--output_path``. Accuracies are tested by McNemar's exact
+test, all else by paired bootstrap over documents; Holm's correction runs over all rows of a table
+that have the same metric. The tables are a pure function of the cells, whatever their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
+from dyndepth.errors import UserError
+from dyndepth.leaderboard import merged
+from dyndepth.records import LEADING, Cell, Row
+from dyndepth.store import write_atomically
+
+__all__ = ["COMPARISON", "CURVES", "EQUAL_FLOPS", "compared", "left_out", "main", "texts"]
+
+BUDGETS = (1.1, 1.25, 1.5, 2.0)
+"""Reference budgets of equal_flops.csv by default: dense / executed block FLOPs."""
+
+
+def compared(
+    cells: Iterable[Cell],
+    tasks: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+) -> dict[str, list[Row]]:
+    """The rows of ``comparison``, ``curves`` and ``equal_flops``, for ``tasks`` or all.
+
+    Raises:
+        UserError: the cells are of different task versions or data; none scored a task of
+            ``tasks``; or a budget is below 1.
+    """
+    # numpy comes late: --help must be instant.
+    from dyndepth.curve_tables import curves, equal_flops
+    from dyndepth.dense_tables import against_dense
+
+    cells = list(cells)
+    scored = {row["task"] for cell in cells for row in cell.accuracy}
+    unknown = [task for task in tasks or () if task not in scored]
+    if unknown:
+        raise UserError(
+            f"no cell has the task {unknown[0]}; scored were {', '.join(sorted(scored))}"
+        )
+    return {
+        "comparison": against_dense(cells, tasks),
+        "curves": curves(cells, tasks),
+        "equal_flops": equal_flops(cells, tasks, budgets),
+    }
+
+
+def texts(tables: dict[str, list[Row]]) -> dict[str, str]:
+    """The CSV text of every table of ``compared`` by its file name; equal rows, equal bytes."""
+    from dyndepth.tables import as_csv
+
+    own = tuple(name for name in COMPARISON if name not in LEADING)
+    return {
+        "comparison.csv": as_csv(tables["comparison"], own),
+        "curves.csv": _csv(tables["curves"], tuple(CURVES)),
+        "equal_flops.csv": _csv(tables["equal_flops"], tuple(EQUAL_FLOPS)),
+    }
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    import pandas
+
+    table = pandas.DataFrame(list(rows), columns=list(columns))
+    return str(table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
+
+def left_out(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[str]:
+    """``task metric`` of all scores that cannot be paired: no means over single documents."""
+    from dyndepth.peers import peers
+
+    found: dict[str, None] = {}
+    for each in peers(cells):
+        kept = each.comparable(tasks)
+        missing = [score for score in each.scores(tasks) if score not in kept]
+        found |= dict.fromkeys(f"{score.task} {score.metric}" for score in missing)
+    return list(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: compare the cells of runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.comparison",
+        description="Compare cells with dense, and methods at equal FLOPs, on the same documents.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "--at",
+        nargs="+",
+        type=float,
+        default=BUDGETS,
+        metavar="SPEEDUP",
+        help="reference budgets, dense / executed block FLOPs (default: 1.1 1.25 1.5 2.0)",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
+    parser.add_argument("--output_path", type=Path, help="folder to write the three CSV files to")
+    options = parser.parse_args(arguments)
+    try:
+        cells = merged(options.runs)
+        tables = compared(cells, options.tasks, options.at)
+        apart = left_out(cells, options.tasks)
+    except UserError as fault:
+        print(f"dyndepth.comparison: {fault}", file=sys.stderr)
+        return 2
+    from dyndepth.comparison_show import show
+
+    show(tables)
+    if apart:
+        print(f"left out, no means over single documents: {', '.join(apart)}")
+    failed = [cell for cell in cells if not cell.evaluated]
+    for cell in failed:
+        print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}")
+    if options.output_path:
+        for name, text in texts(tables).items():
+            write_atomically(options.output_path / name, text)
+        print(f"written to {options.output_path}: {', '.join(texts(tables))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

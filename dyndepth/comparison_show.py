@@ -1,0 +1,168 @@
+"""Prints the three tables of a comparison so that 100 columns hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dyndepth.console import print_table
+from dyndepth.peers import name_key, short_names
+from dyndepth.records import Row
+
+MARKS = {
+    "better": "better",
+    "worse": "worse",
+    "no difference shown": "not shown",
+    "reference": "dense",
+    "not comparable": "-",
+}
+
+_SETTING = (
+    *("model_fingerprint", "dtype", "device", "attn_implementation", "limit", "sample_seed"),
+    *("num_fewshot", "batch_size", "harness_code", "torch", "transformers", "lm_eval", "dyndepth"),
+)
+"""Columns of the leading ones that tell settings apart."""
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def show(tables: dict[str, list[Row]]) -> None:
+    """Print every table of ``comparison.compared``: one a setting, task and metric."""
+    kept = "kept: value / dense's; P: no competitor is as good at as few FLOPs"
+    _each(tables["comparison"], "against dense", _COMPARISON, kept)
+    area = "area: mean value over the range measured; SDR: points lost a percent of speedup"
+    _each(tables["curves"], "whole curves", _CURVES, area)
+    rank = "rank: among methods of one recovery that reach the budget, bounds apart"
+    rows = sorted(tables["equal_flops"], key=_by_rank)
+    _each(rows, "at equal block FLOPs", _EQUAL_FLOPS, rank)
+
+
+def _by_rank(row: Row) -> tuple[float, str, float]:
+    return row["reference_speedup"], row["recovery"], row.get("rank", math.inf)
+
+
+def _each(rows: Sequence[Row], what: str, columns: Sequence[Column], caption: str) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.get("task"):
+            shared = row.get("setting") or str([row[key] for key in _SETTING])
+            groups.setdefault((row["model"], shared, row["task"], row["metric"]), []).append(row)
+    several = len({key[:2] for key in groups}) > 1
+    for (model, _, task, metric), own in groups.items():
+        names = short_names(own)
+        better = "more is better" if own[0]["higher_is_better"] else "less is better"
+        documents = max((row["n"] for row in own if row.get("n")), default=0)
+        where = f", {model} {own[0]['dtype']} {own[0]['device']}" if several else ""
+        note = f"{better}, {documents} documents; [..] are 95% intervals\n{caption}"
+        table = Table(
+            title=escape(f"{task} {metric}, {what}{where}"),
+            title_justify="left",
+            caption=escape(note),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("method", overflow="fold")
+        for heading, _ in columns:
+            left = heading == "verdict"
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        for row in own:
+            name = names[name_key(row)] + (" (bound)" if row["bound"] else "")
+            table.add_row(*map(escape, [name, *(text(row) for _, text in columns)]))
+        print_table(table)
+        _reasons(own, names)
+
+
+def _reasons(rows: Iterable[Row], names: dict[tuple[str, ...], str]) -> None:
+    """Say below a table what its empty entries mean."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("reason"):
+            found.setdefault(row["reason"], []).append(names[name_key(row)])
+    for reason, who in found.items():
+        print(f"  {', '.join(dict.fromkeys(who))}: {reason}")
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else form.format(row[key])
+
+
+def _spread(key: str, low: str, high: str, form: str = "{:.3f}") -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        if row.get(key) is None:
+            return ""
+        value = form.format(row[key])
+        if row.get(low) is None:
+            return value
+        return f"{value} [{form.format(row[low])}, {form.format(row[high])}]"
+
+    return text
+
+
+def _verdict(row: Row) -> str:
+    text = MARKS[row["verdict"]]
+    return f"{text} P" if row.get("pareto") else text
+
+
+def _target(row: Row) -> str:
+    seed = f" seed {row['seed']}" if row["seed"] else ""
+    return f"{row['target_speedup']:g}x{seed}"
+
+
+def _p(row: Row) -> str:
+    value: Any = row.get("p_holm")
+    if value is None:
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+_COMPARISON: tuple[Column, ...] = (
+    ("target", _target),
+    ("FLOPs", _number("block_fraction", "{:.3f}")),
+    ("value", _number("value", "{:.3f}")),
+    ("- dense", _spread("difference", "low", "high", "{:+.3f}")),
+    ("kept", _number("retained", "{:.2f}")),
+    ("p Holm", _p),
+    ("verdict", _verdict),
+)
+
+_CURVES: tuple[Column, ...] = (
+    ("points", _number("points", "{}")),
+    ("FLOPs", lambda row: _range(row)),
+    ("area", _number("area", "{:.3f}")),
+    ("SDR", _spread("sdr", "sdr_low", "sdr_high", "{:.2f}")),
+    (
+        "- hardest other",
+        _spread("area_difference", "area_difference_low", "area_difference_high", "{:+.3f}"),
+    ),
+    ("verdict", _verdict),
+)
+
+_EQUAL_FLOPS: tuple[Column, ...] = (
+    ("budget", _number("reference_speedup", "{:g}x")),
+    ("value", _number("value", "{:.3f}")),
+    ("- dense", _number("difference", "{:+.3f}")),
+    ("rank", lambda row: f"{row['rank']}/{row['competitors']}" if row.get("rank") else ""),
+    (
+        "- best other",
+        _spread(
+            "competitor_difference",
+            "competitor_difference_low",
+            "competitor_difference_high",
+            "{:+.3f}",
+        ),
+    ),
+    ("p Holm", _p),
+    ("verdict", _verdict),
+)
+
+
+def _range(row: Row) -> str:
+    if row.get("fraction_low") is None:
+        return ""
+    return f"{row['fraction_low']:.2f}-{row['fraction_high']:.2f}"

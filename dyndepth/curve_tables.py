@@ -1,0 +1,306 @@
+"""Rows of curves.csv and equal_flops.csv: methods as wholes, and at the same budget of FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.stats import rankdata
+
+from dyndepth.comparison import BUDGETS
+from dyndepth.comparison_columns import CURVE
+from dyndepth.curves import area, degradation, overlap, span
+from dyndepth.errors import UserError
+from dyndepth.peers import Peers, Score, Series, label, peers
+from dyndepth.records import Cell, Row, flat
+from dyndepth.resampling import means
+from dyndepth.stats import (
+    LEAST,
+    Difference,
+    Point,
+    Vector,
+    check_paired,
+    direction,
+    holm,
+    interpolate,
+)
+
+NO_DENSE = "there is no finished dense cell of the same setting"
+
+
+@dataclass
+class Pending:
+    """Entries of rows that wait to be estimated together, on the same documents."""
+
+    weights: Vector
+    waiting: list[tuple[Row, str, tuple[str, str], Vector, bool]] = field(default_factory=list)
+
+    def add(
+        self,
+        row: Row,
+        column: str,
+        by_document: Vector,
+        ends: tuple[str, str] | None = None,
+        test: bool = False,
+    ) -> None:
+        """The weighted mean of ``by_document`` will fill ``column``, its interval ``ends``
+        (``column_low`` and ``column_high``), and two-sided p of 0 ``p`` if ``test``."""
+        own = ends or (f"{column}_low", f"{column}_high")
+        self.waiting.append((row, column, own, by_document, test))
+
+    def fill(self) -> None:
+        """Estimate all that waits. Too few documents give values without intervals."""
+        if not self.waiting:
+            return
+        stacked = np.stack([vector for *_, vector, _ in self.waiting])
+        if len(self.weights) < LEAST:
+            values = stacked @ self.weights / self.weights.sum()
+            for (row, column, *_), value in zip(self.waiting, values, strict=True):
+                row[column] = float(value)
+            return
+        found = means(stacked, self.weights)
+        for index, (row, column, (low, high), _, test) in enumerate(self.waiting):
+            row[column] = float(found.value[index])
+            row[low], row[high] = float(found.low[index]), float(found.high[index])
+            row |= {"p": float(found.p[index])} if test else {}
+
+
+def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Row]:
+    """Rows of curves.csv; the same whatever the order of ``cells``.
+
+    Raises:
+        UserError: the cells are of different task versions or data.
+    """
+    rows = [
+        row for each, score in jobs(peers(cells), tasks, "curves") for row in _curves(each, score)
+    ]
+    return _judged(rows, "area_difference")
+
+
+def equal_flops(
+    cells: Iterable[Cell], tasks: Sequence[str] | None = None, budgets: Sequence[float] = BUDGETS
+) -> list[Row]:
+    """Rows of equal_flops.csv at the reference speedups ``budgets``, each at least 1.
+
+    Raises:
+        UserError: the cells are of different task versions or data, or a budget is below 1.
+    """
+    if any(not budget >= 1 for budget in budgets):
+        raise UserError("--at takes reference speedups of at least 1, such as 1.25")
+    asked = sorted(set(budgets))
+    rows = [
+        row
+        for each, score in jobs(peers(cells), tasks, "equal FLOPs")
+        for row in _at(each, score, asked)
+    ]
+    return _judged(rows, "competitor_difference")
+
+
+def jobs(
+    groups: Sequence[Peers], tasks: Sequence[str] | None, what: str
+) -> Iterable[tuple[Peers, Score]]:
+    """What can be compared, setting by setting, with a progress bar where it takes long."""
+    from tqdm import tqdm
+
+    found = [(each, score) for each in groups for score in each.comparable(tasks)]
+    return tqdm(found, desc=what, unit="metric", delay=3, leave=False, disable=None)
+
+
+def _read(each: Peers, score: Score) -> list[tuple[Series, Row, list[Point]]]:
+    """Every curve with the row that describes it and its points, none where ``reason`` says why."""
+    found = []
+    for series in each.series():
+        row = _described(each, series, score)
+        points: list[Point] = []
+        try:
+            if not series.cells:
+                row["reason"] = f"all its cells failed: {series.failed[0].error}"
+            else:
+                points = each.curve(series, score)
+                if each.dense is not None:
+                    dense = each.point([each.dense], score)
+                    for point in points:
+                        check_paired(point, dense)
+                own = each.own_points(series, score)
+                row["seeds"] = min(point.seeds for point in own)
+                row["fraction_low"], row["fraction_high"] = span(points)
+                row["n"] = len(points[0].documents)
+        except UserError as fault:
+            points, row["reason"] = [], str(fault)
+        if points and each.dense is None:
+            row["reason"] = NO_DENSE
+        if points and len(points[0].documents) < LEAST:
+            row["reason"] = few(len(points[0].documents))
+        found.append((series, row, points))
+    return found
+
+
+def few(documents: int) -> str:
+    """Why there is no interval."""
+    return f"{documents} documents are too few for an interval: at least {LEAST}"
+
+
+def _described(each: Peers, series: Series, score: Score) -> Row:
+    identity = series.identity
+    row: Row = {"setting": each.key, "bound": series.bound, "task": score.task}
+    row |= {key: flat(identity[key]) for key in CURVE if key in identity}
+    row |= {"metric": score.metric, "higher_is_better": score.higher_is_better}
+    row |= {"task_version": score.task_version, "points": len(series.by_target())}
+    row["cells"] = " ".join(cell.key for cell in series.cells)
+    row["failed"] = " ".join(cell.key for cell in series.failed)
+    return row
+
+
+def _curves(each: Peers, score: Score) -> list[Row]:
+    read = _read(each, score)
+    weights = next((points[0].weights for *_, points in read if points), None)
+    if weights is None:
+        return [row for _, row, _ in read]
+    pending = Pending(weights)
+    dense = each.point([each.dense], score) if each.dense else None
+    for series, row, points in read:
+        if not points:
+            continue
+        whole = area(points)
+        if whole is None:
+            row["reason"] = "one measured point has no area under it"
+        else:
+            pending.add(row, "area", whole[0])
+        own = each.own_points(series, score)
+        lost = degradation(own, dense, score.higher_is_better) if dense else None
+        if lost is not None:
+            pending.add(row, "sdr", lost)
+        worst = _hardest(series, points, read, score)
+        if worst is not None:
+            other, within, apart = worst
+            row["competitor"] = label(other.identity)
+            row["overlap_low"], row["overlap_high"] = within
+            pending.add(row, "area_difference", apart, test=True)
+    pending.fill()
+    return [row for _, row, _ in read]
+
+
+def _hardest(
+    series: Series,
+    points: list[Point],
+    read: Sequence[tuple[Series, Row, list[Point]]],
+    score: Score,
+) -> tuple[Series, tuple[float, float], Vector] | None:
+    """The competitor against which a curve stands worst over their overlap, the overlap, and the
+    difference of their mean values by document."""
+    sign = 1.0 if score.higher_is_better else -1.0
+    worst, least = None, math.inf
+    for other, _, others in _competitors(series, read):
+        within = overlap(points, others)
+        own = area(points, within) if within else None
+        theirs = area(others, within) if within else None
+        if within and own and theirs:
+            apart = own[0] - theirs[0]
+            ahead = sign * float(apart @ own[1] / own[1].sum())
+            if ahead < least:
+                worst, least = (other, within, apart), ahead
+    return worst
+
+
+def _competitors(
+    series: Series, read: Sequence[tuple[Series, Row, list[Point]]]
+) -> list[tuple[Series, Row, list[Point]]]:
+    return [
+        entry
+        for entry in read
+        if entry[2]
+        and entry[0] is not series
+        and not entry[0].bound
+        and entry[0].recovery == series.recovery
+    ]
+
+
+def _at(each: Peers, score: Score, budgets: Sequence[float]) -> list[Row]:
+    read = _read(each, score)
+    weights = next((points[0].weights for *_, points in read if points), None)
+    dense = each.point([each.dense], score) if each.dense else None
+    pending = Pending(weights) if weights is not None else None
+    rows = []
+    for budget in budgets:
+        there = [interpolate(points, 1 / budget) if points else None for *_, points in read]
+        for index, (_, described, points) in enumerate(read):
+            row = described | {"reference_speedup": budget, "fraction": 1 / budget}
+            rows.append((index, budget, row))
+            own = there[index]
+            if own is None or pending is None:
+                if points:
+                    low, high = span(points)
+                    row["reason"] = (
+                        f"measured from {low:.4f} to {high:.4f} of dense's block FLOPs alone, "
+                        f"not at {1 / budget:.4f}"
+                    )
+                continue
+            pending.add(row, "value", own.outcomes, ends=("low", "high"))
+            if dense is not None:
+                row["dense_value"] = dense.value
+                pending.add(row, "difference", own.outcomes - dense.outcomes)
+            _place(row, index, read, there, pending, score)
+    if pending is not None:
+        pending.fill()
+    return [row for *_, row in sorted(rows, key=lambda entry: entry[:2])]
+
+
+def _place(
+    row: Row,
+    index: int,
+    read: Sequence[tuple[Series, Row, list[Point]]],
+    there: Sequence[Point | None],
+    pending: Pending,
+    score: Score,
+) -> None:
+    """Rank a curve at one budget, and set it against the best of the others."""
+    series, own = read[index][0], there[index]
+    others = [
+        (entry[0], point)
+        for entry, point in zip(read, there, strict=True)
+        if point is not None and any(entry[0] is one[0] for one in _competitors(series, read))
+    ]
+    assert own is not None
+    sign = -1.0 if score.higher_is_better else 1.0
+    row["competitors"] = len(others) + (not series.bound)
+    if not series.bound:
+        # Equal but for the order of a sum is equal.
+        losses = [round(sign * point.value, 10) for point in (own, *(p for _, p in others))]
+        row["rank"] = int(rankdata(losses, method="min")[0])
+    if others:
+        best, point = min(others, key=lambda entry: round(sign * entry[1].value, 10))
+        row["competitor"], row["competitor_value"] = label(best.identity), point.value
+        pending.add(row, "competitor_difference", own.outcomes - point.outcomes, test=True)
+
+
+def _judged(rows: list[Row], column: str) -> list[Row]:
+    """Holm's correction by metric over the table, and the verdicts."""
+    adjust(rows)
+    for row in rows:
+        if row.get("p_holm") is not None:
+            row["verdict"] = verdict(row, column, f"{column}_low", f"{column}_high")
+        else:
+            row["verdict"] = "not comparable"
+            row.setdefault("reason", "there is no competitor")
+    return rows
+
+
+def adjust(rows: Sequence[Row]) -> None:
+    """Fill ``p_holm``: Holm's correction over the rows with the same metric."""
+    metrics = dict.fromkeys(row.get("metric") for row in rows)
+    for metric in metrics:
+        tested = [r for r in rows if r.get("metric") == metric and r.get("p") is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+            row["p_holm"] = p
+
+
+def verdict(row: Row, column: str, low: str, high: str) -> str:
+    """Whether the difference in ``column``, with its interval from ``low`` to ``high``, is shown,
+    and to which side."""
+    found = Difference(math.nan, math.nan, row[column], row[low], row[high], row["p"], row["n"])
+    sign = direction(found, row["p_holm"])
+    if sign == 0:
+        return "no difference shown"
+    return "better" if (sign > 0) == row["higher_is_better"] else "worse"

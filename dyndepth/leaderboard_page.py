@@ -1,0 +1,350 @@
+"""The leaderboard for people: Markdown, and one HTML file that works offline.
+
+``board`` turns cells and their leaderboard rows into plain data: one entry a setting, averaged over
+its seeds. ``markdown`` and ``html`` only write that down; the page draws it in the browser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from dyndepth.published import distinct, nearest, published
+from dyndepth.recipe import NONE, shortened
+from dyndepth.records import LEADING, UNHASHED, Cell, Row
+
+TEMPLATE = "leaderboard.html"
+_PLACE = "__BOARD__"
+
+SCORES = (
+    ("mean_acc", "mean accuracy", 1, 3, True),
+    ("retained", "accuracy retained, % of dense", 100, 1, True),
+    ("bits_per_byte", "bits per byte", 1, 3, False),
+    ("rouge_l", "ROUGE-L", 1, 3, True),
+)
+"""Scores over all tasks: column, label, factor for people, digits, whether larger is better."""
+
+CONDITIONS = (
+    *("model", "model_fingerprint", "dtype", "device", "device_name", "threads"),
+    *("num_fewshot", "limit", "sample_seed", "data_fingerprint"),
+    *("dyndepth", "torch", "transformers", "lm_eval", "git_commit"),
+)
+"""What is told of the cells beneath the table, each value once."""
+
+SEEDS = (
+    "Where a setting ran with several seeds, its row is their mean, and the interval reaches from "
+    "the lowest to the highest end of the seeds' intervals."
+)
+BOUNDS = "Bounds choose by the answers: they say what is possible and compete with nobody."
+PAPERS = (
+    "As the sources state them, for other models, tasks and budgets than those measured here; they "
+    "enter no average. Beside each stands the setting of the same method measured at the nearest "
+    "block FLOPs speedup."
+)
+
+_BY_SEED = frozenset({"cell", "seed"}) | UNHASHED - {"model"}
+
+Board = dict[str, Any]
+Spread = list[Any]
+"""[value, low, high], the ends of the 95% interval None where there is none."""
+
+
+def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
+    """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
+    ``published``, ``conditions``.
+
+    ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
+    high]``, its ends None where there is none. A cell that failed has no entry unless it has
+    scores.
+    """
+    from dyndepth.leaderboard import is_dense
+
+    groups: dict[tuple[Any, ...], list[tuple[Cell, Row]]] = {}
+    for cell, row in zip(cells, rows, strict=True):
+        if cell.evaluated:
+            key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
+            groups.setdefault(key, []).append((cell, row))
+    names = _names(rows)
+    scores = _scores(cells, rows)
+    entries = []
+    for members in groups.values():
+        own = [row for _, row in members]
+        by_task = [_by_task(cell) for cell, _ in members]
+        found = {
+            key: _mean([_spread(row, key) for row in own])
+            if any(key == fixed for fixed, *_ in SCORES)
+            else _mean([each.get(key) for each in by_task])
+            for key in scores
+        }
+        entries.append(
+            _labels(own[0], names)
+            | {
+                "seeds": [row["seed"] for row in own],
+                "cells": [row["cell"] for row in own],
+                "bound": bool(own[0]["bound"]),
+                "dense": is_dense(members[0][0]),
+                "scores": {key: value for key, value in found.items() if value is not None},
+                "block": _mean([_spread(row, "block_speedup") for row in own]),
+                "total": _mean([_spread(row, "total_speedup") for row in own]),
+                "prefill": _mean([_wall(row, "prefill") for row in own]),
+                "decode": _mean([_wall(row, "decode") for row in own]),
+            }
+        )
+    failed = [
+        _labels(row, names)
+        | {"seed": row["seed"], "cell": row["cell"], "error": str(row.get("error") or "")}
+        for row in rows
+        if row["status"] == "error"
+    ]
+    return {
+        "scores": list(scores.values()),
+        "entries": entries,
+        "failed": failed,
+        "published": _published(rows, names),
+        "conditions": _conditions(rows),
+        "texts": {"seeds": SEEDS, "bounds": BOUNDS, "papers": PAPERS},
+    }
+
+
+def html(found: Board) -> str:
+    """The page as one file: no request leaves it."""
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # Nothing in the data may end the element that holds it.
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    template = resources.files("dyndepth").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return template.replace(_PLACE, text, 1)
+
+
+def markdown(found: Board) -> str:
+    """The same in Markdown: competitors, bounds, failed cells, what papers report."""
+    fixed = [score for score in found["scores"] if any(score["key"] == key for key, *_ in SCORES)]
+    competitors = [entry for entry in found["entries"] if not entry["bound"]]
+    bounds = [entry for entry in found["entries"] if entry["bound"]]
+    lines = ["# Leaderboard", ""]
+    lines += [_sentence(competitors, bounds, found["failed"]), ""]
+    lines += _entries(competitors, fixed)
+    if any(len(entry["seeds"]) > 1 for entry in found["entries"]):
+        lines += ["", SEEDS]
+    if bounds:
+        lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed)]
+    if found["failed"]:
+        lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
+        lines.append(_line(["---"] * 5))
+        for one in found["failed"]:
+            texts = [_name(one), f"{one['target']:g}x", str(one["seed"]), one["cell"]]
+            lines.append(_line([*texts, one["error"]]))
+    if found["published"]:
+        lines += ["", "## Reported by papers", "", PAPERS, "", *_papers(found["published"])]
+    lines += ["", "## Conditions", ""]
+    lines += [f"- {key}: {_cell(', '.join(values))}" for key, values in found["conditions"].items()]
+    return "\n".join(lines) + "\n"
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def _names(rows: Sequence[Row]) -> dict[str, Any]:
+    """What tells a row's setting from the others on this board."""
+    phases: dict[str, set[str]] = {}
+    for row in rows:
+        phases.setdefault(row["method"], set()).add(row["phases"])
+    return {"distinct": distinct(rows), "phases": phases}
+
+
+def _labels(row: Row, names: Mapping[str, Any]) -> Row:
+    method, parameters = str(row["method"]), str(row["parameters"] or "")
+    variant = [names["distinct"][method, parameters]]
+    if len(names["phases"][method]) > 1:
+        variant.append("generation only" if row["phases"] == "generation" else "prompt too")
+    recovered = shortened(str(row["recovery"])) if row["recovery"] != NONE else ""
+    variant.append(f"+ {recovered}" if recovered else "")
+    return {
+        "model": str(row["model"]),
+        "method": method,
+        "variant": ", ".join(part for part in variant if part),
+        "parameters": parameters,
+        "phases": str(row["phases"]),
+        "recovery": recovered or NONE,
+        "dtype": str(row["dtype"]),
+        "target": float(row["target_speedup"]),
+    }
+
+
+def _scores(cells: Iterable[Cell], rows: Sequence[Row]) -> dict[str, Row]:
+    """The scores that some cell has, by key: those over all tasks first."""
+    found: dict[str, Row] = {}
+    for key, label, factor, digits, higher in SCORES:
+        if any(row.get(key) is not None for row in rows):
+            found[key] = {"key": key, "label": label, "factor": factor, "digits": digits}
+            found[key] |= {"higher": higher, "task": "all tasks"}
+    for cell in cells:
+        for row in cell.accuracy:
+            key = _key(row)
+            if row["value"] is not None and key not in found:
+                found[key] = {"key": key, "label": f"{row['task']}: {_metric(row)}", "factor": 1}
+                better = row.get("higher_is_better") is not False
+                found[key] |= {"digits": 3, "higher": better, "task": row["task"]}
+    return found
+
+
+def _key(row: Row) -> str:
+    return f"{row['task']}/{row['metric']},{row.get('filter', NONE)}"
+
+
+def _metric(row: Row) -> str:
+    plain = row.get("filter", NONE) == NONE
+    return str(row["metric"]) if plain else f"{row['metric']} ({row['filter']})"
+
+
+def _by_task(cell: Cell) -> dict[str, Spread]:
+    """[value, low, high] by task and metric, the interval by the standard error."""
+    from dyndepth.leaderboard import Z95
+
+    found: dict[str, Spread] = {}
+    for row in cell.accuracy:
+        value, error = row["value"], row.get("stderr")
+        if value is None or value != value:
+            continue
+        if error is None or error != error:
+            found[_key(row)] = [value, None, None]
+        else:
+            # What is not negative has no negative end either; the normal law does not know it.
+            low = value - Z95 * error
+            found[_key(row)] = [value, max(0.0, low) if value >= 0 else low, value + Z95 * error]
+    return found
+
+
+def _spread(row: Row, key: str) -> Spread | None:
+    if row.get(key) is None:
+        return None
+    return [row[key], row.get(f"{key}_low"), row.get(f"{key}_high")]
+
+
+def _wall(row: Row, phase: str) -> Spread | None:
+    value = row.get(f"wall_{phase}_speedup")
+    if value is None:
+        return None
+    return [value, row.get(f"wall_{phase}_low"), row.get(f"wall_{phase}_high")]
+
+
+def _mean(values: Sequence[Spread | None]) -> Spread | None:
+    """Mean over seeds, with the lowest and the highest end; of the seeds that have a value."""
+    known = [value for value in values if value is not None and value[0] is not None]
+    if not known:
+        return None
+    middle, lows, highs = (
+        [value[end] for value in known if value[end] is not None] for end in range(3)
+    )
+    whole = len(lows) == len(highs) == len(known)
+    return [sum(middle) / len(known), min(lows) if whole else None, max(highs) if whole else None]
+
+
+def _published(rows: Sequence[Row], names: Mapping[str, Any]) -> list[Row]:
+    """Papers' rows of the methods on the board, each with the nearest measured setting."""
+    measured = [row for row in rows if row.get("mean_acc") is not None or row.get("bits_per_byte")]
+    present = {str(row["method"]) for row in measured}
+    found = []
+    for row in published():
+        if row["method"] not in present:
+            continue
+        near = nearest(row, measured)
+        beside = None
+        if near is not None:
+            beside = _labels(near, names) | {
+                "block": near["block_speedup"],
+                **{key: _spread(near, key) for key, *_ in SCORES},
+            }
+        found.append({**row, "measured": beside})
+    return found
+
+
+def _conditions(rows: Sequence[Row]) -> dict[str, list[str]]:
+    found = {}
+    for key in CONDITIONS:
+        values = {str(row.get(key)) for row in rows if row.get(key) not in (None, "")}
+        if values:
+            found[key] = sorted(values)
+    return found
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def _entries(entries: Sequence[Row], scores: Sequence[Row]) -> list[str]:
+    several = len({entry["model"] for entry in entries}) > 1
+    heads = ["model"] if several else []
+    heads += ["method", "target", "seeds", *(score["label"] for score in scores)]
+    heads += ["block FLOPs", "total FLOPs", "prefill", "decode"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for entry in entries:
+        texts = [entry["model"]] if several else []
+        texts += [_name(entry), f"{entry['target']:g}x", str(len(entry["seeds"]))]
+        texts += [
+            _interval(entry["scores"].get(score["key"]), score["factor"], score["digits"])
+            for score in scores
+        ]
+        texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
+        texts += [_interval(entry[key], 1, 2, "x") for key in ("prefill", "decode")]
+        lines.append(_line(texts))
+    return lines
+
+
+def _papers(rows: Sequence[Row]) -> list[str]:
+    heads = ["method", "model", "budget", "task", "metric", "dense", "reported", "measured nearest"]
+    heads += ["source", "note"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        near = row["measured"]
+        beside = ""
+        if near is not None:
+            kept = _interval(near["retained"], 100, 0, "% of dense's accuracy")
+            bits = _interval(near["bits_per_byte"], 1, 3, " bits per byte")
+            beside = (
+                f"{_name(near)} at {near['block']:.2f}x: {', '.join(filter(None, (kept, bits)))}"
+            )
+        method = " ".join(filter(None, (row["method"], row["parameters"])))
+        texts = [method, row["model"], f"{row['speedup']:g}x {row['unit_of_speedup']}"]
+        texts += [row["task"], row["metric"], _plain(row["dense_value"]), _plain(row["value"])]
+        lines.append(_line([*texts, beside, row["source"], row["note"]]))
+    return lines
+
+
+def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row]) -> str:
+    methods = len({entry["method"] for entry in competitors})
+    return (
+        f"{methods} methods in {len(competitors)} settings, {len(bounds)} settings of bounds, "
+        f"{len(failed)} failed cells. Intervals are 95%; speedups are ratios to dense: achieved "
+        "block and total FLOPs, and measured time in prefill and decode."
+    )
+
+
+def _name(entry: Row) -> str:
+    return f"{entry['method']} ({entry['variant']})" if entry["variant"] else str(entry["method"])
+
+
+def _interval(
+    found: Sequence[float | None] | None, factor: float, digits: int, unit: str = ""
+) -> str:
+    if found is None or found[0] is None:
+        return ""
+    texts = [f"{value * factor:.{digits}f}" for value in found if value is not None]
+    return f"{texts[0]}{unit}" + (f" [{texts[1]}, {texts[2]}]" if len(texts) == 3 else "")
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, texts))} |"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its field: no line breaks, no bars, no markup."""
+    text = " ".join(str(text).split())
+    for letter in "\\|*`":
+        text = text.replace(letter, f"\\{letter}")
+    return text.replace("<", "&lt;").replace("](", "]\\(")

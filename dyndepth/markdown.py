@@ -1,0 +1,146 @@
+"""Markdown from the committed tables (rows, numbers, labels for people) and from docstrings."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from dyndepth.errors import UserError
+
+Record = dict[str, str]
+"""A row of a CSV file: column -> text, empty where the value is missing."""
+
+_SECTION = re.compile(r"([A-Z][A-Za-z]*(?: [a-z]+){0,4}(?: \([^)]*\))?): ?(.*)")
+_CODE = re.compile(r"``(.+?)``", re.DOTALL)
+
+
+def read(path: Path) -> list[Record]:
+    """The rows of a CSV file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path} cannot be read: {fault}") from None
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar or a line break in an entry would end its cell and is replaced."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def number(text: str | None, form: str = "{:.3f}") -> str:
+    """The number that a field holds, formatted; empty for an empty field."""
+    return form.format(float(text)) if text else ""
+
+
+def spread(row: Record, value: str, low: str, high: str, form: str = "{:.3f}") -> str:
+    """``value [low, high]`` from the columns of these names; without interval where there is none,
+    empty where there is no value."""
+    if not row.get(value):
+        return ""
+    ends = [number(row.get(end), form) for end in (low, high)]
+    interval = f" [{', '.join(ends)}]" if all(ends) else ""
+    return number(row[value], form) + interval
+
+
+def joined(texts: Iterable[str]) -> str:
+    """The different ones of ``texts``, in order, as a person lists them: ``a, b and c``."""
+    found = list(dict.fromkeys(texts))
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def label(row: Record) -> str:
+    """Method, those of its parameters that are not the default, and its recovery, from a row."""
+    from dyndepth.recipe import NONE
+
+    name = row["method"]
+    kept = changed(name, row["parameters"])
+    if row.get("phases") and row["phases"] != "both":
+        kept.append(f"phases={row['phases']}")
+    text = f"{name}({', '.join(kept)})" if kept else name
+    recovery = row.get("recovery") or NONE
+    return text if recovery == NONE else f"{text} + {recovery.partition('(')[0]}"
+
+
+def changed(name: str, parameters: str) -> list[str]:
+    """Those of a row's parameters that differ from the method's defaults, as ``name=value``; all
+    of them if the method is not installed."""
+    from dyndepth.registry import method_class, methods
+    from dyndepth.spec import parameters_of
+
+    given = parameters_of(f"{name}({parameters})", "method") if parameters else {}
+    defaults = {f.name: f.default for f in fields(method_class(name))} if name in methods() else {}
+    return [
+        f"{key}={_plain(value)}"
+        for key, value in given.items()
+        if key not in defaults or defaults[key] != value
+    ]
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def layout(text: str) -> str:
+    """The rest of a module's docstring as Markdown: a paragraph for each ``Label:``, lists for
+    indented definitions, code for other indented lines."""
+    blocks: list[list[str]] = []
+    before = ""
+    for line in text.splitlines():
+        form = _form(line, before)
+        section = _SECTION.fullmatch(line)
+        if not line.strip():
+            before = ""
+            continue
+        if form == "text" and section:
+            blocks.append([f"**{section[1]}:**", section[2]])
+        elif form == "more":
+            blocks[-1].append(line.strip())
+        elif form == "item":
+            blocks.append([f"- {line.strip()}"])
+        elif form == "code" and before == "code":
+            blocks[-1].append("\n" + line)
+        elif form != before or not blocks:
+            blocks.append(["\n" * (form == "code") + line if form == "code" else line.strip()])
+        else:
+            blocks[-1].append(line.strip())
+        before = "item" if form == "more" else form
+    return "\n\n".join(_paragraph(block) for block in blocks)
+
+
+def _form(line: str, before: str) -> str:
+    """text, item (an indented definition), more (of an item), or code."""
+    if not line.startswith("    "):
+        return "text"
+    if line.strip().startswith("``"):
+        return "item"
+    return "more" if before == "item" and line.startswith("        ") else "code"
+
+
+def _paragraph(block: list[str]) -> str:
+    if block[0].startswith("\n"):
+        lines = [line.strip("\n")[4:] for line in block]
+        return "\n".join(["```text", *lines, "```"])
+    return markup(" ".join(filter(None, block)))
+
+
+def markup(text: str) -> str:
+    """A docstring's text as Markdown: its literals as code, what Markdown would read escaped."""
+    pieces = _CODE.split(text)
+    # Odd pieces are literals, in which nothing is markup.
+    return "".join(
+        f"`{piece}`" if place % 2 else piece.replace("<", "&lt;")
+        for place, piece in enumerate(pieces)
+    )

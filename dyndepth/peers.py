@@ -1,0 +1,221 @@
+"""Which cells may stand against each other, and how a person tells them apart.
+
+Cells of one setting (model, data, documents, versions, precision) were scored alike. Among them, a
+curve is all cells that differ only in target speedup and seed. Competitors are the cells of one
+setting and one recovery that are no bounds: what was trained is measured against what was trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE
+from dyndepth.leaderboard import check_comparable, is_dense
+from dyndepth.recipe import NONE, shortened
+from dyndepth.records import METHOD_KEYS, Cell, Row, flat, order, plain, setting
+from dyndepth.stats import Point, averaged, curve, measured
+
+VARIED = ("target_speedup", "seed")
+"""Keys of the identity by which the cells of one curve differ."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    task_version: str
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """The cells of one curve, in the order of the tables; ``failed`` have no results."""
+
+    cells: tuple[Cell, ...]
+    failed: tuple[Cell, ...]
+
+    @property
+    def identity(self) -> Row:
+        """The identity of the first cell: all but ``VARIED`` is the curve's own."""
+        return (*self.cells, *self.failed)[0].identity
+
+    @property
+    def bound(self) -> bool:
+        """True if the method sees labels."""
+        return is_bound((*self.cells, *self.failed)[0])
+
+    @property
+    def recovery(self) -> str:
+        return str(self.identity["recovery"])
+
+    def by_target(self) -> dict[float, list[Cell]]:
+        """Its finished cells by target speedup."""
+        found: dict[float, list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(float(cell.identity["target_speedup"]), []).append(cell)
+        return found
+
+
+@dataclass(eq=False)
+class Peers:
+    """All cells of one setting, in the order of the tables."""
+
+    cells: list[Cell]
+    _points: dict[tuple[str, str, str], Point] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """12 hex digits that name the setting."""
+        return hashlib.sha256(setting(self.cells[0].identity).encode()).hexdigest()[:12]
+
+    @property
+    def dense(self) -> Cell | None:
+        """The cell that all others are compared to: dense without recovery."""
+        return next(filter(is_dense, self.cells), None)
+
+    def scores(self, tasks: Sequence[str] | None = None) -> list[Score]:
+        """What was scored, by dense or else by any cell, in the order of the tasks."""
+        found: dict[Score, None] = {}
+        for cell in [self.dense] if self.dense else self.cells:
+            for row in cell.accuracy:
+                known = row["higher_is_better"] is not None
+                if known and (tasks is None or row["task"] in tasks):
+                    own = row["task"], row["metric"], row["higher_is_better"]
+                    found[Score(*own, str(row.get("task_version")))] = None
+        return list(found)
+
+    def comparable(self, tasks: Sequence[str] | None = None) -> list[Score]:
+        """The scores that dense has on single documents, so that they can be paired."""
+        dense = self.dense
+        return [
+            score
+            for score in self.scores(tasks)
+            if dense is None or not isinstance(self.attempt([dense], score), str)
+        ]
+
+    def point(self, cells: Sequence[Cell], score: Score) -> Point:
+        """The point of ``cells``, which differ in their seed alone. Raises as ``measured``."""
+        found = []
+        for cell in cells:
+            key = (cell.key, score.task, score.metric)
+            if key not in self._points:
+                self._points[key] = measured([cell], score.task, score.metric)
+            found.append(self._points[key])
+        return averaged(found)
+
+    def attempt(self, cells: Sequence[Cell], score: Score) -> Point | str:
+        """``point``, or the sentence that says why there is none."""
+        try:
+            return self.point(cells, score)
+        except UserError as fault:
+            return str(fault)
+
+    def series(self) -> list[Series]:
+        """The curves of the setting; dense is a point of all of them and no curve of its own."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell.identity["method"] != DENSE:
+                groups.setdefault(curve_key(cell), []).append(cell)
+        return [
+            Series(
+                tuple(cell for cell in group if cell.evaluated),
+                tuple(cell for cell in group if not cell.evaluated),
+            )
+            for group in groups.values()
+        ]
+
+    def full(self, recovery: str) -> list[Cell]:
+        """Dense with a curve's own recovery: where that curve ends at full depth."""
+        return [
+            cell
+            for cell in self.cells
+            if (cell.identity["method"], cell.identity["recovery"]) == (DENSE, recovery)
+            and cell.evaluated
+        ]
+
+    def own_points(self, series: Series, score: Score) -> list[Point]:
+        """The measured points of a curve, seeds averaged. Raises as ``measured``."""
+        return [self.point(cells, score) for cells in series.by_target().values()]
+
+    def curve(self, series: Series, score: Score) -> list[Point]:
+        """A curve by ascending fraction, full depth included. Raises as ``measured``."""
+        full = self.full(series.recovery)
+        end = [self.point(full, score)] if full else []
+        return curve([*self.own_points(series, score), *end])
+
+
+def peers(cells: Iterable[Cell]) -> list[Peers]:
+    """``cells`` by setting, whatever their order.
+
+    Raises:
+        UserError: their scores are of different task versions or data.
+    """
+    ordered = sorted(cells, key=order)
+    check_comparable(ordered)
+    groups: dict[str, list[Cell]] = {}
+    for cell in ordered:
+        groups.setdefault(setting(cell.identity), []).append(cell)
+    return [Peers(group) for group in groups.values()]
+
+
+def curve_key(cell: Cell) -> str:
+    """What the cells of one curve have in common within their setting."""
+    keys = sorted(METHOD_KEYS - set(VARIED))
+    return repr([plain(cell.identity[key]) for key in keys])
+
+
+def is_bound(cell: Cell) -> bool:
+    """True if the cell's method sees labels: a bound, no competitor."""
+    return bool(cell.provenance.get("uses_labels", False))
+
+
+def label(identity: Row) -> str:
+    """A curve's name within its setting and recovery: ``method(parameters), phases``."""
+    parameters = flat(identity["parameters"])
+    return f"{identity['method']}({parameters}), {identity['phases']}"
+
+
+def short_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
+    """Names for a console, by (method, parameters, phases, recovery): only what tells rows apart.
+
+    Parameters that a method has alike in all ``rows`` are left out, so is a recovery that all have,
+    and phases are said where they are not both.
+    """
+    keys = list(dict.fromkeys(map(name_key, rows)))
+    recoveries = {key[3] for key in keys}
+    found = {}
+    for key in keys:
+        method, parameters, phase, recovery = key
+        others = [set(_split(other[1])) for other in keys if other[0] == method]
+        common = set.intersection(*others) if len(set(map(frozenset, others))) > 1 else set()
+        alone = len(set(map(frozenset, others))) == 1
+        own = [] if alone else [part for part in _split(parameters) if part not in common]
+        values = [part.partition("=")[2].strip("'") if _plain(part) else part for part in own]
+        parts = [method, *values]
+        parts += [phase] if phase != "both" else []
+        parts += [f"+{shortened(recovery)}"] if recovery != NONE and len(recoveries) > 1 else []
+        found[key] = " ".join(parts)
+    # Values alone may not tell two rows apart; then everything is said.
+    if len(set(found.values())) < len(found):
+        return {key: f"{key[0]}({key[1]}) {key[2]} {key[3]}" for key in keys}
+    return found
+
+
+def name_key(row: Row) -> tuple[str, ...]:
+    """What ``short_names`` goes by."""
+    return tuple(str(row[key]) for key in ("method", "parameters", "phases", "recovery"))
+
+
+def _split(parameters: str) -> list[str]:
+    return [part for part in re.split(r", (?=\w+=)", parameters) if part]
+
+
+def _plain(part: str) -> bool:
+    """True for a parameter whose value speaks for itself: a word."""
+    return part.partition("=")[2].startswith("'")

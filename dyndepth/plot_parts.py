@@ -1,0 +1,231 @@
+"""What all figures share: colours, markers, dashes, legends outside of the data, and files.
+
+Colours are told apart by readers with any colour vision (Okabe and Ito 2008), and lines by their
+markers and dashes as well, so that a figure can be read in black and white. Nothing goes through
+pyplot: no global state, no window, nothing to close.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+"""Of lines one after another; ``BOUND_DASH`` is kept for bounds."""
+BOUND_DASH = "--"
+GRAY = "#9A9A9A"
+INK = "#222222"
+SKIPPED = "#EDEDED"
+TITLES = {"attention": "Attention", "mlp": "MLP"}
+"""Titles of the two kinds of sublayers, in the order of every routing table."""
+
+FRONT = "Pareto front of competitors"
+SUSPECT = "suspect: faster than its FLOPs allow"
+IDEAL = "ideal: all saved FLOPs become time"
+OTHERS = "the others"
+DENSE = "dense"
+"""Legend entries that all panels of a figure share."""
+
+_DPI = 150
+_SALT = "dyndepth"
+"""Seeds the ids inside an SVG, so that equal figures are equal files."""
+_BEYOND = 0.35
+"""How far the axis follows intervals beyond the points, as a share of their range; longer ones run
+out of the panel."""
+
+
+def figure_of(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, laid out so that nothing overlaps."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def style(number: int, bound: bool = False) -> dict[str, Any]:
+    """Colour, marker and dashes of line ``number``; a bound's are dashed and hollow."""
+    colour = COLOURS[number % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": BOUND_DASH if bound else DASHES[number // len(COLOURS) % len(DASHES)],
+        "markerfacecolor": "white" if bound else colour,
+        "linewidth": 1.4,
+        "markersize": 5,
+    }
+
+
+def line(axis: Axes, x: Any, y: Any, number: int, label: str) -> None:
+    """Draw one of several lines that are told apart by colour, marker and dashes."""
+    look = style(number) | {"markersize": 4}
+    # Many points: markers would hide the dashes.
+    look |= {"markevery": max(1, len(x) // 32)}
+    axis.plot(x, y, label=label, **look)
+
+
+def legend_below(
+    figure: Figure, entries: dict[str, Any], columns: int = 4, across: str = ""
+) -> None:
+    """A legend under the panels, never over data; fewer columns where labels are long.
+
+    ``across`` labels the x axis of all panels: the layout would put the figure's own label for
+    that into the legend.
+    """
+    if not entries:
+        return
+    width = figure.get_size_inches()[0]
+    longest = max(map(len, entries))
+    fitting = max(1, int(width / (0.6 + 0.075 * longest)))
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside lower center", frameon=False,
+        ncols=min(columns, fitting, len(entries)), fontsize=8, handlelength=3,
+        title=across or None, title_fontsize=9,
+    )  # fmt: skip
+
+
+def entries_of(axis: Axes) -> dict[str, Any]:
+    """Label -> handle of what an axis shows."""
+    handles, labels = axis.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+def in_order(axis: Axes) -> dict[str, Any]:
+    """Legend entries; what all panels share comes last."""
+    found = entries_of(axis)
+    shared = (FRONT, DENSE, OTHERS, IDEAL, SUSPECT)
+    first = {name: handle for name, handle in found.items() if name not in shared}
+    return first | {name: found[name] for name in shared if name in found}
+
+
+def grid(count: int, ylabel: str, square: bool = False) -> tuple[Figure, list[Axes]]:
+    """``count`` small panels with the same axes; ``legend_below`` labels x for all of them."""
+    columns = min(5, count)
+    rows = -(-count // columns)
+    figure = figure_of(2.2 * columns + 0.4, (2.25 if square else 1.9) * rows + 1.0)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axis in panels[count:]:
+        axis.remove()
+    for axis in panels[max(0, count - columns) : count]:
+        axis.tick_params(labelbottom=True)
+    for axis in panels[:count]:
+        axis.tick_params(labelsize=7)
+    figure.supylabel(ylabel, fontsize=9)
+    return figure, list(panels[:count])
+
+
+def draw_curve(axis: Axes, own: pd.DataFrame, look: dict[str, Any], label: str, bars: bool) -> None:
+    """One line with its intervals: a band, or bars where there is no line or x has some too."""
+    axis.plot(own["x"], own["value"], label=label, zorder=3, **look)
+    colour = look["color"]
+    across = bool((own["x_high"] > own["x_low"]).any())
+    if bars or across:
+        widths = [(own["x"] - own["x_low"]), (own["x_high"] - own["x"])] if across else None
+        axis.errorbar(
+            own["x"], own["value"], yerr=[own["value"] - own["low"], own["high"] - own["value"]],
+            xerr=widths, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2, alpha=0.6, zorder=2,
+        )  # fmt: skip
+    elif (own["high"] > own["low"]).any():
+        edge = {"linestyle": BOUND_DASH, "linewidth": 0.5} if look["markerfacecolor"] == "white" \
+            else {"linewidth": 0}  # fmt: skip
+        axis.fill_between(own["x"], own["low"], own["high"], facecolor=colour, alpha=0.13,
+                          edgecolor=colour, zorder=1, **edge)  # fmt: skip
+    if "suspect" in own and own["suspect"].any():
+        doubtful = own[own["suspect"]]
+        axis.plot(doubtful["x"], doubtful["value"], "x", color=VERMILION, markersize=10, zorder=4,
+                  label=SUSPECT)  # fmt: skip
+
+
+def scale_of(
+    found: pd.DataFrame,
+    through: Iterable[float] = (),
+    *,
+    logarithmic: bool | None = None,
+    square: bool = False,
+) -> Callable[[Axes], None]:
+    """What sets an axis's limits and scale; equal for all panels of a figure.
+
+    The values of ``through`` are shown, and 1 across (upwards, too, if ``square``). By default the
+    scale is logarithmic where values differ by a factor of three.
+    """
+    shown = [*found["value"], *through, *([1.0] if square else [])]
+    low, high = min(shown), max(shown)
+    if logarithmic is None:
+        logarithmic = low > 0 and high > 3 * low and not square
+    reach = (high - low) * _BEYOND or 0.1 * abs(high) or 0.1
+    bottom = min(low, max(found["low"].min(), low - reach))
+    top = max(high, min(found["high"].max(), high + reach))
+    if logarithmic:
+        bottom, top = max(bottom, 0.9 * low) / 1.08, min(top, 1.1 * high) * 1.08
+    else:
+        bottom, top = bottom - 0.06 * (top - bottom or 1), top + 0.06 * (top - bottom or 1)
+    left, right = min(found["x"].min(), 1.0), max(found["x"].max(), 1.0)
+    margin = 0.06 * (right - left or 1.0)
+
+    def apply(axis: Axes) -> None:
+        axis.grid(alpha=0.3)
+        if logarithmic:
+            from matplotlib.ticker import LogLocator, NullFormatter
+
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(bottom, top)
+        axis.set_xlim(left - margin, right + margin)
+
+    return apply
+
+
+def wrapped(label: str, width: int = 30) -> str:
+    """A long label in lines of at most ``width`` characters, broken where a reader would."""
+    lines = textwrap.wrap(re.sub(r"(?<! )\(", " (", label, count=1), width, break_long_words=False)
+    return "\n".join(lines)
+
+
+def readable(token: str) -> str:
+    """A token's text as a label: spaces and control characters visible, nothing empty."""
+    marks = {" ": "·", "\n": "⏎", "\t": "⇥"}
+    shown = "".join(
+        marks.get(c, c if unicodedata.category(c)[0] not in "CZ" else "□") for c in token
+    )
+    return shown if len(shown) <= 14 else f"{shown[:13]}…"
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks of an x or y axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def written(figure: Figure, path: str | Path | None) -> Figure:
+    """Write ``figure`` to ``path`` (PNG, PDF or SVG, by its ending) if one is given; return it.
+
+    Equal figures give equal bytes: no date is kept, and ids in an SVG are seeded.
+    """
+    if path is not None:
+        import warnings
+
+        from matplotlib import rc_context
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        with warnings.catch_warnings(), rc_context({"svg.hashsalt": _SALT}):
+            # Tokens of other scripts than the font has are drawn as boxes.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(path, metadata=undated.get(path.suffix.lower()))
+    return figure

@@ -1,0 +1,227 @@
+"""From a run's tables to what the figures draw: short names, seeds averaged, the Pareto front.
+
+Nothing here draws. A curve is one method with its parameters; its points are its target speedups.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE
+from dyndepth.recipe import NONE
+from dyndepth.spec import name_of, parameters_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEEDED = ("accuracy", "compute", "timing", "routing", "leaderboard")
+OPTIONAL = ("comparison", "curves", "equal_flops")
+"""Tables of a run folder, ``NAME.csv``."""
+
+METRICS = {
+    "mean_acc": "mean accuracy",
+    "retained": "accuracy retained, fraction of dense's",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, by length",
+    "bits_per_byte": "bits per byte",
+    "rouge_l": "ROUGE-L",
+    "rougeL": "ROUGE-L",
+}
+LOWER_IS_BETTER = {"bits_per_byte"}
+MAIN = ("acc", "bits_per_byte", "rougeL")
+"""Metrics that stand for a task, the first that it has."""
+_NORMAL = 1.96  # standard errors to either side of a 95% interval
+_TEXT = dict.fromkeys(("cell", "parameters", "recovery", "phases"), str)
+_SETTING = ("model", "data_fingerprint", "dtype")
+
+
+def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
+    """The CSV tables of a run folder by name, each with a ``label`` for every row's cell.
+
+    Labels are those of the whole run, in its order (``labels``), so that a method has the same
+    name and colour in all figures. Raises UserError if the folder holds no leaderboard.csv.
+    """
+    import pandas as pd
+
+    run = Path(run)
+    if not (run / "leaderboard.csv").is_file():
+        raise UserError(f"{run} holds no leaderboard.csv; give the --output_path of a sweep")
+    found = {}
+    for name in (*NEEDED, *OPTIONAL):
+        if (run / f"{name}.csv").is_file():
+            table = pd.read_csv(run / f"{name}.csv", dtype=_TEXT, low_memory=False)
+            if "parameters" in table:
+                table["parameters"] = table["parameters"].fillna("")
+            found[name] = table
+    board = found["leaderboard"]
+    names = pd.Series(pd.Categorical(labels(board), _in_order(labels(board))), board["cell"])
+    for table in found.values():
+        if "cell" in table:
+            if "bound" not in table:
+                table["bound"] = table["cell"].map(board.set_index("cell")["bound"])
+            known = table["cell"].map(names.astype(str).to_dict())
+            table["label"] = pd.Categorical(known, names.cat.categories)
+    return found
+
+
+def labels(table: pd.DataFrame) -> list[str]:
+    """A short name for each row: method, the parameters that differ among its own rows, phases
+    if they are not those of most rows, and recovery."""
+    written = table["parameters"].fillna("")
+    parameters = {text: parameters_of(f"x({text})", "method") for text in set(written)}
+    rule = table.loc[table["method"] != DENSE, "phases"].mode()
+    recipes = sorted(set(table["recovery"]) - {NONE})
+    found = []
+    for row in table.assign(parameters=written).itertuples():
+        own = parameters[row.parameters]
+        others = [parameters[text] for text in set(written[table["method"] == row.method])]
+        differ = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        inside = [f"{key}={_text(own[key])}" for key in differ]
+        if row.method != DENSE and row.phases not in set(rule[:1]):
+            inside.append(f"phases={row.phases}")
+        name = f"{row.method}({', '.join(inside)})" if inside else str(row.method)
+        if row.recovery != NONE:
+            # One recipe needs no number.
+            which = f" {recipes.index(row.recovery) + 1}" if len(recipes) > 1 else ""
+            name += f" + {name_of(str(row.recovery), 'recovery')}{which}"
+        found.append(name)
+    return found
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _in_order(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with its ``label`` column, made from the table itself if it has none."""
+    import pandas as pd
+
+    if "label" in table:
+        return table
+    names = labels(table)
+    return table.assign(label=pd.Categorical(names, _in_order(names)))
+
+
+def task_table(
+    accuracy: pd.DataFrame, compute: pd.DataFrame, task: str, metric: str | None = None
+) -> pd.DataFrame:
+    """One task's scores shaped as a leaderboard: a row a cell, with the task's own speedups.
+
+    The metric's columns are ``metric``, ``metric_low`` and ``metric_high`` (95%, from the standard
+    error over documents); without ``metric`` the first of ``MAIN`` that the task has. Raises
+    UserError for a task or metric that the table lacks, or several versions of the task.
+    """
+    rows = accuracy[accuracy["task"] == task]
+    metric = metric or main_metric(accuracy, task)
+    rows = rows[rows["metric"] == metric]
+    if rows.empty:
+        raise UserError(f"accuracy.csv has no {metric} of a task {task}")
+    if rows["task_version"].nunique() > 1:
+        raise UserError(f"rows of several versions of the task {task} belong in separate figures")
+    # The first filter stands for the task, as in the leaderboard.
+    rows = rows.drop_duplicates("cell").copy()
+    spent = compute[(compute["task"] == task) & (compute["phase"] == "all")]
+    rows[metric] = rows["value"]
+    rows[f"{metric}_low"] = rows["value"] - _NORMAL * rows["stderr"]
+    rows[f"{metric}_high"] = rows["value"] + _NORMAL * rows["stderr"]
+    return rows.merge(spent[["cell", "block_speedup", "total_speedup"]], on="cell", how="left")
+
+
+def main_metric(accuracy: pd.DataFrame, task: str) -> str:
+    """The metric that stands for a task: the first of ``MAIN`` that it has, else its first."""
+    there = accuracy.loc[accuracy["task"] == task, "metric"].dropna()
+    if there.empty:
+        raise UserError(f"accuracy.csv has no task {task}")
+    return next((metric for metric in MAIN if metric in set(there)), there.iloc[0])
+
+
+def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
+    """One row a curve and target, averaged over seeds, without dense; curves in their order.
+
+    Columns: ``label``, ``number`` (of the curve, from 0), ``bound``, ``target_speedup``, ``x``,
+    ``x_low``, ``x_high`` (the column ``across`` and its interval), ``value``, ``low``, ``high``
+    (``metric`` and its 95% interval, widened to hold every seed's value), ``seeds``. Missing
+    intervals are the values themselves. Raises UserError where rows can't stand in one figure.
+    """
+    import pandas as pd
+
+    check_one_setting(table)
+    names = list(labelled(table)["label"].cat.categories)
+    numbers = {name: n for n, name in enumerate(name for name in names if name != DENSE)}
+    table = usable(table, metric, across)
+    table = table[~reference(table)]
+    rows = []
+    for (label, target), group in table.groupby(["label", "target_speedup"], observed=True):
+        if group["seed"].duplicated().any():
+            cells = " and ".join(group.loc[group["seed"].duplicated(keep=False), "cell"][:2])
+            raise UserError(
+                f"the cells {cells} are both {label} at {target:g}x with the same seed, of "
+                "different versions or settings; draw them from separate runs"
+            )
+        row = {"label": label, "number": numbers[label], "target_speedup": target}
+        row |= {"bound": bool(group["bound"].any()), "seeds": len(group)}
+        row |= dict(zip(("value", "low", "high"), _spread(group, metric), strict=True))
+        row |= dict(zip(("x", "x_low", "x_high"), _spread(group, across), strict=True))
+        rows.append(row)
+    columns = ["label", "number", "bound", "target_speedup", "seeds"]
+    columns += ["x", "x_low", "x_high", "value", "low", "high"]
+    found = pd.DataFrame(rows, columns=columns)
+    return found.sort_values(["number", "target_speedup"], ignore_index=True)
+
+
+def _spread(group: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    """Mean over seeds, and its interval where the table has one, widened to hold every seed."""
+    values = group[column]
+    mean = float(values.mean())
+    if f"{column}_low" not in group:
+        return mean, mean, mean
+    low, high = (group[f"{column}_{end}"].fillna(values).mean() for end in ("low", "high"))
+    return mean, min(low, values.min()), max(high, values.max())
+
+
+def usable(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
+    """Labelled rows that have both values. Raises UserError, saying which it lacks, for none."""
+    table = labelled(table)
+    if across == "block_fraction" and across not in table:
+        table = table.assign(block_fraction=1 / table["block_speedup"])
+    for column in (metric, across):
+        if column not in table or not table[column].notna().any():
+            raise UserError(f"the table has no values of {column}")
+    return table[table[metric].notna() & table[across].notna()]
+
+
+def reference(table: pd.DataFrame) -> pd.Series:
+    """True for rows of dense without recovery: what all others are measured against."""
+    return (table["method"] == DENSE) & (table["recovery"] == NONE)
+
+
+def check_one_setting(table: pd.DataFrame) -> None:
+    """Raise UserError if rows of several models or of different data would stand together."""
+    for column in _SETTING:
+        if column in table and table[column].nunique() > 1:
+            there = ", ".join(map(str, sorted(table[column].dropna().unique())))
+            raise UserError(f"rows of several values of {column} ({there}) need a figure each")
+
+
+def on_front(found: pd.DataFrame, lower_is_better: bool, less_is_better: bool) -> pd.Series:
+    """True for competitors that no other competitor beats in both score and saving.
+
+    ``less_is_better``: ``x`` is the share that is executed, not a speedup.
+    """
+    score = -found["value"] if lower_is_better else found["value"]
+    saving = -found["x"] if less_is_better else found["x"]
+    compete = ~found["bound"]
+    value, x = score.to_numpy(), saving.to_numpy()
+    beaten = [
+        bool((compete & (value >= v) & (x >= s) & ((value > v) | (x > s))).any())
+        for v, s in zip(value, x, strict=True)
+    ]
+    return compete & ~np.array(beaten, dtype=bool)

@@ -1,0 +1,131 @@
+"""What papers report of the methods: read from ``published.csv`` beside the methods.
+
+The package that a method's module lies in may hold such a file, this suite's own and those of other
+distributions alike. Its rows are shown beside measured ones and never enter an average.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.records import Row
+from dyndepth.registry import methods
+from dyndepth.spec import split
+
+FILE = "published.csv"
+
+COLUMNS = {
+    "method": "name of the method in this suite",
+    "parameters": "parameters (and phases) of this suite's method that come nearest, or empty",
+    "model": "model of the paper",
+    "speedup": "budget of the row as a ratio to dense, at least 1",
+    "unit_of_speedup": "what the ratio counts: layers, nominal (the paper's own), or wall ...",
+    "task": "task or benchmark",
+    "metric": "metric and its unit",
+    "dense_value": "the paper's dense value, or empty",
+    "value": "the paper's value of the method",
+    "source": "arXiv number and table",
+    "note": "what a reader must know, such as that the value is second-hand",
+}
+"""Columns of the file and what they hold."""
+
+NUMBERS = {"speedup": False, "dense_value": True, "value": False}
+"""Columns that hold numbers, and whether they may be empty."""
+
+
+def published() -> list[Row]:
+    """Rows of every installed ``published.csv``, numbers as floats, an empty one None.
+
+    Raises UserError for a file with other columns, or a number that cannot be read.
+    """
+    packages = sorted({entry.module.rpartition(".")[0] for entry in methods().values()})
+    return [row for package in packages if package for row in rows_of(package)]
+
+
+def rows_of(package: str) -> list[Row]:
+    """Rows of the ``published.csv`` of one package; none where it has no such file."""
+    try:
+        file = resources.files(package) / FILE
+    except (ModuleNotFoundError, TypeError):
+        return []
+    if not file.is_file():
+        return []
+    return parse(file.read_text(encoding="utf-8"), f"{FILE} of {package}")
+
+
+def parse(text: str, origin: str) -> list[Row]:
+    """The rows of a file's text. Raises UserError, naming ``origin`` and the line."""
+    reader = csv.DictReader(io.StringIO(text))
+    if list(reader.fieldnames or ()) != list(COLUMNS):
+        raise UserError(f"{origin} must have the columns {', '.join(COLUMNS)}")
+    found = []
+    for row in reader:
+        place = f"{origin}, line {reader.line_num}"
+        if None in row or None in row.values() or not row["method"] or not row["source"]:
+            raise UserError(f"{place}: a row needs every column, and a method and a source")
+        numbers = {key: _number(row[key], key, place) for key in NUMBERS}
+        if numbers["speedup"] is not None and numbers["speedup"] < 1:
+            raise UserError(f"{place}: speedup must be at least 1, not {row['speedup']}")
+        found.append({**row, **numbers})
+    return found
+
+
+def nearest(row: Row, measured: Iterable[Row]) -> Row | None:
+    """The measured leaderboard row of the same method whose achieved block FLOPs speedup is nearest
+    (as a ratio) to the paper's budget, among those that have the row's parameters, if any has."""
+    same = [
+        one
+        for one in measured
+        if one["method"] == row["method"] and (one.get("block_speedup") or 0) > 0
+    ]
+    wanted = set(settings(row["parameters"]))
+    alike = [one for one in same if wanted <= {*settings(one["parameters"]), phases_of(one)}]
+    if not alike:
+        return None
+    return min(alike, key=lambda one: abs(math.log(one["block_speedup"] / row["speedup"])))
+
+
+def phases_of(row: Row) -> str:
+    """A row's phases, as a parameter is written."""
+    return f"phases='{row['phases']}'"
+
+
+def settings(parameters: Any) -> list[str]:
+    """The entries of a parameters text, as ``["rule='even'", "keep=1"]``."""
+    try:
+        return [part.strip() for part in split(str(parameters or ""))]
+    except UserError:
+        return [str(parameters)]
+
+
+def distinct(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """(method, parameters) -> the entries that tell it from the method's other parameters, for
+    people: empty where a method has one set of parameters."""
+    by_method: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        text = str(row["parameters"] or "")
+        by_method.setdefault(str(row["method"]), {})[text] = settings(text)
+    found = {}
+    for method, sets in by_method.items():
+        common = set.intersection(*(set(entries) for entries in sets.values()))
+        for text, entries in sets.items():
+            found[method, text] = ", ".join(part for part in entries if part not in common)
+    return found
+
+
+def _number(text: str, column: str, place: str) -> float | None:
+    if not text and NUMBERS[column]:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{place}: {column} must be a number, not {text!r}")
+    return number

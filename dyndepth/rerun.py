@@ -1,0 +1,236 @@
+"""The command that computes a cell again, from its identity alone.
+
+``python -m dyndepth.rerun RUN [CELL...]`` prints it for the cells of a run, each with the versions
+that it was made with. What an identity knows by its fingerprint only cannot stand in the command:
+the path of a corpus or of task files of one's own (``--corpus``, ``--include_path``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyndepth.errors import UserError
+from dyndepth.grid import DENSE, Plan, method_identity, plans
+from dyndepth.options import CHOICES, EMBEDDED, OTHERS, Parser, Settings, limit_text, read, settings
+from dyndepth.recipe import NONE, shortened
+from dyndepth.records import Cell, Row, setting
+from dyndepth.spec import parameters_of, value
+
+PROGRAM = ("python", "-m", "dyndepth.sweep")
+OUTPUT = "runs/again"
+"""Where the printed commands write, unless told otherwise: not where the run itself lies."""
+
+VERSIONS = ("git_commit", "torch", "transformers", "lm_eval", "dyndepth", "harness_code")
+OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed")
+"""Keys of an identity that tell which plan of a sweep is the cell's."""
+
+Flags = dict[str, tuple[str, ...]]
+"""A sweep's flags, each with its entries."""
+
+
+def command(identity: Row, **more: Any) -> list[str]:
+    """The words of the command that computes the cell of ``identity``, and dense beside it.
+
+    Flags that would say what the sweep does anyway are left out. ``more`` are further flags, or
+    others instead; one that is None is left to the identity. ``shlex.join`` makes a line of it.
+    """
+    return [*PROGRAM, *_words(_flags(identity), more)]
+
+
+def commands(identities: Iterable[Row]) -> list[str]:
+    """The fewest lines that this module finds which compute all cells of ``identities``.
+
+    Cells that differ in their seed, target speedup, method or recovery alone share a line where
+    the line makes nothing that was not asked for, except the dense cells that every sweep makes.
+    """
+    found = list(identities)
+    others = {_control(each) for each in found if each["method"] != DENSE}
+    wanted = [x for x in found if x["method"] != DENSE or _control(x) not in others]
+    groups = [_flags(identity) for identity in wanted]
+    for name in ("seed", "speedups", "methods", "recovery"):
+        groups = _merged(groups, name)
+    return [shlex.join([*PROGRAM, *_words(flags, {})]) for flags in groups]
+
+
+def settings_of(identity: Row, **more: Any) -> Settings:
+    """What the sweep makes of ``command``. Raises UserError if this version refuses it."""
+    return read(command(identity, **more)[len(PROGRAM) :])
+
+
+def plan_of(identity: Row, wanted: Settings, layers: int) -> Plan:
+    """The cell's plan among those of a sweep with the settings ``wanted``, as ``settings_of`` gives
+    them, on a model of ``layers`` blocks.
+
+    Raises:
+        UserError: this version's method is another one, or has other parameters.
+    """
+    for plan in plans(wanted, layers):
+        own = method_identity(plan.build())
+        if plan.recovery == identity["recovery"] and all(own[k] == identity[k] for k in OF_METHOD):
+            return plan
+    raise UserError(
+        f"the method {identity['method']!r} or its recovery has changed since this cell was made: "
+        "no plan of this version has its identity"
+    )
+
+
+def made_with(identity: Row) -> str:
+    """Commit, packages and code that a cell was made with, in a few words."""
+    return ", ".join(f"{key} {identity[key] or 'unknown'}" for key in VERSIONS)
+
+
+def chosen(cells: Sequence[Cell], prefixes: Sequence[str]) -> list[Cell]:
+    """The cells whose hash begins with one of ``prefixes``; all of them if there is none.
+
+    Raises:
+        UserError: a prefix that no cell has.
+    """
+    for prefix in prefixes:
+        if not any(cell.key.startswith(prefix) for cell in cells):
+            raise UserError(f"no cell's hash begins with {prefix!r}; the first column of a table")
+    return [cell for cell in cells if not prefixes or cell.key.startswith(tuple(prefixes))]
+
+
+def _control(identity: Row) -> tuple[Any, ...]:
+    """Which dense cell the sweep makes beside the cell of ``identity``."""
+    recovery = identity["recovery"]
+    return setting(identity), recovery, 0 if recovery == NONE else identity["seed"]
+
+
+def _spec(method: str, parameters: str) -> str:
+    """A method as ``--methods`` takes it: texts without the quotes of their reprs where they are
+    read alike."""
+    if not parameters:
+        return method
+    found = []
+    for name, given in parameters_of(f"{method}({parameters})", "method").items():
+        bare = isinstance(given, str) and re.fullmatch(r"[\w.-]+", given) and value(given) == given
+        found.append(f"{name}={given if bare else repr(given)}")
+    return f"{method}({', '.join(found)})"
+
+
+def _flags(identity: Row) -> Flags:
+    """Every flag that an identity decides."""
+    spec = _spec(str(identity["method"]), str(identity["parameters"]))
+    revision = "" if identity["model"] == EMBEDDED else str(identity["revision"] or "")
+    attention = str(identity["attn_implementation"])
+    flags = {
+        "model": identity["model"],
+        "methods": "" if spec == DENSE else spec,
+        "speedups": _number(identity["target_speedup"]),
+        "seed": identity["seed"],
+        "phases": identity["phases"],
+        "recovery": shortened(str(identity["recovery"])),
+        "tasks": ",".join(identity["tasks"]),
+        "limit": limit_text(_limit(identity["limit"])),
+        **{name: identity[name] for name in ("sample_seed", "num_fewshot", "batch_size")},
+        "dtype": identity["dtype"],
+        "device": identity["device"],
+        # A kernel that no flag can name was the model's own choice.
+        "attn_implementation": attention if attention in CHOICES["attn_implementation"] else "",
+        "revision": revision,
+    }
+    return {name: (str(text),) for name, text in flags.items()}
+
+
+def _number(number: float) -> str:
+    brief = f"{number:g}"
+    return brief if float(brief) == number else repr(float(number))
+
+
+def _limit(limit: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Documents by task, the commonest number once for all tasks that are not named."""
+    usual = Counter(limit.values()).most_common(1)[0][0]
+    return {OTHERS: usual} | {task: n for task, n in limit.items() if n != usual}
+
+
+def _usual(model: str, tasks: str) -> dict[str, str]:
+    """What the flags are if they are not given."""
+    from dyndepth.tasks import resolve
+
+    default = settings({"model": model})
+    suite = resolve(default.tasks)
+    limit = {task: default.limit.get(task, default.limit[OTHERS]) for task in tasks.split(",")}
+    names = ("phases", "sample_seed", "num_fewshot", "batch_size", "device", "dtype")
+    return {name: str(getattr(default, name)) for name in names} | {
+        "model": EMBEDDED,
+        "methods": default.methods,
+        "seed": ",".join(map(str, default.seed)),
+        "recovery": ",".join(default.recovery),
+        "tasks": ",".join(suite),
+        "limit": limit_text(_limit(limit)),
+        "attn_implementation": "",
+        "revision": "",
+    }
+
+
+def _words(flags: Flags, more: Mapping[str, Any]) -> list[str]:
+    given = {name: ",".join(filter(None, entries)) for name, entries in flags.items()}
+    given |= {name: str(text) for name, text in more.items() if text is not None}
+    usual = _usual(given["model"], given["tasks"])
+    words = []
+    for name, text in given.items():
+        if usual.get(name) != text:
+            words += [f"--{name}", text]
+    return words
+
+
+def _merged(groups: Sequence[Flags], name: str) -> list[Flags]:
+    """Groups that differ in the flag ``name`` alone, as one."""
+    found: dict[tuple[tuple[str, Any], ...], Flags] = {}
+    for flags in groups:
+        rest = tuple((key, entries) for key, entries in flags.items() if key != name)
+        known = found.setdefault(rest, flags | {name: ()})
+        known[name] = tuple(dict.fromkeys([*known[name], *flags[name]]))
+    return list(found.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 for wrong input."""
+    parser = Parser(
+        prog="python -m dyndepth.rerun",
+        description="Print the command that computes a run's cells again.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "cells", nargs="*", metavar="CELL", help="hashes, or how they begin (default: all cells)"
+    )
+    parser.add_argument("--output_path", "--output-path", default=OUTPUT, help=argparse.SUPPRESS)
+    parser.add_argument("--merged", action="store_true", help="as few commands as will do")
+    try:
+        _print(parser.parse_args(arguments))
+    except UserError as fault:
+        print(f"dyndepth.rerun: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print(options: argparse.Namespace) -> None:
+    from dyndepth.provenance import git_commit, harness_code, versions
+    from dyndepth.store import Store
+
+    cells = Store(options.run).all()
+    if not cells:
+        raise UserError(f"{options.run} holds no cells; give the --output_path of a sweep")
+    cells = chosen(cells, options.cells)
+    here = {**versions(), "harness_code": harness_code(), "git_commit": git_commit()}
+    print(f"# here: {made_with(here)}")
+    if options.merged:
+        for each in dict.fromkeys(made_with(cell.identity) for cell in cells):
+            print(f"# made with: {each}")
+        print("\n".join(commands(cell.identity for cell in cells)))
+        return
+    for cell in cells:
+        print(f"# cell {cell.key}, made with: {made_with(cell.identity)}")
+        print(shlex.join(command(cell.identity, output_path=options.output_path)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

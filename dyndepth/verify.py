@@ -1,0 +1,196 @@
+"""Is a run what it says? ``python -m dyndepth.verify RUN...``
+
+Everything stored is checked: files against their hashes and the manifest, rows against each other,
+versions, and the tables against the cells. Then some cells, drawn at random, are computed again on
+some of their documents. Every finding is a line; the exit status is 1 if one is a failure.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.errors import UserError
+from dyndepth.options import HELP, Parser, underscored
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dyndepth.records import Cell
+    from dyndepth.verify_stored import Finding
+
+SAMPLE = 5
+DOCUMENTS = 4
+"""Cells of a run, and documents a task, that are computed again unless told otherwise."""
+INTERRUPTED = 130
+FLAGS = ("model", "device", "corpus", "include_path")
+"""Flags of the sweep that a cell's identity does not hold, or that may be others here."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 if anything failed, 2 for wrong input, 130 after Ctrl-C."""
+    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    try:
+        options = _parser().parse_args(given)
+        return run(options)
+    except UserError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.verify: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing can be said", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> Parser:
+    built = Parser(
+        prog="python -m dyndepth.verify",
+        description="Check a run against itself, and compute some of its cells again.",
+        epilog="Exit status: 0 all is well, 1 something failed, 2 wrong input. "
+        "Wall-clock is not measured again.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
+    add("--all", action="store_true", help="compute all cells again")
+    add(
+        "--documents",
+        default=str(DOCUMENTS),
+        metavar="N",
+        help=f"documents a task to compute again, or 'all' (default: {DOCUMENTS})",
+    )
+    add("--seed", type=int, default=0, help="of the draw of cells and documents (default: 0)")
+    add("--only_stored", action="store_true", help="compute nothing again")
+    add(
+        "--write_manifest",
+        action="store_true",
+        help="check what is stored and, if nothing failed, write the run's manifest.json",
+    )
+    for name in FLAGS:
+        add(f"--{name}", metavar=name.upper(), help=f"{HELP[name]} (default: as the cells say)")
+    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
+    add("--debug", action="store_true", help=HELP["debug"])
+    return built
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify; returns the exit status. Raises UserError for wrong input."""
+    from dyndepth.manifest import write_manifest
+    from dyndepth.verify_again import drawn
+    from dyndepth.verify_stored import check
+
+    sample, documents = _amounts(options)
+    failures = 0
+    for path in options.runs:
+        cells, found = check(path, manifest=not options.write_manifest)
+        chosen: list[Cell] = []
+        if not (options.only_stored or options.write_manifest):
+            chosen = drawn(cells, sample, options.seed)
+            _check_devices(chosen, options)
+            found += _again(chosen, documents, options)
+        show(path, found)
+        failed = sum(each.failure for each in found)
+        failures += failed
+        _print_commands(cells, found)
+        print(_sentence(path, len(cells), found, len(chosen)), flush=True)
+        if options.write_manifest and not failed:
+            print(f"written to {write_manifest(path)}")
+        elif options.write_manifest:
+            print("no manifest was written", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _amounts(options: argparse.Namespace) -> tuple[int | None, int | None]:
+    """How many cells and documents to compute again; None: all."""
+    if options.all and options.sample is not None:
+        raise UserError("--all and --sample exclude each other")
+    sample = SAMPLE if options.sample is None else options.sample
+    text = str(options.documents).strip().lower()
+    documents = None if text == "all" else int(text) if text.isdecimal() else 0
+    for name, amount in (("sample", sample), ("documents", documents)):
+        if amount is not None and amount < 1:
+            raise UserError(
+                f"--{name} takes a whole number of at least 1, not {vars(options)[name]}"
+            )
+    return (None if options.all else sample), documents
+
+
+def _check_devices(cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """Say before anything is computed that the cells' device is not here."""
+    devices = {str(options.device or cell.identity["device"]) for cell in cells}
+    if any(device.startswith("cuda") for device in devices):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "cells were made on cuda, and there is none here: give --device cpu (compared with "
+                "a coarse tolerance) or --only_stored"
+            )
+
+
+def _again(
+    cells: Sequence[Cell], documents: int | None, options: argparse.Namespace
+) -> list[Finding]:
+    from tqdm import tqdm
+
+    from dyndepth.sweep import quiet_libraries
+    from dyndepth.verify_again import How, again
+
+    quiet_libraries(options.debug)
+    flags: dict[str, Any] = {name: getattr(options, name) for name in FLAGS}
+    how = How(documents, options.seed, flags, options.trust_remote_code, options.debug)
+    found = []
+    with tqdm(total=len(cells), desc="computing again", unit=" cells", file=sys.stderr) as bar:
+        for cell, told in again(cells, how):
+            found += told
+            bar.set_postfix_str(cell.identity["method"], refresh=False)
+            bar.update()
+    return found
+
+
+def show(path: Path, found: Sequence[Finding]) -> None:
+    """Print findings as a table, failures first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dyndepth.console import print_table
+
+    if not found:
+        return
+    table = Table(title=str(path))
+    for heading in ("", "cell", "what", "stored", "found"):
+        table.add_column(heading, overflow="fold")
+    for each in sorted(found, key=lambda each: not each.failure):
+        mark = "FAILED" if each.failure else "note"
+        table.add_row(mark, *map(escape, (each.cell, each.what, each.stored, each.found)))
+    print_table(table)
+
+
+def _print_commands(cells: Sequence[Cell], found: Sequence[Finding]) -> None:
+    """For each cell that failed, the command that computes it again."""
+    from dyndepth.rerun import OUTPUT, command
+
+    failed = {each.cell for each in found if each.failure}
+    for cell in cells:
+        if cell.key in failed:
+            print(f"cell {cell.key} again: ", end="")
+            print(shlex.join(command(cell.identity, output_path=OUTPUT)))
+
+
+def _sentence(path: Path, cells: int, found: Sequence[Finding], chosen: int) -> str:
+    failed = sum(each.failure for each in found)
+    notes = len(found) - failed
+    again = f"{chosen} computed again" if chosen else "none computed again"
+    verdict = f"{failed} failure{'s' * (failed != 1)}" if failed else "nothing failed"
+    return f"{path}: {cells} cells read, {again}: {verdict}, {notes} note{'s' * (notes != 1)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,521 @@
+"""Tables of comparisons: against dense, whole curves, equal FLOPs; what is refused or left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cells import cell
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from test_stats import point, scored
+
+from dyndepth import comparison_show
+from dyndepth.comparison import COMPARISON, CURVES, EQUAL_FLOPS, compared, left_out, main, texts
+from dyndepth.curve_tables import curves, equal_flops
+from dyndepth.curves import area, degradation, overlap, pareto
+from dyndepth.dense_tables import against_dense
+from dyndepth.errors import UserError
+from dyndepth.peers import name_key, short_names
+from dyndepth.resampling import RESAMPLES, means, ratios
+from dyndepth.stats import is_binary, mcnemar
+from dyndepth.store import Store
+
+few = settings(max_examples=25, deadline=None)
+DOCUMENTS = 40
+
+
+def made(outcomes, speedup=1.0, bound=False, metric="acc", **identity):
+    """A finished cell; the target speedup is the achieved one."""
+    identity = {"method": "dense", "target_speedup": speedup, "phases": "both"} | identity
+    one = scored(list(map(float, outcomes)), speedup, metric=metric, **identity)
+    one.accuracy[0]["higher_is_better"] = metric != "bits_per_byte"
+    one.provenance["uses_labels"] = bound
+    return one
+
+
+def row_of(rows, **wanted):
+    (found,) = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return found
+
+
+def bits(seed=0):
+    """Dense, two curves of bits per byte over the same documents, and a bound."""
+    dense = np.random.default_rng(seed).normal(1.0, 0.2, DOCUMENTS)
+    add = {"metric": "bits_per_byte"}
+    noise = np.random.default_rng(seed + 1).normal(0, 0.01, DOCUMENTS)
+    return [
+        made(dense, **add),
+        made(dense + 0.2 + noise, 1.25, method="good", **add),
+        made(dense + 0.5 + noise, 2.0, method="good", **add),
+        made(dense + 0.4 - noise, 1.25, method="poor", **add),
+        made(dense + 1.0 - noise, 1.6, method="poor", **add),
+        made(dense - 0.3 + noise, 2.0, method="seer", bound=True, **add),
+    ]
+
+
+# --- the tests themselves -------------------------------------------------------------------------
+
+
+@few
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
+def test_mcnemar_is_the_binomial_test_of_what_differs(pairs):
+    a, b = np.array(pairs, dtype=float).T
+    gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    expected = min(1.0, 2 * binom.cdf(min(gained, lost), gained + lost, 0.5))
+    assert mcnemar(a, b) == pytest.approx(expected)
+
+
+def test_mcnemar_by_hand():
+    # Nine documents differ, eight of them to one side: 2 (1 + 9) / 2 ** 9.
+    a = np.array([1.0] * 8 + [0.0] + [1.0] * 5)
+    b = np.array([0.0] * 8 + [1.0] + [1.0] * 5)
+    assert mcnemar(a, b) == pytest.approx(20 / 512)
+    assert mcnemar(a, a) == 1.0
+
+
+def test_mcnemar_refuses_what_is_no_accuracy():
+    with pytest.raises(ValueError, match="0 or 1"):
+        mcnemar(np.array([0.5, 1.0]), np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="as many"):
+        mcnemar(np.array([1.0]), np.array([0.0, 1.0]))
+    assert is_binary(np.array([0.0, 1.0]))
+    assert not is_binary(np.array([0.0, 1 / 3]))
+
+
+class TestResampling:
+    """Means and ratios of many rows at once."""
+
+    def test_intervals_cover_as_often_as_they_say(self):
+        generator = np.random.default_rng(0)
+        rows = generator.normal(0.3, 1.0, (300, 80))
+        found = means(rows, np.ones(80))
+        covered = (found.low <= 0.3) & (found.high >= 0.3)
+        assert 0.90 <= covered.mean() <= 0.98
+
+    def test_p_of_no_difference_is_small_as_often_as_it_says(self):
+        rows = np.random.default_rng(1).normal(0.0, 1.0, (300, 80))
+        p = means(rows, np.ones(80)).p
+        assert 0.02 <= (p < 0.05).mean() <= 0.10
+        assert 0.35 <= (p < 0.5).mean() <= 0.65
+
+    def test_agrees_with_scipys_bootstrap(self):
+        from dyndepth.stats import paired
+
+        generator = np.random.default_rng(2)
+        a, b, weights = generator.normal(0.2, 1, 50), generator.normal(0, 1, 50), np.arange(1, 51.0)
+        one, found = paired(a, b, weights), means((a - b)[None], weights)
+        assert found.value[0] == pytest.approx(one.value)
+        assert [found.low[0], found.high[0]] == pytest.approx([one.low, one.high], abs=0.02)
+        assert found.p[0] == pytest.approx(one.p, abs=0.02)
+
+    def test_rows_do_not_depend_on_their_company(self):
+        rows = np.random.default_rng(3).normal(size=(70, 30))
+        weights = np.arange(1, 31.0)
+        whole, alone = means(rows, weights), means(rows[50:51], weights)
+        assert whole.low[50] == pytest.approx(alone.low[0], abs=1e-12)
+        assert whole.p[50] == alone.p[0]
+
+    def test_a_difference_that_never_is_has_p_1(self):
+        found = means(np.zeros((1, 20)), np.ones(20))
+        assert (found.value[0], found.low[0], found.high[0], found.p[0]) == (0, 0, 0, 1)
+        third = np.full(20, 1 / 3 + 1 / 3 + 1 / 3 - 1.0)
+        assert means(third[None], np.ones(20)).p[0] == 1
+
+    def test_p_is_never_0(self):
+        found = means(np.ones((1, 20)), np.ones(20))
+        assert found.p[0] == pytest.approx(2 / (1 + RESAMPLES))
+
+    def test_ratio_of_what_is_proportional_is_exact(self):
+        base = np.random.default_rng(4).random(30) + 0.1
+        found = ratios(np.stack([0.8 * base, base]), base, np.ones(30))
+        assert found.value == pytest.approx([0.8, 1.0])
+        assert found.low == pytest.approx([0.8, 1.0])
+        assert found.high == pytest.approx([0.8, 1.0])
+
+    def test_ratio_to_nothing_does_not_exist(self):
+        found = ratios(np.ones((1, 12)), np.zeros(12), np.ones(12))
+        assert np.isnan([found.value[0], found.low[0], found.high[0]]).all()
+
+    def test_nothing_gives_nothing(self):
+        assert len(means(np.empty((0, 5)), np.ones(5)).value) == 0
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    st.lists(st.floats(0.1, 0.9), min_size=1, max_size=5, unique_by=lambda f: round(f, 3)),
+    st.floats(-3, 3),
+    st.floats(-2, 2),
+)
+def test_area_of_a_straight_line_is_its_middle(fractions, slope, at_full):
+    base = np.linspace(-1, 1, 12)
+    at = [*fractions, 1.0]
+    points = [point(f, base + at_full + slope * (1 - f)) for f in at]
+    found, weights = area(points)
+    middle = at_full + slope * (1 - min(at)) / 2
+    assert found == pytest.approx(base + middle, abs=1e-9)
+    assert weights.tolist() == [1.0] * 12
+    low = min(at)
+    part, _ = area(points, (low, (low + 1) / 2))
+    assert part == pytest.approx(base + at_full + slope * (1 - low) * 0.75, abs=1e-9)
+
+
+def test_area_by_hand():
+    points = [point(0.5, [0.0]), point(0.6, [1.0]), point(1.0, [2.0])]
+    assert area(points)[0] == pytest.approx([(0.1 * 0.5 + 0.4 * 1.5) / 0.5])
+    assert area(points, (0.55, 0.8))[0] == pytest.approx([(0.05 * 0.75 + 0.2 * 1.25) / 0.25])
+
+
+def test_area_never_leaves_the_measured_range():
+    points = [point(0.5, [0.0]), point(0.8, [1.0])]
+    with pytest.raises(ValueError, match="not measured"):
+        area(points, (0.4, 0.8))
+    with pytest.raises(ValueError, match="not measured"):
+        area(points, (0.5, 1.0))
+    assert area(points[:1]) is None
+
+
+def test_overlap_of_two_curves():
+    one = [point(0.5, [0.0]), point(1.0, [0.0])]
+    assert overlap(one, [point(0.4, [0.0]), point(0.7, [0.0])]) == (0.5, 0.7)
+    assert overlap(one, [point(0.3, [0.0]), point(0.5, [0.0])]) is None
+
+
+def test_degradation_is_points_lost_a_percent_of_speedup():
+    dense = point(1.0, [1.0] * 10)
+    # 6 points of accuracy for 25 percent, then 20 points for 100 percent.
+    points = [point(0.8, [0.94] * 10), point(0.5, [0.8] * 10), dense]
+    assert degradation(points[:1], dense, True) == pytest.approx(np.full(10, 6 / 25))
+    assert degradation(points, dense, True) == pytest.approx(np.full(10, 26 / 125))
+    assert degradation(points[:1], dense, False) == pytest.approx(np.full(10, -6 / 25))
+    assert degradation([dense], dense, True) is None
+
+
+def test_pareto_members_are_beaten_by_nobody():
+    fractions, values = [1.0, 0.8, 0.8, 0.5, 0.6], [0.9, 0.7, 0.8, 0.6, 0.5]
+    assert pareto(fractions, values, True) == [True, False, True, True, False]
+    assert pareto(fractions, values, False) == [False, False, False, True, True]
+    assert pareto([0.5, 0.5], [1.0, 1.0], True) == [True, True]
+    assert pareto([], [], True) == []
+
+
+# --- against dense --------------------------------------------------------------------------------
+
+
+def test_each_cell_stands_against_dense_on_its_documents():
+    rows = against_dense(bits())
+    good = row_of(rows, method="good", target_speedup=1.25)
+    assert good["difference"] == pytest.approx(good["value"] - good["dense_value"])
+    assert good["low"] < 0.2 < good["high"]
+    assert good["retained"] == pytest.approx(good["value"] / good["dense_value"])
+    assert good["retained_low"] < good["retained"] < good["retained_high"]
+    assert good["block_fraction"] == pytest.approx(0.8)
+    assert (good["n"], good["test"], good["verdict"]) == (DOCUMENTS, "bootstrap", "worse")
+    assert row_of(rows, method="seer")["verdict"] == "better"
+    dense = row_of(rows, method="dense")
+    assert (dense["verdict"], dense["difference"], dense["retained"]) == ("reference", 0.0, 1.0)
+    assert "p" not in dense
+
+
+def test_accuracies_are_tested_by_mcnemar_and_all_of_a_metric_by_holm():
+    right = [1] * 30 + [0] * 10
+    worse, same = [0] * 9 + right[9:], right
+    rows = against_dense(
+        [made(right), made(worse, 1.5, method="one"), made(same, 1.5, method="two")]
+    )
+    one, two = row_of(rows, method="one"), row_of(rows, method="two")
+    assert one["test"] == two["test"] == "mcnemar"
+    assert one["p"] == pytest.approx(2 / 2**9)
+    assert one["p_holm"] == pytest.approx(4 / 2**9)
+    assert (two["p"], two["p_holm"], two["verdict"]) == (1.0, 1.0, "no difference shown")
+    assert one["verdict"] == "worse"
+
+
+def test_what_does_not_outlive_holm_is_not_shown():
+    right = [1] * 30 + [0] * 10
+    worse = [0] * 7 + right[7:]
+    alone = against_dense([made(right), made(worse, 1.5, method="one")])
+    assert row_of(alone, method="one")["verdict"] == "worse"
+    others = [made(right, 1.5, method=f"other{i}") for i in range(9)]
+    among = row_of(
+        against_dense([made(right), made(worse, 1.5, method="one"), *others]), method="one"
+    )
+    assert among["high"] < 0
+    assert among["p"] == pytest.approx(2 / 2**7)
+    assert among["p_holm"] == pytest.approx(20 / 2**7)
+    assert among["verdict"] == "no difference shown"
+
+
+def test_metrics_stand_in_rows_and_families_of_their_own():
+    cells = [made([1, 0] * 10), made([0, 0] * 10, 1.5, method="one")]
+    for each in cells:
+        each.accuracy.append(each.accuracy[0] | {"metric": "acc_norm", "value": 1.0})
+        for row in each.samples:
+            row["outcomes"] = json.dumps(json.loads(row["outcomes"]) | {"acc_norm,none": 1.0})
+    rows = [row for row in against_dense(cells) if row["method"] == "one"]
+    assert [(row["metric"], row["value"]) for row in rows] == [("acc", 0.0), ("acc_norm", 1.0)]
+    assert [row["p_holm"] for row in rows] == [row["p"] for row in rows]
+    for table in (curves(cells), equal_flops(cells, budgets=[1.25])):
+        assert [row["metric"] for row in table] == ["acc", "acc_norm"]
+
+
+def test_a_bound_dominates_nobody_and_is_no_member():
+    rows = against_dense(bits())
+    assert row_of(rows, method="good", target_speedup=2.0)["pareto"] is True
+    assert row_of(rows, method="seer").get("pareto") is None
+    assert row_of(rows, method="poor", target_speedup=1.25)["pareto"] is False
+    # The same cell as a competitor would have dominated them all.
+    rival = [replace(c, provenance={}) for c in bits()]
+    rows = against_dense(rival)
+    assert row_of(rows, method="good", target_speedup=2.0)["pareto"] is False
+    assert row_of(rows, method="dense")["pareto"] is False
+
+
+def test_pareto_goes_by_seeds_averaged_and_within_one_recovery():
+    dense = made([1] * 20)
+    lucky = [made([1] * 20, 1.5, method="one", seed=0), made([0] * 20, 1.5, method="one", seed=1)]
+    steady = made([1] * 15 + [0] * 5, 1.5, method="two")
+    tuned = made([1] * 20, 2.0, method="one", recovery="lora(rank=4)")
+    rows = against_dense([dense, *lucky, steady, tuned])
+    assert row_of(rows, method="one", seed=0, recovery="none")["pareto"] is False
+    assert row_of(rows, method="two")["pareto"] is True
+    assert row_of(rows, recovery="lora(rank=4)")["pareto"] is True
+
+
+def test_few_documents_give_values_without_intervals():
+    rows = against_dense([made([1, 0, 1]), made([1, 0, 0], 1.5, method="one")])
+    one = row_of(rows, method="one")
+    assert one["value"] == pytest.approx(1 / 3)
+    assert one["difference"] == pytest.approx(-1 / 3)
+    assert one.get("low") is None
+    assert one.get("p") is None
+    assert one["verdict"] == "not comparable"
+    assert "3 documents are too few" in one["reason"]
+
+
+def test_failed_cells_are_named():
+    broken = cell(method="broken", target_speedup=1.5)
+    broken.accuracy, broken.samples, broken.compute = [], [], []
+    broken.status, broken.error = "error", "no such layer"
+    tables = compared([*bits(), broken])
+    row = row_of(tables["comparison"], method="broken")
+    assert (row["verdict"], row["reason"]) == ("not comparable", "no such layer")
+    row = row_of(tables["curves"], method="broken")
+    assert row["failed"] == broken.key
+    assert "no such layer" in row["reason"]
+    assert row_of(tables["equal_flops"], method="broken", reference_speedup=1.25)["failed"]
+
+
+def test_without_dense_nothing_is_compared():
+    rows = compared(bits()[1:])
+    assert {row["verdict"] for row in rows["comparison"]} == {"not comparable"}
+    assert "no finished dense cell" in rows["comparison"][0]["reason"]
+    assert all(row.get("difference") is None for row in rows["equal_flops"])
+
+
+def test_settings_stand_apart():
+    other = [replace(c, identity=c.identity | {"dtype": "bfloat16"}) for c in bits(seed=7)]
+    alone, both = against_dense(bits()), against_dense([*bits(), *other])
+    own = [row for row in both if row["dtype"] != "bfloat16"]
+    drop = {"p_holm"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in own] == [
+        {k: v for k, v in row.items() if k not in drop} for row in alone
+    ]
+    assert len({row["setting"] for row in curves([*bits(), *other])}) == 2
+
+
+def test_other_versions_and_data_are_refused():
+    cells = bits()
+    cells[2].accuracy[0]["task_version"] = 2.0
+    for table in (against_dense, curves, equal_flops):
+        with pytest.raises(UserError, match="task one has version"):
+            table(cells)
+    cells = bits()
+    cells[2].identity["data_fingerprint"] = "other"
+    for table in (against_dense, curves, equal_flops):
+        with pytest.raises(UserError, match="different data"):
+            table(cells)
+
+
+def test_other_documents_of_one_setting_are_not_paired():
+    cells = bits()
+    for row in cells[1].samples:
+        row["doc_hash"] = "other"
+    row = row_of(against_dense(cells), method="good", target_speedup=1.25)
+    assert row["verdict"] == "not comparable"
+    assert "different documents" in row["reason"]
+    assert "different documents" in row_of(curves(cells), method="good")["reason"]
+
+
+def test_a_metric_that_is_no_mean_over_documents_is_left_out_by_name():
+    cells = bits()
+    for each in cells:
+        each.accuracy.append(each.accuracy[0] | {"metric": "perplexity", "value": 9.0})
+    assert left_out(cells) == ["one perplexity"]
+    assert {row["metric"] for row in against_dense(cells)} == {"bits_per_byte"}
+
+
+# --- whole curves ---------------------------------------------------------------------------------
+
+
+def test_a_curve_is_judged_over_the_overlap_alone():
+    rows = curves(bits())
+    good, poor = row_of(rows, method="good"), row_of(rows, method="poor")
+    assert (good["points"], good["fraction_low"], good["fraction_high"]) == (2, 0.5, 1.0)
+    assert poor["fraction_low"] == pytest.approx(0.625)
+    assert (good["overlap_low"], good["overlap_high"]) == (poor["fraction_low"], 1.0)
+    assert good["competitor"].startswith("poor")
+    assert (good["verdict"], poor["verdict"]) == ("better", "worse")
+    assert good["area_difference"] == pytest.approx(-poor["area_difference"])
+    assert good["area_low"] < good["area"] < good["area_high"]
+    # 20 and 50 hundredths lost for 25 and 100 percent, but for the noise.
+    assert good["sdr"] == pytest.approx(70 / 125, abs=0.01)
+    assert good["sdr_low"] < good["sdr"] < good["sdr_high"]
+    bound = row_of(rows, method="seer")
+    assert bound["bound"] is True
+    assert bound["competitor"].startswith("good")
+    assert bound["verdict"] == "better"
+
+
+def test_a_curve_with_recovery_ends_at_dense_with_the_same_recovery():
+    dense, tuned = [1] * 10 + [0] * 10, [1] * 14 + [0] * 6
+    lora = {"recovery": "lora(rank=4)"}
+    cells = [made(dense), made(tuned, **lora), made(dense, 2.0, method="one", **lora)]
+    row = row_of(curves(cells), method="one")
+    assert row["area"] == pytest.approx((0.7 + 0.5) / 2)
+    assert row["sdr"] == pytest.approx(0.0)
+    # Without it there is one point, no curve.
+    row = row_of(curves([cells[0], cells[2]]), method="one")
+    assert row.get("area") is None
+    assert "one measured point" in row["reason"]
+
+
+# --- equal FLOPs ----------------------------------------------------------------------------------
+
+
+@few
+@given(st.floats(1.0, 4.0), st.integers(0, 20))
+def test_nothing_is_said_beyond_the_measured_points(budget, seed):
+    for row in equal_flops(bits(seed), budgets=[budget]):
+        inside = row["fraction_low"] - 1e-9 <= 1 / budget <= row["fraction_high"] + 1e-9
+        assert (row.get("value") is not None) == inside
+        if not inside:
+            assert "measured from" in row["reason"]
+            assert row["verdict"] == "not comparable"
+            assert all(row.get(key) is None for key in ("low", "difference", "rank", "p", "p_holm"))
+
+
+def test_values_at_a_budget_are_interpolated_and_ranked():
+    dense = made([1.0] * 20, metric="rougeL")
+    cells = [dense]
+    for method, at_2 in (("a", 0.5), ("b", 0.3), ("c", 0.3)):
+        cells.append(made([at_2] * 20, 2.0, method=method, metric="rougeL"))
+    cells.append(made([0.9] * 20, 2.0, method="seer", bound=True, metric="rougeL"))
+    rows = equal_flops(cells, budgets=[4 / 3])
+    a, b, c, seer = (row_of(rows, method=name) for name in ("a", "b", "c", "seer"))
+    assert a["value"] == pytest.approx(0.75)
+    assert (a["low"], a["high"]) == (pytest.approx(0.75), pytest.approx(0.75))
+    assert a["difference"] == pytest.approx(-0.25)
+    assert [row.get("rank") for row in (a, b, c, seer)] == [1, 2, 2, None]
+    assert [row["competitors"] for row in (a, seer)] == [3, 3]
+    assert a["competitor"].startswith("b")
+    assert b["competitor"].startswith("a")
+    assert a["competitor_difference"] == pytest.approx(0.1)
+    assert (a["verdict"], b["verdict"], seer["verdict"]) == ("better", "worse", "better")
+
+
+def test_the_band_of_a_value_covers_the_truth():
+    generator = np.random.default_rng(5)
+    hits = 0
+    for _ in range(40):
+        cells = [made(generator.normal(1.0, 0.3, 50), metric="rougeL")]
+        cells.append(made(generator.normal(0.6, 0.3, 50), 2.0, method="one", metric="rougeL"))
+        (row,) = equal_flops(cells, budgets=[4 / 3])
+        hits += row["low"] <= 0.8 <= row["high"]
+    assert hits >= 34
+
+
+def test_a_budget_below_dense_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        equal_flops(bits(), budgets=[0.5])
+    with pytest.raises(UserError, match="at least 1"):
+        equal_flops(bits(), budgets=[float("nan")])
+
+
+# --- files and command line -----------------------------------------------------------------------
+
+
+def test_equal_cells_give_equal_bytes_whatever_their_order():
+    cells = bits()
+    written = texts(compared(cells))
+    random.Random(1).shuffle(cells)
+    assert texts(compared(cells)) == written
+    assert texts(compared(bits())) == written
+
+
+def test_columns_are_those_that_are_described():
+    written = texts(compared(bits()))
+    for name, columns in (
+        ("comparison.csv", COMPARISON),
+        ("curves.csv", CURVES),
+        ("equal_flops.csv", EQUAL_FLOPS),
+    ):
+        header, *rows = csv.reader(io.StringIO(written[name]))
+        assert header == list(columns)
+        assert rows
+        assert all(columns.values())
+    rows = list(csv.DictReader(io.StringIO(written["equal_flops.csv"])))
+    assert {row["bound"] for row in rows} == {"True", "False"}
+    assert {row["rank"] for row in rows} <= {"1", "2", ""}
+
+
+def test_command_prints_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dyndepth.console.PIPE_WIDTH", 100)
+    store = Store(tmp_path / "run")
+    for each in bits():
+        store.write(each)
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "run"), "--at", "1.25", "--output_path", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 100 or line.startswith("written") for line in printed.splitlines())
+    assert "seer (bound)" in printed
+    assert sorted(path.name for path in out.iterdir()) == sorted(texts(compared(bits())))
+    assert (out / "equal_flops.csv").read_text() == texts(compared(bits(), budgets=[1.25]))[
+        "equal_flops.csv"
+    ]
+
+
+def test_command_refuses_in_one_sentence(tmp_path, capsys):
+    store = Store(tmp_path / "run")
+    for each in bits():
+        store.write(each)
+    assert main([str(tmp_path / "none")]) == 2
+    assert main([str(tmp_path / "run"), "--tasks", "three"]) == 2
+    assert main([str(tmp_path / "run"), "--at", "0.5"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "no cell has the task three" in lines[1]
+
+
+def test_names_say_only_what_tells_rows_apart():
+    def row(parameters, phases="both", method="one"):
+        return {"method": method, "parameters": parameters, "phases": phases, "recovery": "none"}
+
+    rows = [row("rule='a', size=4"), row("rule='b', size=4"), row("", method="two")]
+    assert list(short_names(rows).values()) == ["one a", "one b", "two"]
+    rows = [row("size=4"), row("size=4", "generation"), row("size=8")]
+    assert list(short_names(rows).values()) == ["one size=4", "one size=4 generation", "one size=8"]
+    # A parameter that one has and the other lacks leaves the names apart.
+    rows = [row("rule='a'"), row("rule='a', size=4")]
+    assert len(set(short_names(rows).values())) == 2
+    assert name_key(rows[0]) == ("one", "rule='a'", "both", "none")
+    assert set(comparison_show.MARKS) >= {"better", "worse", "reference"}

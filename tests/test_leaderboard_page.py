@@ -1,0 +1,486 @@
+"""The page for people: its data, Markdown, what papers report, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from cells import cell, identity
+
+from dyndepth import leaderboard_page, published
+from dyndepth.errors import UserError
+from dyndepth.leaderboard import leaderboard, write
+from dyndepth.leaderboard_page import board, html, markdown
+from dyndepth.records import Cell, order
+
+NASTY = "RuntimeError: </script><b>|*bold*|\u2028"
+PAPER = {
+    "method": "method_1",
+    "parameters": "",
+    "model": "Large-7B",
+    "speedup": 1.5,
+    "unit_of_speedup": "layers",
+    "task": "MMLU",
+    "metric": "accuracy %",
+    "dense_value": 50.0,
+    "value": 40.0,
+    "source": "arXiv 0000.00000, table 2",
+    "note": "second-hand",
+}
+
+
+def _cells(methods: int = 3) -> list[Cell]:
+    """Dense, methods at three targets, one of two seeds, a bound, a failed cell."""
+    cells = [_one(200, method="dense")]
+    for number in range(1, methods + 1):
+        for place, target in enumerate((1.25, 1.5, 2.0)):
+            for seed in (0, 1) if number == 1 else (0,):
+                right = 190 - 10 * number - 20 * place + 4 * seed
+                phases = "generation" if number == 2 else "both"
+                name = f"method_{number}"
+                cells.append(
+                    _one(right, method=name, target_speedup=target, seed=seed, phases=phases)
+                )
+    bound = _one(199, method="bound", target_speedup=2.0)
+    bound.provenance["uses_labels"] = True
+    failed = identity(method="method_1", target_speedup=3.0, phases="both")
+    cells += [bound, Cell(failed, status="error", error=NASTY)]
+    return sorted(cells, key=order)
+
+
+def _one(right: int, **changes: object) -> Cell:
+    changes = {"phases": "both"} | changes
+    found = cell([1] * right + [0] * (200 - right), **changes)
+    target = float(found.identity["target_speedup"])
+    found.compute[0] |= {"block_speedup": target, "total_speedup": target}
+    bits = {"metric": "bits_per_byte", "value": 1.1 * target, "stderr": 0.02}
+    found.accuracy.append(found.accuracy[0] | bits | {"task": "text", "higher_is_better": False})
+    for phase in ("prefill", "decode"):
+        ends = {"wall_speedup_low": 0.9, "wall_speedup_high": 2 * target}
+        row = {"phase": phase, "batch": 1, "length": 8, "wall_speedup": target**0.5}
+        found.timing.append(row | ends)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def papers(monkeypatch):
+    monkeypatch.setattr(leaderboard_page, "published", lambda: [dict(PAPER)])
+
+
+def _board(methods: int = 3) -> dict:
+    cells = _cells(methods)
+    return board(cells, leaderboard(cells))
+
+
+def _entry(found: dict, method: str, target: float) -> dict:
+    (one,) = [e for e in found["entries"] if (e["method"], e["target"]) == (method, target)]
+    return one
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def test_seeds_are_averaged_and_the_interval_covers_them():
+    found = _board()
+    one = _entry(found, "method_1", 1.25)
+    assert one["seeds"] == [0, 1]
+    rows = [row for row in leaderboard(_cells()) if row["cell"] in one["cells"]]
+    value, low, high = one["scores"]["mean_acc"]
+    assert value == pytest.approx((180 + 184) / 400)
+    assert low == min(row["mean_acc_low"] for row in rows)
+    assert high == max(row["mean_acc_high"] for row in rows)
+    assert len(_entry(found, "method_2", 1.25)["seeds"]) == 1
+
+
+def test_scores_of_tasks_have_intervals_by_their_errors():
+    found = _board()
+    labels = {score["label"]: score for score in found["scores"]}
+    assert list(labels)[:2] == ["mean accuracy", "accuracy retained, % of dense"]
+    assert labels["text: bits_per_byte"]["higher"] is False
+    one = _entry(found, "method_2", 2.0)["scores"][labels["text: bits_per_byte"]["key"]]
+    assert one == pytest.approx([2.2, 2.2 - 1.96 * 0.02, 2.2 + 1.96 * 0.02])
+    low = _entry(found, "method_2", 2.0)["scores"][labels["one: acc"]["key"]][1]
+    assert low >= 0
+
+
+def test_bounds_dense_and_failures_are_told_apart():
+    found = _board()
+    assert [e["method"] for e in found["entries"] if e["bound"]] == ["bound"]
+    assert [e["method"] for e in found["entries"] if e["dense"]] == ["dense"]
+    assert [(e["method"], e["target"], e["error"]) for e in found["failed"]] == [
+        ("method_1", 3.0, NASTY)
+    ]
+    assert not [e for e in found["entries"] if e["target"] == 3.0]
+
+
+def test_a_cell_whose_timing_failed_keeps_its_scores_and_is_named():
+    one = _one(100, method="m")
+    one.status, one.error, one.timing = "error", "RuntimeError: clock stopped", []
+    found = board([one], leaderboard([one]))
+    assert found["entries"][0]["scores"]["mean_acc"][0] == 0.5
+    assert found["entries"][0]["decode"] is None
+    assert found["failed"][0]["error"] == one.error
+
+
+def test_variants_are_named_by_what_tells_them_apart():
+    cells = [
+        _one(150, method="m", parameters="rule='a', keep=1"),
+        _one(150, method="m", parameters="rule='b, c', keep=1", recovery="lora(rank=4)"),
+        _one(150, method="n", parameters="keep=1", phases="generation"),
+    ]
+    found = board(cells, leaderboard(cells))
+    variants = [entry["variant"] for entry in found["entries"]]
+    assert variants == ["rule='a'", "rule='b, c', + lora", ""]
+
+
+# --- Markdown and the file ------------------------------------------------------------------------
+
+
+def test_markdown_has_every_section_and_no_cell_breaks_its_table():
+    text = markdown(_board())
+    for title in ("# Leaderboard", "## Bounds", "## Failed cells", "## Reported by papers"):
+        assert f"{title}\n" in text
+    rows = [line for line in text.splitlines() if line.startswith("| method_1")]
+    assert rows[0].startswith("| method_1 | 1.25x | 2 | 0.910 [")
+    (failed,) = [line for line in rows if "RuntimeError" in line]
+    assert "<b>" not in failed
+    assert len(re.findall(r"(?<!\\)\|", failed)) == 6
+    (paper,) = [line for line in rows if "Large-7B" in line]
+    assert "1.5x layers | MMLU | accuracy % | 50 | 40 | method_1 at 1.50x: 80% of" in paper
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert not [line for line in tables if not line.endswith(" |")]
+
+
+def test_markdown_of_a_single_method_has_no_empty_sections():
+    cells = [_one(150, method="dense"), _one(120, method="m", target_speedup=2.0)]
+    text = markdown(board(cells, leaderboard(cells)))
+    assert "Bounds" not in text
+    assert "Failed" not in text
+    assert "papers" not in text
+
+
+def test_page_is_one_file_that_asks_for_nothing_and_escapes_its_data():
+    text = html(_board())
+    # The names of XML's vocabularies are no addresses.
+    without = text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.findall(r"https?://|@import|\bsrc=|url\(|fetch\(|innerHTML", without)
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert json.loads(data[1])["failed"][0]["error"] == NASTY
+    assert "<b>|" not in text
+    assert "__BOARD__" not in text
+
+
+def test_equal_cells_give_equal_bytes(tmp_path):
+    cells = _cells()
+    first = write(cells, leaderboard(cells), tmp_path / "a")
+    second = write(cells, leaderboard(cells), tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+# --- what papers report ---------------------------------------------------------------------------
+
+
+def test_what_papers_report_is_read_and_every_method_exists():
+    from dyndepth.registry import methods
+
+    rows = published.published()
+    assert rows
+    assert {row["method"] for row in rows} <= set(methods())
+    for row in rows:
+        assert row["speedup"] >= 1
+        assert re.match(r"arXiv \d{4}\.\d{5}\b", row["source"]), row
+    keys = ("method", "parameters", "model", "speedup", "unit_of_speedup", "task", "metric", "note")
+    assert len({tuple(row[key] for key in keys) for row in rows}) == len(rows)
+
+
+def test_other_distributions_may_report_too(tmp_path, monkeypatch):
+    package = tmp_path / "others"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    header = ",".join(published.COLUMNS)
+    (package / published.FILE).write_text(f"{header}\nm,,Big,1.25,layers,T,acc,,40.5,arXiv 1,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (row,) = published.rows_of("others")
+    assert (row["speedup"], row["dense_value"], row["value"]) == (1.25, None, 40.5)
+    assert published.rows_of("no_such_package") == []
+    assert published.rows_of("json") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("m,,Big,fast,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be a number, not 'fast'"),
+        ("m,,Big,0.5,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be at least 1"),
+        ("m,,Big,2,layers,T,acc,,,arXiv 1,", "line 2: value must be a number"),
+        ("m,,Big,2,layers,T,acc,,40,,", "a row needs every column, and a method and a source"),
+        ("m,,Big", "a row needs every column"),
+    ],
+)
+def test_a_wrong_line_is_refused(line, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        published.parse(f"{','.join(published.COLUMNS)}\n{line}\n", "a file")
+
+
+def test_other_columns_are_refused():
+    with pytest.raises(UserError, match="a file must have the columns method, parameters"):
+        published.parse("method,value\n", "a file")
+
+
+def test_the_nearest_budget_with_the_paper_s_parameters_stands_beside():
+    def row(speedup, parameters="rule='a', keep=1", phases="both", method="m"):
+        own = {"method": method, "parameters": parameters, "phases": phases}
+        return own | {"block_speedup": speedup}
+
+    rows = [row(1.2), row(2.0), row(1.5, "rule='b', keep=1"), row(1.5, phases="generation")]
+    rows += [row(1.5, method="n"), row(None)]
+    paper = {"method": "m", "parameters": "rule='a', phases='both'", "speedup": 1.5}
+    assert published.nearest(paper, rows) is rows[0]
+    assert published.nearest(paper | {"speedup": 1.6}, rows) is rows[1]
+    assert published.nearest(paper | {"parameters": "keep=9"}, rows) is None
+    assert published.nearest(paper | {"parameters": ""}, rows)["block_speedup"] == 1.5
+
+
+def test_papers_enter_no_average(monkeypatch):
+    with_papers = _board()
+    monkeypatch.setattr(leaderboard_page, "published", list)
+    without = _board()
+    assert with_papers["entries"] == without["entries"]
+    assert with_papers["published"][0]["measured"]["block"] == 1.5
+    assert without["published"] == []
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that reports its console and every request."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    from selenium.webdriver.chrome.service import Service
+
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    binary = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        missing = "chromium" if binary is None else "chromedriver"
+        pytest.skip(f"no {missing} on the PATH; the page is not tried in a browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    running = webdriver.Chrome(options=options, service=Service(driver))
+    yield running
+    running.quit()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """The page of a board of three methods, a bound and a failed cell, opened anew."""
+    cells = _cells()
+    path = write(cells, leaderboard(cells), tmp_path)[2]
+    _width(browser, 1280)
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    return browser
+
+
+def _width(browser, width):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _texts(browser, selector):
+    script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent.trim())"
+    return browser.execute_script(script, selector)
+
+
+def _methods(browser):
+    script = "return [...document.querySelectorAll('#competitors tr')].map(e => e.dataset.method)"
+    return browser.execute_script(script)
+
+
+def _numbers(browser, key):
+    """The values of a sorted column, as floats."""
+    heads = browser.execute_script(
+        "return [...document.querySelectorAll('#board thead button')].map(e => e.dataset.sort)"
+    )
+    place = heads.index(key) + 1
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll(`#competitors tr > :nth-child(${arguments[0]})`)]"
+        ".map(e => e.firstChild ? e.firstChild.textContent : '')",
+        place,
+    )
+    return [float(text.rstrip("×")) for text in cells]
+
+
+def _sorted(browser, key):
+    return browser.execute_script(
+        "return document.querySelector(`[data-sort=${arguments[0]}]`).parentElement.ariaSort", key
+    )
+
+
+def _choose(browser, name, value):
+    from selenium.webdriver.support.ui import Select
+
+    Select(browser.find_element("id", name)).select_by_value(value)
+
+
+def test_page_loads_without_errors_and_without_requests(page):
+    assert page.title == "Dynamic depth leaderboard"
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    assert len([url for url in asked if url.startswith("file:")]) == 1
+
+
+def test_page_shows_competitors_bounds_failures_and_papers(page):
+    assert len(_methods(page)) == 10
+    bounds = _texts(page, "#bounds tr")
+    assert bounds[0].startswith("Bounds choose by the answers")
+    assert len(bounds) == 2
+    (failure,) = _texts(page, "#failures li")
+    assert "method_1" in failure
+    assert "</script><b>" in failure
+    assert page.find_elements("css selector", "#failures b") == []
+    (paper,) = _texts(page, "#reported tbody tr")
+    assert "arXiv 0000.00000, table 2" in paper
+    assert "1.50×: 80% of dense's accuracy" in paper
+
+
+def test_a_press_on_a_heading_sorts_and_another_turns_it_round(page):
+    page.find_element("css selector", "[data-sort=mean_acc]").click()
+    falling = _numbers(page, "mean_acc")
+    assert falling == sorted(falling, reverse=True)
+    assert len(set(falling)) > 5
+    assert _sorted(page, "mean_acc") == "descending"
+    page.find_element("css selector", "[data-sort=mean_acc]").click()
+    assert _numbers(page, "mean_acc") == sorted(falling)
+    assert _sorted(page, "mean_acc") == "ascending"
+    assert _sorted(page, "target") == "none"
+    # Where less is better, the first press brings the least to the top.
+    page.find_element("css selector", "[data-sort=bits_per_byte]").click()
+    assert _numbers(page, "bits_per_byte") == sorted(_numbers(page, "bits_per_byte"))
+
+
+@pytest.mark.parametrize("key", ["ENTER", "SPACE"])
+def test_the_keyboard_reaches_a_heading_and_sorts_by_it(page, key):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    focused = "return document.activeElement.dataset.sort || ''"
+    for _ in range(60):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        if page.execute_script(focused) == "block":
+            break
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert page.execute_script(focused) == "block"
+    assert page.execute_script(outline) == "solid"
+    ActionChains(page).send_keys(getattr(Keys, key)).perform()
+    assert _numbers(page, "block") == sorted(_numbers(page, "block"), reverse=True)
+    # The heading was drawn anew and must still be where the reader is.
+    assert page.execute_script(focused) == "block"
+
+
+def test_filters_hide_rows_marks_and_what_belongs_to_them(page):
+    page.find_element("css selector", "#methods input[value=method_1]").click()
+    assert "method_1" not in _methods(page)
+    assert len(_methods(page)) == 7
+    assert _texts(page, "#failures li") == []
+    assert not page.find_element("id", "failed").is_displayed()
+    assert not page.find_element("id", "papers").is_displayed()
+    drawn = "return [...document.querySelectorAll('#flops .series')].map(e => e.dataset.series)"
+    assert sorted(page.execute_script(drawn)) == ["bound", "dense", "method_2", "method_3"]
+    _choose(page, "phases", "generation")
+    assert sorted(set(_methods(page))) == ["dense", "method_2"]
+    page.find_element("id", "methods-none").click()
+    assert _methods(page) == []
+    assert "Nothing to show" in page.find_element("id", "flops").text
+    page.find_element("id", "methods-all").click()
+    assert len(_methods(page)) == 4
+
+
+def test_a_score_of_a_task_fills_the_charts_and_a_column(page):
+    labels = dict(
+        page.execute_script(
+            "return [...document.getElementById('score').options].map(o => [o.text, o.value])"
+        )
+    )
+    _choose(page, "score", labels["text: bits_per_byte"])
+    assert "text: bits_per_byte, lower is better" in page.find_element("id", "flops").text
+    assert "text: bits_per_byte" in _texts(page, "#board thead button")
+    first = "return document.querySelector('#wall .series path').getAttribute('d')"
+    before = page.execute_script(first)
+    _choose(page, "wall-phase", "decode")
+    assert "decode speedup" in page.find_element("id", "wall").text
+    assert page.execute_script(first) == before  # equal times in both phases of these cells
+
+
+def test_a_bound_is_hollow_and_dashed_and_marks_have_intervals(page):
+    found = page.execute_script("""
+        const pick = name => document.querySelector(`#flops [data-series="${name}"]`);
+        const fill = name => [...pick(name).querySelectorAll("path")].pop().getAttribute("fill");
+        const legend = [...document.querySelectorAll("#legend button")]
+            .find(e => e.textContent.startsWith("bound")).querySelector("line");
+        return [fill("bound"), fill("method_1"), legend.getAttribute("stroke-dasharray"),
+            pick("method_1").querySelectorAll("line").length,
+            document.querySelectorAll('#wall [data-series="method_1"] line').length];
+    """)
+    assert found[0] == "var(--paper)"
+    assert found[1] != "var(--paper)"
+    assert found[2] == "6 4"
+    # Three points: an interval upwards in one chart, another across in the other.
+    assert found[3:] == [3, 6]
+
+
+def test_the_legend_lights_one_line_up(page):
+    page.find_element("css selector", "#legend li:nth-child(2) button").click()
+    lit = "return [...document.querySelectorAll('#charts .lit')].map(e => e.dataset.series)"
+    assert len(page.execute_script(lit)) == 2
+    assert "dimmed" in page.find_element("id", "charts").get_attribute("class")
+
+
+@pytest.mark.parametrize("methods", [1, 20])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_screen(browser, tmp_path, width, methods):
+    cells = _cells(methods)
+    _width(browser, width)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    box = browser.execute_script(
+        "const b = document.querySelector('.box'); return [b.scrollWidth, b.clientWidth]"
+    )
+    assert width > 500 or box[0] > box[1]
+    # Every label of a chart lies inside of it.
+    outside = browser.execute_script("""
+        return [...document.querySelectorAll("svg.chart")].flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll("text")].filter(text => {
+                const own = text.getBoundingClientRect();
+                return own.left < frame.left - 1 || own.right > frame.right + 1
+                    || own.top < frame.top - 1 || own.bottom > frame.bottom + 1;
+            }).map(text => text.textContent);
+        });
+    """)
+    assert outside == []
+    marks = browser.execute_script("""
+        return [...document.querySelectorAll("#legend button")].map(button => {
+            const mark = button.querySelector("path");
+            return mark.getAttribute("d") + mark.getAttribute("stroke") + mark.getAttribute("fill");
+        });
+    """)
+    assert len(set(marks)) == len(marks) == methods + 2
+
+
+def test_template_is_shipped_as_package_data():
+    text = Path("pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^dyndepth = \[.*"\*\.html"', text, re.MULTILINE)

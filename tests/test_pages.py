@@ -1,0 +1,344 @@
+"""What the pages say is computed: cards, tables' reference, and generated blocks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from dataclasses import fields
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyndepth import page_blocks, pages, registry
+from dyndepth.cards import card, descriptions, kind, parameters
+from dyndepth.errors import UserError
+from dyndepth.markdown import joined, label, layout, spread, table
+from dyndepth.page_blocks import Source, averaged
+from dyndepth.records import LEADING
+from dyndepth.registry import method_class, methods
+from dyndepth.schema import TABLES, tables
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path("results/embedded")
+COLUMNS = (*LEADING, *TABLES["leaderboard.csv"].own)
+
+
+def _row(method: str, **values: Any) -> dict[str, str]:
+    base = dict.fromkeys(COLUMNS, "") | {"method": method, "model": "embedded", "phases": "both"}
+    base |= {
+        "recovery": "none",
+        "seed": "0",
+        "status": "done",
+        "bound": "False",
+        "dtype": "float32",
+    }
+    base |= {"target_speedup": "1.5", "block_speedup": "1.5", "total_speedup": "1.4"}
+    return base | {key: str(value) for key, value in values.items()}
+
+
+def _own(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls) if f.name not in ("target_speedup", "seed")]
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(buffer.getvalue())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A repository with a small main run."""
+    rows = [
+        _row("dense", target_speedup=1, block_speedup=1, total_speedup=1, bits_per_byte=1.25),
+        _row("uls", parameters="spacing='even'", bits_per_byte=3.5, seed=1, mean_acc=0.5),
+        _row("uls", parameters="spacing='paper'", bits_per_byte=2.5, bits_per_byte_low=2.25)
+        | {"bits_per_byte_high": "2.75"},
+        _row("uls", parameters="spacing='even'", bits_per_byte=4.5, seed=0, mean_acc=0.25),
+        _row("uls", target_speedup=2, bits_per_byte=9.5),
+        _row("uls", phases="generation", bits_per_byte=9.5),
+        _row("uls", recovery="lora(rank=4)", bits_per_byte=9.5),
+        _row("random_skip", status="error", error="no memory", bits_per_byte=""),
+        _row("oracle", bound=True, bits_per_byte=1.5),
+    ]
+    _write(tmp_path / RESULTS / "leaderboard.csv", rows)
+    return Source(tmp_path, RESULTS)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what pages are made of, and the command at work on it."""
+    for folder in ("docs", "results"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main([]) == 0
+    return tmp_path
+
+
+def _fill(text: str, source: Source) -> str:
+    return pages.filled(text, Path("page.md"), source)
+
+
+def test_a_changed_number_is_named_and_written_anew(repository, capsys):
+    page = repository / "README.md"
+    right = page.read_text()
+    assert "| 1.1x | 1.222 |" in right
+    page.write_text(right.replace("| 1.1x | 1.222 |", "| 1.1x | 1.122 |"))
+    capsys.readouterr()
+    assert pages.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "README.md is not what the results and the code give; `make docs` writes it anew"
+    ]
+    assert pages.main([]) == 0
+    assert page.read_text() == right
+    assert pages.main(["--check"]) == 0
+
+
+def test_changed_results_change_the_pages(repository, capsys):
+    path = repository / "results" / "skipgpt" / "claims.csv"
+    path.write_text(path.read_text().replace("1.221842015", "1.321842015"))
+    assert pages.main(["--check"]) == 1
+    assert "README.md" in capsys.readouterr().out
+    assert pages.main([]) == 0
+    assert "| 1.1x | 1.322 |" in (repository / "README.md").read_text()
+
+
+def test_a_card_without_a_method_goes(repository, capsys):
+    old = repository / "docs" / "methods" / "gone.md"
+    old.write_text("# gone\n")
+    assert pages.main(["--check"]) == 1
+    assert "gone.md is of no method" in capsys.readouterr().out
+    assert pages.main([]) == 0
+    assert not old.exists()
+
+
+def test_the_main_run_may_lie_elsewhere(repository):
+    _write(repository / "results" / "other" / "leaderboard.csv", [_row("dense", target_speedup=1)])
+    assert pages.main(["--results", "results/other"]) == 0
+    assert "`results/other/`: 1 cells (0 failed)" in (repository / "README.md").read_text()
+    assert "`results/other/leaderboard.csv`" in (repository / "docs/methods/dense.md").read_text()
+
+
+def test_what_is_no_checkout_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main([]) == 2
+    assert "has no docs/" in capsys.readouterr().err
+
+
+def test_only_what_is_generated_changes(source):
+    text = "before 1.5\n<!-- generated: run -->\nold\n<!-- end -->\nafter\n"
+    made = _fill(text, source)
+    assert made.startswith("before 1.5\n<!-- generated: run -->\n`results/embedded/`: 9 cells (1 f")
+    assert made.endswith("\n<!-- end -->\nafter\n")
+    assert "old" not in made
+    assert _fill(made, source) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("<!-- generated: riddle -->\n<!-- end -->", "block 'riddle'; there is methods, run"),
+        ("<!-- generated: run -->\nno end", "has no <!-- end -->"),
+        ("<!-- generated: run\n[: -->\n<!-- end -->", "are not YAML"),
+        ("<!-- generated: run\nwords -->\n<!-- end -->", "must map names to values"),
+        ("<!-- generated: study\nfolder: x -->\n<!-- end -->", "needs 'columns' among its options"),
+    ],
+)
+def test_blocks_that_cannot_be_made(source, text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        _fill(text, source)
+
+
+def test_without_a_run_the_page_says_how_to_make_one(tmp_path):
+    source = Source(tmp_path, RESULTS)
+    for name in ("run", "leaderboard", "equal_flops"):
+        made = page_blocks.BLOCKS[name](source, {})
+        assert made.startswith("No run is committed in `results/embedded/` yet.")
+        assert "`python -m dyndepth.sweep --output_path results/embedded`" in made
+
+
+def test_leaderboard_rows(source):
+    lines = page_blocks.leaderboard(source, {"target": 1.5}).splitlines()[2:]
+    cells = [[entry.strip() for entry in line.strip("|").split("|")] for line in lines]
+    assert [(entry[0], entry[1], entry[2], entry[3]) for entry in cells] == [
+        ("`dense`", "1", "1.250", ""),
+        ("`uls`", "1", "2.500 [2.250, 2.750]", ""),
+        ("`uls(spacing=even)`", "2", "4.000", "0.375"),
+        ("`oracle` (bound)", "1", "1.500", ""),
+    ]
+    recovered = page_blocks.leaderboard(source, {"target": 1.5, "recovered": True})
+    assert "`uls + lora`" in recovered
+    assert "9.500" in page_blocks.leaderboard(source, {"target": 1.5, "phases": "generation"})
+
+
+def test_seeds_are_averaged_and_intervals_widened():
+    rows = [
+        _row("uls", seed=0, mean_acc=0.2, mean_acc_low=0.1, mean_acc_high=0.3),
+        _row("uls", seed=1, mean_acc=0.4, mean_acc_low=0.2, mean_acc_high=0.6),
+    ]
+    found = averaged(rows)
+    ends = [float(found[key]) for key in ("mean_acc", "mean_acc_low", "mean_acc_high")]
+    assert ends == pytest.approx([0.3, 0.1, 0.6])
+    assert found["method"] == "uls"
+
+
+def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
+    def row(method: str, budget: float, value: float, **more: Any) -> dict[str, str]:
+        base = {"method": method, "parameters": "", "phases": "both", "recovery": "none"}
+        base |= {"bound": "False", "task": "t", "metric": "m", "higher_is_better": "True"}
+        base |= {"reference_speedup": str(budget), "value": str(value), "low": "", "high": ""}
+        return base | {key: str(value) for key, value in more.items()}
+
+    rows = [
+        row("uls", 1.25, 0.5),
+        row("uls", 1.5, 0.25, low=0.125, high=0.375),
+        row("random_skip", 1.5, 0.75),
+        row("oracle", 1.5, 0.875, bound=True),
+        row("uls", 1.5, 0.9, task="other"),
+        row("uls", 1.5, 0.9, recovery="lora(rank=4)"),
+    ]
+    _write(source.root / RESULTS / "equal_flops.csv", rows)
+    lines = page_blocks.equal_flops(source, {"task": "t", "metric": "m"}).splitlines()
+    assert lines[0] == "| method | 1.25x | 1.5x |"
+    assert lines[2:] == [
+        "| `random_skip` |  | 0.750 |",
+        "| `uls` | 0.500 | 0.250 [0.125, 0.375] |",
+        "| `oracle` (bound) |  | 0.875 |",
+    ]
+
+
+def test_a_study_column_that_nothing_compares_is_refused(repository):
+    options = {"folder": "results/skipgpt", "task": "wikipedia_bpb", "metric": "bits_per_byte"}
+    with pytest.raises(UserError, match="compares no 'sleep'"):
+        page_blocks.study(Source(repository, RESULTS), options | {"columns": {"nap": "sleep"}})
+
+
+def test_verdicts_are_counted(repository):
+    made = page_blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
+    rows = page_blocks.read(repository / "results" / "skipgpt" / "claims.csv")
+    better = sum(row["claim"] == "tokens" and row["verdict"] == "better" for row in rows)
+    assert f"| better: {better}, no difference shown: " in made
+    assert len(made.splitlines()) == 2 + len({row["claim"] for row in rows})
+
+
+def test_the_bench_speaks_once_it_was_kept(source):
+    options = {"file": "results/bench/routes.json"}
+    path = source.root / options["file"]
+    assert "No measurement of it is committed" in page_blocks.routes(source, options)
+    line = {"ratio": 0.5, "low": 0.25, "high": 0.75, "computed": 0.625}
+    path.parent.mkdir(parents=True)
+    path.write_text("threads 1\n" + json.dumps({"routes": {"routes/both/float32": line}}) + "\n")
+    assert "`routes/both/float32`: 0.50 [0.25, 0.75] of" in page_blocks.routes(source, options)
+    path.write_text("[]\n")
+    with pytest.raises(UserError, match="does not end in the JSON line"):
+        page_blocks.routes(source, options)
+
+
+@pytest.mark.parametrize("cls", page_blocks.method_classes(), ids=lambda cls: cls.name)
+def test_cards_hold_parameters_facts_and_text(cls):
+    made = card(cls, [], [], "nothing measured")
+    for parameter in _own(cls):
+        assert f"| `{parameter}` |" in made
+    for section in ("**Idea:**", "**Rule:**", "**Paper", "**Deviations:**", "KV policy"):
+        assert section in made
+    assert "``" not in made.replace("```", "")
+    assert f"| sees the answers | {'yes: a bound' if cls.uses_labels else 'no'} |" in made
+    assert f"| kind | {'bound' if cls.uses_labels else kind(cls)} |" in made
+
+
+def test_every_parameter_is_described():
+    for cls in page_blocks.method_classes():
+        assert set(_own(cls)) <= set(descriptions(cls)), cls.name
+
+
+def test_cards_show_measured_and_published_values():
+    cls = method_class("uls")
+    measured = [
+        _row("uls", mean_acc=0.5, mean_acc_low=0.4, mean_acc_high=0.6)
+        | {"retained": "0.9", "retained_low": "0.8", "retained_high": "1.1"},
+        _row(
+            "uls", parameters="spacing='even'", target_speedup=2, status="error", error="no memory"
+        ),
+    ]
+    reported = [
+        {"method": "uls", "parameters": "", "model": "Large-7B", "speedup": 1.6, "task": "talk"}
+        | {"unit_of_speedup": "layers", "metric": "BLEU", "dense_value": 20.5, "value": 19.25}
+        | {"source": "table 9", "note": "read off a figure"}
+    ]
+    made = card(cls, measured, reported, "From the run.")
+    assert "0.500 [0.400, 0.600]" in made
+    assert "error: no memory" in made
+    assert "1 of 2 committed cells finished (embedded)" in made
+    assert "The published values are of Large-7B" in made
+    assert "| Large-7B | 1.6x (layers) | talk, BLEU | 20.5 | 19.25 |" in made
+    assert "1.50x on embedded, 0.90 [0.80, 1.10] of dense's accuracy" in made
+    assert "table 9. read off a figure" in made
+
+
+def test_methods_of_others_have_no_page_here(monkeypatch):
+    known = methods() | {"toy": EntryPoint("toy", "toys:Toy", registry.GROUP)}
+    monkeypatch.setattr(registry, "methods", lambda: known)
+    assert "toy" not in {cls.name for cls in page_blocks.method_classes()}
+
+
+def test_a_parameter_table_of_none():
+    assert parameters(method_class("dense")).startswith("None beside")
+
+
+def test_all_columns_of_all_tables_stand_in_the_reference():
+    made = pages.table_reference()
+    for name, described in tables().items():
+        section = made.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        for column in set(described.columns) - set(LEADING):
+            assert f"| `{column}` | {described.columns[column].dtype} |" in section
+    leading = made.partition("\n## ")[2].partition("\n## ")[0]
+    assert all(f"| `{column}` |" in leading for column in LEADING)
+
+
+def test_docstrings_as_markdown():
+    text = (
+        "Idea: skip ``a | b`` and\n"
+        "go on < 2.\n"
+        "KV policy (all): drop.\n"
+        "Rule: with x,\n"
+        "    run iff x >= 1,\n"
+        "    else not;\n"
+        "both hold.\n"
+        "    ``one``: the first\n"
+        "        of two.\n"
+        "    ``two``: the other."
+    )
+    assert layout(text).split("\n\n") == [
+        "**Idea:** skip `a | b` and go on &lt; 2.",
+        "**KV policy (all):** drop.",
+        "**Rule:** with x,",
+        "```text\nrun iff x >= 1,\nelse not;\n```",
+        "both hold.",
+        "- `one`: the first of two.",
+        "- `two`: the other.",
+    ]
+
+
+def test_labels_leave_out_defaults():
+    row = {"method": "uls", "phases": "both", "recovery": "none"}
+    assert label(row | {"parameters": "spacing='paper'"}) == "uls"
+    assert label(row | {"parameters": "spacing='even'"}) == "uls(spacing=even)"
+    changed = {"parameters": "", "phases": "generation", "recovery": "lora(rank=4)"}
+    assert label(row | changed) == "uls(phases=generation) + lora"
+    assert label(row | {"method": "foreign", "parameters": "deep=True"}) == "foreign(deep=true)"
+
+
+def test_texts():
+    assert table(("a",), [("x|y\nz",)]) == "| a |\n| --- |\n| x\\|y z |"
+    assert joined(["a", "b", "a", "c"]) == "a, b and c"
+    assert joined([]) == ""
+    assert spread({"v": "1", "l": "", "h": ""}, "v", "l", "h") == "1.000"
+    assert spread({"v": ""}, "v", "l", "h") == ""

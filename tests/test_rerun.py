@@ -1,0 +1,206 @@
+"""The command of a cell's identity makes the cell: parsed again it gives the very plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from cells import cell
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dyndepth import rerun
+from dyndepth.errors import UserError
+from dyndepth.grid import HIDDEN, Plan, limits, method_identity, plans
+from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, read
+from dyndepth.records import IDENTITY, Row
+from dyndepth.registry import method_class, methods
+from dyndepth.store import Store
+
+LAYERS = 30
+TASKS = ["socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation"]
+
+
+def _identity(plan: Plan, **changes: Any) -> Row:
+    base: Row = dict.fromkeys(IDENTITY, "x") | {
+        "model": EMBEDDED,
+        "revision": "wheel==1",
+        "dtype": "float32",
+        "device": "cpu",
+        "attn_implementation": "sdpa",
+        "tasks": TASKS,
+        "limit": dict.fromkeys(TASKS, 3),
+        "sample_seed": 0,
+        "num_fewshot": 0,
+        "batch_size": 32,
+        "recovery": plan.recovery,
+    }
+    return base | method_identity(plan.build()) | changes
+
+
+def _values(hint: Any) -> st.SearchStrategy[Any]:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return st.sampled_from(inner)
+    if origin in (Union, types.UnionType):
+        return st.one_of([_values(each) for each in inner])
+    if hint is str:
+        written = "'\"\\,()=- é\n"
+        return st.text(st.sampled_from("abN1." + written), min_size=1) | st.sampled_from(
+            ["none", "True", "1.5", "inf", "uls(spacing=even)", "--limit"]
+        )
+    numbers = {
+        bool: st.booleans(),
+        int: st.integers(0, 9),
+        float: st.floats(1e-6, 9.0),
+        type(None): st.none(),
+    }
+    return numbers[hint]
+
+
+@st.composite
+def _plans(draw: Any) -> Plan:
+    """Any registered method, some of its parameters drawn; those that it refuses are left out."""
+    name = draw(st.sampled_from(sorted(methods())))
+    cls = method_class(name)
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in HIDDEN]
+    reach = cls().max_speedup(LAYERS)
+    speedup = draw(st.sampled_from([1.0, 1.25, 1.1, 4 / 3]) if reach > 1 else st.just(1.0))
+    seed = draw(st.integers(0, 3)) if reach > 1 else 0
+    plan = Plan(name, speedup, seed)
+    if any(f.name == "phases" for f in dataclasses.fields(cls)):
+        phases = draw(st.sampled_from(["generation", "both"]))
+        plan = dataclasses.replace(plan, parameters={"phases": phases})
+    for parameter in draw(st.lists(st.sampled_from(names), unique=True)) if names else []:
+        more = plan.parameters | {parameter: draw(_values(hints[parameter]))}
+        tried = dataclasses.replace(plan, parameters=more)
+        try:
+            if tried.build().max_speedup(LAYERS) >= speedup:
+                plan = tried
+        except UserError:
+            pass
+    recoveries = ["none", "lora", "lora(rank=2, steps=3, rate=0.0007)", "lora(preset=paper)"]
+    recovery = draw(st.sampled_from(recoveries + ["joint"] * plan.build().needs_training))
+    return dataclasses.replace(plan, recovery=read(["--recovery", recovery]).recovery[0])
+
+
+def _same(identity: Row) -> None:
+    """The command as a shell line gives one plan with the identity's keys, and its settings."""
+    line = shlex.split(shlex.join(rerun.command(identity)))
+    assert line[:3] == ["python", "-m", "dyndepth.sweep"]
+    wanted = read(line[3:])
+    plan = rerun.plan_of(identity, wanted, LAYERS)
+    for key, value in method_identity(plan.build()).items():
+        assert identity[key] == value, key
+    assert plan.recovery == identity["recovery"]
+    assert len([each for each in plans(wanted, LAYERS) if each.method != "dense"]) <= 1
+    for key in ("sample_seed", "num_fewshot", "batch_size", "dtype", "device"):
+        assert getattr(wanted, key) == identity[key]
+    assert limits(wanted, identity["tasks"]) == identity["limit"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_plans())
+def test_every_method_comes_back(plan):
+    _same(_identity(plan))
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("recovery", ["none", "lora"])
+def test_every_method_with_its_defaults(name, recovery):
+    """Also that each method is tried for certain, whatever hypothesis draws."""
+    speedup = 1.5 if method_class(name)().max_speedup(LAYERS) > 1 else 1.0
+    (recovery,) = read(["--recovery", recovery]).recovery
+    _same(_identity(Plan(name, speedup, recovery=recovery)))
+
+
+@given(
+    limit=st.dictionaries(st.sampled_from(TASKS), st.none() | st.integers(1, 99), min_size=1),
+    model=st.sampled_from([EMBEDDED, "org/name", "/a b/model"]),
+    batch_size=st.sampled_from([1, 32, 64]),
+    num_fewshot=st.integers(0, 2),
+    sample_seed=st.integers(0, 2),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+    revision=st.sampled_from(["", "main"]),
+)
+def test_settings_come_back(limit, **changes):
+    identity = _identity(Plan("dense"), limit=limit, tasks=sorted(limit), **changes)
+    _same(identity)
+    wanted = rerun.settings_of(identity)
+    assert wanted.model == changes["model"]
+    assert wanted.attn_implementation == "sdpa"
+    embedded = changes["model"] == EMBEDDED
+    assert wanted.revision == (None if embedded else changes["revision"] or None)
+
+
+def test_what_is_default_is_left_out():
+    usual = {task: DEFAULT_LIMIT[EMBEDDED].get(task, 24) for task in TASKS}
+    plan = Plan("uls", 1.5, 0, {"phases": "both"})
+    assert shlex.join(rerun.command(_identity(plan, limit=usual))) == (
+        "python -m dyndepth.sweep --methods 'uls(spacing=paper)' --speedups 1.5 --device cpu "
+        "--attn_implementation sdpa"
+    )
+    more = rerun.command(_identity(Plan("dense")), output_path="a b", corpus=None)
+    assert shlex.join(more[3:]) == (
+        "--speedups 1 --limit 3 --device cpu --attn_implementation sdpa --output_path 'a b'"
+    )
+
+
+def test_a_method_that_changed_has_no_plan():
+    identity = _identity(Plan("uls", 1.5))
+    with pytest.raises(UserError, match="no parameter 'nothing'"):
+        rerun.plan_of(identity, rerun.settings_of(identity | {"parameters": "nothing=3"}), LAYERS)
+    with pytest.raises(UserError, match="has changed since"):
+        rerun.plan_of(identity | {"parameters": "nothing=3"}, rerun.settings_of(identity), LAYERS)
+
+
+def test_few_commands_make_all_cells_and_no_others():
+    lora = read(["--recovery", "lora"]).recovery[0]
+    both = {"phases": "both"}
+    wanted = [Plan("dense"), Plan("dense", recovery=lora)]
+    wanted += [Plan("uls", x, 0, both, r) for x in (1.25, 1.5) for r in ("none", lora)]
+    wanted += [Plan("random_skip", 2.0, seed, both) for seed in (0, 1, 2)]
+    wanted += [Plan("uls", 2.0, 0, {"spacing": "even", "phases": "generation"})]
+    identities = [_identity(plan) for plan in wanted]
+    lines = rerun.commands(identities)
+    made = {
+        (repr(plan.build()), plan.recovery)
+        for line in lines
+        for plan in plans(read(shlex.split(line)[3:]), LAYERS)
+    }
+    assert made == {(repr(plan.build()), plan.recovery) for plan in wanted}
+    assert len(lines) == 3
+    assert rerun.commands([_identity(Plan("dense"))]) == [
+        "python -m dyndepth.sweep --speedups 1 --limit 3 --device cpu --attn_implementation sdpa"
+    ]
+
+
+def test_command_line(tmp_path, capsys):
+    store = Store(tmp_path)
+    settled = {"limit": {"one": 4, "two": None}, "git_commit": "abc", "harness_code": "def"}
+    usual = {"phases": "both", "dtype": "float32", "device": "cpu", "sample_seed": 0}
+    usual |= {"num_fewshot": 0, "batch_size": 32}
+    one, two = (
+        store.write(cell(method="uls", target_speedup=x, **usual, **settled)) for x in (1.5, 2.0)
+    )
+    assert rerun.main([str(tmp_path), one.key[:6]]) == 0
+    here, about, line = capsys.readouterr().out.splitlines()
+    assert here.startswith("# here: git_commit ")
+    assert about.startswith(f"# cell {one.key}, made with: git_commit abc, torch x")
+    assert about.endswith("harness_code def")
+    assert line == (
+        "python -m dyndepth.sweep --model tiny --methods uls --speedups 1.5 --tasks one,two "
+        "--limit 4,two=none --device cpu --revision x --output_path runs/again"
+    )
+    assert rerun.main([str(tmp_path), "--merged"]) == 0
+    assert "--speedups 1.5,2 " in capsys.readouterr().out.splitlines()[-1]
+    assert rerun.main([str(tmp_path), "zzz"]) == 2
+    assert "no cell's hash begins with 'zzz'" in capsys.readouterr().err
+    assert rerun.main([str(tmp_path / "nothing")]) == 2
+    assert "holds no cells" in capsys.readouterr().err
+    assert two.key != one.key

@@ -1,0 +1,216 @@
+"""Every table is described, what is right passes, and one wrong value is named."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from io import StringIO
+
+import pandas
+import pytest
+from cells import cell, identity
+
+from dyndepth import schema
+from dyndepth.columns import Table
+from dyndepth.errors import UserError
+from dyndepth.evaluate import Evaluation
+from dyndepth.flops import CAUSES
+from dyndepth.leaderboard import leaderboard
+from dyndepth.records import LEADING, Cell
+from dyndepth.schema import TABLES, read, validate, validate_folder
+from dyndepth.tables import NAMES, as_csv, write_tables
+
+
+def _cells() -> list[Cell]:
+    timed = cell([1, 1, 0, 1], method="m", phases="both", parameters="keep=1")
+    times = {"wall_speedup": 1.2, "wall_speedup_low": 1.1, "wall_speedup_high": 1.4, "gpu": None}
+    timed.timing = [
+        {"phase": phase, "batch": 1, "length": 8, "repeats": 9, "suspect": False} | times
+        for phase in ("prefill", "decode")
+    ]
+    failed = Cell(identity(method="broken", phases="both"), status="error", error="ValueError: no")
+    return [cell(phases="both"), timed, failed]
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_tables(_cells(), tmp_path)
+    return tmp_path
+
+
+def _frame(path):
+    parquet = path.suffix == ".parquet"
+    return pandas.read_parquet(path) if parquet else pandas.read_csv(path, keep_default_na=False)
+
+
+def test_every_column_is_described_in_a_sentence():
+    for name, table in TABLES.items():
+        assert tuple(table.columns)[: len(LEADING)] == LEADING, name
+        for column, facts in table.columns.items():
+            assert len(facts.description) > 10, (name, column)
+            assert facts.description.endswith("."), (name, column)
+            assert facts.dtype in {*schema.DTYPES, "any"}, (name, column)
+        assert set(table.key) <= set(table.columns)
+        assert {column for triple in table.ordered for column in triple} <= set(table.columns)
+
+
+def test_what_the_harness_records_is_described():
+    documented = Evaluation.__doc__ or ""
+    for name in ("accuracy", "compute", "routing"):
+        for column in TABLES[f"{name}.csv"].own:
+            assert f"``{column}``" in documented or column in (*CAUSES, "padding", "status"), column
+
+
+def test_tables_that_were_written_validate(run):
+    assert validate_folder(run) == list(NAMES)
+    board = read(run / "leaderboard.csv")
+    assert board["status"].tolist() == ["done", "done", "error"]
+    assert board["mean_acc"].dtype == "float64"
+    assert str(board["bound"].dtype) == "boolean"
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "wrong", "says"),
+    [
+        ("accuracy.csv", "value", "good", "no number"),
+        ("accuracy.csv", "stderr", -0.1, "at least 0"),
+        ("accuracy.csv", "n", 2.5, "no integer"),
+        ("accuracy.csv", "higher_is_better", "perhaps", "no boolean"),
+        ("accuracy.csv", "status", "maybe", "one of done, error"),
+        ("compute.csv", "tokens", -1, "at least 0"),
+        ("compute.csv", "block_speedup", 0, "more than 0"),
+        ("compute.csv", "phase", "prefill", "one of all, prompt, generation"),
+        ("timing.csv", "phase", "prompt", "one of prefill, decode"),
+        ("timing.csv", "wall_speedup", 3.0, "wall_speedup_low <= wall_speedup"),
+        ("timing.csv", "batch", 0, "at least 1"),
+        ("routing.csv", "executed", 1.2, "at most 1"),
+        ("routing.csv", "layer", -1, "at least 0"),
+        ("routing.csv", "sublayer", "block", "one of attention, mlp"),
+        ("samples.parquet", "tokens", -3, "at least 0"),
+        ("samples.parquet", "doc_hash", "", "must not be empty"),
+        ("leaderboard.csv", "mean_acc", 1.5, "at most 1"),
+        ("leaderboard.csv", "mean_acc", 0.0, "mean_acc_low <= mean_acc"),
+        ("leaderboard.csv", "block_speedup", -1, "more than 0"),
+        ("leaderboard.csv", "total_speedup", float("inf"), "no number"),
+        ("leaderboard.csv", "target_speedup", 0.5, "at least 1"),
+        ("leaderboard.csv", "method", "", "must not be empty"),
+        ("leaderboard.csv", "bound", "", "must not be empty"),
+        ("leaderboard.csv", "status", "maybe", "one of done, error"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_named(run, name, column, wrong, says):
+    frame = _frame(run / name)
+    row = 1
+    frame[column] = frame[column].astype(object)
+    frame.loc[row, column] = wrong
+    with pytest.raises(UserError) as refused:
+        validate(name, frame)
+    text = str(refused.value)
+    assert text.startswith(f"{name}: column {column!r}, row {row + 1} (cell {frame.cell[row]}): ")
+    assert says in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_stands_twice_is_refused(run, name):
+    frame = _frame(run / name)
+    with pytest.raises(UserError, match="stand twice"):
+        validate(name, pandas.concat([frame, frame.iloc[:1]]))
+
+
+def test_columns_are_those_that_are_described_in_their_order(run):
+    frame = _frame(run / "leaderboard.csv")
+    with pytest.raises(UserError, match="column 'mean_acc' is missing"):
+        validate("leaderboard.csv", frame.drop(columns="mean_acc"))
+    with pytest.raises(UserError, match="column 'luck' is not one of"):
+        validate("leaderboard.csv", frame.assign(luck=1))
+    with pytest.raises(UserError, match=r"stands where '\w+' should"):
+        validate("leaderboard.csv", frame[[*frame.columns[1:], frame.columns[0]]])
+    with pytest.raises(UserError, match=r"no schema of a table 'luck.csv'; there is one of"):
+        validate("luck.csv", frame)
+
+
+def test_an_optional_column_may_be_absent_and_still_be_wrong(run):
+    frame = _frame(run / "timing.csv")
+    validate("timing.csv", frame.drop(columns=["cores", "wall_speedup_low"]))
+    with pytest.raises(UserError, match="'cores'"):
+        validate("timing.csv", frame.assign(cores=0))
+
+
+def test_nothing_is_written_if_a_value_cannot_be(tmp_path):
+    one = cell(phases="both")
+    one.compute[0]["block_speedup"] = -2.0
+    with pytest.raises(UserError, match=r"compute.csv: column 'block_speedup', row 1 \(cell"):
+        write_tables([one], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hash_without_a_letter_stays_a_text(run):
+    path = run / "leaderboard.csv"
+    rows = list(csv.DictReader(StringIO(path.read_text())))
+    for row, name in zip(rows, ("001234567890", "123456e78901", "000000000000"), strict=True):
+        row["cell"] = row["git_commit"] = name
+    buffer = StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(buffer.getvalue())
+    found = read(path)
+    assert found["cell"].tolist() == ["001234567890", "123456e78901", "000000000000"]
+    assert found["git_commit"][0] == "001234567890"
+
+
+def test_reading_tells_what_is_wrong_with_a_file(run):
+    (run / "routing.csv").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        read(run / "routing.csv")
+    assert "routing.csv" not in validate_folder(run)
+    (run / "samples.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read"):
+        validate_folder(run)
+
+
+def test_csv_holds_no_formula_and_opens_without_surprises(run):
+    rows = leaderboard(_cells())
+    rows[2]["error"] = '=HYPERLINK("x")'
+    text = as_csv(rows, TABLES["leaderboard.csv"].own)
+    lines = list(csv.reader(StringIO(text)))
+    assert lines[0] == list(TABLES["leaderboard.csv"].columns)
+    assert {len(line) for line in lines} == {len(lines[0])}
+    row = dict(zip(lines[0], lines[3], strict=True))
+    assert row["error"] == '\'=HYPERLINK("x")'
+    # A negative number is a number, no formula.
+    assert as_csv([{"value": -0.5}], ("value",)).strip().endswith(",-0.5")
+    frame = pandas.read_csv(StringIO(text))
+    assert "Unnamed: 0" not in frame
+    for column, facts in TABLES["leaderboard.csv"].columns.items():
+        if facts.dtype in ("number", "integer") and frame[column].notna().any():
+            assert pandas.api.types.is_numeric_dtype(frame[column]), column
+    assert frame["bound"].dtype == bool
+
+
+def test_tables_of_the_comparison_are_described_where_it_exists(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    fake = SimpleNamespace(COMPARISON={"cell": "The cell.", "p": "A probability."})
+    monkeypatch.setattr(schema, "import_module", lambda name: fake)
+    schema.tables.cache_clear()
+    try:
+        described = schema.tables()["comparison.csv"]
+        assert isinstance(described, Table)
+        assert list(described.columns) == ["cell", "p"]
+        assert "curves.csv" not in schema.tables()
+        validate("comparison.csv", [{"cell": "a", "p": 0.5}])
+        with pytest.raises(UserError, match="'q' is not one of"):
+            validate("comparison.csv", [{"cell": "a", "p": 0.5, "q": 1}])
+    finally:
+        schema.tables.cache_clear()
+        schema._pandera.cache_clear()
+
+
+def test_copies_of_a_run_with_a_changed_digit_fail(run, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(run, copy, dirs_exist_ok=True)
+    path = copy / "routing.csv"
+    path.write_text(path.read_text().replace(",0.5\n", ",5\n", 1))
+    with pytest.raises(UserError, match=r"routing.csv: column 'executed', row 1 .* at most 1"):
+        validate_folder(copy)
