@@ -76,6 +76,7 @@ notebooks: setup
 
 results: setup
 	$(RUN) -m dyndepth.studies embedded --output_path results/embedded
+	$(RUN) -m dyndepth.tables results/embedded --pack
 	$(RUN) -m dyndepth.comparison results/embedded --output_path results/embedded
 	$(RUN) -m dyndepth.leaderboard results/embedded --output_path results/embedded
 	$(RUN) -m dyndepth.verify results/embedded --write_manifest

@@ -34,7 +34,7 @@ def write_manifest(path: str | Path, lines: Sequence[str] | None = None) -> Path
     cells = store.all()
     if not cells:
         raise UserError(f"{path} holds no cells; give the --output_path of a sweep")
-    files = sorted(store.folder.glob("*.json"))
+    files = store.files()
     if len(files) != len(cells):
         raise UserError(f"{len(files) - len(cells)} files in {store.folder} are no readable cells")
     body = {

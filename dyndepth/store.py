@@ -1,15 +1,18 @@
 """The cells of a run on the disk: one atomic JSON file each.
 
 A file appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
-What cannot be read counts as absent, with a warning. One sweep at a time holds an output path.
+What cannot be read counts as absent, with a warning. One sweep at a time holds an output path. A
+run that is to be kept can be packed: each file compressed by gzip, and read all the same.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -45,15 +48,34 @@ class Store:
 
     def file(self, identity: Row) -> Path:
         """Where the cell of ``identity`` is kept: a readable name, then the hash."""
-        return self.folder / f"{readable_name(identity)}-{cell_hash(identity)}.json"
+        plain = self.folder / f"{readable_name(identity)}-{cell_hash(identity)}.json"
+        packed = _packed(plain)
+        return packed if packed.is_file() and not plain.is_file() else plain
+
+    def files(self) -> list[Path]:
+        """The files of all cells, readable or not, in the order of their names."""
+        plain = sorted(self.folder.glob("*.json"))
+        packed = self.folder.glob("*.json.gz")
+        return sorted([*plain, *(path for path in packed if not path.with_suffix("").is_file())])
 
     def write(self, cell: Cell) -> Cell:
         """Put ``cell`` on the disk, whole or not at all; return it as it will be read again."""
         body = plain({"format": FORMAT, "cell": cell.key, **asdict(cell)})
-        path = self.file(cell.identity)
+        old = self.file(cell.identity)
+        path = old.with_suffix("") if old.suffix == ".gz" else old
         write_atomically(path, json.dumps(body, indent=1, sort_keys=True))
+        if old != path:
+            old.unlink()
         self._known[path] = written = _cell(body)
         return written
+
+    def pack(self) -> None:
+        """Compress the files of all cells; equal files give equal bytes. Call it under the lock."""
+        for path in self.files():
+            if path.suffix != ".gz":
+                write_atomically(_packed(path), gzip.compress(path.read_bytes(), 9, mtime=0))
+                path.unlink()
+        self._known.clear()
 
     def read(self, identity: Row) -> Cell | None:
         """The recorded cell of ``identity``, or None where there is none that can be read."""
@@ -64,7 +86,7 @@ class Store:
         """Every readable cell, in the stable order of the tables."""
         if not self.folder.is_dir():
             return []
-        cells = [self._load(path) for path in sorted(self.folder.glob("*.json"))]
+        cells = [self._load(path) for path in self.files()]
         return sorted((cell for cell in cells if cell is not None), key=order)
 
     def check_model(self, name: str, fingerprint: str | None = None) -> None:
@@ -90,16 +112,20 @@ class Store:
 
     def _parse(self, path: Path) -> Cell | None:
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            body = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
             if body["format"] != FORMAT:
                 raise ValueError(f"it has format {body['format']}, not {FORMAT}")
             cell = _cell(body)
             if set(cell.identity) != set(IDENTITY):
                 raise ValueError("its identity has other keys than this version's")
-            if not path.stem.endswith(cell.key) or body["cell"] != cell.key:
+            name = path.name.removesuffix(".gz").removesuffix(".json")
+            if not name.endswith(cell.key) or body["cell"] != cell.key:
                 raise ValueError("its identity does not match its hash")
             return cell
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        except (
+            OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError,
+        ) as fault:  # fmt: skip
             print(
                 f"warning: {path} cannot be read as a cell and counts as absent: {fault}",
                 file=sys.stderr,
@@ -151,6 +177,10 @@ class Store:
         return (
             f"another sweep is writing to {self.path}: wait for it, or choose another --output_path"
         )
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
 
 
 def same_model(one: str, other: str) -> bool:

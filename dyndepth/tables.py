@@ -1,21 +1,25 @@
 """The tidy tables, as a pure function of the cells: equal cells give equal bytes.
 
 Order of rows and columns is fixed (by ``dyndepth.schema``), and so is the way a number is written
-(10 significant digits). Every row leads with its cell's hash and identity.
+(10 significant digits). Every row leads with its cell's hash and identity. A sweep writes them; so
+does ``python -m dyndepth.tables RUN``, which computes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyndepth.errors import UserError
 from dyndepth.records import LEADING, Cell, Row, identity_columns
 from dyndepth.schema import TABLES, validate
-from dyndepth.store import write_atomically
+from dyndepth.store import Store, write_atomically
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of a text that a spreadsheet would run as a formula."""
@@ -107,5 +111,40 @@ def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
             arrays.append(pyarrow.array([None if v is None else _text(v) for v in values]))
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(arrays, names=names), buffer)
+    table = pyarrow.table(arrays, names=names)
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=15)
     return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: write the tables of runs anew from their cells."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dyndepth.tables", description="Write a run's tables anew from its cells."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="also compress the files of the cells, for a run that is to be kept; a sweep goes on "
+        "with packed cells as with others",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            store = Store(run)
+            cells = store.all()
+            if not cells:
+                raise UserError(f"{run} holds no cells; give the --output_path of a sweep")
+            with store.locked():
+                if options.pack:
+                    store.pack()
+                for path in write_tables(cells, run):
+                    print(path)
+    except UserError as fault:
+        print(f"dyndepth.tables: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

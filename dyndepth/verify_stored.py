@@ -75,7 +75,7 @@ def _read(store: Store) -> tuple[list[Cell], list[Finding]]:
     with redirect_stderr(io.StringIO()) as told:
         cells = store.all()
     found = []
-    files = {path.name for path in store.folder.glob("*.json")}
+    files = {path.name for path in store.files()}
     for line in told.getvalue().splitlines():
         named, _, why = line.partition(" cannot be read as a cell and counts as absent: ")
         name = Path(named.removeprefix("warning: ")).name
@@ -98,7 +98,7 @@ def _against_manifest(run: Path, store: Store) -> Iterator[Finding]:
     if listed is None:
         yield Finding("manifest.json", "no manifest: what is missing cannot be told", failure=False)
         return
-    files = {path.name: path for path in store.folder.glob("*.json")}
+    files = {path.name: path for path in store.files()}
     for key, entry in listed.items():
         file = files.pop(entry["file"], None)
         if file is None:

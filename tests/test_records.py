@@ -84,6 +84,33 @@ def test_damaged_file_counts_as_absent_and_says_so_once(tmp_path, capsys, damage
     assert path.name in warnings[0]
 
 
+def test_packed_cells_are_read_and_replaced(tmp_path, capsys):
+    store = Store(tmp_path)
+    for seed in (0, 1):
+        store.write(cell(seed=seed))
+    plain, size = store.all(), store.file(identity()).stat().st_size
+    store.pack()
+    names = [path.name for path in store.files()]
+    assert all(name.endswith(".json.gz") for name in names)
+    assert store.file(identity()).stat().st_size < size / 2
+    assert Store(tmp_path).all() == store.all() == plain
+    content = store.file(identity()).read_bytes()
+    store.pack()
+    assert store.file(identity()).read_bytes() == content
+
+    # One file a cell: what is written anew takes the place of what was packed.
+    store.write(cell([0, 0, 0, 0]))
+    assert sorted(path.suffix for path in store.files()) == [".gz", ".json"]
+    assert len(list(store.folder.iterdir())) == 2
+    assert [found.accuracy[0]["value"] for found in Store(tmp_path).all()] == [0.0, 0.75]
+    store.pack()
+    damaged = store.file(identity())
+    for content in (damaged.read_bytes()[:-9], b"no archive"):
+        damaged.write_bytes(content)
+        assert [found.identity["seed"] for found in Store(tmp_path).all()] == [1]
+    assert capsys.readouterr().err.count("counts as absent") == 2
+
+
 def test_killed_writer_leaves_the_old_cell_and_a_leftover_that_goes(tmp_path):
     store = Store(tmp_path)
     store.write(cell([1, 1, 1, 1]))
