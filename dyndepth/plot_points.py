@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("accuracy", "compute", "timing", "routing", "leaderboard")
 OPTIONAL = ("comparison", "curves", "equal_flops")
-"""Tables of a run folder, ``NAME.csv``."""
+"""Tables of a run folder: ``NAME.csv``, or ``NAME.parquet`` where there are many rows."""
 
 METRICS = {
     "mean_acc": "mean accuracy",
@@ -40,7 +40,7 @@ _SETTING = ("model", "data_fingerprint", "dtype")
 
 
 def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
-    """The CSV tables of a run folder by name, each with a ``label`` for every row's cell.
+    """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
     Labels are those of the whole run, in its order (``labels``), so that a method has the same
     name and colour in all figures. Raises UserError if the folder holds no leaderboard.csv.
@@ -52,11 +52,16 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
         raise UserError(f"{run} holds no leaderboard.csv; give the --output_path of a sweep")
     found = {}
     for name in (*NEEDED, *OPTIONAL):
-        if (run / f"{name}.csv").is_file():
-            table = pd.read_csv(run / f"{name}.csv", dtype=_TEXT, low_memory=False)
-            if "parameters" in table:
-                table["parameters"] = table["parameters"].fillna("")
-            found[name] = table
+        path = run / f"{name}.csv"
+        if path.is_file():
+            table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
+        elif path.with_suffix(".parquet").is_file():
+            table = pd.read_parquet(path.with_suffix(".parquet"))
+        else:
+            continue
+        if "parameters" in table:
+            table["parameters"] = table["parameters"].fillna("")
+        found[name] = table
     board = found["leaderboard"]
     names = pd.Series(pd.Categorical(labels(board), _in_order(labels(board))), board["cell"])
     for table in found.values():

@@ -125,8 +125,9 @@ def executed_in_run(
 ) -> Figure:
     """A run's executed fractions at one target: heatmaps of methods by blocks, attention and MLP.
 
-    ``routing`` is routing.csv; all phases together, over all tasks, seeds averaged. The mean over
-    blocks stands at the end of each row. Raises UserError where nothing was run at that target.
+    ``routing`` is routing.parquet; all phases together, over all tasks, seeds averaged. The mean
+    over blocks stands at the end of each row. Raises UserError where nothing was run at that
+    target.
     """
     import seaborn
 
@@ -135,7 +136,7 @@ def executed_in_run(
     table = table[(table["phase"] == "all") & (table["task"] == "all") & ~reference(table)]
     table = table[table["target_speedup"] == target_speedup]
     if table.empty:
-        raise UserError(f"routing.csv has no method at the target speedup {target_speedup:g}")
+        raise UserError(f"routing.parquet has no method at the target speedup {target_speedup:g}")
     names = [name for name in table["label"].cat.categories if (table["label"] == name).any()]
     layers = int(table["layer"].max()) + 1
     widest = 0.075 * max(map(len, names))

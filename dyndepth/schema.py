@@ -34,7 +34,7 @@ TABLES: dict[str, Table] = {
     "accuracy.csv": ACCURACY,
     "compute.csv": COMPUTE,
     "timing.csv": TIMING,
-    "routing.csv": ROUTING,
+    "routing.parquet": ROUTING,
     "samples.parquet": SAMPLES,
     "leaderboard.csv": LEADERBOARD,
 }

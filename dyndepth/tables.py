@@ -43,8 +43,8 @@ def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
     rows = {
         "accuracy.csv": accuracy(cells),
         "leaderboard.csv": leaderboard(cells),
-        **{f"{name}.csv": _rows(cells, name) for name in ("compute", "timing", "routing")},
-        "samples.parquet": _rows(cells, "samples"),
+        **{f"{name}.csv": _rows(cells, name) for name in ("compute", "timing")},
+        **{f"{name}.parquet": _rows(cells, name) for name in ("routing", "samples")},
     }
     for name in CHECKED:
         validate(name, rows[name])

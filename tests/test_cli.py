@@ -19,7 +19,7 @@ from dyndepth import __main__ as ls
 from dyndepth import recovered
 from dyndepth.assets import WHEELS, cache_root
 
-TABLES = ("accuracy.csv", "compute.csv", "routing.csv", "samples.parquet")
+TABLES = ("accuracy.csv", "compute.csv", "routing.parquet", "samples.parquet")
 GRID = ("--methods", "uls,random_skip", "--speedups", "1.3,2")
 
 

@@ -30,9 +30,8 @@ def reads_a_run(path: Path) -> bool:
     return any("DYNDEPTH_RUN" in cell.source for cell in read(path).cells)
 
 
-def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The notebook as it is after all its cells ran in quick mode, in its own folder."""
-    run = RUN if (RUN / "leaderboard.csv").is_file() else make_run(folder / "run", methods=3)
+def execute(path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook as it is after all its cells ran over ``run`` in quick mode, in its folder."""
     settings = {"DYNDEPTH_QUICK": "1", "DYNDEPTH_RUN": str(run), "OMP_NUM_THREADS": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
@@ -87,20 +86,28 @@ def test_is_small_and_valid_and_draws_nothing_itself(path):
     "path", [path for path in PATHS if reads_a_run(path)], ids=lambda path: path.stem
 )
 def test_reads_a_run(path, tmp_path, monkeypatch):
-    check(execute(path, tmp_path, monkeypatch))
+    check(execute(path, make_run(tmp_path / "run", methods=3), monkeypatch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if reads_a_run(path)], ids=lambda path: path.stem
+)
+def test_reads_the_committed_run(path, monkeypatch):
+    check(execute(path, RUN, monkeypatch))
 
 
 @pytest.mark.parametrize("path", PATHS[:1], ids=lambda path: path.stem)
-def test_runs_with_the_embedded_model(path, tmp_path, monkeypatch):
-    notebook = execute(path, tmp_path, monkeypatch)
+def test_runs_with_the_embedded_model(path, monkeypatch):
+    notebook = execute(path, RUN, monkeypatch)
     check(notebook)
     assert os.environ["DYNDEPTH_QUICK"] == "1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [PATHS[1], PATHS[-1]], ids=lambda path: path.stem)
-def test_runs_with_the_embedded_model_for_longer(path, tmp_path, monkeypatch):
-    notebook = execute(path, tmp_path, monkeypatch)
+def test_runs_with_the_embedded_model_for_longer(path, monkeypatch):
+    notebook = execute(path, RUN, monkeypatch)
     check(notebook)
     if path == PATHS[-1]:
         printed = "".join(each.get("text", "") for each in outputs(notebook))
@@ -112,8 +119,7 @@ def test_runs_with_the_embedded_model_for_longer(path, tmp_path, monkeypatch):
 def test_runs_without_timing_or_bounds_are_told(tmp_path, monkeypatch):
     run = make_run(tmp_path / "bare", bounds=0)
     (run / "timing.csv").write_text((run / "timing.csv").read_text().splitlines()[0] + "\n")
-    monkeypatch.setattr("test_notebooks.RUN", run)
     for stem, said in (("04", "This run was not timed"), ("05", "This run holds no bound")):
         (path,) = (path for path in PATHS if path.stem.startswith(stem))
-        notebook = execute(path, tmp_path, monkeypatch)
+        notebook = execute(path, run, monkeypatch)
         assert said in "".join(each.get("text", "") for each in outputs(notebook))

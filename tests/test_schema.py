@@ -56,8 +56,8 @@ def test_every_column_is_described_in_a_sentence():
 
 def test_what_the_harness_records_is_described():
     documented = Evaluation.__doc__ or ""
-    for name in ("accuracy", "compute", "routing"):
-        for column in TABLES[f"{name}.csv"].own:
+    for name in ("accuracy.csv", "compute.csv", "routing.parquet"):
+        for column in TABLES[name].own:
             assert f"``{column}``" in documented or column in (*CAUSES, "padding", "status"), column
 
 
@@ -83,9 +83,9 @@ def test_tables_that_were_written_validate(run):
         ("timing.csv", "phase", "prompt", "one of prefill, decode"),
         ("timing.csv", "wall_speedup", 3.0, "wall_speedup_low <= wall_speedup"),
         ("timing.csv", "batch", 0, "at least 1"),
-        ("routing.csv", "executed", 1.2, "at most 1"),
-        ("routing.csv", "layer", -1, "at least 0"),
-        ("routing.csv", "sublayer", "block", "one of attention, mlp"),
+        ("routing.parquet", "executed", 1.2, "at most 1"),
+        ("routing.parquet", "layer", -1, "at least 0"),
+        ("routing.parquet", "sublayer", "block", "one of attention, mlp"),
         ("samples.parquet", "tokens", -3, "at least 0"),
         ("samples.parquet", "doc_hash", "", "must not be empty"),
         ("leaderboard.csv", "mean_acc", 1.5, "at most 1"),
@@ -160,10 +160,10 @@ def test_a_hash_without_a_letter_stays_a_text(run):
 
 
 def test_reading_tells_what_is_wrong_with_a_file(run):
-    (run / "routing.csv").unlink()
+    (run / "routing.parquet").unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        read(run / "routing.csv")
-    assert "routing.csv" not in validate_folder(run)
+        read(run / "routing.parquet")
+    assert "routing.parquet" not in validate_folder(run)
     (run / "samples.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="cannot be read"):
         validate_folder(run)
@@ -210,7 +210,9 @@ def test_tables_of_the_comparison_are_described_where_it_exists(monkeypatch, tmp
 def test_copies_of_a_run_with_a_changed_digit_fail(run, tmp_path_factory):
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(run, copy, dirs_exist_ok=True)
-    path = copy / "routing.csv"
-    path.write_text(path.read_text().replace(",0.5\n", ",5\n", 1))
-    with pytest.raises(UserError, match=r"routing.csv: column 'executed', row 1 .* at most 1"):
+    path = copy / "routing.parquet"
+    table = pandas.read_parquet(path)
+    table.loc[0, "executed"] = 5.0
+    table.to_parquet(path)
+    with pytest.raises(UserError, match=r"routing.parquet: column 'executed', row 1 .* at most 1"):
         validate_folder(copy)

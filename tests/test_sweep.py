@@ -9,7 +9,9 @@ import signal
 import threading
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 from cells import FakeBench
 
@@ -38,7 +40,9 @@ def _settings(tmp_path, **changes):
     return Settings(**{"output_path": tmp_path / "run", "timing": "off"} | changes)
 
 
-def _table(path: Path) -> list[dict[str, str]]:
+def _table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return pandas.read_parquet(path).to_dict("records")
     with path.open() as file:
         return list(csv.DictReader(file))
 
@@ -360,7 +364,7 @@ class TestRun:
         said = capsys.readouterr().out
         assert "a at 1.5x, seed 0, lora" in said
         assert "recovery" in said
-        for name in ("accuracy.csv", "compute.csv", "routing.csv"):
+        for name in ("accuracy.csv", "compute.csv", "routing.parquet"):
             found = {row["recovery"] for row in _table(settings.output_path / name)}
             assert found == {"none", lora}
 
@@ -376,7 +380,7 @@ class TestRun:
         assert "the same command resumes" in said
         assert len(_table(settings.output_path / "accuracy.csv")) == where - 1
         sweep.run(CELLS, FakeBench(), Store(settings.output_path), settings)
-        for name in ("accuracy.csv", "compute.csv", "routing.csv", "samples.parquet"):
+        for name in ("accuracy.csv", "compute.csv", "routing.parquet", "samples.parquet"):
             one, other = (run.output_path / name for run in (calm, settings))
             assert one.read_bytes() == other.read_bytes(), name
 

@@ -435,7 +435,7 @@ class TestManifest:
 
     def test_is_not_written_over_a_run_that_fails(self, run, told):
         (run / NAME).unlink()
-        (run / "routing.csv").write_text("")
+        (run / "routing.parquet").write_text("")
         status, out = told(run, "--write-manifest")
         assert status == 1
         assert "no manifest was written" in out
