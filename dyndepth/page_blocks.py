@@ -15,6 +15,7 @@ from typing import Any
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.markdown import Record, joined, label, number, read, spread, table
+from dyndepth.page_sentences import sentences
 from dyndepth.recipe import NONE
 
 Options = dict[str, Any]
@@ -274,5 +275,6 @@ BLOCKS: dict[str, Callable[[Source, Options], str]] = {
     "dense": dense,
     "verdicts": verdicts,
     "routes": routes,
+    "sentences": sentences,
 }
 """Name in a page's marker -> what writes the block."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")
 COMMAND = "`make docs`"
 
-_MARKER = re.compile(r"<!-- generated: *(\w+)([^>]*?)-->\n(.*?)(<!-- end -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- generated: *(\w+)(.*?)-->\n(.*?)(<!-- end -->)", re.DOTALL)
 _OPEN = re.compile(r"<!-- generated:")
 
 

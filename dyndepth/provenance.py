@@ -62,6 +62,7 @@ FRONT = frozenset(
         "memory.py",
         "options.py",
         "page_blocks.py",
+        "page_sentences.py",
         "pages.py",
         "pairing.py",
         "passes.py",

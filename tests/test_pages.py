@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import fields
 from importlib.metadata import EntryPoint
@@ -76,7 +77,9 @@ def source(tmp_path: Path) -> Source:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what pages are made of, and the command at work on it."""
     for folder in ("docs", "results"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+        shutil.copytree(
+            REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cells")
+        )
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.main([]) == 0
@@ -122,6 +125,7 @@ def test_a_card_without_a_method_goes(repository, capsys):
 
 def test_the_main_run_may_lie_elsewhere(repository):
     _write(repository / "results" / "other" / "leaderboard.csv", [_row("dense", target_speedup=1)])
+    (repository / "results" / "README.md").unlink()  # its sentences quote the committed run
     assert pages.main(["--results", "results/other"]) == 0
     assert "`results/other/`: 1 cells (0 failed)" in (repository / "README.md").read_text()
     assert "`results/other/leaderboard.csv`" in (repository / "docs/methods/dense.md").read_text()
@@ -342,3 +346,78 @@ def test_texts():
     assert joined([]) == ""
     assert spread({"v": "1", "l": "", "h": ""}, "v", "l", "h") == "1.000"
     assert spread({"v": ""}, "v", "l", "h") == ""
+
+
+class TestSentences:
+    ASKED: dict[str, Any] = {
+        "defaults": {"table": "leaderboard", "target_speedup": 1.5, "show": "mean_acc"},
+        "sentences": [
+            {
+                "text": "It has {0}, dense {1}, of {2} rows.",
+                "values": [
+                    {"label": "uls", "form": "{:.2f}"},
+                    {"label": "dense", "target_speedup": 1, "show": "bits_per_byte"},
+                    {"target_speedup": None, "method": "dense", "count": True},
+                ],
+            },
+            {"text": "No numbers."},
+        ],
+    }
+
+    @pytest.fixture
+    def source(self, tmp_path) -> Source:
+        rows = [
+            _row("dense", target_speedup=1, bits_per_byte=1.25),
+            _row("uls", mean_acc=0.4, mean_acc_low=0.3, mean_acc_high=0.5),
+            _row("uls", seed=1, target_speedup=2, mean_acc=0.2),
+            _row("uls", seed=2, target_speedup=2, mean_acc=0.2),
+        ]
+        _write(tmp_path / RESULTS / "leaderboard.csv", rows)
+        return Source(tmp_path, RESULTS)
+
+    def test_quote_rows_with_their_intervals(self, source):
+        assert page_blocks.sentences(source, self.ASKED) == (
+            "- It has 0.40 [0.30, 0.50], dense 1.250, of 1 rows.\n- No numbers."
+        )
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ({"label": "uls", "target_speedup": 2}, "has 2 rows with"),
+            ({"label": "none"}, "has 0 rows with"),
+            ({"label": "uls", "show": "bits_per_byte"}, "has no bits_per_byte where"),
+        ],
+    )
+    def test_a_value_that_is_not_one_is_refused(self, source, value, said):
+        asked = self.ASKED | {"sentences": [{"text": "{0}", "values": [value]}]}
+        with pytest.raises(UserError, match=said):
+            page_blocks.sentences(source, asked)
+
+    def test_without_a_run_say_how_to_make_one(self, tmp_path):
+        said = page_blocks.sentences(Source(tmp_path, RESULTS), self.ASKED)
+        assert said.startswith("No run is committed")
+
+
+def _rounds_to(value: float, text: str) -> bool:
+    return abs(value - float(text)) <= 0.500001 * 10.0 ** -len(text.partition(".")[2])
+
+
+def test_numbers_written_by_hand_stand_in_their_tables():
+    """Of each section of results/README.md: decimals outside of generated blocks."""
+    text = (REPOSITORY / "results" / "README.md").read_text()
+    text = re.sub(r"<!-- generated:.*?<!-- end -->", "", text, flags=re.DOTALL)
+    sections = re.split(r"^## `(\w+)/`", text, flags=re.MULTILINE)
+    quoted = 0
+    for folder, prose in zip(sections[1::2], sections[2::2], strict=True):
+        values = [
+            abs(float(field))
+            for path in (REPOSITORY / "results" / folder).glob("*.csv")
+            for row in csv.reader(path.open())
+            for field in row
+            if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", field)
+        ]
+        numbers = re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.]*\d*\.\d)", prose)
+        quoted += len(numbers)
+        for number in numbers:
+            assert any(_rounds_to(value, number) for value in values), (folder, number)
+    assert quoted > 100
