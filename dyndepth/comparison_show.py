@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dyndepth.console import print_table
-from dyndepth.peers import name_key, short_names
+from dyndepth.naming import label
 from dyndepth.records import Row
 
 MARKS = {
@@ -54,7 +54,6 @@ def _each(rows: Sequence[Row], what: str, columns: Sequence[Column], caption: st
             groups.setdefault((row["model"], shared, row["task"], row["metric"]), []).append(row)
     several = len({key[:2] for key in groups}) > 1
     for (model, _, task, metric), own in groups.items():
-        names = short_names(own)
         better = "more is better" if own[0]["higher_is_better"] else "less is better"
         documents = max((row["n"] for row in own if row.get("n")), default=0)
         where = f", {model} {own[0]['dtype']} {own[0]['device']}" if several else ""
@@ -72,18 +71,18 @@ def _each(rows: Sequence[Row], what: str, columns: Sequence[Column], caption: st
             left = heading == "verdict"
             table.add_column(heading, justify="left" if left else "right", no_wrap=True)
         for row in own:
-            name = names[name_key(row)] + (" (bound)" if row["bound"] else "")
+            name = label(row) + (" (bound)" if row["bound"] else "")
             table.add_row(*map(escape, [name, *(text(row) for _, text in columns)]))
         print_table(table)
-        _reasons(own, names)
+        _reasons(own)
 
 
-def _reasons(rows: Iterable[Row], names: dict[tuple[str, ...], str]) -> None:
+def _reasons(rows: Iterable[Row]) -> None:
     """Say below a table what its empty entries mean."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.get("reason"):
-            found.setdefault(row["reason"], []).append(names[name_key(row)])
+            found.setdefault(row["reason"], []).append(label(row))
     for reason, who in found.items():
         print(f"  {', '.join(dict.fromkeys(who))}: {reason}")
 

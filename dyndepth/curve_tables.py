@@ -13,7 +13,7 @@ from dyndepth.comparison import BUDGETS
 from dyndepth.comparison_columns import CURVE
 from dyndepth.curves import area, degradation, overlap, span
 from dyndepth.errors import UserError
-from dyndepth.peers import Peers, Score, Series, label, peers
+from dyndepth.peers import Peers, Score, Series, full_name, peers
 from dyndepth.records import Cell, Row, flat
 from dyndepth.resampling import means
 from dyndepth.stats import (
@@ -175,7 +175,7 @@ def _curves(each: Peers, score: Score) -> list[Row]:
         worst = _hardest(series, points, read, score)
         if worst is not None:
             other, within, apart = worst
-            row["competitor"] = label(other.identity)
+            row["competitor"] = full_name(other.identity)
             row["overlap_low"], row["overlap_high"] = within
             pending.add(row, "area_difference", apart, test=True)
     pending.fill()
@@ -271,7 +271,7 @@ def _place(
         row["rank"] = int(rankdata(losses, method="min")[0])
     if others:
         best, point = min(others, key=lambda entry: round(sign * entry[1].value, 10))
-        row["competitor"], row["competitor_value"] = label(best.identity), point.value
+        row["competitor"], row["competitor_value"] = full_name(best.identity), point.value
         pending.add(row, "competitor_difference", own.outcomes - point.outcomes, test=True)
 
 

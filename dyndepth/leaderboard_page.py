@@ -7,12 +7,13 @@ its seeds. ``markdown`` and ``html`` only write that down; the page draws it in 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from dyndepth.published import distinct, nearest, published
-from dyndepth.recipe import NONE, shortened
+from dyndepth.naming import changed, label, recovered
+from dyndepth.published import nearest, published
+from dyndepth.recipe import NONE
 from dyndepth.records import LEADING, UNHASHED, Cell, Row
 
 TEMPLATE = "leaderboard.html"
@@ -66,7 +67,6 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
         if cell.evaluated:
             key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
             groups.setdefault(key, []).append((cell, row))
-    names = _names(rows)
     scores = _scores(cells, rows)
     entries = []
     for members in groups.values():
@@ -79,7 +79,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
             for key in scores
         }
         entries.append(
-            _labels(own[0], names)
+            _labels(own[0])
             | {
                 "seeds": [row["seed"] for row in own],
                 "cells": [row["cell"] for row in own],
@@ -93,7 +93,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
             }
         )
     failed = [
-        _labels(row, names)
+        _labels(row)
         | {"seed": row["seed"], "cell": row["cell"], "error": str(row.get("error") or "")}
         for row in rows
         if row["status"] == "error"
@@ -102,7 +102,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
         "scores": list(scores.values()),
         "entries": entries,
         "failed": failed,
-        "published": _published(rows, names),
+        "published": _published(rows),
         "conditions": _conditions(rows),
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "papers": PAPERS},
     }
@@ -134,7 +134,7 @@ def markdown(found: Board) -> str:
         lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
         lines.append(_line(["---"] * 5))
         for one in found["failed"]:
-            texts = [_name(one), f"{one['target']:g}x", str(one["seed"]), one["cell"]]
+            texts = [one["name"], f"{one['target']:g}x", str(one["seed"]), one["cell"]]
             lines.append(_line([*texts, one["error"]]))
     if found["published"]:
         lines += ["", "## Reported by papers", "", PAPERS, "", *_papers(found["published"])]
@@ -146,28 +146,17 @@ def markdown(found: Board) -> str:
 # --- the data -------------------------------------------------------------------------------------
 
 
-def _names(rows: Sequence[Row]) -> dict[str, Any]:
-    """What tells a row's setting from the others on this board."""
-    phases: dict[str, set[str]] = {}
-    for row in rows:
-        phases.setdefault(row["method"], set()).add(row["phases"])
-    return {"distinct": distinct(rows), "phases": phases}
-
-
-def _labels(row: Row, names: Mapping[str, Any]) -> Row:
-    method, parameters = str(row["method"]), str(row["parameters"] or "")
-    variant = [names["distinct"][method, parameters]]
-    if len(names["phases"][method]) > 1:
-        variant.append("generation only" if row["phases"] == "generation" else "prompt too")
-    recovered = shortened(str(row["recovery"])) if row["recovery"] != NONE else ""
-    variant.append(f"+ {recovered}" if recovered else "")
+def _labels(row: Row) -> Row:
+    recovery = recovered(row)
+    parts = [*changed(row), f"+ {recovery}" if recovery != NONE else ""]
     return {
         "model": str(row["model"]),
-        "method": method,
-        "variant": ", ".join(part for part in variant if part),
-        "parameters": parameters,
+        "method": str(row["method"]),
+        "name": label(row),
+        "variant": ", ".join(filter(None, parts)),
+        "parameters": str(row["parameters"] or ""),
         "phases": str(row["phases"]),
-        "recovery": recovered or NONE,
+        "recovery": recovery,
         "dtype": str(row["dtype"]),
         "target": float(row["target_speedup"]),
     }
@@ -176,9 +165,9 @@ def _labels(row: Row, names: Mapping[str, Any]) -> Row:
 def _scores(cells: Iterable[Cell], rows: Sequence[Row]) -> dict[str, Row]:
     """The scores that some cell has, by key: those over all tasks first."""
     found: dict[str, Row] = {}
-    for key, label, factor, digits, higher in SCORES:
+    for key, title, factor, digits, higher in SCORES:
         if any(row.get(key) is not None for row in rows):
-            found[key] = {"key": key, "label": label, "factor": factor, "digits": digits}
+            found[key] = {"key": key, "label": title, "factor": factor, "digits": digits}
             found[key] |= {"higher": higher, "task": "all tasks"}
     for cell in cells:
         for row in cell.accuracy:
@@ -242,7 +231,7 @@ def _mean(values: Sequence[Spread | None]) -> Spread | None:
     return [sum(middle) / len(known), min(lows) if whole else None, max(highs) if whole else None]
 
 
-def _published(rows: Sequence[Row], names: Mapping[str, Any]) -> list[Row]:
+def _published(rows: Sequence[Row]) -> list[Row]:
     """Papers' rows of the methods on the board, each with the nearest measured setting."""
     measured = [row for row in rows if row.get("mean_acc") is not None or row.get("bits_per_byte")]
     present = {str(row["method"]) for row in measured}
@@ -253,7 +242,7 @@ def _published(rows: Sequence[Row], names: Mapping[str, Any]) -> list[Row]:
         near = nearest(row, measured)
         beside = None
         if near is not None:
-            beside = _labels(near, names) | {
+            beside = _labels(near) | {
                 "block": near["block_speedup"],
                 **{key: _spread(near, key) for key, *_ in SCORES},
             }
@@ -281,7 +270,7 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row]) -> list[str]:
     lines = [_line(heads), _line(["---"] * len(heads))]
     for entry in entries:
         texts = [entry["model"]] if several else []
-        texts += [_name(entry), f"{entry['target']:g}x", str(len(entry["seeds"]))]
+        texts += [entry["name"], f"{entry['target']:g}x", str(len(entry["seeds"]))]
         texts += [
             _interval(entry["scores"].get(score["key"]), score["factor"], score["digits"])
             for score in scores
@@ -303,7 +292,7 @@ def _papers(rows: Sequence[Row]) -> list[str]:
             kept = _interval(near["retained"], 100, 0, "% of dense's accuracy")
             bits = _interval(near["bits_per_byte"], 1, 3, " bits per byte")
             beside = (
-                f"{_name(near)} at {near['block']:.2f}x: {', '.join(filter(None, (kept, bits)))}"
+                f"{near['name']} at {near['block']:.2f}x: {', '.join(filter(None, (kept, bits)))}"
             )
         method = " ".join(filter(None, (row["method"], row["parameters"])))
         texts = [method, row["model"], f"{row['speedup']:g}x {row['unit_of_speedup']}"]
@@ -319,10 +308,6 @@ def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequenc
         f"{len(failed)} failed cells. Intervals are 95%; speedups are ratios to dense: achieved "
         "block and total FLOPs, and measured time in prefill and decode."
     )
-
-
-def _name(entry: Row) -> str:
-    return f"{entry['method']} ({entry['variant']})" if entry["variant"] else str(entry["method"])
 
 
 def _interval(

@@ -1,11 +1,10 @@
-"""Markdown from the committed tables (rows, numbers, labels for people) and from docstrings."""
+"""Markdown from the committed tables (rows, numbers) and from docstrings."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from dyndepth.errors import UserError
@@ -59,38 +58,6 @@ def joined(texts: Iterable[str]) -> str:
     """The different ones of ``texts``, in order, as a person lists them: ``a, b and c``."""
     found = list(dict.fromkeys(texts))
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
-
-
-def label(row: Record) -> str:
-    """Method, those of its parameters that are not the default, and its recovery, from a row."""
-    from dyndepth.recipe import NONE
-
-    name = row["method"]
-    kept = changed(name, row["parameters"])
-    if row.get("phases") and row["phases"] != "both":
-        kept.append(f"phases={row['phases']}")
-    text = f"{name}({', '.join(kept)})" if kept else name
-    recovery = row.get("recovery") or NONE
-    return text if recovery == NONE else f"{text} + {recovery.partition('(')[0]}"
-
-
-def changed(name: str, parameters: str) -> list[str]:
-    """Those of a row's parameters that differ from the method's defaults, as ``name=value``; all
-    of them if the method is not installed."""
-    from dyndepth.registry import method_class, methods
-    from dyndepth.spec import parameters_of
-
-    given = parameters_of(f"{name}({parameters})", "method") if parameters else {}
-    defaults = {f.name: f.default for f in fields(method_class(name))} if name in methods() else {}
-    return [
-        f"{key}={_plain(value)}"
-        for key, value in given.items()
-        if key not in defaults or defaults[key] != value
-    ]
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def layout(text: str) -> str:

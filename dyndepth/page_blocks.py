@@ -14,7 +14,8 @@ from typing import Any
 
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
-from dyndepth.markdown import Record, joined, label, number, read, spread, table
+from dyndepth.markdown import Record, joined, number, read, spread, table
+from dyndepth.naming import label
 from dyndepth.page_sentences import sentences
 from dyndepth.recipe import NONE
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
-from dyndepth.markdown import Record, label, spread
+from dyndepth.markdown import Record, spread
+from dyndepth.naming import label
 
 if TYPE_CHECKING:
     from dyndepth.page_blocks import Source

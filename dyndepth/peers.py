@@ -1,4 +1,4 @@
-"""Which cells may stand against each other, and how a person tells them apart.
+"""Which cells may stand against each other.
 
 Cells of one setting (model, data, documents, versions, precision) were scored alike. Among them, a
 curve is all cells that differ only in target speedup and seed. Competitors are the cells of one
@@ -8,14 +8,12 @@ setting and one recovery that are no bounds: what was trained is measured agains
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.leaderboard import check_comparable, is_dense
-from dyndepth.recipe import NONE, shortened
 from dyndepth.records import METHOD_KEYS, Cell, Row, flat, order, plain, setting
 from dyndepth.stats import Point, averaged, curve, measured
 
@@ -175,47 +173,7 @@ def is_bound(cell: Cell) -> bool:
     return bool(cell.provenance.get("uses_labels", False))
 
 
-def label(identity: Row) -> str:
-    """A curve's name within its setting and recovery: ``method(parameters), phases``."""
+def full_name(identity: Row) -> str:
+    """A curve's name within its setting and recovery, with every parameter, for tables."""
     parameters = flat(identity["parameters"])
     return f"{identity['method']}({parameters}), {identity['phases']}"
-
-
-def short_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
-    """Names for a console, by (method, parameters, phases, recovery): only what tells rows apart.
-
-    Parameters that a method has alike in all ``rows`` are left out, so is a recovery that all have,
-    and phases are said where they are not both.
-    """
-    keys = list(dict.fromkeys(map(name_key, rows)))
-    recoveries = {key[3] for key in keys}
-    found = {}
-    for key in keys:
-        method, parameters, phase, recovery = key
-        others = [set(_split(other[1])) for other in keys if other[0] == method]
-        common = set.intersection(*others) if len(set(map(frozenset, others))) > 1 else set()
-        alone = len(set(map(frozenset, others))) == 1
-        own = [] if alone else [part for part in _split(parameters) if part not in common]
-        values = [part.partition("=")[2].strip("'") if _plain(part) else part for part in own]
-        parts = [method, *values]
-        parts += [phase] if phase != "both" else []
-        parts += [f"+{shortened(recovery)}"] if recovery != NONE and len(recoveries) > 1 else []
-        found[key] = " ".join(parts)
-    # Values alone may not tell two rows apart; then everything is said.
-    if len(set(found.values())) < len(found):
-        return {key: f"{key[0]}({key[1]}) {key[2]} {key[3]}" for key in keys}
-    return found
-
-
-def name_key(row: Row) -> tuple[str, ...]:
-    """What ``short_names`` goes by."""
-    return tuple(str(row[key]) for key in ("method", "parameters", "phases", "recovery"))
-
-
-def _split(parameters: str) -> list[str]:
-    return [part for part in re.split(r", (?=\w+=)", parameters) if part]
-
-
-def _plain(part: str) -> bool:
-    """True for a parameter whose value speaks for itself: a word."""
-    return part.partition("=")[2].startswith("'")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dyndepth import naming
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.recipe import NONE
-from dyndepth.spec import name_of, parameters_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +42,8 @@ _SETTING = ("model", "data_fingerprint", "dtype")
 def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
-    Labels are those of the whole run, in its order (``labels``), so that a method has the same
-    name and colour in all figures. Raises UserError if the folder holds no leaderboard.csv.
+    Labels stand in the order of the whole run, so that a method has the same colour in all
+    figures. Raises UserError if the folder holds no leaderboard.csv.
     """
     import pandas as pd
 
@@ -74,31 +74,10 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def labels(table: pd.DataFrame) -> list[str]:
-    """A short name for each row: method, the parameters that differ among its own rows, phases
-    if they are not those of most rows, and recovery."""
-    written = table["parameters"].fillna("")
-    parameters = {text: parameters_of(f"x({text})", "method") for text in set(written)}
-    rule = table.loc[table["method"] != DENSE, "phases"].mode()
-    recipes = sorted(set(table["recovery"]) - {NONE})
-    found = []
-    for row in table.assign(parameters=written).itertuples():
-        own = parameters[row.parameters]
-        others = [parameters[text] for text in set(written[table["method"] == row.method])]
-        differ = [key for key in own if any(other.get(key) != own[key] for other in others)]
-        inside = [f"{key}={_text(own[key])}" for key in differ]
-        if row.method != DENSE and row.phases not in set(rule[:1]):
-            inside.append(f"phases={row.phases}")
-        name = f"{row.method}({', '.join(inside)})" if inside else str(row.method)
-        if row.recovery != NONE:
-            # One recipe needs no number.
-            which = f" {recipes.index(row.recovery) + 1}" if len(recipes) > 1 else ""
-            name += f" + {name_of(str(row.recovery), 'recovery')}{which}"
-        found.append(name)
-    return found
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """The short name of each row (dyndepth.naming)."""
+    keys = ["method", "parameters", "phases", "recovery"]
+    rows = table[keys].fillna("").itertuples(index=False, name=None)
+    return [naming.label(dict(zip(keys, row, strict=True))) for row in rows]
 
 
 def _in_order(names: list[str]) -> list[str]:

@@ -60,6 +60,7 @@ FRONT = frozenset(
         "manifest.py",
         "markdown.py",
         "memory.py",
+        "naming.py",
         "options.py",
         "page_blocks.py",
         "page_sentences.py",

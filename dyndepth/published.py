@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -102,21 +102,6 @@ def settings(parameters: Any) -> list[str]:
         return [part.strip() for part in split(str(parameters or ""))]
     except UserError:
         return [str(parameters)]
-
-
-def distinct(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """(method, parameters) -> the entries that tell it from the method's other parameters, for
-    people: empty where a method has one set of parameters."""
-    by_method: dict[str, dict[str, list[str]]] = {}
-    for row in rows:
-        text = str(row["parameters"] or "")
-        by_method.setdefault(str(row["method"]), {})[text] = settings(text)
-    found = {}
-    for method, sets in by_method.items():
-        common = set.intersection(*(set(entries) for entries in sets.values()))
-        for text, entries in sets.items():
-            found[method, text] = ", ".join(part for part in entries if part not in common)
-    return found
 
 
 def _number(text: str, column: str, place: str) -> float | None:

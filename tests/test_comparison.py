@@ -22,7 +22,6 @@ from dyndepth.curve_tables import curves, equal_flops
 from dyndepth.curves import area, degradation, overlap, pareto
 from dyndepth.dense_tables import against_dense
 from dyndepth.errors import UserError
-from dyndepth.peers import name_key, short_names
 from dyndepth.resampling import RESAMPLES, means, ratios
 from dyndepth.stats import is_binary, mcnemar
 from dyndepth.store import Store
@@ -506,16 +505,5 @@ def test_command_refuses_in_one_sentence(tmp_path, capsys):
     assert "no cell has the task three" in lines[1]
 
 
-def test_names_say_only_what_tells_rows_apart():
-    def row(parameters, phases="both", method="one"):
-        return {"method": method, "parameters": parameters, "phases": phases, "recovery": "none"}
-
-    rows = [row("rule='a', size=4"), row("rule='b', size=4"), row("", method="two")]
-    assert list(short_names(rows).values()) == ["one a", "one b", "two"]
-    rows = [row("size=4"), row("size=4", "generation"), row("size=8")]
-    assert list(short_names(rows).values()) == ["one size=4", "one size=4 generation", "one size=8"]
-    # A parameter that one has and the other lacks leaves the names apart.
-    rows = [row("rule='a'"), row("rule='a', size=4")]
-    assert len(set(short_names(rows).values())) == 2
-    assert name_key(rows[0]) == ("one", "rule='a'", "both", "none")
+def test_every_verdict_has_a_mark():
     assert set(comparison_show.MARKS) >= {"better", "worse", "reference"}

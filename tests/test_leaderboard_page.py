@@ -125,7 +125,7 @@ def test_a_cell_whose_timing_failed_keeps_its_scores_and_is_named():
     assert found["failed"][0]["error"] == one.error
 
 
-def test_variants_are_named_by_what_tells_them_apart():
+def test_variants_are_named_as_everywhere():
     cells = [
         _one(150, method="m", parameters="rule='a', keep=1"),
         _one(150, method="m", parameters="rule='b, c', keep=1", recovery="lora(rank=4)"),
@@ -133,7 +133,7 @@ def test_variants_are_named_by_what_tells_them_apart():
     ]
     found = board(cells, leaderboard(cells))
     variants = [entry["variant"] for entry in found["entries"]]
-    assert variants == ["rule='a'", "rule='b, c', + lora", ""]
+    assert variants == ["rule=a, keep=1", "rule=b, c, keep=1, + lora", "keep=1, phases=generation"]
 
 
 # --- Markdown and the file ------------------------------------------------------------------------
@@ -399,7 +399,12 @@ def test_filters_hide_rows_marks_and_what_belongs_to_them(page):
     assert not page.find_element("id", "failed").is_displayed()
     assert not page.find_element("id", "papers").is_displayed()
     drawn = "return [...document.querySelectorAll('#flops .series')].map(e => e.dataset.series)"
-    assert sorted(page.execute_script(drawn)) == ["bound", "dense", "method_2", "method_3"]
+    assert sorted(page.execute_script(drawn)) == [
+        "bound",
+        "dense",
+        "method_2(phases=generation)",
+        "method_3",
+    ]
     _choose(page, "phases", "generation")
     assert sorted(set(_methods(page))) == ["dense", "method_2"]
     page.find_element("id", "methods-none").click()

@@ -17,7 +17,7 @@ import pytest
 from dyndepth import page_blocks, pages, registry
 from dyndepth.cards import card, descriptions, kind, parameters
 from dyndepth.errors import UserError
-from dyndepth.markdown import joined, label, layout, spread, table
+from dyndepth.markdown import joined, layout, spread, table
 from dyndepth.page_blocks import Source, averaged
 from dyndepth.records import LEADING
 from dyndepth.registry import method_class, methods
@@ -329,15 +329,6 @@ def test_docstrings_as_markdown():
         "- `one`: the first of two.",
         "- `two`: the other.",
     ]
-
-
-def test_labels_leave_out_defaults():
-    row = {"method": "uls", "phases": "both", "recovery": "none"}
-    assert label(row | {"parameters": "spacing='paper'"}) == "uls"
-    assert label(row | {"parameters": "spacing='even'"}) == "uls(spacing=even)"
-    changed = {"parameters": "", "phases": "generation", "recovery": "lora(rank=4)"}
-    assert label(row | changed) == "uls(phases=generation) + lora"
-    assert label(row | {"method": "foreign", "parameters": "deep=True"}) == "foreign(deep=true)"
 
 
 def test_texts():

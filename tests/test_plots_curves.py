@@ -17,7 +17,6 @@ from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.plot_curves import FRONT, TOGETHER
 from dyndepth.plot_parts import BOUND_DASH, MARKERS, SUSPECT, TITLES, style, wrapped
-from dyndepth.plot_points import labels
 from dyndepth.records import Cell
 from dyndepth.tables import write_tables
 
@@ -99,25 +98,6 @@ def legend_of(figure) -> list[str]:
 
 
 class TestLabels:
-    ROWS = (
-        ("dense", "", "both", "none"),
-        ("a", "x='one', y=2", "both", "none"),
-        ("a", "x='two', y=2", "both", "none"),
-        ("a", "x='two', y=2", "both", "lora(rank=4, steps=3)"),
-        ("b", "z=True", "both", "none"),
-        ("b", "z=True", "generation", "none"),
-    )
-
-    def test_say_what_differs_and_no_more(self):
-        columns = ["method", "parameters", "phases", "recovery"]
-        table = pd.DataFrame(self.ROWS, columns=columns)
-        assert labels(table) == [
-            "dense", "a(x=one)", "a(x=two)", "a(x=two) + lora", "b", "b(phases=generation)",
-        ]  # fmt: skip
-        other = ("a", "x='two', y=2", "both", "lora(rank=8, steps=3)")
-        several = pd.DataFrame([*self.ROWS, other], columns=columns)
-        assert labels(several)[3:] == ["a(x=two) + lora 1", *labels(table)[4:], "a(x=two) + lora 2"]
-
     def test_are_the_same_in_all_tables_of_a_run(self, run):
         tables = plots.read_tables(run)
         assert set(tables) == {"accuracy", "compute", "timing", "routing", "leaderboard"}
