@@ -10,7 +10,7 @@ STUDY := skipgpt layer_selection
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow test-oldest bench docs results notebooks routers study lint clean
+.PHONY: help setup sweep test test-slow test-oldest faults bench docs results notebooks routers study lint audit clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-oldest run the tests with the oldest transformers that pyproject.toml allows"
+	@echo "make faults     kill and disturb sweeps in many ways, and see that they resume (some minutes)"
 	@echo "make bench      measure what the runtime costs and saves"
 	@echo "make docs       write families, method cards, tables and all numbers of README and docs"
 	@echo "make results    make results/embedded again (some six hours on two cores; it resumes)"
@@ -25,6 +26,7 @@ help:
 	@echo "make routers    train the shipped routers and adapters again (about an hour)"
 	@echo "make study      test published claims on the embedded model (some hours); STUDY names one"
 	@echo "make lint       check style and types"
+	@echo "make audit      look for weak code and for known vulnerabilities of what is installed"
 	@echo "make clean      remove both venvs and build outputs; runs, results and the cache stay"
 
 setup: $(EMBEDDED)
@@ -48,6 +50,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST)
 
 test-slow: setup
+	$(RUN) -m pip install --disable-pip-version-check -q -e ".[dev,ray]"
 	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST) -m slow
 
 test-oldest: setup $(OLDEST_INSTALLED)
@@ -62,6 +65,10 @@ $(OLDEST_INSTALLED): pyproject.toml | setup
 	$(RUN) -m pip --python $(OLDEST)/bin/python install --disable-pip-version-check \
 	  "$$(sed -n 's/^ *"\(transformers\)>=\([^,"]*\).*/\1==\2/p' pyproject.toml)"
 	@touch $@
+
+# One process: the moments at which sweeps are hit are those of a machine that does little else.
+faults: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m faults tests/test_faults.py
 
 bench: setup
 	$(RUN) -m dyndepth.bench
@@ -93,6 +100,11 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Status 3 of the second: the audit could not be made, or not of everything.
+audit: $(INSTALLED)
+	$(RUN) -m bandit --quiet -r dyndepth methods -c pyproject.toml
+	$(RUN) tests/audit.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

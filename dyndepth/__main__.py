@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from dyndepth.console import print_table
 from dyndepth.errors import UserError
+from dyndepth.options import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth",
         description="Benchmarks of dynamic depth. Sweeps: python -m dyndepth.sweep --help",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="list what there is")
     listing.add_argument("what", choices=("methods", "models", "tasks"))
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         {"methods": list_methods, "models": list_models, "tasks": list_tasks}[options.what]()
     except UserError as fault:
         print(f"dyndepth: {fault}", file=sys.stderr)

@@ -10,7 +10,8 @@ published references do. ``--check`` compares with the goals of ``dyndepth.bench
 
 The part ``routes`` is in ``dyndepth.bench_routes``: many static plans scored together and one by
 one; the part ``evaluation`` in ``dyndepth.bench_evaluation``: the dense model against lm-eval's own
-model class. The last line of output is one JSON object.
+model class; the part ``sweep`` in ``dyndepth.bench_sweep``: what a sweep costs beside its model.
+The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ from typing import Any
 
 from dyndepth.bench_shapes import MORE_WORKS, PHASES, WORKS, Lines, shapes
 from dyndepth.errors import UserError
+from dyndepth.options import Parser
 
-PARTS = ("shapes", "routes", "evaluation")
+PARTS = ("shapes", "routes", "evaluation", "sweep")
 DTYPES = ("float32", "bfloat16")
 SKIPPING = ("both", "generation")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dyndepth.bench", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m dyndepth.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="hub id, path, or 'embedded' (default)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="rounds a shape (default: 9)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument(
-        "--documents", type=int, default=100, help="that routes and evaluation score (default: 100)"
+        "--documents",
+        type=int,
+        default=100,
+        help="that routes, evaluation and sweep score (default: 100)",
     )
     for flag, name, choices, default in (
         ("parts", "part", PARTS, PARTS),
@@ -64,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="say which goals of the part shapes are met, set for the embedded model on one "
         "thread of a CPU; 'fail': exit status 1 if one is missed by more than noise",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         reached = bench(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,6 +107,10 @@ def bench(options: argparse.Namespace) -> bool:
         from dyndepth.bench_evaluation import evaluation
 
         found["evaluation"] = evaluation(options)
+    if "sweep" in options.parts:
+        from dyndepth.bench_sweep import sweep
+
+        found["sweep"] = sweep(options)
     reached = not options.check or _reached(found["bench"])
     print(json.dumps(found))
     return reached

@@ -134,6 +134,11 @@ IDENTITY = {
         nullable=True,
     ),
     "bound": _boolean("True if the method chooses by the answers: a bound, no competitor."),
+    "remote_code": _boolean(
+        "True if code that came with the model had been loaded (`--trust_remote_code`); empty in "
+        "cells from before this was recorded.",
+        nullable=True,
+    ),
 }
 """The columns that lead every table: ``records.LEADING``."""
 

@@ -8,14 +8,17 @@ that have the same metric. The tables are a pure function of the cells, whatever
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dyndepth import sheets
 from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.errors import UserError
 from dyndepth.leaderboard import merged
+from dyndepth.options import Parser, underscored
+from dyndepth.paths import check_folder
+from dyndepth.readable_rows import check_rows
 from dyndepth.records import LEADING, Cell, Row
 from dyndepth.store import write_atomically
 
@@ -62,16 +65,9 @@ def texts(tables: dict[str, list[Row]]) -> dict[str, str]:
     own = tuple(name for name in COMPARISON if name not in LEADING)
     return {
         "comparison.csv": as_csv(tables["comparison"], own),
-        "curves.csv": _csv(tables["curves"], tuple(CURVES)),
-        "equal_flops.csv": _csv(tables["equal_flops"], tuple(EQUAL_FLOPS)),
+        "curves.csv": sheets.as_csv(tables["curves"], tuple(CURVES)),
+        "equal_flops.csv": sheets.as_csv(tables["equal_flops"], tuple(EQUAL_FLOPS)),
     }
-
-
-def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    import pandas
-
-    table = pandas.DataFrame(list(rows), columns=list(columns))
-    return str(table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
 def left_out(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[str]:
@@ -88,9 +84,10 @@ def left_out(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: compare the cells of runs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.comparison",
         description="Compare cells with dense, and methods at equal FLOPs, on the same documents.",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
     parser.add_argument(
@@ -103,9 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
     parser.add_argument("--output_path", type=Path, help="folder to write the three CSV files to")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        options = parser.parse_args([underscored(word) for word in given])
+        if options.output_path:
+            options.output_path = check_folder("output_path", options.output_path)
         cells = merged(options.runs)
+        check_rows(cells, compared=True)
         tables = compared(cells, options.tasks, options.at)
         apart = left_out(cells, options.tasks)
     except UserError as fault:

@@ -165,7 +165,7 @@ def _rows(path: Path) -> list[Any]:
 def _jsonl_texts(path: Path) -> list[str]:
     try:
         rows = _rows(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the corpus {str(path)!r} is not JSON lines ({error})") from error
     texts = []
     for number, row in enumerate(rows, start=1):

@@ -87,8 +87,11 @@ def equal_flops(
     Raises:
         UserError: the cells are of different task versions or data, or a budget is below 1.
     """
-    if any(not budget >= 1 for budget in budgets):
-        raise UserError("--at takes reference speedups of at least 1, such as 1.25")
+    for budget in budgets:
+        if not 1 <= budget < math.inf:
+            raise UserError(
+                f"--at takes finite speedups of at least 1, such as 1.25, not {budget:g}"
+            )
     asked = sorted(set(budgets))
     rows = [
         row

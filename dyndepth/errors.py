@@ -1,8 +1,15 @@
-"""The one exception for what a user got wrong."""
+"""What a user got wrong, and what went wrong with a run."""
 
 
 class UserError(Exception):
     """Wrong input or a missing precondition, told in one sentence that names culprit and remedy.
 
     Command lines print the sentence to stderr and leave with exit status 2.
+    """
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, told in one sentence: a full disk, workers that keep dying.
+
+    Command lines print the sentence to stderr and leave with exit status 1.
     """

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, Parser, slug, underscored
+from dyndepth.paths import check_folder
 from dyndepth.recipe import parse_recovery
+from dyndepth.records import file_part
 from dyndepth.store import write_atomically
 
 if TYPE_CHECKING:
@@ -123,10 +125,15 @@ def run(options: dict[str, Any]) -> None:
     method = build(options)
     recipe = parse_recovery(options["recovery"])
     if recipe is not None and recipe.kind == "joint" and not method.needs_training:
-        raise UserError(f"{method.name} trains nothing, so there is nothing to train jointly")
-    output = Path(options["output_path"] or _default_path(options))
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
+        raise UserError(
+            f"{method.name} trains nothing, so there is nothing to train jointly; use lora"
+        )
+    for name, least in (("seed", 0), ("threads", 1)):
+        if options[name] is not None and options[name] < least:
+            raise UserError(
+                f"--{name} takes a whole number of at least {least}, not {options[name]}"
+            )
+    output = check_folder("output_path", Path(options["output_path"] or _default_path(options)))
 
     from dyndepth.models import layer_count
 
@@ -149,7 +156,7 @@ def run(options: dict[str, Any]) -> None:
     from dyndepth.workbench import resolve_device
 
     if options["threads"] is not None:
-        torch.set_num_threads(max(1, options["threads"]))
+        torch.set_num_threads(options["threads"])
     steady_allocator()
     device = resolve_device(options["device"])
     state = PartialState(cpu=device == "cpu")
@@ -161,7 +168,8 @@ def run(options: dict[str, Any]) -> None:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
     )
-    corpus = load_corpus(options["corpus"], load_tokenizer(options["model"], options["revision"]))
+    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
+    corpus = load_corpus(options["corpus"], tokenizer)
     began = time.monotonic()
     torch.manual_seed(method.seed)
     if recipe is None or recipe.kind == "lora":
@@ -201,7 +209,7 @@ def recovered_curve(output: Path) -> list[dict[str, float]]:
 
 
 def _default_path(options: dict[str, Any]) -> str:
-    name = f"{options['method']}-{options['target_speedup']:g}x"
+    name = file_part(f"{options['method']}-{options['target_speedup']:g}x")
     return str(Path("runs") / "fits" / slug(options["model"]) / name)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root, open_to_readers, replace_folder
 from dyndepth.errors import UserError
+from dyndepth.records import file_part
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def fit_cached(
 
     from dyndepth.loop import checkpoints
 
-    folder = cache_root() / "fits" / method.name / fit_key(method, model, corpus)
+    folder = cache_root() / "fits" / file_part(method.name) / fit_key(method, model, corpus)
     fitted_here = False
 
     unfinished = folder.with_name(f"{folder.name}.training")

@@ -175,3 +175,8 @@ def method_identity(method: Any) -> Row:
         "fit_version": method.fit_version,
         "method_code": method_code(type(method)),
     }
+
+
+def cell_identity(plan: Plan, shared: Row) -> Row:
+    """The full identity of the plan's cell; ``shared`` is what all cells of a workbench have."""
+    return method_identity(plan.build()) | {"recovery": plan.recovery} | shared

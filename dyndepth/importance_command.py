@@ -169,7 +169,8 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    corpus = load_corpus(options["corpus"], load_tokenizer(options["model"], options["revision"]))
+    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
+    corpus = load_corpus(options["corpus"], tokenizer)
     model = load_model(
         options["model"],
         dtype=options["dtype"],

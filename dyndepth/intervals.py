@@ -7,14 +7,17 @@ methods that were scored on the same documents are resampled alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
 _AT_ONCE = 4_000_000
+_KEPT = 16_000_000
+"""Draws that are kept for the next cell, which is likely to have as many documents."""
 
 Outcomes = Mapping[str, Mapping[str, float]]
 """Task -> document -> outcome (1.0 right, 0.0 wrong)."""
@@ -64,17 +67,37 @@ def expected_margin(documents: int) -> float:
 
 def _resampled(tasks: list[np.ndarray], seed: int) -> np.ndarray:
     """Means of resampled documents: ``[tasks, resamples]`` or ``[tasks, resamples, columns]``."""
+    sizes = tuple(map(len, tasks))
+    if RESAMPLES * sum(sizes) <= _KEPT:
+        draws = zip(_counts(sizes, seed), tasks, strict=True)
+        return np.stack([counts @ outcomes / len(outcomes) for counts, outcomes in draws])
     generator = np.random.default_rng(seed)
     found = []
     for outcomes in tasks:
-        n = len(outcomes)
-        step = max(1, _AT_ONCE // n)
-        parts = [
-            outcomes[generator.integers(n, size=(min(step, RESAMPLES - start), n))].mean(axis=1)
-            for start in range(0, RESAMPLES, step)
-        ]
-        found.append(np.concatenate(parts))
+        drawn = _drawn(generator, len(outcomes))
+        found.append(np.concatenate([outcomes[part].mean(axis=1) for part in drawn]))
     return np.stack(found)
+
+
+@lru_cache(maxsize=4)
+def _counts(sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """How often each resample draws each document, ``[resamples, documents]`` by task: the same
+    for all cells that were scored on as many documents."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for n in sizes:
+        drawn = np.concatenate(list(_drawn(generator, n)))
+        places = drawn + n * np.arange(RESAMPLES)[:, None]
+        counts = np.bincount(places.ravel(), minlength=RESAMPLES * n)
+        found.append(counts.reshape(RESAMPLES, n).astype(float))
+    return found
+
+
+def _drawn(generator: np.random.Generator, n: int) -> Iterator[np.ndarray]:
+    """Documents that the resamples draw, ``[resamples, n]`` in parts."""
+    step = max(1, _AT_ONCE // n)
+    for start in range(0, RESAMPLES, step):
+        yield generator.integers(n, size=(min(step, RESAMPLES - start), n))
 
 
 def _interval(value: float, resampled: np.ndarray) -> Interval:

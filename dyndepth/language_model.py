@@ -107,7 +107,7 @@ class DyndepthLM(TemplateLM):
             name = tokenizer or pretrained
             if not isinstance(name, str):
                 name = self.model.dyndepth.name
-            tokenizer = load_tokenizer(name, revision=revision)
+            tokenizer = load_tokenizer(name, revision, trust_remote_code)
         self.tokenizer = tokenizer
         if isinstance(method, str):
             method = _fitted(method, parameters, self.model, tokenizer)

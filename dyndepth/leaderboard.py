@@ -8,7 +8,6 @@ documents within tasks, and the fraction of dense retained on the same documents
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -20,6 +19,9 @@ from typing import Any
 from dyndepth.console import print_table
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
+from dyndepth.options import Parser, underscored
+from dyndepth.paths import check_folder
+from dyndepth.readable_rows import check_rows
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, identity_columns, order, setting
 from dyndepth.schema import TABLES, validate
@@ -182,13 +184,15 @@ def merged(runs: Sequence[Path]) -> list[Cell]:
     """The cells of several runs, each once (the finished one where a run failed at it).
 
     Raises:
-        UserError: a folder is no run, or the runs' rows cannot stand in one table.
+        UserError: a folder is no run, a cell's rows cannot be read, or the runs' rows cannot
+            stand in one table.
     """
     found: dict[str, Cell] = {}
     for run in runs:
         cells = Store(run).all()
         if not cells:
             raise UserError(f"{run} holds no cells; give the --output_path of a sweep")
+        check_rows(cells)
         for cell in cells:
             if cell.key not in found or found[cell.key].status == "error":
                 found[cell.key] = cell
@@ -260,9 +264,10 @@ def _number(value: Any, form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: merge runs into one leaderboard."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.leaderboard",
         description="Merge runs into one leaderboard; refuse rows that are not comparable.",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
     parser.add_argument(
@@ -271,8 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help=f"folder to write {', '.join(NAMES)} to",
     )
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        options = parser.parse_args([underscored(word) for word in given])
+        if options.output_path:
+            options.output_path = check_folder("output_path", options.output_path)
         cells = merged(options.runs)
         rows = leaderboard(cells)
         written = write(cells, rows, options.output_path) if options.output_path else []

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dyndepth.errors import UserError
+from dyndepth.records import file_part
 from dyndepth.store import write_atomically
 
 if TYPE_CHECKING:
@@ -200,7 +201,9 @@ class Checkpoint:
 
     def __init__(self, name: str) -> None:
         folder = _folder.get()
-        self.file = None if folder is None else folder / f"{name.replace(' ', '-')}.checkpoint"
+        self.file = (
+            None if folder is None else folder / f"{file_part(name.replace(' ', '-'))}.checkpoint"
+        )
         self.saved = time.monotonic()
 
     def restore(self, take: Callable[[dict[str, Any]], None]) -> None:

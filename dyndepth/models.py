@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def load_model(
     _check_causal(name, config)
 
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from dyndepth import blocks
@@ -96,8 +98,21 @@ def load_model(
                 device_map="auto" if device == "auto" else None,
                 output_loading_info=True,
             )
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"model {name!r} can't be loaded: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the weights of model {name!r} are a pickle that holds more than tensors, which is "
+            "never run; get a copy in safetensors"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model {name!r} does not fit on {device}: take half precision (--dtype bfloat16), or "
+            "lay it over all GPUs (--device spread)"
+        ) from error
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
+        # A file that is cut off, or weights of another shape than the configuration says.
+        raise UserError(
+            f"model {name!r} can't be loaded: {_first_line(error)}; get a complete copy"
+        ) from error
     model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -112,7 +127,9 @@ def load_model(
     return model
 
 
-def load_tokenizer(name: str = EMBEDDED, revision: str | None = None) -> Any:
+def load_tokenizer(
+    name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer of ``name`` (as in load_model), with a padding token: its own or the EOS.
 
     The embedded one adds no special token by itself. Raises UserError if it can't be found.
@@ -122,7 +139,10 @@ def load_tokenizer(name: str = EMBEDDED, revision: str | None = None) -> Any:
     source = str(prepare_embedded()) if name == EMBEDDED else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=None if name == EMBEDDED else revision
+            source,
+            revision=None if name == EMBEDDED else revision,
+            # Not given, transformers would ask on the terminal.
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(

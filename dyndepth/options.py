@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dyndepth.errors import UserError
+from dyndepth.mirror import is_url, mirrored
+from dyndepth.paths import check_folder, check_path
 from dyndepth.recipe import NONE, parse_recoveries
+from dyndepth.records import file_part
 
 EMBEDDED = "embedded"
 SUITE = "offline"
+
+LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers"})
+"""Settings that take several values."""
 
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
@@ -34,6 +40,7 @@ CHOICES = {
     "resume": ("only-missing", "always", "never"),
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),
+    "executor": ("inline", "processes", "ray"),
 }
 
 
@@ -44,7 +51,9 @@ class Settings:
     ``methods`` is a specification for ``registry.parse_methods``, ``recovery`` holds canonical
     texts of ``recipe.parse_recovery``. ``limit`` is documents by
     task (None: all of them), ``OTHERS`` standing for those not named; ``device`` is ``auto`` or
-    what torch calls it.
+    what torch calls it. From ``executor`` on nothing changes what is computed. ``workers`` None
+    is as many as the executor finds room for; ``shard`` is (which, of how many), from 1;
+    ``cell_timeout`` is in seconds.
     """
 
     model: str = EMBEDDED
@@ -68,6 +77,15 @@ class Settings:
     timing: str = "quick"
     resume: str = "only-missing"
     output_path: Path = Path("runs")
+    executor: str = "inline"
+    workers: int | None = None
+    cpus_per_cell: float | None = None
+    gpus_per_cell: float | None = None
+    ray_address: str | None = None
+    shard: tuple[int, int] = (1, 1)
+    cell_timeout: float | None = None
+    log_json: str | None = None
+    trackers: tuple[str, ...] = ()
     dry_run: bool = False
     debug: bool = False
 
@@ -89,7 +107,7 @@ HELP = {
     "32,title_generation=8",
     "num_fewshot": "examples before each question",
     "batch_size": "most sequences scored at once; fewer where they are long",
-    "device": "auto, cpu, cuda, cuda:1, ...",
+    "device": "auto, cpu, cuda, cuda:1, ..., or spread: one model over all GPUs",
     "dtype": "of weights and arithmetic",
     "attn_implementation": "transformers' attention kernel; the model's own choice unless given",
     "revision": "branch, tag or commit of a hub model",
@@ -99,18 +117,37 @@ HELP = {
     "timing": "wall-clock measurement of each cell",
     "resume": "only-missing: compute the cells that are absent or failed; always: keep failed "
     "ones too; never: compute all cells again",
-    "output_path": "folder of the run",
+    "output_path": "folder of the run, or a URL that fsspec knows, such as s3://bucket/run",
+    "executor": "where cells are computed: inline, one after the other; processes on this machine; "
+    "or ray, a cluster (pip install 'dyndepth[ray]'). The tables are the same",
+    "workers": "cells at once with processes or ray; each worker holds the model",
+    "cpus_per_cell": "cores of a cell with processes or ray",
+    "gpus_per_cell": "GPUs of a cell with ray; a fraction lets cells share one",
+    "ray_address": "cluster to join, as ray.init takes it; without it one is started for the run",
+    "shard": "i/n: of the cells every n-th from the i-th on, for job arrays; shards may share an "
+    "--output_path",
+    "cell_timeout": "seconds after which a cell is given up and recorded as failed",
+    "log_json": "file to which every event is appended as a line of JSON, or - for stderr in place "
+    "of the progress lines",
+    "trackers": "installed experiment trackers, such as tensorboard or wandb; each cell is a step",
     "dry_run": "print the cells and an estimate of their cost, run nothing",
     "debug": "print the whole traceback of every error",
     "config": "YAML file with any of these settings; flags override it",
 }
 
 
+OPTIONAL = frozenset(
+    {"attn_implementation", "revision", "include_path", "workers", "cpus_per_cell"}
+    | {"gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
+)
+"""Settings that may be None."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
             text += f": {', '.join(CHOICES[name])}"
         built.add_argument(
             f"--{name}",
-            nargs="+" if isinstance(default, tuple) or name == "methods" else None,
+            nargs="+" if name in LISTS else None,
             metavar=name.upper(),
             help=f"{text} (default: {_shown(name, default)})",
         )
@@ -150,6 +187,14 @@ def _shown(name: str, default: Any) -> str:
         "attn_implementation": "the model's",
         "revision": "the newest",
         "include_path": "none",
+        "workers": "one a GPU, or as many as the cores hold",
+        "cpus_per_cell": "an equal share of the cores for processes, 1 for ray",
+        "gpus_per_cell": "1 where there are any",
+        "ray_address": "a cluster of one's own",
+        "shard": "1/1",
+        "cell_timeout": "none",
+        "log_json": "none",
+        "trackers": "none",
     }
     if name in special:
         return special[name]
@@ -190,9 +235,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        repr(content)  # a message could not quote an integer of thousands of digits
     except OSError as fault:
         raise UserError(f"--config {path} cannot be read: {fault.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
         reason = " ".join(str(fault).split())
         raise UserError(f"--config {path} is not valid YAML: {reason}") from None
     if not isinstance(content, dict):
@@ -225,9 +271,8 @@ def settings(chosen: dict[str, Any]) -> Settings:
 def slug(model: str) -> str:
     """A folder name for a model: the last part of a local path, a hub id with ``--`` for ``/``."""
     path = Path(model).expanduser()
-    if path.exists() or model.startswith((".", "/", "~")):
-        return path.resolve().name
-    return model.replace("/", "--")
+    local = path.exists() or model.startswith((".", "/", "~"))
+    return file_part(path.resolve().name if local else model.replace("/", "--")) or "model"
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -254,8 +299,16 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{name} is true or false, not {value!r}")
         return value
-    if name in ("attn_implementation", "revision", "include_path") and value is None:
+    if name in OPTIONAL and value is None:
         return None
+    if name == "workers":
+        return _integer(name, value, 1)
+    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout"):
+        return _amount(name, value)
+    if name == "shard":
+        return _shard(value)
+    if name == "trackers":
+        return tuple(dict.fromkeys(_items(name, value)))
     if name in CHOICES:
         # YAML reads a bare off as false.
         word = "off" if value is False else str(value)
@@ -264,13 +317,11 @@ def _checked(name: str, value: Any) -> Any:
         return word
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(f"--{name} takes a text, not {value!r}")
+    check_path(name, value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":
-        path = Path(value).expanduser()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output_path {value} is a file; it must be a folder or not exist")
-        return path
+        return mirrored(str(value)) if is_url(str(value)) else check_folder(name, Path(value))
     return str(value)
 
 
@@ -344,7 +395,7 @@ def _items(name: str, value: Any) -> list[Any]:
 def _speedup(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
         raise UserError(f"--speedups takes numbers of at least 1, and {value!r} is not a number")
@@ -353,13 +404,33 @@ def _speedup(value: Any) -> float:
     return number
 
 
+def _amount(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"--{name} takes a number above 0, not {value!r}")
+    return number
+
+
+def _shard(value: Any) -> tuple[int, int]:
+    parts = value if isinstance(value, list | tuple) else str(value).split("/")
+    if len(parts) == 2 and all(str(part).strip().isdecimal() for part in parts):
+        which, count = (int(str(part)) for part in parts)
+        if 1 <= which <= count:
+            return which, count
+    raise UserError(f"--shard takes i/n with i from 1 to n, such as 1/4, not {value!r}")
+
+
 def _integer(name: str, value: Any, least: int) -> int:
     try:
         number = int(str(value))
     except ValueError:
         number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise UserError(f"--{name} takes a whole number of at least {least}, not {value!r}")
+    if isinstance(value, bool) or not least <= number < 2**63:  # tables and torch hold no more
+        most = " and below 2**63" if number >= 2**63 else ""
+        raise UserError(f"--{name} takes a whole number of at least {least}{most}, not {value!r}")
     return number
 
 

@@ -8,7 +8,6 @@ tables. ``--check`` writes nothing and names what differs.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.options import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")
@@ -167,7 +167,7 @@ def differing(root: Path, found: dict[Path, str]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if ``--check`` finds a difference, 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.pages",
         description="Write the methods' cards, the reference of the tables, and the generated "
         "parts of README and docs from the committed results.",
@@ -182,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 and name what differs"
     )
-    options = parser.parse_args(arguments)
     root = ROOT
     try:
+        options = parser.parse_args(arguments)
         if not (root / "docs").is_dir():
             raise UserError(f"{root} has no docs/: pages are written in a checkout of the project")
         found = pages(root, options.results)

@@ -5,6 +5,7 @@ Nothing here draws. A curve is one method with its parameters; its points are it
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dyndepth import naming
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.recipe import NONE
+from dyndepth.schema import validate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +45,8 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
     Labels stand in the order of the whole run, so that a method has the same colour in all
-    figures. Raises UserError if the folder holds no leaderboard.csv.
+    figures. Raises UserError if the folder holds no leaderboard.csv, or a table that is cut off,
+    cannot be read, or holds what its schema does not allow.
     """
     import pandas as pd
 
@@ -54,9 +57,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     for name in (*NEEDED, *OPTIONAL):
         path = run / f"{name}.csv"
         if path.is_file():
-            table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
+            table = _table(path)
         elif path.with_suffix(".parquet").is_file():
-            table = pd.read_parquet(path.with_suffix(".parquet"))
+            table = _table(path.with_suffix(".parquet"))
         else:
             continue
         if "parameters" in table:
@@ -71,6 +74,39 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
             known = table["cell"].map(names.astype(str).to_dict())
             table["label"] = pd.Categorical(known, names.cat.categories)
     return found
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """One table's file, looked at by its schema. Raises UserError."""
+    import pandas as pd
+
+    remedy = "`python -m dyndepth.tables RUN` writes a run's tables anew"
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            _check_fields(path)
+            table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
+    except (OSError, ValueError, csv.Error) as fault:
+        reason = " ".join(str(fault).split())
+        raise UserError(f"{path} can't be read as a table ({reason}); {remedy}") from fault
+    try:
+        validate(path.name, table)
+    except UserError as fault:
+        raise UserError(f"{path.parent}: {fault}; {remedy}") from fault
+    return table
+
+
+def _check_fields(path: Path) -> None:
+    """Raises ValueError for a row with too few fields or too many: pandas would fill it up."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        for row in rows:
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
+                )
 
 
 def labels(table: pd.DataFrame) -> list[str]:

@@ -7,7 +7,6 @@ a run's tables allow.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
+from dyndepth.options import Parser, underscored
+from dyndepth.paths import check_folder
 from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
 from dyndepth.plot_fits import importance, training_curve
 from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
@@ -26,6 +27,7 @@ from dyndepth.plot_routes import (
     executed_in_run,
     routing_heatmap,
 )
+from dyndepth.records import file_part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,14 +63,16 @@ FORMATS = ("png", "svg")
 Drawing = Callable[[], "Figure"]
 
 
-def figures(run: str | Path) -> Iterator[tuple[str, Drawing]]:
+def figures(
+    run: str | Path, tables: dict[str, pd.DataFrame] | None = None
+) -> Iterator[tuple[str, Drawing]]:
     """Name and drawing of every figure of a run folder; a drawing raises UserError, saying why, if
-    the run's tables do not allow it.
+    the run's tables do not allow it. ``tables`` are the run's, if they were read already.
 
     Where a run holds several models or settings of data, each has its own figures, in a folder
     ``setting_1`` and so on. Raises UserError if the folder is no run.
     """
-    tables = read_tables(run)
+    tables = read_tables(run) if tables is None else tables
     board = tables["leaderboard"]
     keys = ["model", "data_fingerprint", "dtype"]
     settings = board.groupby(keys, sort=False, dropna=False)["cell"].apply(set).tolist()
@@ -99,7 +103,10 @@ def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]
         metric = main_metric(tables["accuracy"], task)
         scores = ("accuracy", "compute")
         for name, figure in ((f"{metric}_vs_flops", accuracy_vs_flops), ("bound_gap", bound_gap)):
-            yield f"{name}_{task}", of(partial(_of_task, figure, task, metric), *scores)
+            yield (
+                f"{file_part(name)}_{file_part(task)}",
+                of(partial(_of_task, figure, task, metric), *scores),
+            )
     yield "retained_by_task", of(retained_by_task, "accuracy", "compute")
     timing = tables.get("timing")
     if timing is None or timing.empty:
@@ -140,30 +147,37 @@ def _of_records(run: Path) -> Iterator[tuple[str, Drawing]]:
     """Figures of the traces that lie beside the tables."""
     files = sorted((run / "routes").glob("*.safetensors"))
     if not files:
-        yield "executed_by_position", partial(_no_records, run / "routes")
+        reason = f"no traces in {run / 'routes'}; record them by python -m dyndepth.routes"
+        yield "executed_by_position", partial(_refused, reason)
         return
     # Records are read with a module that loads torch.
     from dyndepth.routes import Routes
 
-    records = [Routes.load(file) for file in files]
+    records: dict[str, Routes] = {}
+    for file in files:
+        try:
+            records[file.stem] = Routes.load(file)
+        except UserError as fault:
+            yield f"routing/{file.stem}", partial(_refused, str(fault))
     by_target: dict[float, list[Routes]] = {}
-    for record in records:
+    for record in records.values():
         by_target.setdefault(float(record.identity.get("target_speedup", 1.0)), []).append(record)
     for target, own in sorted(by_target.items()):
         yield f"executed_by_position_{target:g}x", partial(executed_by_position, own)
-    for file, record in zip(files, records, strict=True):
-        yield f"routing/{file.stem}", partial(routing_heatmap, record, record.documents[0])
+    for name, record in records.items():
+        yield f"routing/{name}", partial(routing_heatmap, record, record.documents[0])
 
 
-def _no_records(folder: Path) -> Figure:
-    raise UserError(f"no traces in {folder}; record them by python -m dyndepth.routes")
+def _refused(reason: str) -> Figure:
+    raise UserError(reason)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: write every figure that a run's tables allow; say which they do not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.plots",
         description="Write every figure that a run's tables allow, and say which they do not.",
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output folder")
     parser.add_argument(
@@ -172,11 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--formats", nargs="+", choices=(*FORMATS, "pdf"), default=FORMATS, help="(default: both)"
     )
-    options = parser.parse_args(arguments)
-    output = options.output_path or options.run / "figures"
+    given = sys.argv[1:] if arguments is None else arguments
     count = 0
     try:
-        for name, draw in figures(options.run):
+        options = parser.parse_args([underscored(word) for word in given])
+        tables = read_tables(options.run)
+        output = check_folder("output_path", options.output_path or options.run / "figures")
+        for name, draw in figures(options.run, tables):
             try:
                 figure = draw()
             except UserError as reason:

@@ -34,6 +34,7 @@ FRONT = frozenset(
         "bench_jobs.py",
         "bench_routes.py",
         "bench_shapes.py",
+        "bench_sweep.py",
         "break_even.py",
         "break_even_command.py",
         "cards.py",
@@ -43,15 +44,20 @@ FRONT = frozenset(
         "comparison_columns.py",
         "comparison_show.py",
         "console.py",
+        "countdown.py",
         "curve_tables.py",
         "curves.py",
+        "deadline.py",
         "dense_tables.py",
+        "driver.py",
         "errors.py",
         "estimate.py",
+        "executors.py",
         "fits.py",
         "grid.py",
         "importance_command.py",
         "intervals.py",
+        "json_log.py",
         "leaderboard.py",
         "leaderboard_page.py",
         "limits_command.py",
@@ -60,6 +66,7 @@ FRONT = frozenset(
         "manifest.py",
         "markdown.py",
         "memory.py",
+        "mirror.py",
         "naming.py",
         "options.py",
         "page_blocks.py",
@@ -67,6 +74,7 @@ FRONT = frozenset(
         "pages.py",
         "pairing.py",
         "passes.py",
+        "paths.py",
         "peers.py",
         "plot_curves.py",
         "plot_fits.py",
@@ -75,8 +83,11 @@ FRONT = frozenset(
         "plot_points.py",
         "plot_routes.py",
         "plots.py",
+        "progress.py",
         "provenance.py",
         "published.py",
+        "ray_executor.py",
+        "readable_rows.py",
         "recipe.py",
         "records.py",
         "recovered.py",
@@ -89,6 +100,7 @@ FRONT = frozenset(
         "routes_command.py",
         "schema.py",
         "scored.py",
+        "sheets.py",
         "similarity.py",
         "spec.py",
         "stats.py",
@@ -98,6 +110,7 @@ FRONT = frozenset(
         "tables.py",
         "timing.py",
         "timing_command.py",
+        "trackers.py",
         "verify.py",
         "verify_again.py",
         "verify_rows.py",
@@ -105,6 +118,7 @@ FRONT = frozenset(
         "verify_stored.py",
         "verify_tables.py",
         "workbench.py",
+        "worker.py",
     }
 )
 """Files of the package that choose, record or show numbers without changing them. All others are
@@ -140,7 +154,9 @@ def git_commit() -> str:
 def _git(*arguments: str, at: Path = PACKAGE) -> str:
     command = ["git", "-C", str(at), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(  # nosec B603  # git, constant words and the package's own path
+            command, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
@@ -256,7 +272,14 @@ def conditions(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "system": platform.platform(),
+        "remote_code": remote_code(),
     }
+
+
+def remote_code() -> bool:
+    """Whether this process has loaded code that came with a model, as ``trust_remote_code`` lets
+    it."""
+    return any(name.partition(".")[0] == "transformers_modules" for name in sys.modules)
 
 
 @cache

@@ -159,7 +159,7 @@ def parse_recovery(text: str) -> Recipe | None:
     usual = {k: v for k, v in PRESETS.get(preset or "", {}).items() if k not in hidden}
     try:
         return Recipe(kind=kind, **{**usual, **values})  # type: ignore[arg-type]
-    except ValueError as fault:
+    except (ValueError, OverflowError) as fault:
         raise UserError(f"recovery {kind!r}: {fault}") from fault
 
 

@@ -47,9 +47,10 @@ IDENTITY = (
 )
 """Keys of an identity, in the order in which they lead every table's columns."""
 
-LEADING = ("cell", *IDENTITY, "bound")
-"""The columns that lead every table: the cell's hash, its identity, and ``bound``, True where the
-method sees labels: a bound, no competitor."""
+LEADING = ("cell", *IDENTITY, "bound", "remote_code")
+"""The columns that lead every table: the cell's hash, its identity, ``bound``, True where the
+method sees labels: a bound, no competitor, and ``remote_code``, True where code that came with the
+model had been loaded, None where nobody looked."""
 
 UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values
@@ -74,6 +75,8 @@ ROWS = ("accuracy", "compute", "routing", "timing", "samples")
 TIMING_LEVELS = ("off", "quick", "full")
 
 Row = dict[str, Any]
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def cell_hash(identity: Row) -> str:
@@ -161,7 +164,12 @@ def identity_columns(cell: Cell) -> Row:
     """The columns that lead every row of the cell, ``LEADING``."""
     bound = bool(cell.provenance.get("uses_labels", False))
     own = {key: flat(cell.identity[key]) for key in IDENTITY}
-    return {"cell": cell.key, **own, "bound": bound}
+    return {
+        "cell": cell.key,
+        **own,
+        "bound": bound,
+        "remote_code": cell.provenance.get("remote_code"),
+    }
 
 
 def flat(value: Any) -> Any:
@@ -187,7 +195,14 @@ def readable_name(identity: Row) -> str:
         )
         if part != ""
     )
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text)[:120].strip("_")
+    return file_part(text)
+
+
+def file_part(text: str) -> str:
+    """``text`` as (a part of) a file name, at most 120 characters, on any system: no separator, no
+    leading dot, no name that Windows gives to a device."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", text)[:120].strip("_.")
+    return f"id-{plain}" if _DEVICE.match(plain) else plain
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root
 from dyndepth.errors import UserError
+from dyndepth.options import Parser
 from dyndepth.recipe import Recipe, parse_recovery
+from dyndepth.records import file_part
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +63,7 @@ def recover_cached(
     shipped = None if refresh else find_shipped(method, model, corpus, recipe, seed)
     if shipped is not None:
         return _load(method, model, shipped)
-    folder = cache_root() / "recovery" / method.name
+    folder = cache_root() / "recovery" / file_part(method.name)
     folder /= recovery_key(method, model, corpus, recipe, seed)
     unfinished = folder.with_name(f"{folder.name}.training")
     if refresh:
@@ -208,9 +210,7 @@ def _card(
 
 def main(arguments: list[str] | None = None) -> int:
     """Recover methods, print a line of JSON each and, with --ship, put them where they ship."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dyndepth.recovered", description="Recover methods by adapters."
-    )
+    parser = Parser(prog="python -m dyndepth.recovered", description="Recover methods by adapters.")
     add = parser.add_argument
     add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")
     add("--methods", required=True, help='names, or "name(parameter=value, ...)"')
@@ -222,9 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--ship", action="store_true", help="copy the adapters into the methods' own folders")
     given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(given)
-    options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
     try:
+        options = parser.parse_args(given)
+        options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
         _recover_all(options)
     except (UserError, FloatingPointError) as fault:
         print(f"dyndepth.recovered: {fault}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dyndepth.claims import COLUMNS, VERDICTS, label
 from dyndepth.console import print_table
 from dyndepth.records import Cell, Row, flat
+from dyndepth.sheets import as_csv
 from dyndepth.stats import RESAMPLES
 from dyndepth.store import write_atomically
 from dyndepth.studies import Claim, Study
@@ -47,21 +48,14 @@ def write(
     were recorded, the executed fraction by range of positions.
     """
     written = {
-        path / "claims.csv": _csv(rows, COLUMNS),
+        path / "claims.csv": as_csv(rows, COLUMNS),
         path / "claims.md": markdown(study, rows, cells),
     }
     if positions:
-        written[path / "positions.csv"] = _csv(positions, tuple(positions[0]))
+        written[path / "positions.csv"] = as_csv(positions, tuple(positions[0]))
     for file, text in written.items():
         write_atomically(file, text)
     return list(written)
-
-
-def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    import pandas
-
-    table = pandas.DataFrame(list(rows), columns=list(columns))
-    return str(table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
 def show(study: Study, rows: Sequence[Row]) -> None:

@@ -181,7 +181,7 @@ class Bench:
         key = (wanted.model, wanted.revision, wanted.dtype, wanted.attn_implementation)
         if key != self.loaded:
             print(f"loading {wanted.model}", flush=True)
-            self.tokenizer = load_tokenizer(wanted.model, revision=wanted.revision)
+            self.tokenizer = load_tokenizer(wanted.model, wanted.revision, wanted.trust_remote_code)
             self.corpus = load_corpus(wanted.corpus, self.tokenizer)
             self.model = load_model(
                 wanted.model,

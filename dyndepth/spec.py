@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import types
+import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -81,10 +82,9 @@ def value(text: str) -> Any:
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
-    if _INTEGER.fullmatch(text):
-        return int(text)
     try:
-        return float(text)
+        # Python refuses to read integers of some thousand digits.
+        return int(text) if _INTEGER.fullmatch(text) else float(text)
     except ValueError:
         return text
 
@@ -135,8 +135,10 @@ def _match(spec: str, kind: str) -> re.Match[str]:
 def _unquoted(text: str) -> str:
     """What stands in the quotes, escapes read as Python writes them, so that reprs come back."""
     try:
-        found = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+            found = ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         found = None
     return found if isinstance(found, str) else text[1:-1]
 
@@ -157,7 +159,10 @@ def _coerce(value: Any, hint: Any) -> tuple[bool, Any]:
         return value is None, value
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return (True, float(value)) if number else (False, value)
+        try:
+            return (True, float(value)) if number else (False, value)
+        except OverflowError:  # an integer beyond every float
+            return False, value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     if isinstance(origin or hint, type):

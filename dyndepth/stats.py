@@ -277,7 +277,8 @@ def _of_cell(cell: Cell, task: str, metric: str) -> Point:
     rows = sorted((row for row in cell.samples if row["task"] == task), key=_document)
     scores = [row for row in cell.accuracy if (row["task"], row["metric"]) == (task, metric)]
     compute = [row for row in cell.compute if (row["task"], row["phase"]) == (task, "all")]
-    if not (rows and scores and compute and compute[0]["block_speedup"]):
+    scored = bool(scores) and scores[0]["value"] is not None
+    if not (rows and scored and compute and compute[0]["block_speedup"]):
         raise UserError(f"{label} has no {metric} on the task {task}; run its sweep again")
     # The first filter stands for the task, as in the leaderboard.
     key = f"{metric},{scores[0]['filter']}"

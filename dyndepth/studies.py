@@ -23,6 +23,7 @@ from typing import Any, Literal
 from dyndepth import options
 from dyndepth.errors import UserError
 from dyndepth.options import EMBEDDED, OTHERS, Settings, slug
+from dyndepth.paths import check_path
 from dyndepth.recipe import NONE, parse_recoveries
 from dyndepth.sweep import INTERRUPTED
 
@@ -124,6 +125,7 @@ class Study:
             UserError: a value that is not what its setting takes.
         """
         model = flags.get("model", EMBEDDED)
+        check_path("model", model)
         folder = f"study-{self.name}" + ("" if model == EMBEDDED else f"-{slug(model)}")
         shared: dict[str, Any] = {
             "tasks": list(self.limit),

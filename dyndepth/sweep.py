@@ -6,60 +6,46 @@ cell is on the disk as soon as it is scored; the same command again computes wha
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.grid import Plan, limits, plans
+from dyndepth.driver import Driver, Tally
+from dyndepth.errors import RunFailed, UserError
+from dyndepth.executors import Executor, Inline, Processes
+from dyndepth.grid import Plan, cell_identity, limits, plans
 from dyndepth.options import EMBEDDED, Settings, read
-from dyndepth.records import ROWS, Cell, Row
+from dyndepth.records import Row
 from dyndepth.store import Store
+from dyndepth.worker import hired, quiet_libraries
+
+if TYPE_CHECKING:
+    from dyndepth.progress import Listener
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-class Bench(Protocol):
-    """What computes cells: a ``workbench.Workbench``, or a stand-in in tests."""
-
-    def identity(self, plan: Plan) -> Row: ...
-    def provenance(self, plan: Plan) -> Row: ...
-    def evaluate(self, plan: Plan) -> Any: ...
-    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]: ...
-
-
-@dataclass
-class Tally:
-    """What became of the cells of one sweep: their hashes, and counts by outcome."""
-
-    keys: list[str] = field(default_factory=list)
-    done: int = 0
-    reused: int = 0
-    failed: int = 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if a cell failed, 2 for wrong input, 130 after Ctrl-C."""
-    debug = False
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
     # A scheduler's polite kill is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        settings = read(sys.argv[1:] if arguments is None else arguments)
+        settings = read(words)
         debug = settings.debug
         return sweep(settings)
-    except UserError as fault:
+    except (UserError, RunFailed) as fault:
         if debug:
             traceback.print_exc()
         print(f"dyndepth.sweep: {fault}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(fault, UserError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
         return INTERRUPTED
@@ -70,21 +56,27 @@ def sweep(settings: Settings) -> int:
 
     Raises:
         UserError: wrong input; nothing was written.
+        RunFailed: it cannot go on; what was finished is kept.
     """
-    started = time.monotonic()
-    store = Store(settings.output_path)
+    from dyndepth import trackers
+    from dyndepth.progress import listener_for
+
+    store = Store(settings.output_path, settings.shard)
+    store.pull()
     store.check_model(settings.model)
     store.check_free()
+    trackers.check(settings.trackers)
     quiet_libraries(settings.debug)
 
     from dyndepth.models import layer_count
     from dyndepth.tasks import resolve
-    from dyndepth.workbench import Workbench, supported_config
+    from dyndepth.workbench import supported_config
 
     layers = layer_count(settings.model, settings.revision, settings.trust_remote_code)
     if settings.model != EMBEDDED:
         supported_config(settings)
-    cells = plans(settings, layers)
+    which, count = settings.shard
+    cells = plans(settings, layers)[which - 1 :: count]
     tasks = resolve(settings.tasks, settings.include_path)
     announce(settings, cells, tasks)
     if settings.dry_run:
@@ -93,122 +85,71 @@ def sweep(settings: Settings) -> int:
         print_estimate(settings, cells, tasks)
         return 0
 
+    executor = executor_for(settings, tasks, len(cells))
+    listener = listener_for(settings, settings.executor != "inline")
     print(f"loading {settings.model}", flush=True)
-    bench = Workbench(settings, tasks)
-    store.check_model(settings.model, bench.fingerprint)
-    with store.locked():
-        store.sweep_up()
-        return finish(run(cells, bench, store, settings), cells, store, started)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def run(cells: Sequence[Plan], bench: Bench, store: Store, settings: Settings) -> Tally | None:
-    """Compute what is missing of ``cells``; the tables are written anew after each.
-
-    Returns None if it was interrupted; then the tables hold what was finished.
-    """
-    from dyndepth.tables import write_tables
-
-    tally = Tally()
-    started = time.monotonic()
     try:
-        for index, plan in enumerate(cells, start=1):
-            identity = bench.identity(plan)
-            recorded = None if settings.resume == "never" else store.read(identity)
-            todo = needed(recorded, settings)
-            elapsed = f"{time.monotonic() - started:.0f} s"
-            label = f"[{index}/{len(cells)}] {plan.describe()}"
-            if recorded is not None and todo == "nothing":
-                print(f"{label}: kept ({recorded.status})", flush=True)
-                tally.reused += recorded.status == "done"
-                tally.failed += recorded.status == "error"
-                tally.keys.append(recorded.key)
-                continue
-            print(f"{label}: {'timing' if todo == 'timing' else 'running'} ({elapsed})", flush=True)
-            kept = recorded if todo == "timing" else None
-            cell = compute(plan, bench, store, settings, identity, kept)
-            tally.done += cell.status == "done"
-            tally.failed += cell.status == "error"
-            tally.keys.append(cell.key)
-            if cell.status == "error":
-                print(f"{label}: failed: {cell.error}", file=sys.stderr, flush=True)
-                if settings.debug:
-                    print(cell.traceback, file=sys.stderr, flush=True)
-            write_tables(store.all(), store.path)
-        write_tables(store.all(), store.path)
+        shared = executor.start()
+        store.check_model(settings.model, shared["model_fingerprint"])
+        with store.locked():
+            store.sweep_up()
+            return run(
+                cells, executor, store, settings, listener, partial(cell_identity, shared=shared)
+            )
+    finally:
+        executor.close()
+
+
+def executor_for(settings: Settings, tasks: Sequence[str], cells: int) -> Executor:
+    """The executor that ``settings`` name, not started.
+
+    Raises:
+        UserError: what it needs is not installed.
+    """
+    if settings.executor == "processes":
+        return Processes(settings, tasks, cells)
+    if settings.executor == "ray":
+        from dyndepth.ray_executor import Ray
+
+        return Ray(settings, tasks, cells)
+    return Inline(lambda: hired(settings, tasks))
+
+
+def run(
+    cells: Sequence[Plan],
+    executor: Executor,
+    store: Store,
+    settings: Settings,
+    listener: Listener,
+    identify: Callable[[Plan], Row],
+) -> int:
+    """Compute what is missing of ``cells`` and say what came of it; see ``main`` for the status."""
+    started = time.monotonic()
+    driver = Driver(cells, executor, store, settings, listener, identify)
+    listener.start(len(cells), settings)
+    place = str(store.path) if store.mirror is None else store.mirror.url
+    summary: dict[str, Any] = {"output_path": place, "cells": len(cells)}
+    try:
+        driver.run()
     except KeyboardInterrupt:
-        write_tables(store.all(), store.path)
+        finished = driver.tally.done + driver.tally.reused
         print(
-            f"\ninterrupted with {tally.done + tally.reused} of {len(cells)} cells finished; "
+            f"\ninterrupted with {finished} of {len(cells)} cells finished; "
             "the same command resumes where it stopped",
             file=sys.stderr,
             flush=True,
         )
-        return None
-    return tally
+        return INTERRUPTED
+    finally:
+        summary |= outcome(driver.tally, store, started)
+        listener.close(summary)
+    show_results(driver.tally, store)
+    print(json.dumps({"sweep": summary}), flush=True)
+    return 1 if driver.tally.failed else 0
 
 
-def needed(recorded: Cell | None, settings: Settings) -> str:
-    """What remains to be done of a cell: ``everything``, ``timing`` or ``nothing``."""
-    if recorded is None:
-        return "everything"
-    if settings.resume == "always" and recorded.status == "error":
-        return "nothing"
-    return recorded.lacks(settings.timing)
-
-
-def compute(
-    plan: Plan,
-    bench: Bench,
-    store: Store,
-    settings: Settings,
-    identity: Row,
-    recorded: Cell | None,
-) -> Cell:
-    """Score one cell (unless ``recorded`` holds its scores), time it, and record both.
-
-    The scores are on the disk before the timing starts. A failure becomes the cell's error.
-    """
-    cell = recorded or Cell(identity)
-    started = time.monotonic()
-    try:
-        if recorded is None:
-            evaluation = bench.evaluate(plan)
-            for name in ROWS:
-                if name != "timing":
-                    setattr(cell, name, getattr(evaluation, name))
-            cell.provenance = bench.provenance(plan) | {
-                "evaluation_seconds": round(time.monotonic() - started, 3)
-            }
-            cell = store.write(cell)
-        if settings.timing != "off":
-            started = time.monotonic()
-            cell.timing = bench.measure(plan, cell.samples)
-            cell.timing_level = settings.timing
-            cell.provenance["timing_seconds"] = round(time.monotonic() - started, 3)
-        cell.status, cell.error, cell.traceback = "done", "", ""
-    except Exception as fault:  # noqa: BLE001 - whatever a method does, the sweep goes on
-        cell.status, cell.error = "error", in_one_line(fault)
-        cell.traceback = traceback.format_exc()
-        free_memory()
-    return store.write(cell)
-
-
-def in_one_line(fault: Exception) -> str:
-    """An exception as a cell's error text."""
-    text = " ".join(str(fault).split())
-    return text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
-
-
-def free_memory() -> None:
-    """Give back what a failed cell may still hold on the device."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def announce(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) -> None:
@@ -223,13 +164,11 @@ def announce(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) ->
     sys.stdout.flush()
 
 
-def finish(tally: Tally | None, cells: Sequence[Plan], store: Store, started: float) -> int:
-    """Show the leaderboard and where the tables lie; the last line is one JSON document."""
+def show_results(tally: Tally, store: Store) -> None:
+    """Show the leaderboard of the sweep's cells and where the tables lie."""
     from dyndepth.leaderboard import check_comparable, leaderboard, show
     from dyndepth.tables import NAMES
 
-    if tally is None:
-        return INTERRUPTED
     recorded = store.all()
     try:
         check_comparable(recorded)
@@ -238,30 +177,17 @@ def finish(tally: Tally | None, cells: Sequence[Plan], store: Store, started: fl
     keys = set(tally.keys)
     show([row for row in leaderboard(recorded) if row["cell"] in keys])
     print(f"tables: {', '.join(str(store.path / name) for name in NAMES)}")
-    summary = {
-        "output_path": str(store.path),
-        "cells": len(cells),
+
+
+def outcome(tally: Tally, store: Store, started: float) -> dict[str, Any]:
+    """Counts, seconds since ``started`` and the leaderboard's file, as the last line has them."""
+    return {
         "done": tally.done,
         "reused": tally.reused,
         "failed": tally.failed,
         "seconds": round(time.monotonic() - started, 1),
         "leaderboard": str(store.path / "leaderboard.csv"),
     }
-    print(json.dumps({"sweep": summary}), flush=True)
-    return 1 if tally.failed else 0
-
-
-def quiet_libraries(debug: bool) -> None:
-    """Keep the libraries' chatter out of the progress lines, unless --debug asks for it."""
-    # Forking after the tokenizers' threads started would deadlock; the library warns at length.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if debug:
-        return
-    import logging
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("lm-eval", "lm_eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ does ``python -m dyndepth.tables RUN``, which computes nothing.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.options import Parser
+from dyndepth.readable_rows import check_rows
 from dyndepth.records import LEADING, Cell, Row, identity_columns
 from dyndepth.schema import TABLES, validate
+from dyndepth.sheets import harmless
 from dyndepth.store import Store, write_atomically
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Beginnings of a text that a spreadsheet would run as a formula."""
 
 NAMES = tuple(TABLES)
 """The files of a run, in the order in which they are written."""
@@ -58,13 +57,17 @@ def accuracy(cells: Iterable[Cell]) -> list[Row]:
     """Rows of accuracy.csv; a cell without results has one row that says so in ``status``."""
     rows = []
     for cell in cells:
-        for row in cell.accuracy or [{}]:
-            rows.append({**identity_columns(cell), "status": cell.status, **row})
+        leading = {**identity_columns(cell), "status": cell.status}
+        rows += [{**leading, **row} for row in cell.accuracy or [{}]]
     return rows
 
 
 def _rows(cells: Iterable[Cell], name: str) -> list[Row]:
-    return [{**identity_columns(cell), **row} for cell in cells for row in getattr(cell, name)]
+    found = []
+    for cell in cells:
+        leading = identity_columns(cell)
+        found += [{**leading, **row} for row in getattr(cell, name)]
+    return found
 
 
 def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -93,8 +96,7 @@ def _text(value: Any) -> str:
 
 
 def _field(value: Any) -> str:
-    text = _text(value)
-    return f"'{text}" if isinstance(value, str) and text.startswith(_FORMULA) else text
+    return harmless(value) if isinstance(value, str) else _text(value)
 
 
 def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
@@ -118,7 +120,7 @@ def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: write the tables of runs anew from their cells."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.tables", description="Write a run's tables anew from its cells."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
@@ -128,13 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also compress the files of the cells, for a run that is to be kept; a sweep goes on "
         "with packed cells as with others",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         for run in options.runs:
             store = Store(run)
             cells = store.all()
             if not cells:
                 raise UserError(f"{run} holds no cells; give the --output_path of a sweep")
+            check_rows(cells)
             with store.locked():
                 if options.pack:
                     store.pack()

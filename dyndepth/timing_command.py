@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dyndepth import break_even_command, limits_command
+from dyndepth.errors import UserError
+from dyndepth.options import CHOICES, Parser
 from dyndepth.timing import LEVELS, Row, measure
 
 if TYPE_CHECKING:
@@ -25,11 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (break_even_command, limits_command):
         if given[:1] == [command.NAME]:
             return command.main(given[1:])
-    options = _parser().parse_args(given)
-    from dyndepth.errors import UserError
-
     try:
-        _run(options)
+        _run(_parser().parse_args(given))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dyndepth.timing",
         description="Time a method against the stock model, in interleaved pairs.",
         epilog=f"`python -m dyndepth.timing {break_even_command.NAME} --help`: from which skipped "
@@ -51,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--corpus", default="embedded", help="text to fit and time on: .txt, .jsonl, 'embedded'")
     add("--device", default="cpu")
     add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    add("--attn_implementation", "--attn-implementation", help="sdpa or eager")
+    add(
+        "--attn_implementation",
+        "--attn-implementation",
+        choices=CHOICES["attn_implementation"],
+        help="the model's own choice unless given",
+    )
     add("--revision", help="of a hub model")
     add("--trust_remote_code", "--trust-remote-code", action="store_true")
     add("--threads", type=int, help="default: torch's own choice")
@@ -69,7 +73,6 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     from dyndepth.corpus import load_corpus
-    from dyndepth.errors import UserError
     from dyndepth.fits import fit_cached
     from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
@@ -79,7 +82,9 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"--threads takes a whole number of at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
     steady_allocator()
-    corpus = load_corpus(options.corpus, load_tokenizer(options.model, options.revision))
+    corpus = load_corpus(
+        options.corpus, load_tokenizer(options.model, options.revision, options.trust_remote_code)
+    )
     model = load_model(
         options.model,
         dtype=options.dtype,
@@ -96,7 +101,6 @@ def _run(options: argparse.Namespace) -> None:
 
 def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:
     """The method at the speedup asked for, or at a default that it can reach."""
-    from dyndepth.errors import UserError
     from dyndepth.registry import load_method, parse_methods
 
     named = any("target_speedup" in parameters for _, parameters in parse_methods(options.method))

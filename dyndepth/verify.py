@@ -140,8 +140,8 @@ def _again(
 ) -> list[Finding]:
     from tqdm import tqdm
 
-    from dyndepth.sweep import quiet_libraries
     from dyndepth.verify_again import How, again
+    from dyndepth.worker import quiet_libraries
 
     quiet_libraries(options.debug)
     flags: dict[str, Any] = {name: getattr(options, name) for name in FLAGS}

@@ -25,9 +25,9 @@ from dyndepth.options import Settings
 from dyndepth.recipe import NONE
 from dyndepth.records import Cell, Row
 from dyndepth.rerun import plan_of, settings_of
-from dyndepth.sweep import free_memory, in_one_line
 from dyndepth.verify_rows import COARSE, EXACT, KEYS, Tolerance, differences, differs
 from dyndepth.verify_stored import Finding
+from dyndepth.worker import free_memory, in_one_line
 
 SAME_THING = ("model_fingerprint", "data_fingerprint", "corpus_fingerprint")
 """Without these there is nothing to compare."""

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dyndepth.errors import UserError
-from dyndepth.grid import Plan, limits, method_identity
+from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
 from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
 from dyndepth.records import Row
+from dyndepth.worker import free_memory
+
+SPREAD = "spread"
+"""Value of --device for a model that accelerate lays over all GPUs, and what they cannot hold over
+the host's memory."""
 
 TABLES = ("accuracy", "compute", "routing", "samples")
 
@@ -33,18 +39,21 @@ class Workbench:
         self.tasks = list(tasks)
         self.limits = limits(settings, tasks)
         self.device = resolve_device(settings.device)
-        self.tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+        self.tokenizer = load_tokenizer(
+            settings.model, settings.revision, settings.trust_remote_code
+        )
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
         bring_tasks(settings, self.tasks)
         self.data_fingerprint = data_fingerprint(settings, self.tasks)
         self.model = load_model(
             settings.model,
             dtype=settings.dtype,
-            device=self.device,
+            device="auto" if settings.device == SPREAD else self.device,
             attn_implementation=settings.attn_implementation,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+        self.batch_size = settings.batch_size
         self._fitted: tuple[Plan, Any, Any] | None = None
         self._scored: Any = None
 
@@ -53,10 +62,10 @@ class Workbench:
         """The model's."""
         return self.model.dyndepth.fingerprint
 
-    def identity(self, plan: Plan) -> Row:
-        """The full identity of the plan's cell on this workbench."""
-        return method_identity(plan.build()) | {
-            "recovery": plan.recovery,
+    @cached_property
+    def shared_identity(self) -> Row:
+        """What the identities of all cells on this workbench share."""
+        return {
             "model": self.settings.model,
             "model_fingerprint": self.fingerprint,
             "revision": self.model.dyndepth.revision or "",
@@ -75,10 +84,14 @@ class Workbench:
             "git_commit": git_commit(),
         }
 
+    def identity(self, plan: Plan) -> Row:
+        """The full identity of the plan's cell on this workbench."""
+        return cell_identity(plan, self.shared_identity)
+
     def provenance(self, plan: Plan) -> Row:
         """Conditions of the cell that are recorded beside its identity."""
         method = plan.build()
-        adapter = self._fitted[2] if self._fitted is not None and self._fitted[0] is plan else None
+        adapter = self._fitted[2] if self._fitted is not None and self._fitted[0] == plan else None
         card = adapter.card if adapter is not None else {}
         return conditions(self.device) | {
             "paper": method.paper,
@@ -88,6 +101,7 @@ class Workbench:
             "adapter_sha256": card.get("sha256"),
             "recovery_tokens": card.get("tokens"),
             "recovery_seconds": card.get("seconds"),
+            "batch_size_used": self.batch_size,
         }
 
     @contextmanager
@@ -98,7 +112,7 @@ class Workbench:
         """
         from dyndepth.adapters import adapted
 
-        if self._fitted is None or self._fitted[0] is not plan:
+        if self._fitted is None or self._fitted[0] != plan:
             import torch
 
             torch.manual_seed(plan.seed)
@@ -113,10 +127,24 @@ class Workbench:
         return fit_and_recover(plan.build(), self.model, self.corpus, plan.recovery)
 
     def evaluate(self, plan: Plan) -> Tables:
-        """Score the plan's cell."""
+        """Score the plan's cell.
+
+        Where the device has no room for a batch, this cell and those after it are scored in
+        batches of half the size: how a score is computed changes with it, what it is does not.
+        """
+        from accelerate.utils.memory import should_reduce_batch_size
+
         with self.fitted(plan) as method:
             self._scored = method
-            return self._evaluate(method)
+            while True:
+                try:
+                    return self._evaluate(method)
+                except RuntimeError as fault:
+                    if self.batch_size == 1 or not should_reduce_batch_size(fault):
+                        raise
+                # Here, where the failed forward's tensors are no longer held by its traceback.
+                self.batch_size //= 2
+                free_memory()
 
     def _evaluate(self, method: Any) -> Tables:
         from dyndepth.evaluate import evaluate
@@ -136,7 +164,7 @@ class Workbench:
         shared = {
             "seed": self.settings.sample_seed,
             "num_fewshot": self.settings.num_fewshot,
-            "batch_size": self.settings.batch_size,
+            "batch_size": self.batch_size,
             "include_path": self.settings.include_path,
         }
         return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
@@ -222,8 +250,8 @@ def together(evaluations: Sequence[Any]) -> Tables:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda where there is one, else cpu."""
-    if device != "auto":
+    """``auto`` and ``spread`` become cuda where there is one, else cpu."""
+    if device not in ("auto", SPREAD):
         return device
     import torch
 

@@ -62,6 +62,8 @@ class FakeBench:
         self.calls: list[tuple[str, str]] = []
         self.timing_fails = False
 
+    shared_identity: Row = {}  # noqa: RUF012
+
     def identity(self, plan: Plan) -> Row:
         return identity(
             method=plan.method,

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,17 +51,30 @@ class Sweep:
             time.sleep(0.005)
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> Sweep:
-    """Start a sweep in ``folder`` (its working directory); its output goes to files there."""
+def start(
+    folder: Path,
+    *arguments: str,
+    before: Callable[[], object] | None = None,
+    **environment: str,
+) -> Sweep:
+    """Start a sweep in ``folder`` (its working directory); its output goes to files there.
+
+    ``before`` can be pickled; the process calls it first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("out", "err"):
         (folder / name).write_text("")
-    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, environment))
+    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, before, environment))
     process.start()
     return Sweep(process, folder)
 
 
-def _run(folder: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def _run(
+    folder: str,
+    arguments: tuple[str, ...],
+    before: Callable[[], object] | None,
+    environment: dict[str, str],
+) -> None:
     os.chdir(folder)
     os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment)
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
@@ -68,6 +82,8 @@ def _run(folder: str, arguments: tuple[str, ...], environment: dict[str, str]) -
         os.dup2(file, stream.fileno())
     # A shell that starts the tests in the background has them ignore Ctrl-C; sweeps must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before is not None:
+        before()
     from dyndepth.sweep import main
 
     status = main(arguments)

@@ -272,19 +272,23 @@ class TestReport:
 class ToyBench:
     """Computes the cells of ``STUDY``; ``broken`` methods fail."""
 
-    fingerprint = "f"
     broken: tuple[str, ...] = ()
     asked = 0
 
     def __init__(self, settings, tasks) -> None:
         self.settings, self.tasks = settings, tasks
 
-    def identity(self, plan: Plan):
+    @property
+    def shared_identity(self):
         keys = ("model", "dtype", "sample_seed", "num_fewshot", "batch_size")
         found = identity(harness_code="now", torch="1", model_fingerprint="f")
         found |= {key: getattr(self.settings, key) for key in keys}
         found |= {"tasks": self.tasks, "limit": grid.limits(self.settings, self.tasks)}
-        return found | method_identity(plan.build()) | {"recovery": plan.recovery}
+        own = {*method_identity(Plan("dense").build()), "recovery"}
+        return {key: value for key, value in found.items() if key not in own}
+
+    def identity(self, plan: Plan):
+        return grid.cell_identity(plan, self.shared_identity)
 
     def provenance(self, plan: Plan):
         return {}

@@ -16,12 +16,16 @@ import pytest
 from cells import FakeBench
 
 from dyndepth import options, provenance, registry, sweep
+from dyndepth.driver import Driver, Tally
 from dyndepth.errors import UserError
+from dyndepth.executors import Inline
 from dyndepth.grid import Plan, limits, method_identity, plans
 from dyndepth.options import DEFAULT_LIMIT, Settings, read
+from dyndepth.progress import Lines
 from dyndepth.recipe import Recipe
 from dyndepth.store import Store
 from dyndepth.workbench import Tables, together
+from dyndepth.worker import Worker
 
 CELLS = [Plan("dense"), Plan("a", 1.5), Plan("b", 2.0)]
 
@@ -38,6 +42,28 @@ def fake_methods(monkeypatch):
 
 def _settings(tmp_path, **changes):
     return Settings(**{"output_path": tmp_path / "run", "timing": "off"} | changes)
+
+
+def _sweep(cells, bench, settings) -> int:
+    """The status of a sweep whose cells ``bench`` computes."""
+    executor, store = Inline(lambda: Worker(bench, settings)), Store(settings.output_path)
+    executor.start()
+    return sweep.run(cells, executor, store, settings, Lines(), bench.identity)
+
+
+def _run(cells, bench, settings) -> Tally:
+    """What became of its cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        drivers = []
+        init = Driver.__init__
+
+        def keep(self, *arguments):
+            drivers.append(self)
+            init(self, *arguments)
+
+        patch.setattr(Driver, "__init__", keep)
+        _sweep(cells, bench, settings)
+    return drivers[0].tally
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
@@ -280,8 +306,7 @@ class TestGrid:
 class TestRun:
     def test_tables_and_order(self, tmp_path):
         bench, settings = FakeBench(), _settings(tmp_path, timing="quick")
-        store = Store(settings.output_path)
-        tally = sweep.run(CELLS, bench, store, settings)
+        tally = _run(CELLS, bench, settings)
         assert (tally.done, tally.reused, tally.failed) == (3, 0, 0)
         assert [kind for kind, _ in bench.calls] == ["evaluate", "measure"] * 3
         board = _table(settings.output_path / "leaderboard.csv")
@@ -295,10 +320,7 @@ class TestRun:
 
     def test_failing_cell_leaves_a_row_and_the_sweep_goes_on(self, tmp_path, capsys):
         settings = _settings(tmp_path)
-        store = Store(settings.output_path)
-        tally = sweep.run(CELLS, FakeBench(broken=("a",)), store, settings)
-        assert (tally.done, tally.failed) == (2, 1)
-        assert sweep.finish(tally, CELLS, store, 0.0) == 1
+        assert _sweep(CELLS, FakeBench(broken=("a",)), settings) == 1
         board = {row["method"]: row for row in _table(settings.output_path / "leaderboard.csv")}
         assert board["a"]["status"] == "error"
         assert board["a"]["error"] == "ValueError: no such layer"
@@ -318,10 +340,10 @@ class TestRun:
     )
     def test_resume(self, tmp_path, resume, again):
         settings = _settings(tmp_path)
-        sweep.run(CELLS, FakeBench(broken=("a",)), Store(settings.output_path), settings)
+        _run(CELLS, FakeBench(broken=("a",)), settings)
         bench = FakeBench()
         settings = _settings(tmp_path, resume=resume)
-        tally = sweep.run(CELLS, bench, Store(settings.output_path), settings)
+        tally = _run(CELLS, bench, settings)
         assert [what.split()[0] for _, what in bench.calls] == again
         assert tally.failed == (1 if resume == "always" else 0)
         assert tally.done == len(again)
@@ -329,10 +351,10 @@ class TestRun:
 
     def test_timing_is_added_without_scoring_again(self, tmp_path):
         settings = _settings(tmp_path)
-        sweep.run(CELLS, FakeBench(), Store(settings.output_path), settings)
+        _run(CELLS, FakeBench(), settings)
         before = (settings.output_path / "accuracy.csv").read_bytes()
         bench, settings = FakeBench(), _settings(tmp_path, timing="quick")
-        sweep.run(CELLS, bench, Store(settings.output_path), settings)
+        _run(CELLS, bench, settings)
         assert [kind for kind, _ in bench.calls] == ["measure"] * 3
         assert (settings.output_path / "accuracy.csv").read_bytes() == before
         assert len(_table(settings.output_path / "timing.csv")) == 12
@@ -341,20 +363,20 @@ class TestRun:
         settings = _settings(tmp_path, timing="quick")
         bench = FakeBench()
         bench.timing_fails = True
-        sweep.run(CELLS[:1], bench, Store(settings.output_path), settings)
+        _run(CELLS[:1], bench, settings)
         (row,) = _table(settings.output_path / "leaderboard.csv")
         assert (row["status"], row["mean_acc"]) == ("error", "0.75")
         bench = FakeBench()
-        sweep.run(CELLS[:1], bench, Store(settings.output_path), settings)
+        _run(CELLS[:1], bench, settings)
         assert [kind for kind, _ in bench.calls] == ["measure"]
         (row,) = _table(settings.output_path / "leaderboard.csv")
         assert (row["status"], row["error"]) == ("done", "")
 
     def test_recovered_dense_is_the_control_and_not_the_yardstick(self, tmp_path, capsys):
         settings = _settings(tmp_path)
-        store, lora = Store(settings.output_path), str(Recipe())
+        lora = str(Recipe())
         cells = [Plan("dense"), Plan("dense", recovery=lora), Plan("a", 1.5, recovery=lora)]
-        assert sweep.finish(sweep.run(cells, FakeBench(), store, settings), cells, store, 0.0) == 0
+        assert _sweep(cells, FakeBench(), settings) == 0
         rows = _table(settings.output_path / "leaderboard.csv")
         assert [(row["method"], row["recovery"]) for row in rows] == [
             ("a", lora),
@@ -371,15 +393,16 @@ class TestRun:
     @pytest.mark.parametrize("where", [1, 2, 3])
     def test_interrupted_and_resumed_equals_undisturbed(self, tmp_path, capsys, where):
         calm = _settings(tmp_path / "calm")
-        sweep.run(CELLS, FakeBench(), Store(calm.output_path), calm)
+        _run(CELLS, FakeBench(), calm)
         settings = _settings(tmp_path / "stormy")
         bench = FakeBench(interrupt_at=where)
-        assert sweep.run(CELLS, bench, Store(settings.output_path), settings) is None
+        assert _sweep(CELLS, bench, settings) == sweep.INTERRUPTED
         said = capsys.readouterr().err
         assert f"interrupted with {where - 1} of 3 cells" in said
         assert "the same command resumes" in said
-        assert len(_table(settings.output_path / "accuracy.csv")) == where - 1
-        sweep.run(CELLS, FakeBench(), Store(settings.output_path), settings)
+        table = settings.output_path / "accuracy.csv"
+        assert (len(_table(table)) if table.exists() else 0) == where - 1
+        _run(CELLS, FakeBench(), settings)
         for name in ("accuracy.csv", "compute.csv", "routing.parquet", "samples.parquet"):
             one, other = (run.output_path / name for run in (calm, settings))
             assert one.read_bytes() == other.read_bytes(), name
@@ -392,7 +415,7 @@ class TestRun:
         bench.provenance = lambda plan: waiting.wait(20)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         try:
-            assert sweep.run(CELLS, bench, Store(settings.output_path), settings) is None
+            assert _sweep(CELLS, bench, settings) == sweep.INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, old)
 
@@ -403,7 +426,7 @@ class TestProvenance:
 
         codes = {provenance.method_code(cls) for cls in (fakes.Dense, fakes.Steps)}
         assert len(codes) == 1
-        assert provenance.method_code(sweep.Tally) not in codes
+        assert provenance.method_code(Tally) not in codes
 
     def test_harness_code_follows_what_can_change_a_number(self, tmp_path, monkeypatch):
         monkeypatch.setattr(provenance, "PACKAGE", tmp_path)

@@ -1,0 +1,51 @@
+"""Whether a path that a user gave can be used, said before anything is computed for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dyndepth.errors import UserError
+
+_LONGEST = 255
+"""Bytes in one part of a path, on the usual file systems."""
+
+
+def check_path(flag: str, text: str | Path) -> None:
+    """Raises UserError, in the name of ``--flag``, for a text that no path can be: with a null
+    character, of no encoding, with a part that is too long, or in the home of an unknown user."""
+    try:
+        encoded = os.fsencode(text)
+        Path(text).expanduser()
+    except (ValueError, RuntimeError) as fault:
+        raise UserError(f"--{flag} {str(text)!r} can't be a path: {fault}") from None
+    if b"\0" in encoded:
+        raise UserError(f"--{flag} {str(text)!r} holds a null character; give a path without one")
+    longest = max(map(len, encoded.split(os.sep.encode())))
+    if longest > _LONGEST:
+        raise UserError(
+            f"--{flag} has a part of {longest} bytes, and no file has a name of more than "
+            f"{_LONGEST}; give a shorter one"
+        )
+
+
+def check_folder(flag: str, path: Path) -> Path:
+    """``path``, with ``~`` expanded, if it is a folder or can be made into one.
+
+    Raises UserError, in the name of ``--flag``, where a file is in its place or on the way there,
+    or the folder that it would lie in is not to be written to.
+    """
+    check_path(flag, path)
+    path = path.expanduser()
+    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise UserError(
+            f"--{flag} {str(path)!r} can't be a folder: {str(there)!r} is a file; give a folder, "
+            "or a name that is free"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--{flag} {str(path)!r} can't be written to: {str(there)!r} is closed to you; give "
+            "another folder"
+        )
+    return path

@@ -1,0 +1,151 @@
+"""What a worker does with one cell, in whatever process it lives: score it, or time it.
+
+A worker keeps its workbench (model, tokenizer, corpus, evaluation data) between cells. Nothing that
+a method does gets out of here: it becomes the cell's error.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dyndepth.deadline import TimeIsUp, deadline
+from dyndepth.errors import UserError
+from dyndepth.grid import Plan
+from dyndepth.options import Settings
+from dyndepth.records import ROWS, UNHASHED, Cell, Row
+
+
+class Bench(Protocol):
+    """What computes cells: a ``workbench.Workbench``, or a stand-in in tests."""
+
+    @property
+    def shared_identity(self) -> Row: ...
+    def identity(self, plan: Plan) -> Row: ...
+    def provenance(self, plan: Plan) -> Row: ...
+    def evaluate(self, plan: Plan) -> Any: ...
+    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to do to one cell.
+
+    Attributes:
+        plan: which cell.
+        identity: its identity, which the worker's own must equal.
+        scored: the cell with its scores if it is to be timed; None if it is to be scored.
+    """
+
+    plan: Plan
+    identity: Row
+    scored: Cell | None = None
+
+
+class Worker:
+    """Does one ``Work`` after the other on its bench."""
+
+    def __init__(self, bench: Bench, settings: Settings) -> None:
+        self.bench, self.settings = bench, settings
+
+    def do(self, work: Work) -> Cell:
+        """The cell, scored or timed; a failure is its error. Raises nothing but KeyboardInterrupt
+        and what ends the process."""
+        cell = work.scored or Cell(work.identity)
+        try:
+            with deadline(self.settings.cell_timeout):
+                self._check(work)
+                if work.scored is None:
+                    self._score(work.plan, cell)
+                else:
+                    self._time(work.plan, cell)
+            cell.status, cell.error, cell.traceback = "done", "", ""
+        except TimeIsUp:
+            failed(cell, timeout_text(self.settings.cell_timeout), traceback.format_exc())
+        except Exception as fault:  # noqa: BLE001 - whatever a method does, the sweep goes on
+            failed(cell, in_one_line(fault), traceback.format_exc())
+        if cell.status == "error":
+            free_memory()
+        return cell
+
+    def _check(self, work: Work) -> None:
+        own = self.bench.identity(work.plan)
+        hashed = work.identity.keys() - UNHASHED
+        other = sorted(key for key in hashed if own.get(key) != work.identity[key])
+        if other:
+            raise UserError(
+                f"this worker has another {', '.join(other)} than the process that started it: "
+                "install the same versions everywhere"
+            )
+
+    def _score(self, plan: Plan, cell: Cell) -> None:
+        started = time.monotonic()
+        evaluation = self.bench.evaluate(plan)
+        for name in ROWS:
+            if name != "timing":
+                setattr(cell, name, getattr(evaluation, name))
+        cell.provenance = self.bench.provenance(plan) | {
+            "evaluation_seconds": round(time.monotonic() - started, 3)
+        }
+
+    def _time(self, plan: Plan, cell: Cell) -> None:
+        started = time.monotonic()
+        cell.timing = self.bench.measure(plan, cell.samples)
+        cell.timing_level = self.settings.timing
+        cell.provenance["timing_seconds"] = round(time.monotonic() - started, 3)
+
+
+def failed(cell: Cell, error: str, trace: str = "") -> Cell:
+    """``cell`` with that error; scores that it has stay."""
+    cell.status, cell.error, cell.traceback = "error", error, trace
+    return cell
+
+
+def timeout_text(seconds: float | None) -> str:
+    """What a cell says that was given up."""
+    return f"given up after {seconds:g} s (--cell_timeout)"
+
+
+def in_one_line(fault: Exception) -> str:
+    """An exception as a cell's error text."""
+    text = " ".join(str(fault).split())
+    return text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
+
+
+def free_memory() -> None:
+    """Give back what a failed cell may still hold on the device."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Keep the libraries' chatter out of the progress lines, unless --debug asks for it."""
+    # Forking after the tokenizers' threads started would deadlock; the library warns at length.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("lm-eval", "lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hired(settings: Settings, tasks: Sequence[str]) -> Worker:
+    """A worker with a workbench of its own.
+
+    Raises:
+        UserError: as ``workbench.Workbench``.
+    """
+    quiet_libraries(settings.debug)
+    from dyndepth.workbench import Workbench
+
+    return Worker(Workbench(settings, tasks), settings)
