@@ -8,6 +8,7 @@ on with fewer.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -60,6 +61,7 @@ class Ray:
         ray = self._ray
         self._started_here = not ray.is_initialized()
         if self._started_here:
+            _check_address(self.settings.ray_address)
             # Its own messages would run through the progress lines.
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             # A busy machine needs longer than the 30 s that Ray gives it.
@@ -72,8 +74,9 @@ class Ray:
                 )
             except ConnectionError as fault:
                 raise UserError(
-                    f"no Ray cluster answers at --ray_address {self.settings.ray_address}: "
-                    f"{' '.join(str(fault).split())}"
+                    f"no Ray cluster answers at --ray_address {self.settings.ray_address} "
+                    f"({' '.join(str(fault).split())}): start one, or leave the flag out to have "
+                    "one for this run"
                 ) from None
         self._cpus = self.settings.cpus_per_cell or CPUS_PER_CELL
         gpus = ray.cluster_resources().get("GPU", 0)
@@ -124,7 +127,7 @@ class Ray:
                 done.set_result(future.result())
             elif stopped.is_set():
                 done.set_exception(TimeoutError())
-            elif isinstance(fault, self._ray.exceptions.ActorDiedError):
+            elif isinstance(fault, self._ray.exceptions.RayActorError):
                 done.set_exception(WorkerDied("its Ray worker was lost"))
             else:
                 done.set_exception(fault)
@@ -142,6 +145,20 @@ class Ray:
                 self._ray.kill(worker)
             if self._started_here:
                 self._ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raises UserError where nothing listens at ``host:port``: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as fault:
+        raise UserError(
+            f"no Ray cluster answers at --ray_address {address} ({fault}): start one, or leave the "
+            "flag out to have one for this run"
+        ) from None
 
 
 class _Actor:

@@ -56,19 +56,19 @@ def _equal(one: Path, other: Path) -> None:
 
 def test_tables_are_those_of_inline(tiny, tmp_path):
     run = _start(tmp_path, tiny, "--executor", "ray", "--workers", "2", "--output_path", "run")
-    assert run.wait(300) == 0, run.err
+    assert run.wait(150) == 0, run.err
     assert "worker 2" in run.out
     _equal(tmp_path / "run", tiny / "inline")
 
 
 def test_a_machine_that_is_lost_costs_a_second_try(tiny, tmp_path, cluster):
-    first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
-    assert first is not second
+    # All machines have this one's address, and the sweep sits on the one that was added last.
+    lost, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
     more = ("--executor", "ray", "--ray_address", cluster.address, "--output_path", "run")
     run = _start(tmp_path, tiny, *more)
     run.wait_for("[3/", 300)
-    cluster.remove_node(second, allow_graceful=False)
-    assert run.wait(300) == 0, run.err
+    cluster.remove_node(lost, allow_graceful=False)
+    assert run.wait(150) == 0, run.err
     _equal(tmp_path / "run", tiny / "inline")
     assert "its Ray worker was lost; trying again" in run.err
 
@@ -76,6 +76,6 @@ def test_a_machine_that_is_lost_costs_a_second_try(tiny, tmp_path, cluster):
 def test_no_cluster_at_the_address_is_one_sentence(tiny, tmp_path):
     more = ("--executor", "ray", "--ray_address", "127.0.0.1:1", "--output_path", "run")
     run = _start(tmp_path, tiny, *more)
-    assert run.wait(300) == 2, run.err
+    assert run.wait(150) == 2, run.err
     assert "no Ray cluster answers at --ray_address 127.0.0.1:1" in run.err
     assert not (tmp_path / "run").exists()
