@@ -34,6 +34,10 @@ class Prompt:
     stop: Callable[[list[int]], bool]
 
 
+_BROKEN = -1
+"""In place of a token where the logits are not numbers."""
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], batch_size: int
@@ -57,7 +61,7 @@ class Begun:
     """Prompts that were read, a row each.
 
     Attributes:
-        first: the likeliest token after each, int64 ``[rows]``.
+        first: the likeliest token after each, int64 ``[rows]``; negative where there is none.
         mask: int64 ``[rows, tokens]``, 1 on the tokens of the prompts.
         cache: of their keys and values.
     """
@@ -85,13 +89,18 @@ def begin(model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt]) -> Be
 def finish(
     model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], begun: Begun
 ) -> list[list[int]]:
-    """The greedy completions of ``prompts``, one or more, which ``begun`` holds row by row."""
+    """The greedy completions of ``prompts``, one or more, which ``begun`` holds row by row.
+
+    Raises FloatingPointError where logits are not numbers: no token is the likeliest then.
+    """
     best, mask, cache = begun.first, begun.mask, begun.cache
     done: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     while True:
         going = []
         for place, (row, token) in enumerate(zip(alive, best.tolist(), strict=True)):
+            if token == _BROKEN:
+                raise FloatingPointError("a logit of a completion is not a number")
             done[row].append(token)
             if len(done[row]) < prompts[row].limit and not prompts[row].stop(done[row]):
                 going.append(place)
@@ -118,4 +127,7 @@ def _likeliest(
     trace.documents = [prompt.document for prompt in batch]
     hidden, cache = forward(model, inputs, mask, cache)
     logits = trace.readout(hidden[:, -1], torch.arange(len(batch), device=inputs.device))
-    return logits.argmax(-1), cache
+    best = logits.argmax(-1)
+    # A logit that is no number is the largest to argmax.
+    broken = logits.gather(-1, best[:, None])[:, 0].isnan()
+    return best.masked_fill(broken, _BROKEN), cache

@@ -334,6 +334,12 @@ def test_memory_that_runs_out_halves_the_batch_and_leaves_the_scores(tiny):
         assert json.loads(one["outcomes"]) == pytest.approx(json.loads(other["outcomes"]), abs=1e-4)
 
 
+def test_a_model_laid_out_by_accelerate_scores_the_same(tiny, tmp_path):
+    run = _start(tmp_path, tiny, "--device", "spread", "--output_path", "run")
+    assert run.wait() == 0, run.err
+    _equal(tmp_path / "run", tiny / "inline")
+
+
 class TestMirror:
     def test_a_run_behind_a_url_is_resumed_from_another_machine(self, tiny, tmp_path):
         url = f"file://{tmp_path}/far/run"
