@@ -79,10 +79,17 @@ def change(file: Path, **values: object) -> None:
 # --- the code ------------------------------------------------------------------------------------
 
 
+REASONED = {"dyndepth/ray_executor.py": ["import of socket"]}
+"""Whether anything answers at the address that the user gave."""
+
+
 def test_no_file_does_what_it_should_not():
     assert len(SOURCES) > 100
     found = {str(path.relative_to(ROOT)): findings(path.read_text("utf-8")) for path in SOURCES}
-    assert {path: what for path, what in found.items() if what} == {}
+    told = {
+        path: [what.partition(": ")[2] for what in each] for path, each in found.items() if each
+    }
+    assert told == REASONED
 
 
 BAD = """
