@@ -179,13 +179,21 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = _plain(parameter.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
         values = sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
         digest.update(values.numpy().astype("<i2").tobytes())
     # A sample of merged weights might miss what an adapter changed; its own hash can't.
     digest.update(str(getattr(model, "dyndepth_adapter", "")).encode())
     return digest.hexdigest()[:16]
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as an ordinary tensor; a quantised one is a tensor of a kind of its own."""
+    import torch
+
+    ordinary = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return weight if ordinary else weight.dequantize()
 
 
 def prepare_embedded() -> Path:

@@ -185,3 +185,23 @@ def test_two_loads_share_the_prepared_copy():
     before = {file: file.stat().st_mtime_ns for file in prepare_embedded().iterdir()}
     load_tokenizer("embedded")
     assert {file: file.stat().st_mtime_ns for file in prepare_embedded().iterdir()} == before
+
+
+class Quantised(torch.Tensor):
+    """A weight that knows two operations, as quantised ones do."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor) * 2
+
+    def reshape(self, *shape):
+        raise NotImplementedError
+
+
+def test_the_fingerprint_of_a_quantised_model_is_of_its_values(tiny):
+    model = tiny()
+    before, module = fingerprint(model), model.get_input_embeddings()
+    weight = module.weight
+    for factor, same in ((0.5, True), (0.25, False)):
+        packed = (weight.detach() * factor).as_subclass(Quantised)
+        module.weight = torch.nn.Parameter(packed, requires_grad=False)
+        assert (fingerprint(model) == before) is same
