@@ -30,7 +30,6 @@ TRIES = 3
 SHARE = 0.05
 """The tables are written anew after a cell, unless that took more of the run than this."""
 
-
 PATIENCE = 1.0
 """Seconds that the tables may take after Ctrl-C; else ``python -m dyndepth.tables`` writes them."""
 

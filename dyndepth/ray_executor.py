@@ -129,6 +129,9 @@ class Ray:
                 done.set_exception(TimeoutError())
             elif isinstance(fault, self._ray.exceptions.RayActorError):
                 done.set_exception(WorkerDied("its Ray worker was lost"))
+            elif isinstance(fault, self._ray.exceptions.RayTaskError):
+                # Its text would be the traceback of another process.
+                done.set_exception(fault.cause)
             else:
                 done.set_exception(fault)
 
