@@ -28,7 +28,7 @@ NAMES = tuple(TABLES)
 
 CHECKED = ("accuracy.csv", "compute.csv", "timing.csv", "leaderboard.csv")
 """Tables that are validated each time they are written. The others have many times the rows and are
-written after every cell of a sweep: ``schema.validate_folder`` and the verification check them."""
+written many times in a sweep: ``schema.validate_folder`` and the verification check them."""
 
 
 def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
