@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 CLEAN, VULNERABLE, NOT_AUDITED = 0, 1, 3
-SERVICES = {"pypi": "https://pypi.org", "osv": "https://api.osv.dev"}
-"""Services that pip-audit can ask -> where they are; the second is asked if the first knows
+SERVICES = {"pypi": "PyPI", "osv": "OSV"}
+"""Services that pip-audit can ask, and their names; the second is asked if the first knows
 nothing."""
 
 OWN = "dyndepth"
@@ -48,18 +48,18 @@ def pip_audit(service: str, versions: Mapping[str, str]) -> str:
 def audit(versions: Mapping[str, str], ask: Audit = pip_audit) -> int:
     """Print what is vulnerable and what was not audited; return the exit status."""
     reasons = []
-    for service, address in SERVICES.items():
+    for service, called in SERVICES.items():
         answer = ask(service, versions)
         try:
             found = json.loads(answer)["dependencies"]
         except (ValueError, KeyError, TypeError):
-            reasons.append(f"{address}: {answer[:100]}")
+            reasons.append(f"{called}: {answer[:100]}")
             continue
         audited = [each for each in found if "vulns" in each]
         if not audited:
-            reasons.append(f"{address}: it knows none of the {len(found)} packages")
+            reasons.append(f"{called}: it knows none of the {len(found)} packages")
             continue
-        return _report(versions, audited, address)
+        return _report(versions, audited, called)
     print(
         "not audited: no service of known vulnerabilities answers from here, so nothing is known "
         f"of the {len(versions)} installed packages; run `make audit` where one does",
@@ -69,7 +69,7 @@ def audit(versions: Mapping[str, str], ask: Audit = pip_audit) -> int:
     return NOT_AUDITED
 
 
-def _report(versions: Mapping[str, str], audited: list[dict], address: str) -> int:
+def _report(versions: Mapping[str, str], audited: list[dict], called: str) -> int:
     known = {_plain(each["name"]) for each in audited}
     left = [name for name in versions if _plain(name) not in known]
     vulnerable = [each for each in audited if each["vulns"]]
@@ -78,8 +78,8 @@ def _report(versions: Mapping[str, str], audited: list[dict], address: str) -> i
             fixed = ", ".join(fault.get("fix_versions", [])) or "no version yet"
             print(f"{each['name']} {each['version']}: {fault['id']}, fixed in {fixed}")
     if left:
-        print(f"not audited, unknown to {address}: {', '.join(left)}")
-    print(f"{len(audited)} packages audited by {address}, {len(vulnerable)} vulnerable")
+        print(f"not audited, unknown to {called}: {', '.join(left)}")
+    print(f"{len(audited)} packages audited by {called}, {len(vulnerable)} vulnerable")
     return VULNERABLE if vulnerable else NOT_AUDITED if left else CLEAN
 
 

@@ -624,18 +624,18 @@ def _answer(*known: str, **vulnerable: str) -> str:
 @pytest.mark.parametrize(
     ("first", "second", "status", "told"),
     [
-        (_answer("one", "two"), "", audit.CLEAN, "2 packages audited by https://pypi.org, 0"),
+        (_answer("one", "two"), "", audit.CLEAN, "2 packages audited by PyPI, 0"),
         (_answer("one", two="PYSEC-1"), "", audit.VULNERABLE, "two 1: PYSEC-1, fixed in 2"),
-        (_answer("one"), "", audit.NOT_AUDITED, "not audited, unknown to https://pypi.org: two"),
+        (_answer("one"), "", audit.NOT_AUDITED, "not audited, unknown to PyPI: two"),
         (
             _answer(),
             _answer("one", "two"),
             audit.CLEAN,
-            "2 packages audited by https://api.osv.dev",
+            "2 packages audited by OSV",
         ),
         # pip-audit itself says of this that no known vulnerabilities were found.
         (_answer(), _answer(), audit.NOT_AUDITED, "nothing is known of the 2 installed packages"),
-        ("no route", "no route", audit.NOT_AUDITED, "https://api.osv.dev: no route"),
+        ("no route", "no route", audit.NOT_AUDITED, "OSV: no route"),
     ],
 )
 def test_the_audit_takes_nothing_unknown_for_clean(first, second, status, told, capsys):
