@@ -123,10 +123,10 @@ IDENTITY = {
     "corpus_fingerprint": _text(
         "Digest of the text that the method was fitted on; empty if there was none.", nullable=True
     ),
-    "torch": _text("Version of torch."),
-    "transformers": _text("Version of transformers."),
-    "lm_eval": _text("Version of lm-eval."),
-    "dyndepth": _text("Version of this suite."),
+    "torch": _text("Version of torch, as `torch==...`."),
+    "transformers": _text("Version of transformers, as `transformers==...`."),
+    "lm_eval": _text("Version of lm-eval, as `lm_eval==...`."),
+    "dyndepth": _text("Version of this suite, as `dyndepth==...`."),
     "harness_code": _text("Digest of the suite's own code that can change a number."),
     "method_code": _text("Digest of the method's code."),
     "git_commit": _text(

@@ -14,7 +14,7 @@ from typing import Any
 
 from dyndepth.errors import UserError
 from dyndepth.records import Row
-from dyndepth.rerun import VERSIONS, commands
+from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.store import Store, write_atomically
 
 NAME = "manifest.json"
@@ -40,7 +40,9 @@ def write_manifest(path: str | Path, lines: Sequence[str] | None = None) -> Path
     body = {
         "format": FORMAT,
         "commands": list(lines or commands(cell.identity for cell in cells)),
-        "made_with": {key: sorted({str(cell.identity[key]) for cell in cells}) for key in VERSIONS},
+        "made_with": {
+            key: sorted({str(cell.identity[key]) for cell in cells}) for key in MADE_WITH
+        },
         "cells": {
             cell.key: {"file": store.file(cell.identity).name, "sha256": sha256(file)}
             for cell in cells

@@ -18,6 +18,7 @@ from dyndepth.markdown import Record, joined, number, read, spread, table
 from dyndepth.naming import label
 from dyndepth.page_sentences import sentences
 from dyndepth.recipe import NONE
+from dyndepth.records import VERSIONS
 
 Options = dict[str, Any]
 
@@ -82,7 +83,7 @@ def run(source: Source, options: Options) -> str:
     def all_of(key: str, empty: str = "") -> str:
         return joined(row[key] or empty for row in rows)
 
-    versions = [f"{key} {all_of(key)}" for key in ("dyndepth", "torch", "transformers", "lm_eval")]
+    versions = [all_of(key).replace("==", " ") for key in VERSIONS]
     machines = joined(filter(None, (row["device_name"] for row in rows)))
     return (
         f"`{source.results}/`: {len(rows)} cells ({failed} failed) of "
@@ -118,14 +119,14 @@ def leaderboard(source: Source, options: Options) -> str:
 
     def place(name: str) -> tuple[bool, bool, float]:
         row = shown[name]
-        return row["bound"] == "True", name != DENSE, float(row["bits_per_byte"] or "inf")
+        return row["bound"] == "TRUE", name != DENSE, float(row["bits_per_byte"] or "inf")
 
     lines = []
     for name in sorted(shown, key=place):
         row = shown[name]
         lines.append(
             (
-                f"`{name}`" + (" (bound)" if row["bound"] == "True" else ""),
+                f"`{name}`" + (" (bound)" if row["bound"] == "TRUE" else ""),
                 str(seeds[name]),
                 spread(row, "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"),
                 spread(row, "mean_acc", "mean_acc_low", "mean_acc_high"),
@@ -174,7 +175,7 @@ def equal_flops(source: Source, options: Options) -> str:
         fits = all(row[key] == options[key] for key in ("task", "metric"))
         fits = fits and row["phases"] == options.get("phases", "both") and row["value"] != ""
         if fits and (row["recovery"] == NONE or options.get("recovered")):
-            own = found.setdefault((row["bound"] == "True", label(row)), {})
+            own = found.setdefault((row["bound"] == "TRUE", label(row)), {})
             own[float(row["reference_speedup"])] = row
     budgets = sorted({budget for own in found.values() for budget in own})
     best = options.get("sort", budgets[len(budgets) // 2] if budgets else 1.0)
@@ -182,7 +183,7 @@ def equal_flops(source: Source, options: Options) -> str:
     def place(item: tuple[tuple[bool, str], dict[float, Record]]) -> tuple[bool, bool, float]:
         (bound, _), own = item
         row = own.get(best)
-        sign = -1 if row and row["higher_is_better"] == "True" else 1
+        sign = -1 if row and row["higher_is_better"] == "TRUE" else 1
         return bound, row is None, sign * float(row["value"]) if row else 0.0
 
     lines = [

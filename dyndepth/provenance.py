@@ -14,10 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
+from dyndepth.records import VERSIONS
 
-PACKAGES = ("torch", "transformers", "lm_eval", "dyndepth")
-"""Distributions whose version is part of a cell's identity."""
+PACKAGE = Path(__file__).resolve().parent
 
 METHODS = "dyndepth.methods"
 """Import name of the package that holds a file or a folder for each method."""
@@ -129,7 +128,7 @@ hashed into each cell, so a new file counts until somebody says here that it doe
 def versions() -> dict[str, str]:
     """Installed version by distribution; ``unknown`` where there is no metadata."""
     found = {}
-    for name in PACKAGES:
+    for name in VERSIONS:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -56,6 +56,9 @@ UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values
 (``model_fingerprint`` is), and a commit that touches no hashed code changes no number."""
 
+VERSIONS = ("torch", "transformers", "lm_eval", "dyndepth")
+"""Packages whose version is a part of the identity, by the name they are installed by."""
+
 METHOD_KEYS = frozenset(
     {
         "method",
@@ -164,6 +167,8 @@ def identity_columns(cell: Cell) -> Row:
     """The columns that lead every row of the cell, ``LEADING``."""
     bound = bool(cell.provenance.get("uses_labels", False))
     own = {key: flat(cell.identity[key]) for key in IDENTITY}
+    # As pip takes it; and a bare 5.24.0 is a date to a spreadsheet.
+    own |= {key: f"{key}=={own[key]}" for key in VERSIONS}
     return {
         "cell": cell.key,
         **own,

@@ -27,7 +27,7 @@ PROGRAM = ("python", "-m", "dyndepth.sweep")
 OUTPUT = "runs/again"
 """Where the printed commands write, unless told otherwise: not where the run itself lies."""
 
-VERSIONS = ("git_commit", "torch", "transformers", "lm_eval", "dyndepth", "harness_code")
+MADE_WITH = ("git_commit", "torch", "transformers", "lm_eval", "dyndepth", "harness_code")
 OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed")
 """Keys of an identity that tell which plan of a sweep is the cell's."""
 
@@ -83,7 +83,7 @@ def plan_of(identity: Row, wanted: Settings, layers: int) -> Plan:
 
 def made_with(identity: Row) -> str:
     """Commit, packages and code that a cell was made with, in a few words."""
-    return ", ".join(f"{key} {identity[key] or 'unknown'}" for key in VERSIONS)
+    return ", ".join(f"{key} {identity[key] or 'unknown'}" for key in MADE_WITH)
 
 
 def chosen(cells: Sequence[Cell], prefixes: Sequence[str]) -> list[Cell]:

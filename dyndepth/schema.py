@@ -175,7 +175,7 @@ def _typed(name: str, key: str, column: Column, frame: pandas.DataFrame) -> pand
     known: Any
     wrong: Any
     if column.dtype == "boolean":
-        known = numbers.map({True: True, False: False, "True": True, "False": False})
+        known = numbers.map({True: True, False: False, "TRUE": True, "FALSE": False})
         wrong = known.isna() & ~empty
     else:
         known = pandas.to_numeric(numbers, errors="coerce").astype("float64")

@@ -7,20 +7,17 @@ does ``python -m dyndepth.tables RUN``, which computes nothing.
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from dyndepth import sheets
 from dyndepth.errors import UserError
 from dyndepth.options import Parser
 from dyndepth.readable_rows import check_rows
 from dyndepth.records import LEADING, Cell, Row, identity_columns
 from dyndepth.schema import TABLES, validate
-from dyndepth.sheets import harmless
 from dyndepth.store import Store, write_atomically
 
 NAMES = tuple(TABLES)
@@ -77,26 +74,8 @@ def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The rows as CSV text: one header, no index; a missing value is an empty field.
-
-    A text that a spreadsheet would take for a formula is led by an apostrophe.
-    """
-    buffer = io.StringIO()
-    names = columns_of(rows, columns)
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([_field(row.get(name)) for name in names] for row in rows)
-    return buffer.getvalue()
-
-
-def _text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return format(value, ".10g") if isinstance(value, float) else str(value)
-
-
-def _field(value: Any) -> str:
-    return harmless(value) if isinstance(value, str) else _text(value)
+    """The rows as CSV text (``dyndepth.sheets``), every column of ``columns_of``."""
+    return sheets.as_csv(rows, columns_of(rows, columns))
 
 
 def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
@@ -111,7 +90,7 @@ def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         try:
             arrays.append(pyarrow.array(values))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-            arrays.append(pyarrow.array([None if v is None else _text(v) for v in values]))
+            arrays.append(pyarrow.array([None if v is None else sheets.number(v) for v in values]))
     buffer = io.BytesIO()
     table = pyarrow.table(arrays, names=names)
     pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=15)

@@ -139,7 +139,7 @@ def test_timing_is_measured_and_recorded(tiny, tmp_path, cache):
     with (tmp_path / "a" / "run" / "timing.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["phase"] for row in rows} == {"prefill", "decode"}
-    assert {row["reproduces_scores"] for row in rows} == {"True"}
+    assert {row["reproduces_scores"] for row in rows} == {"TRUE"}
     with (tmp_path / "a" / "run" / "leaderboard.csv").open() as file:
         board = {row["method"]: row for row in csv.DictReader(file)}
     for column in ("wall_prefill_speedup", "wall_prefill_low", "wall_decode_speedup"):
@@ -158,7 +158,7 @@ def test_recovered_cells_are_scored_and_timed_beside_the_others(tiny, tmp_path, 
     assert len({row["model_fingerprint"] for row in board.values()}) == 1
     assert {row["block_speedup"] for (m, _), row in board.items() if m == "dense"} == {"1"}
     with (tmp_path / "a" / "run" / "timing.csv").open() as file:
-        assert {row["reproduces_scores"] for row in csv.DictReader(file)} == {"True"}
+        assert {row["reproduces_scores"] for row in csv.DictReader(file)} == {"TRUE"}
     cells = [json.loads(path.read_text()) for path in (tmp_path / "a").glob("run/cells/*.json")]
     tokens = {(c["identity"]["recovery"][:4], c["provenance"]["recovery_tokens"]) for c in cells}
     assert tokens == {("none", None), ("lora", 64)}

@@ -473,7 +473,7 @@ def test_columns_are_those_that_are_described():
         assert rows
         assert all(columns.values())
     rows = list(csv.DictReader(io.StringIO(written["equal_flops.csv"])))
-    assert {row["bound"] for row in rows} == {"True", "False"}
+    assert {row["bound"] for row in rows} == {"TRUE", "FALSE"}
     assert {row["rank"] for row in rows} <= {"1", "2", ""}
 
 

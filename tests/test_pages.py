@@ -22,6 +22,7 @@ from dyndepth.page_blocks import Source, averaged
 from dyndepth.records import LEADING
 from dyndepth.registry import method_class, methods
 from dyndepth.schema import TABLES, tables
+from dyndepth.sheets import entry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")
@@ -34,11 +35,11 @@ def _row(method: str, **values: Any) -> dict[str, str]:
         "recovery": "none",
         "seed": "0",
         "status": "done",
-        "bound": "False",
+        "bound": "FALSE",
         "dtype": "float32",
     }
     base |= {"target_speedup": "1.5", "block_speedup": "1.5", "total_speedup": "1.4"}
-    return base | {key: str(value) for key, value in values.items()}
+    return base | {key: entry(value) for key, value in values.items()}
 
 
 def _own(cls: Any) -> list[str]:
@@ -197,9 +198,9 @@ def test_seeds_are_averaged_and_intervals_widened():
 def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
     def row(method: str, budget: float, value: float, **more: Any) -> dict[str, str]:
         base = {"method": method, "parameters": "", "phases": "both", "recovery": "none"}
-        base |= {"bound": "False", "task": "t", "metric": "m", "higher_is_better": "True"}
+        base |= {"bound": "FALSE", "task": "t", "metric": "m", "higher_is_better": "TRUE"}
         base |= {"reference_speedup": str(budget), "value": str(value), "low": "", "high": ""}
-        return base | {key: str(value) for key, value in more.items()}
+        return base | {key: entry(value) for key, value in more.items()}
 
     rows = [
         row("uls", 1.25, 0.5),

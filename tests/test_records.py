@@ -209,7 +209,7 @@ def test_csv_writes_numbers_the_same_way_everywhere():
     text = as_csv([{"value": 0.1 + 0.2, "n": 3, "task": None, "extra": True}], ("task", "value"))
     heading, line = csv.reader(io.StringIO(text))
     row = dict(zip(heading, line, strict=True))
-    assert (row["value"], row["n"], row["task"], row["extra"]) == ("0.3", "3", "", "True")
+    assert (row["value"], row["n"], row["task"], row["extra"]) == ("0.3", "3", "", "TRUE")
     assert heading[-4:] == ["task", "value", "extra", "n"]
 
 

@@ -216,3 +216,29 @@ def test_copies_of_a_run_with_a_changed_digit_fail(run, tmp_path_factory):
     table.to_parquet(path)
     with pytest.raises(UserError, match=r"routing.parquet: column 'executed', row 1 .* at most 1"):
         validate_folder(copy)
+
+
+@pytest.mark.parametrize(
+    "text", ["123456789012", "12e456789012", "5.24.0", "0.1.0", "2026-01-02", "1/2", ".5", "inf"]
+)
+def test_a_text_that_looks_like_a_number_or_a_date_stays_a_text(text):
+    written = as_csv([{"cell": text}, {"cell": "b779a8c7124b0a85"}], ())
+    assert [line.partition(",")[0] for line in written.splitlines()[1:]] == [
+        f"'{text}",
+        "b779a8c7124b0a85",
+    ]
+
+
+def test_truth_values_are_those_that_r_knows_too():
+    written = as_csv([{"bound": True}, {"bound": False}, {"bound": None}], ())
+    found = [row["bound"] for row in csv.DictReader(StringIO(written))]
+    assert found == ["TRUE", "FALSE", ""]
+    table = pandas.read_csv(StringIO(written))
+    assert table["bound"].tolist()[:2] == [True, False]
+
+
+def test_versions_are_no_dates_in_any_table(run):
+    for path in run.glob("*.csv"):
+        for row in csv.DictReader(StringIO(path.read_text("utf-8"))):
+            for name in ("torch", "transformers", "lm_eval", "dyndepth"):
+                assert row[name].startswith(f"{name}=="), path
