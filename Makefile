@@ -7,6 +7,7 @@ EMBEDDED := $(VENV)/.embedded
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 STUDY := skipgpt layer_selection
+RESULTS := embedded bounds
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := pytest -q -n 2 --dist worksteal
 
@@ -21,7 +22,7 @@ help:
 	@echo "make faults     kill and disturb sweeps in many ways, and see that they resume (some minutes)"
 	@echo "make bench      measure what the runtime costs and saves"
 	@echo "make docs       write families, method cards, tables and all numbers of README and docs"
-	@echo "make results    make results/embedded again (some six hours on two cores; it resumes)"
+	@echo "make results    make results/embedded and results/bounds again (some seven hours on two cores; it resumes)"
 	@echo "make notebooks  execute the notebooks into runs/notebooks"
 	@echo "make routers    train the shipped routers and adapters again (about an hour)"
 	@echo "make study      test published claims on the embedded model (some hours); STUDY names one"
@@ -82,12 +83,15 @@ notebooks: setup
 	  notebooks/*.ipynb
 
 results: setup
-	$(RUN) -m dyndepth.studies embedded --output_path results/embedded
-	$(RUN) -m dyndepth.tables results/embedded --pack
-	$(RUN) -m dyndepth.comparison results/embedded --output_path results/embedded
-	$(RUN) -m dyndepth.leaderboard results/embedded --output_path results/embedded
-	$(RUN) -m dyndepth.verify results/embedded --write_manifest
-	$(RUN) -m dyndepth.verify results/embedded --sample 5
+	for run in $(RESULTS); do \
+	  folder=results/$$run; \
+	  $(RUN) -m dyndepth.studies $$run --output_path $$folder && \
+	  $(RUN) -m dyndepth.tables $$folder --pack && \
+	  $(RUN) -m dyndepth.comparison $$folder --output_path $$folder && \
+	  $(RUN) -m dyndepth.leaderboard $$folder --output_path $$folder && \
+	  $(RUN) -m dyndepth.verify $$folder --write_manifest && \
+	  $(RUN) -m dyndepth.verify $$folder --sample 5 || exit 1; \
+	done
 
 routers: setup
 	$(RUN) -m dyndepth.methods.skipgpt.ship

@@ -1,40 +1,32 @@
-"""One page a method: what its file says of it, what it declares, what its paper reports, and what
+"""One page a method: what its file says of it, what it declares, what was published of it, and what
 was measured here.
 
 The text is the docstring of the method's module, laid out as Markdown; everything else is read from
-its class and from tables. Nothing is written by hand.
+its class and from tables. Nothing is written by hand. What a method may offer for its page:
+``Fields:`` in the docstring of its class; and, where one of its parameters names a set of settings,
+a mapping in its module from those names to dataclasses of such settings
+(``card_parameters.presets``).
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from dyndepth.markdown import Record, joined, layout, markup, number, spread, table
-from dyndepth.published import nearest
+from dyndepth.card_parameters import parameters, preset_table
+from dyndepth.card_status import STUDIES, row_count, status, who_has
+from dyndepth.markdown import Record, layout, markup, number, spread, table
+from dyndepth.naming import label
+from dyndepth.published import kind_of, nearest
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Row
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
 
-BEFORE = "target_speedup", "seed"
-"""Parameters that every method has."""
-
-_LIST = re.compile(r"^(?:Fields|Attributes):\n", re.MULTILINE)
-_FIELD = re.compile(r"([a-z_]+(?:, [a-z_]+)*): (.*)")
-
-_NAMES: dict[object, str] = {
-    int: "integer",
-    float: "number",
-    bool: "true or false",
-    str: "text",
-    type(None): "none",
-}
 _DECIDES = {
     "static": "one plan for all inputs",
     "sequence": "a plan for each sequence",
@@ -64,51 +56,58 @@ def card(
     measured: Sequence[Record],
     published: Sequence[Row],
     where: str,
+    studies: Mapping[str, Sequence[Record]] | None = None,
 ) -> str:
     """The page of a method.
 
     Args:
         cls: its class.
-        measured: its rows of a run's leaderboard.csv; empty: none are committed.
+        measured: its rows of the main run's leaderboard.csv; empty: none are committed.
         published: its rows of the table of published values; empty: there are none.
         where: sentence that says where ``measured`` comes from, or why there is nothing.
+        studies: study -> leaderboard rows of any method, as ``card_status.study_rows`` gives.
     """
     text = _module(cls)
     first, _, rest = text.partition("\n")
+    elsewhere = {
+        name: own
+        for name, found in (studies or {}).items()
+        if (own := [row for row in found if row["method"] == cls.name])
+    }
+    count = row_count(sum(map(len, elsewhere.values())))
+    more = f" {who_has(elsewhere)} {count} of it: see {STUDIES}." if elsewhere else ""
     parts = [
         f"# `{cls.name}`",
         markup(first),
-        f"**Status.** {status(cls, measured, published)}",
+        f"**Status.** {status(cls, measured, published, elsewhere)}",
         layout(rest),
         "## Declared",
         facts(cls),
         "## Parameters",
         parameters(cls),
-        "## What its paper reports",
+        preset_table(cls),
+        "## Published values",
         claims(cls, published, measured),
         "## What was measured here",
-        where,
+        where + more,
         rows(measured),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def status(
-    cls: type[DynamicDepthMethod], measured: Sequence[Record], published: Sequence[Row]
-) -> str:
-    """What is committed, what failed, and whether any of it is of a model that its paper used."""
-    if not measured:
-        return "Implemented and tested; no row of it in the committed run."
-    done = sum(row["status"] == "done" for row in measured)
-    models = joined(row["model"] for row in measured)
-    text = f"Implemented and tested; {done} of {len(measured)} committed cells finished ({models})."
-    theirs = {row["model"] for row in published if row.get("model")}
-    if theirs and not theirs & {row["model"] for row in measured}:
-        text += (
-            f" The published values are of {joined(sorted(theirs))}: they stand beside ours and do "
-            "not compare with them row by row."
-        )
-    return text + (" A bound, not a competitor." if cls.uses_labels else "")
+def training(cls: type[DynamicDepthMethod]) -> str:
+    """``trained``, ``its source trained`` or nothing. A method that follows another one
+    (``source_method``) only has that one trained."""
+    if not cls.needs_training:
+        return ""
+    return "its source trained" if hasattr(cls, "source_method") else "trained"
+
+
+_TRAINS = {
+    "": "no",
+    "trained": "yes: `fit` takes minutes or more",
+    "its source trained": "nothing of its own: its source is trained, in minutes or more",
+}
 
 
 def facts(cls: type[DynamicDepthMethod]) -> str:
@@ -121,7 +120,7 @@ def facts(cls: type[DynamicDepthMethod]) -> str:
         ("decides", f"{cls.granularity}: {_DECIDES[cls.granularity]}"),
         ("skips", skips[default.phases] + (" by default (`phases`)" if chooses else "")),
         ("keys and values of what is skipped", f"{default.kv_policy}: {_KV[default.kv_policy]}"),
-        ("trains", "yes: `fit` takes minutes or more" if cls.needs_training else "no"),
+        ("trains", _TRAINS[training(cls)]),
         ("sees the answers", "yes: a bound" if cls.uses_labels else "no"),
         ("source", cls.paper),
         ("file", f"`{_file(cls)}`"),
@@ -129,68 +128,15 @@ def facts(cls: type[DynamicDepthMethod]) -> str:
     return table(("fact", "value"), lines)
 
 
-def parameters(cls: type[DynamicDepthMethod]) -> str:
-    """The method's own parameters: choices or type, default, and what its docstring says."""
-    described = descriptions(cls)
-    hints = get_type_hints(cls)
-    lines = [
-        (
-            f"`{field.name}`",
-            _values(hints[field.name]),
-            f"`{_default(field.default)}`",
-            described.get(field.name, ""),
-        )
-        for field in fields(cls)
-        if field.init and field.name not in BEFORE
-    ]
-    if not lines:
-        return "None beside the target speedup and the seed."
-    return table(("parameter", "values", "default", "meaning"), lines)
-
-
-def descriptions(cls: type[DynamicDepthMethod]) -> dict[str, str]:
-    """Parameter -> what docstrings say of it, as Markdown: the class's own first, then those of
-    the dataclasses that its module uses (settings that it repeats as parameters)."""
-    names = vars(sys.modules[cls.__module__]).values()
-    # What comes from elsewhere may have names in common and mean something else by them.
-    own = (each for each in names if getattr(each, "__module__", "").startswith(cls.__module__))
-    found: dict[str, str] = {}
-    for source in (cls, *filter(is_dataclass, own)):
-        found = _described(inspect.cleandoc(source.__doc__ or "")) | found
-    return found
-
-
-def _described(text: str) -> dict[str, str]:
-    """Name -> text of the entries under ``Fields:`` or ``Attributes:``."""
-    found: dict[str, str] = {}
-    names: list[str] = []
-    *_, listed = _LIST.split(text, maxsplit=1)
-    for line in listed.splitlines():
-        depth = len(line) - len(line.lstrip())
-        entry = _FIELD.fullmatch(line.strip())
-        if entry and depth <= 4:
-            names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
-        elif depth > 4:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-        else:
-            names = []
-    return {name: markup(words) for name, words in found.items()}
-
-
 def claims(
     cls: type[DynamicDepthMethod], published: Sequence[Row], measured: Sequence[Record]
 ) -> str:
-    """The values of its paper with their source, and our row of the nearest budget, without
-    recovery, beside each."""
+    """Published values with the document that they were read in, and beside each our row that
+    ``published.nearest`` finds."""
     if not published:
         control = kind(cls) == "control"
-        return "Nothing: it is a control." if control else "No value of it is kept here."
-    ours = [
-        {**row, "block_speedup": float(row["block_speedup"] or 0)}
-        for row in measured
-        if row["recovery"] == NONE
-    ]
+        return "None: it is a control." if control else "No value of it is kept here."
+    ours = [{**row, "block_speedup": float(row["block_speedup"] or 0)} for row in measured]
     lines = []
     for row in published:
         speedup = (
@@ -199,7 +145,10 @@ def claims(
         values = ("" if row[key] is None else f"{row[key]:g}" for key in ("dense_value", "value"))
         source = f"{row['source']}. {row['note']}" if row["note"] else row["source"]
         close = nearest(row, ours) if row["speedup"] else None
-        what = (row["parameters"], row["model"], speedup, f"{row['task']}, {row['metric']}")
+        recovery = kind_of(row.get("recovery"))
+        settings = [row["parameters"], "" if recovery == NONE else f"recovery={recovery}"]
+        given = ", ".join(filter(None, settings))
+        what = (given, row["model"], speedup, f"{row['task']}, {row['metric']}")
         lines.append((*what, *values, _ours(close), source))
     headings = ("parameters", "model", "speedup", "task", "dense", "value")
     return table((*headings, "ours at the nearest block FLOPs", "source"), lines)
@@ -208,7 +157,9 @@ def claims(
 def _ours(row: Row | None) -> str:
     if row is None:
         return ""
-    texts = [f"{row['block_speedup']:.2f}x on {row['model']}"]
+    name = label(row)
+    setting = "" if name == row["method"] else f" with `{name}`"
+    texts = [f"{row['block_speedup']:.2f}x on {row['model']}{setting}"]
     if row["retained"]:
         kept = spread(row, "retained", "retained_low", "retained_high", "{:.2f}")
         texts.append(f"{kept} of dense's accuracy")
@@ -258,17 +209,3 @@ def _file(cls: type[DynamicDepthMethod]) -> str:
     module = sys.modules[cls.__module__]
     path = cls.__module__.removeprefix("dyndepth.").replace(".", "/")
     return f"{path}/" if hasattr(module, "__path__") else f"{path}.py"
-
-
-def _values(hint: object) -> str:
-    """A type as a person reads it; the choices of a Literal."""
-    inner = get_args(hint)
-    if not inner:
-        return _NAMES.get(hint) or str(getattr(hint, "__name__", hint))
-    if all(isinstance(choice, str) for choice in inner):
-        return ", ".join(f"`{choice}`" for choice in inner)
-    return " or ".join(_values(choice) for choice in inner)
-
-
-def _default(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -182,10 +182,10 @@ COMPUTE = Table(
         "phase": _PHASE,
         "tokens": _integer("Tokens that were scored or read, each as often as it is billed."),
         "block_flops_per_token": _flops(
-            "Executed FLOPs a token in the blocks (attention and MLP); two a multiply-add."
+            "Executed FLOPs per token in the blocks (attention and MLP); two per multiply-add."
         ),
         "total_flops_per_token": _flops(
-            "Executed FLOPs a token in all, LM head and the method's own work included."
+            "Executed FLOPs per token in all, LM head and the method's own work included."
         ),
         "block_speedup": _speedup(
             "Dense block FLOPs / executed block FLOPs; empty if no block was executed."
@@ -193,18 +193,24 @@ COMPUTE = Table(
         "total_speedup": _speedup(
             "Dense total FLOPs / executed total FLOPs, everything the method adds included."
         ),
-        "attention": _flops("FLOPs a token in attention sublayers, projections included."),
-        "mlp": _flops("FLOPs a token in MLP sublayers."),
-        "kv_projection": _flops("FLOPs a token for keys and values of tokens that skip attention."),
-        "router": _flops("FLOPs a token in routers and controllers."),
-        "readout": _flops("FLOPs a token for reading the residual stream out before the end."),
-        "lm_head": _flops("FLOPs a token in the final LM head, at the scored positions only."),
+        "attention": _flops("FLOPs per token in attention sublayers, projections included."),
+        "mlp": _flops("FLOPs per token in MLP sublayers."),
+        "kv_projection": _flops(
+            "FLOPs per token for keys and values of tokens that skip attention."
+        ),
+        "router": _flops("FLOPs per token in routers and controllers."),
+        "readout": _flops(
+            "FLOPs per token for reading the residual stream out before the last block."
+        ),
+        "lm_head": _flops("FLOPs per token in the final LM head, at the scored positions only."),
         "padding": _flops(
-            "FLOPs a token that were computed for padding, in no total; empty but in phase `all`."
+            "FLOPs per token that no document needed, in no total: padding tokens, sublayers "
+            "computed for all tokens because that was faster, a bound's look-ahead; filled in "
+            "phase `all` only."
         ),
         "reused": _number(
-            "FLOPs a token that were billed to several documents and computed once (negative), in "
-            "no total; empty but in phase `all`.",
+            "FLOPs per token that were billed to several documents and computed once (negative), "
+            "in no total; filled in phase `all` only.",
             le=0,
         ),
     },
@@ -234,11 +240,15 @@ _TIMING = {
     "length": _integer("Tokens of each prompt.", least=1),
     "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
     "repeats": _integer("Interleaved pairs of dense and method that were timed.", nullable=True),
-    "dense_median_s": _number("Median of the dense model's times, seconds a pass or step.", gt=0),
-    "method_median_s": _number("Median of the method's times, seconds a pass or step.", gt=0),
+    "dense_median_s": _number("Median of the dense model's times, seconds per pass or step.", gt=0),
+    "method_median_s": _number("Median of the method's times, seconds per pass or step.", gt=0),
     "wall_speedup": _speedup("Dense time / method time: median over the pairs, host's clock."),
-    "wall_speedup_low": _number("Lower end of the 95% interval of `wall_speedup`.", ge=0),
-    "wall_speedup_high": _speedup("Upper end of the 95% interval of `wall_speedup`."),
+    "wall_speedup_low": _number(
+        "Lower end of its 95% interval, from order statistics of the pairs.", ge=0
+    ),
+    "wall_speedup_high": _speedup(
+        "Upper end of its 95% interval, from order statistics of the pairs."
+    ),
     "wall_efficiency": _speedup(
         "`wall_speedup / total_speedup`; 1.0: all saved arithmetic became saved time."
     ),
@@ -264,18 +274,21 @@ _TIMING = {
     ),
     "check_error": _text("Why no scores were compared; empty if they were.", nullable=True),
     "attach_s": _number("Seconds that attaching the method takes, outside of the clock.", ge=0),
-    "level": _text("How thoroughly was timed.", nullable=True, isin=("quick", "full", "custom")),
+    "level": _text("How thorough the timing was.", nullable=True, isin=("quick", "full", "custom")),
     "device_name": _text("Name of the processor or GPU.", nullable=True),
     "threads": _integer("Threads that torch used.", nullable=True, least=1),
     "cores": _integer("Logical processors of the machine.", nullable=True, least=1),
     "vector_units": _text("Vector instructions that torch used on the CPU.", nullable=True),
     "allocator": _text("Settings of the memory allocator.", nullable=True),
     "gather_limits": _text(
-        "Largest executed fractions of attention and MLP at which tokens are gathered, and the "
-        "least tokens a forward.",
+        "Under token masks: the largest executed fractions of attention and of MLP, and the least "
+        "tokens per forward, at which tokens are gathered; else a sublayer runs for all tokens.",
         nullable=True,
     ),
-    "load_average": _number("The system's load over the last minute; a hint at neighbours.", ge=0),
+    "load_average": _number(
+        "The system's load over the last minute; well above `threads`, it hints at other work.",
+        ge=0,
+    ),
     "gpu": _text("Clocks, power limit and temperature of the GPU; empty on a CPU.", nullable=True),
 }
 
@@ -342,11 +355,11 @@ LEADERBOARD = Table(
         "bits_per_byte": _number(
             "Bits per byte, mean over tasks; lower is better; empty if no task has it.", ge=0
         ),
-        "bits_per_byte_low": _number(f"Bits per byte, lower {_END}"),
-        "bits_per_byte_high": _number(f"Bits per byte, upper {_END}", ge=0),
+        "bits_per_byte_low": _number(f"Value - 1.96 standard errors, at least 0: lower {_END}"),
+        "bits_per_byte_high": _number(f"Value + 1.96 standard errors: upper {_END}", ge=0),
         "rouge_l": _fraction("ROUGE-L, mean over tasks; empty if no task has it."),
-        "rouge_l_low": _number(f"ROUGE-L, lower {_END}"),
-        "rouge_l_high": _number(f"ROUGE-L, upper {_END}"),
+        "rouge_l_low": _number(f"Value - 1.96 standard errors, at least 0: lower {_END}"),
+        "rouge_l_high": _number(f"Value + 1.96 standard errors, at most 1: upper {_END}"),
         "block_speedup": _speedup(
             "Achieved: dense / executed block FLOPs over the tokens of all tasks; empty if none."
         ),

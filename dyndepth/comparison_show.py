@@ -35,7 +35,7 @@ def show(tables: dict[str, list[Row]]) -> None:
     _each(tables["curves"], "whole curves", _CURVES, area)
     rank = "rank: among methods of one recovery that reach the budget, bounds apart"
     rows = sorted(tables["equal_flops"], key=_by_rank)
-    _each(rows, "at equal block FLOPs", _EQUAL_FLOPS, rank)
+    _each(rows, "at equal FLOPs", _EQUAL_FLOPS, rank)
 
 
 def _by_rank(row: Row) -> tuple[float, str, float]:
@@ -47,19 +47,20 @@ def _each(rows: Sequence[Row], what: str, columns: Sequence[Column], caption: st
     from rich.markup import escape
     from rich.table import Table
 
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
         if row.get("task"):
             shared = row.get("setting") or str([row[key] for key in _SETTING])
-            groups.setdefault((row["model"], shared, row["task"], row["metric"]), []).append(row)
+            key = row["model"], shared, row["task"], row["metric"], row.get("flops")
+            groups.setdefault(key, []).append(row)
     several = len({key[:2] for key in groups}) > 1
-    for (model, _, task, metric), own in groups.items():
+    for (model, _, task, metric, flops), own in groups.items():
         better = "more is better" if own[0]["higher_is_better"] else "less is better"
         documents = max((row["n"] for row in own if row.get("n")), default=0)
         where = f", {model} {own[0]['dtype']} {own[0]['device']}" if several else ""
         note = f"{better}, {documents} documents; [..] are 95% intervals\n{caption}"
         table = Table(
-            title=escape(f"{task} {metric}, {what}{where}"),
+            title=escape(f"{task} {metric}, {what}{f' ({flops})' if flops else ''}{where}"),
             title_justify="left",
             caption=escape(note),
             caption_justify="left",

@@ -4,67 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-import numpy as np
 from scipy.stats import rankdata
 
 from dyndepth.comparison import BUDGETS
 from dyndepth.comparison_columns import CURVE
 from dyndepth.curves import area, degradation, overlap, span
 from dyndepth.errors import UserError
+from dyndepth.judging import Pending, adjust, verdict
 from dyndepth.peers import Peers, Score, Series, full_name, peers
 from dyndepth.records import Cell, Row, flat
-from dyndepth.resampling import means
 from dyndepth.stats import (
+    FLOPS,
     LEAST,
-    Difference,
+    SAME,
     Point,
     Vector,
     check_paired,
-    direction,
-    holm,
     interpolate,
 )
 
 NO_DENSE = "there is no finished dense cell of the same setting"
-
-
-@dataclass
-class Pending:
-    """Entries of rows that wait to be estimated together, on the same documents."""
-
-    weights: Vector
-    waiting: list[tuple[Row, str, tuple[str, str], Vector, bool]] = field(default_factory=list)
-
-    def add(
-        self,
-        row: Row,
-        column: str,
-        by_document: Vector,
-        ends: tuple[str, str] | None = None,
-        test: bool = False,
-    ) -> None:
-        """The weighted mean of ``by_document`` will fill ``column``, its interval ``ends``
-        (``column_low`` and ``column_high``), and two-sided p of 0 ``p`` if ``test``."""
-        own = ends or (f"{column}_low", f"{column}_high")
-        self.waiting.append((row, column, own, by_document, test))
-
-    def fill(self) -> None:
-        """Estimate all that waits. Too few documents give values without intervals."""
-        if not self.waiting:
-            return
-        stacked = np.stack([vector for *_, vector, _ in self.waiting])
-        if len(self.weights) < LEAST:
-            values = stacked @ self.weights / self.weights.sum()
-            for (row, column, *_), value in zip(self.waiting, values, strict=True):
-                row[column] = float(value)
-            return
-        found = means(stacked, self.weights)
-        for index, (row, column, (low, high), _, test) in enumerate(self.waiting):
-            row[column] = float(found.value[index])
-            row[low], row[high] = float(found.low[index]), float(found.high[index])
-            row |= {"p": float(found.p[index])} if test else {}
 
 
 def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Row]:
@@ -74,7 +35,9 @@ def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Ro
         UserError: the cells are of different task versions or data.
     """
     rows = [
-        row for each, score in jobs(peers(cells), tasks, "curves") for row in _curves(each, score)
+        row
+        for each, score in jobs(peers(cells), tasks, "curves", FLOPS)
+        for row in _curves(each, score)
     ]
     return _judged(rows, "area_difference")
 
@@ -95,19 +58,27 @@ def equal_flops(
     asked = sorted(set(budgets))
     rows = [
         row
-        for each, score in jobs(peers(cells), tasks, "equal FLOPs")
+        for each, score in jobs(peers(cells), tasks, "equal FLOPs", FLOPS)
         for row in _at(each, score, asked)
     ]
     return _judged(rows, "competitor_difference")
 
 
 def jobs(
-    groups: Sequence[Peers], tasks: Sequence[str] | None, what: str
+    groups: Sequence[Peers],
+    tasks: Sequence[str] | None,
+    what: str,
+    flops: Sequence[str] = FLOPS[:1],
 ) -> Iterable[tuple[Peers, Score]]:
     """What can be compared, setting by setting, with a progress bar where it takes long."""
     from tqdm import tqdm
 
-    found = [(each, score) for each in groups for score in each.comparable(tasks)]
+    found = [
+        (each, replace(score, flops=kind))
+        for each in groups
+        for score in each.comparable(tasks)
+        for kind in flops
+    ]
     return tqdm(found, desc=what, unit="metric", delay=3, leave=False, disable=None)
 
 
@@ -150,7 +121,8 @@ def _described(each: Peers, series: Series, score: Score) -> Row:
     row: Row = {"setting": each.key, "bound": series.bound, "task": score.task}
     row |= {key: flat(identity[key]) for key in CURVE if key in identity}
     row |= {"metric": score.metric, "higher_is_better": score.higher_is_better}
-    row |= {"task_version": score.task_version, "points": len(series.by_target())}
+    row |= {"task_version": score.task_version, "flops": score.flops}
+    row["points"] = len(series.by_target())
     row["cells"] = " ".join(cell.key for cell in series.cells)
     row["failed"] = " ".join(cell.key for cell in series.failed)
     return row
@@ -177,10 +149,12 @@ def _curves(each: Peers, score: Score) -> list[Row]:
             pending.add(row, "sdr", lost)
         worst = _hardest(series, points, read, score)
         if worst is not None:
-            other, within, apart = worst
+            other, within, apart, every = worst
             row["competitor"] = full_name(other.identity)
             row["overlap_low"], row["overlap_high"] = within
-            pending.add(row, "area_difference", apart, test=True)
+            pending.add(row, "area_difference", apart)
+            pending.against(row, every, _sign(score))
+    _shared_area(read, pending)
     pending.fill()
     return [row for _, row, _ in read]
 
@@ -190,21 +164,44 @@ def _hardest(
     points: list[Point],
     read: Sequence[tuple[Series, Row, list[Point]]],
     score: Score,
-) -> tuple[Series, tuple[float, float], Vector] | None:
-    """The competitor against which a curve stands worst over their overlap, the overlap, and the
-    difference of their mean values by document."""
-    sign = 1.0 if score.higher_is_better else -1.0
+) -> tuple[Series, tuple[float, float], Vector, list[Vector]] | None:
+    """The competitor against which a curve stands worst over their overlap, the overlap, the
+    difference of their mean values by document, and those to all competitors."""
     worst, least = None, math.inf
+    every: list[Vector] = []
     for other, _, others in _competitors(series, read):
         within = overlap(points, others)
         own = area(points, within) if within else None
         theirs = area(others, within) if within else None
         if within and own and theirs:
             apart = own[0] - theirs[0]
-            ahead = sign * float(apart @ own[1] / own[1].sum())
+            every.append(apart)
+            ahead = _sign(score) * float(apart @ own[1] / own[1].sum())
             if ahead < least:
                 worst, least = (other, within, apart), ahead
-    return worst
+    return (*worst, every) if worst else None
+
+
+def _shared_area(read: Sequence[tuple[Series, Row, list[Point]]], pending: Pending) -> None:
+    """Fill the mean value over the range that all competitors of one recovery were measured over,
+    in which their curves can be read against each other."""
+    for recovery in dict.fromkeys(series.recovery for series, *_ in read):
+        own = [each for each in read if each[0].recovery == recovery and each[2]]
+        spans = [span(points) for series, _, points in own if not series.bound]
+        if not spans:
+            continue
+        low, high = max(least for least, _ in spans), min(most for _, most in spans)
+        for _, row, points in own:
+            least, most = span(points)
+            inside = least <= low + SAME and high <= most + SAME and high - low > SAME
+            found = area(points, (low, high)) if inside else None
+            if found is not None:
+                row["shared_low"], row["shared_high"] = low, high
+                pending.add(row, "shared_area", found[0], ("shared_area_low", "shared_area_high"))
+
+
+def _sign(score: Score) -> float:
+    return 1.0 if score.higher_is_better else -1.0
 
 
 def _competitors(
@@ -236,7 +233,7 @@ def _at(each: Peers, score: Score, budgets: Sequence[float]) -> list[Row]:
                 if points:
                     low, high = span(points)
                     row["reason"] = (
-                        f"measured from {low:.4f} to {high:.4f} of dense's block FLOPs alone, "
+                        f"measured from {low:.4f} to {high:.4f} of dense's {score.flops} FLOPs, "
                         f"not at {1 / budget:.4f}"
                     )
                 continue
@@ -266,7 +263,7 @@ def _place(
         if point is not None and any(entry[0] is one[0] for one in _competitors(series, read))
     ]
     assert own is not None
-    sign = -1.0 if score.higher_is_better else 1.0
+    sign = -_sign(score)
     row["competitors"] = len(others) + (not series.bound)
     if not series.bound:
         # Equal but for the order of a sum is equal.
@@ -275,11 +272,12 @@ def _place(
     if others:
         best, point = min(others, key=lambda entry: round(sign * entry[1].value, 10))
         row["competitor"], row["competitor_value"] = full_name(best.identity), point.value
-        pending.add(row, "competitor_difference", own.outcomes - point.outcomes, test=True)
+        pending.add(row, "competitor_difference", own.outcomes - point.outcomes)
+        pending.against(row, [own.outcomes - p.outcomes for _, p in others], _sign(score))
 
 
 def _judged(rows: list[Row], column: str) -> list[Row]:
-    """Holm's correction by metric over the table, and the verdicts."""
+    """Holm's correction by metric and kind of FLOPs over the table, and the verdicts."""
     adjust(rows)
     for row in rows:
         if row.get("p_holm") is not None:
@@ -288,22 +286,3 @@ def _judged(rows: list[Row], column: str) -> list[Row]:
             row["verdict"] = "not comparable"
             row.setdefault("reason", "there is no competitor")
     return rows
-
-
-def adjust(rows: Sequence[Row]) -> None:
-    """Fill ``p_holm``: Holm's correction over the rows with the same metric."""
-    metrics = dict.fromkeys(row.get("metric") for row in rows)
-    for metric in metrics:
-        tested = [r for r in rows if r.get("metric") == metric and r.get("p") is not None]
-        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-            row["p_holm"] = p
-
-
-def verdict(row: Row, column: str, low: str, high: str) -> str:
-    """Whether the difference in ``column``, with its interval from ``low`` to ``high``, is shown,
-    and to which side."""
-    found = Difference(math.nan, math.nan, row[column], row[low], row[high], row["p"], row["n"])
-    sign = direction(found, row["p_holm"])
-    if sign == 0:
-        return "no difference shown"
-    return "better" if (sign > 0) == row["higher_is_better"] else "worse"

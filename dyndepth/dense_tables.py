@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from dyndepth.curve_tables import NO_DENSE, Pending, adjust, few, jobs, verdict
+from dyndepth.curve_tables import NO_DENSE, few, jobs
 from dyndepth.curves import pareto
 from dyndepth.errors import UserError
+from dyndepth.judging import Pending, adjust, verdict
 from dyndepth.peers import Peers, Score, curve_key, is_bound, peers
 from dyndepth.records import Cell, Row, identity_columns
 from dyndepth.resampling import ratios
@@ -51,6 +53,8 @@ def _scored(each: Peers, score: Score) -> dict[str, Row]:
                 row["reason"] = own
                 continue
             row |= {"value": own.value, "block_fraction": own.fraction, "n": len(own.documents)}
+            whole = each.attempt([cell], replace(score, flops="total"))
+            row |= {} if isinstance(whole, str) else {"total_fraction": whole.fraction}
             points[cell.key] = own
     if dense is None:
         for key in points:
@@ -84,10 +88,11 @@ def _compare(rows: dict[str, Row], points: dict[str, Point], dense: Point) -> No
             continue
         row["dense_value"] = dense.value
         if own.cells == dense.cells:
-            row |= {"difference": 0.0, "retained": 1.0, "verdict": "reference"}
-            continue
+            row |= {"difference": 0.0, "verdict": "reference"}
         if dense.value > 0:
             row["retained"] = own.value / dense.value
+        if own.cells == dense.cells:
+            continue
         enough = len(own.documents) >= LEAST
         binary = is_binary(own.outcomes) and is_binary(dense.outcomes)
         apart = own.outcomes - dense.outcomes

@@ -3,7 +3,9 @@
 ``python -m dyndepth.leaderboard RUN...`` merges runs and prints the table; with --output_path it
 writes leaderboard.csv and, for people, leaderboard.md and leaderboard.html. Accuracy here is
 ``acc`` alone, never mixed with ``acc_norm``: the mean over tasks, its interval by bootstrap over
-documents within tasks, and the fraction of dense retained on the same documents.
+documents within tasks, and the fraction of dense retained on the same documents. A leaderboard may
+hold cells of several settings; each is compared with dense of its own, and says what it has apart
+from the others (``naming.apart``).
 """
 
 from __future__ import annotations
@@ -16,23 +18,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyndepth.chance import METRIC
 from dyndepth.console import print_table
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
+from dyndepth.merging import merged_cells
+from dyndepth.naming import apart
 from dyndepth.options import Parser, underscored
 from dyndepth.paths import check_folder
-from dyndepth.readable_rows import check_rows
 from dyndepth.recipe import NONE, shortened
-from dyndepth.records import Cell, Row, identity_columns, order, setting
+from dyndepth.records import Cell, Row, identity_columns, setting
 from dyndepth.schema import TABLES, validate
-from dyndepth.store import Store, write_atomically
+from dyndepth.store import write_atomically
 from dyndepth.tables import as_csv
 
-METRIC = "acc"
+CONTROL = "control"
+"""What a control has for its paper (``DynamicDepthMethod.paper``)."""
 Z95 = 1.96
 """Standard errors on each side of a 95% interval."""
 APART = {"bits_per_byte": "bits_per_byte", "rouge_l": "rougeL"}
 """Columns of scores that are no accuracies, and the metric whose mean over tasks they hold."""
+SHARES = ("rouge_l",)
+"""Those of them that lie between 0 and 1."""
 
 NAMES = ("leaderboard.csv", "leaderboard.md", "leaderboard.html")
 """What the command writes."""
@@ -53,6 +60,11 @@ def is_dense(cell: Cell) -> bool:
     without recovery."""
     own = cell.identity
     return own["method"] == DENSE and own["recovery"] == NONE and cell.evaluated
+
+
+def is_control(row: Row) -> bool:
+    """True for the row of a control: something to compare methods with, no method of a paper."""
+    return row.get("paper") == CONTROL
 
 
 def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
@@ -108,9 +120,10 @@ def _mean_value(cell: Cell, column: str, metric: str) -> Row:
     margin = Z95 * math.sqrt(sum(error**2 for error in errors)) / len(rows)
     if len(errors) < len(rows) or math.isnan(margin):
         return {column: value}
-    # Neither metric can be negative, and the normal law does not know it.
-    low = max(0.0, value - margin)
-    return {column: value, f"{column}_low": low, f"{column}_high": value + margin}
+    # Neither metric can be negative, nor one of them above 1, and the normal law does not know it.
+    low, high = max(0.0, value - margin), value + margin
+    high = min(1.0, high) if column in SHARES else high
+    return {column: value, f"{column}_low": low, f"{column}_high": high}
 
 
 def speedups(cell: Cell) -> Row:
@@ -181,62 +194,67 @@ def check_comparable(cells: Sequence[Cell]) -> None:
 
 
 def merged(runs: Sequence[Path]) -> list[Cell]:
-    """The cells of several runs, each once (the finished one where a run failed at it).
+    """The cells of several runs, each once; see ``dyndepth.merging``.
 
     Raises:
-        UserError: a folder is no run, a cell's rows cannot be read, or the runs' rows cannot
-            stand in one table.
+        UserError: a folder is no run, a cell's rows cannot be read, runs disagree on a cell's
+            scores, or the runs' rows cannot stand in one table.
     """
-    found: dict[str, Cell] = {}
-    for run in runs:
-        cells = Store(run).all()
-        if not cells:
-            raise UserError(f"{run} holds no cells; give the --output_path of a sweep")
-        check_rows(cells)
-        for cell in cells:
-            if cell.key not in found or found[cell.key].status == "error":
-                found[cell.key] = cell
-    cells = sorted(found.values(), key=order)
+    cells = merged_cells(runs)
     check_comparable(cells)
     return cells
 
 
-def write(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write the table for programs, a page for people and one for browsers; return where.
+def texts(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, str]:
+    """The table for programs, a page for people and one for browsers, by file name, of ``NAMES``.
 
-    Raises UserError, before anything is written, if a value cannot be in the table.
+    Raises UserError if a value cannot be in the table.
     """
-    from dyndepth.leaderboard_page import board, html, markdown
+    from dyndepth.leaderboard_markdown import markdown
+    from dyndepth.leaderboard_page import board, html
 
     validate(NAMES[0], rows)
     found = board(cells, rows)
-    texts = (as_csv(rows, TABLES[NAMES[0]].own), markdown(found), html(found))
-    for name, text in zip(NAMES, texts, strict=True):
+    return dict(
+        zip(NAMES, (as_csv(rows, TABLES[NAMES[0]].own), markdown(found), html(found)), strict=True)
+    )
+
+
+def write(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write all of ``texts`` and return where. Raises as it does, before anything is written."""
+    for name, text in texts(cells, rows).items():
         write_atomically(folder / name, text)
     return [folder / name for name in NAMES]
 
 
 def show(rows: Sequence[Row], title: str = "Leaderboard") -> None:
-    """Print leaderboard rows as a table. A row of a bound or a failure says so by its name."""
+    """Print leaderboard rows as a table. A row of a bound, a control or a failure says so by its
+    name; rows of several settings say what theirs has apart."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, caption="[..] are 95% intervals", caption_justify="left")
     several = len({row["model"] for row in rows}) > 1
+    settings = [
+        ", ".join(word for word in words if word != row["model"])
+        for row, words in zip(rows, apart(rows), strict=True)
+    ]
     headings = ["model"] if several else []
+    headings += ["setting"] if any(settings) else []
     recovered = any(row["recovery"] != NONE for row in rows)
     headings += ["method", "parameters", "phases", "target", "seed"]
     headings += ["recovery"] if recovered else []
     headings += ["mean acc", "% of dense"]
     headings += ["bits/byte", "ROUGE-L", "block", "total", "prefill", "decode"]
-    numeric = set(headings) - {"model", "method", "parameters", "phases", "recovery"}
+    numeric = set(headings) - {"model", "setting", "method", "parameters", "phases", "recovery"}
     for heading in headings:
         table.add_column(heading, justify="right" if heading in numeric else "left")
-    for row in rows:
+    for row, words in zip(rows, settings, strict=True):
         name = str(row["method"])
-        name += " (bound)" if row["bound"] else ""
+        name += " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
         name += " FAILED" if row["status"] == "error" else ""
         texts = [str(row["model"])] if several else []
+        texts += [words] if any(settings) else []
         texts += [name, str(row["parameters"]), str(row["phases"])]
         texts += [f"{row['target_speedup']:g}x", str(row["seed"])]
         texts += [shortened(str(row["recovery"]))] if recovered else []
@@ -266,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: merge runs into one leaderboard."""
     parser = Parser(
         prog="python -m dyndepth.leaderboard",
-        description="Merge runs into one leaderboard; refuse rows that are not comparable.",
+        description="Merge runs into one leaderboard. Rows of several settings say what theirs has "
+        "apart; other evaluation data or task versions are refused.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")

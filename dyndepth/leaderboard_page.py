@@ -1,7 +1,8 @@
-"""The leaderboard for people: Markdown, and one HTML file that works offline.
+"""The leaderboard for people: its data, and one HTML file that works offline.
 
-``board`` turns cells and their leaderboard rows into plain data: one entry a setting, averaged over
-its seeds. ``markdown`` and ``html`` only write that down; the page draws it in the browser.
+``board`` turns cells and their leaderboard rows into plain data: one entry a method's parameters in
+a setting, averaged over its seeds. ``html`` and ``leaderboard_markdown`` only write that down; the
+page draws it in the browser.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from dyndepth.naming import changed, label, recovered
+from dyndepth.chance import chance
+from dyndepth.naming import apart, changed, label, recovered
 from dyndepth.published import nearest, published
 from dyndepth.recipe import NONE
-from dyndepth.records import LEADING, UNHASHED, Cell, Row
+from dyndepth.records import LEADING, UNHASHED, VERSIONS, Cell, Row
 
 TEMPLATE = "leaderboard.html"
 _PLACE = "__BOARD__"
@@ -29,8 +31,9 @@ SCORES = (
 
 CONDITIONS = (
     *("model", "model_fingerprint", "dtype", "device", "device_name", "threads"),
-    *("num_fewshot", "limit", "sample_seed", "data_fingerprint"),
-    *("dyndepth", "torch", "transformers", "lm_eval", "git_commit"),
+    *("attn_implementation", "batch_size", "tasks", "num_fewshot", "limit", "sample_seed"),
+    *("data_fingerprint", "dyndepth", "harness_code", "git_commit"),
+    *("torch", "transformers", "lm_eval"),
 )
 """What is told of the cells beneath the table, each value once."""
 
@@ -39,10 +42,11 @@ SEEDS = (
     "the lowest to the highest end of the seeds' intervals."
 )
 BOUNDS = "Bounds choose by the answers: they say what is possible and compete with nobody."
+CONTROLS = "Controls are no methods of a paper: they say what a method is worth beside them."
 PAPERS = (
     "As the sources state them, for other models, tasks and budgets than those measured here; they "
     "enter no average. Beside each stands the setting of the same method measured at the nearest "
-    "block FLOPs speedup."
+    "block FLOPs speedup, recovered in the same way or not at all."
 )
 
 _BY_SEED = frozenset({"cell", "seed"}) | UNHASHED - {"model"}
@@ -54,58 +58,75 @@ Spread = list[Any]
 
 def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``published``, ``conditions``.
+    ``published``, ``conditions``, ``chance``, ``texts``.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
     high]``, its ends None where there is none. A cell that failed has no entry unless it has
-    scores.
+    scores. Entries of one setting stand together; ``setting`` says what theirs has apart.
     """
-    from dyndepth.leaderboard import is_dense
-
     groups: dict[tuple[Any, ...], list[tuple[Cell, Row]]] = {}
+    words = {row["cell"]: found for row, found in zip(rows, apart(rows), strict=True)}
     for cell, row in zip(cells, rows, strict=True):
         if cell.evaluated:
             key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
             groups.setdefault(key, []).append((cell, row))
     scores = _scores(cells, rows)
-    entries = []
-    for members in groups.values():
-        own = [row for _, row in members]
-        by_task = [_by_task(cell) for cell, _ in members]
-        found = {
-            key: _mean([_spread(row, key) for row in own])
-            if any(key == fixed for fixed, *_ in SCORES)
-            else _mean([each.get(key) for each in by_task])
-            for key in scores
-        }
-        entries.append(
-            _labels(own[0])
-            | {
-                "seeds": [row["seed"] for row in own],
-                "cells": [row["cell"] for row in own],
-                "bound": bool(own[0]["bound"]),
-                "dense": is_dense(members[0][0]),
-                "scores": {key: value for key, value in found.items() if value is not None},
-                "block": _mean([_spread(row, "block_speedup") for row in own]),
-                "total": _mean([_spread(row, "total_speedup") for row in own]),
-                "prefill": _mean([_wall(row, "prefill") for row in own]),
-                "decode": _mean([_wall(row, "decode") for row in own]),
-            }
-        )
+    entries = [_entry(members, scores, words) for members in groups.values()]
+    first = list(dict.fromkeys(entry["setting"] for entry in entries))
+    entries.sort(key=lambda entry: first.index(entry["setting"]))
     failed = [
-        _labels(row)
+        _labels(row, words)
         | {"seed": row["seed"], "cell": row["cell"], "error": str(row.get("error") or "")}
         for row in rows
         if row["status"] == "error"
     ]
+    guesses = dict.fromkeys((e["setting"], e["chance"]) for e in entries if e["chance"] is not None)
     return {
         "scores": list(scores.values()),
         "entries": entries,
         "failed": failed,
-        "published": _published(rows),
+        "published": _published(rows, words),
         "conditions": _conditions(rows),
-        "texts": {"seeds": SEEDS, "bounds": BOUNDS, "papers": PAPERS},
+        "chance": _chance(list(guesses)),
+        "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS},
     }
+
+
+def _entry(
+    members: Sequence[tuple[Cell, Row]], scores: dict[str, Row], words: dict[str, list[str]]
+) -> Row:
+    """The entry of cells that differ in their seeds alone."""
+    from dyndepth.leaderboard import is_control, is_dense
+
+    own = [row for _, row in members]
+    by_task = [_by_task(cell) for cell, _ in members]
+    found = {
+        key: _mean([_spread(row, key) for row in own])
+        if any(key == fixed for fixed, *_ in SCORES)
+        else _mean([each.get(key) for each in by_task])
+        for key in scores
+    }
+    return _labels(own[0], words) | {
+        "seeds": [row["seed"] for row in own],
+        "cells": [row["cell"] for row in own],
+        "bound": bool(own[0]["bound"]),
+        "control": is_control(own[0]),
+        "dense": is_dense(members[0][0]),
+        "chance": chance(members[0][0]),
+        "scores": {key: value for key, value in found.items() if value is not None},
+        "block": _mean([_spread(row, "block_speedup") for row in own]),
+        "total": _mean([_spread(row, "total_speedup") for row in own]),
+        "prefill": _mean([_wall(row, "prefill") for row in own]),
+        "decode": _mean([_wall(row, "decode") for row in own]),
+    }
+
+
+def _chance(found: Sequence[tuple[str, float]]) -> str:
+    """What guesses score, in a few words; by setting where that differs. Empty if unknown."""
+    values = {f"{value:.3f}": setting for setting, value in reversed(found)}
+    if len(values) < 2:
+        return "".join(f"chance: {value}" for value in values)
+    return "chance: " + ", ".join(f"{value:.3f} ({setting})" for setting, value in found)
 
 
 def html(found: Board) -> str:
@@ -118,39 +139,19 @@ def html(found: Board) -> str:
     return template.replace(_PLACE, text, 1)
 
 
-def markdown(found: Board) -> str:
-    """The same in Markdown: competitors, bounds, failed cells, what papers report."""
-    fixed = [score for score in found["scores"] if any(score["key"] == key for key, *_ in SCORES)]
-    competitors = [entry for entry in found["entries"] if not entry["bound"]]
-    bounds = [entry for entry in found["entries"] if entry["bound"]]
-    lines = ["# Leaderboard", ""]
-    lines += [_sentence(competitors, bounds, found["failed"]), ""]
-    lines += _entries(competitors, fixed)
-    if any(len(entry["seeds"]) > 1 for entry in found["entries"]):
-        lines += ["", SEEDS]
-    if bounds:
-        lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed)]
-    if found["failed"]:
-        lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
-        lines.append(_line(["---"] * 5))
-        for one in found["failed"]:
-            texts = [one["name"], f"{one['target']:g}x", str(one["seed"]), one["cell"]]
-            lines.append(_line([*texts, one["error"]]))
-    if found["published"]:
-        lines += ["", "## Reported by papers", "", PAPERS, "", *_papers(found["published"])]
-    lines += ["", "## Conditions", ""]
-    lines += [f"- {key}: {_cell(', '.join(values))}" for key, values in found["conditions"].items()]
-    return "\n".join(lines) + "\n"
-
-
 # --- the data -------------------------------------------------------------------------------------
 
 
-def _labels(row: Row) -> Row:
-    recovery = recovered(row)
+def _labels(row: Row, words: dict[str, list[str]]) -> Row:
+    """Names of a row; ``words`` has what settings have apart, by cell."""
+    recovery, model = recovered(row), str(row["model"])
+    more = [word for word in words[row["cell"]] if word != model]
     parts = [*changed(row), f"+ {recovery}" if recovery != NONE else ""]
     return {
-        "model": str(row["model"]),
+        "model": model,
+        "setting": ", ".join(words[row["cell"]]),
+        "apart": ", ".join(more),
+        "label": ", ".join([label(row), *words[row["cell"]]]),
         "method": str(row["method"]),
         "name": label(row),
         "variant": ", ".join(filter(None, parts)),
@@ -200,10 +201,27 @@ def _by_task(cell: Cell) -> dict[str, Spread]:
         if error is None or error != error:
             found[_key(row)] = [value, None, None]
         else:
-            # What is not negative has no negative end either; the normal law does not know it.
-            low = value - Z95 * error
-            found[_key(row)] = [value, max(0.0, low) if value >= 0 else low, value + Z95 * error]
+            # What is not negative has no negative end either, and what is a share none above 1; the
+            # normal law does not know it.
+            low, high = value - Z95 * error, value + Z95 * error
+            low = max(0.0, low) if value >= 0 else low
+            found[_key(row)] = [value, low, min(1.0, high) if _is_share(cell, row) else high]
     return found
+
+
+def _is_share(cell: Cell, row: Row) -> bool:
+    """True for a metric that lies between 0 and 1 on every document, and is better the larger:
+    an accuracy, an F1 or ROUGE, but no bits per byte."""
+    if row.get("higher_is_better") is False or row["value"] > 1:
+        return False
+    key = f"{row['metric']},{row.get('filter', NONE)}"
+    outcomes = (
+        json.loads(sample["outcomes"]).get(key)
+        for sample in cell.samples
+        if sample["task"] == row["task"]
+    )
+    known = [value for value in outcomes if value is not None]
+    return bool(known) and all(0 <= value <= 1 for value in known)
 
 
 def _spread(row: Row, key: str) -> Spread | None:
@@ -231,7 +249,7 @@ def _mean(values: Sequence[Spread | None]) -> Spread | None:
     return [sum(middle) / len(known), min(lows) if whole else None, max(highs) if whole else None]
 
 
-def _published(rows: Sequence[Row]) -> list[Row]:
+def _published(rows: Sequence[Row], words: dict[str, list[str]]) -> list[Row]:
     """Papers' rows of the methods on the board, each with the nearest measured setting."""
     measured = [row for row in rows if row.get("mean_acc") is not None or row.get("bits_per_byte")]
     present = {str(row["method"]) for row in measured}
@@ -242,7 +260,7 @@ def _published(rows: Sequence[Row]) -> list[Row]:
         near = nearest(row, measured)
         beside = None
         if near is not None:
-            beside = _labels(near) | {
+            beside = _labels(near, words) | {
                 "block": near["block_speedup"],
                 **{key: _spread(near, key) for key, *_ in SCORES},
             }
@@ -254,82 +272,8 @@ def _conditions(rows: Sequence[Row]) -> dict[str, list[str]]:
     found = {}
     for key in CONDITIONS:
         values = {str(row.get(key)) for row in rows if row.get(key) not in (None, "")}
+        if key in VERSIONS:
+            values = {value.removeprefix(f"{key}==") for value in values}
         if values:
             found[key] = sorted(values)
     return found
-
-
-# --- Markdown -------------------------------------------------------------------------------------
-
-
-def _entries(entries: Sequence[Row], scores: Sequence[Row]) -> list[str]:
-    several = len({entry["model"] for entry in entries}) > 1
-    heads = ["model"] if several else []
-    heads += ["method", "target", "seeds", *(score["label"] for score in scores)]
-    heads += ["block FLOPs", "total FLOPs", "prefill", "decode"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for entry in entries:
-        texts = [entry["model"]] if several else []
-        texts += [entry["name"], f"{entry['target']:g}x", str(len(entry["seeds"]))]
-        texts += [
-            _interval(entry["scores"].get(score["key"]), score["factor"], score["digits"])
-            for score in scores
-        ]
-        texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
-        texts += [_interval(entry[key], 1, 2, "x") for key in ("prefill", "decode")]
-        lines.append(_line(texts))
-    return lines
-
-
-def _papers(rows: Sequence[Row]) -> list[str]:
-    heads = ["method", "model", "budget", "task", "metric", "dense", "reported", "measured nearest"]
-    heads += ["source", "note"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for row in rows:
-        near = row["measured"]
-        beside = ""
-        if near is not None:
-            kept = _interval(near["retained"], 100, 0, "% of dense's accuracy")
-            bits = _interval(near["bits_per_byte"], 1, 3, " bits per byte")
-            beside = (
-                f"{near['name']} at {near['block']:.2f}x: {', '.join(filter(None, (kept, bits)))}"
-            )
-        method = " ".join(filter(None, (row["method"], row["parameters"])))
-        texts = [method, row["model"], f"{row['speedup']:g}x {row['unit_of_speedup']}"]
-        texts += [row["task"], row["metric"], _plain(row["dense_value"]), _plain(row["value"])]
-        lines.append(_line([*texts, beside, row["source"], row["note"]]))
-    return lines
-
-
-def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row]) -> str:
-    methods = len({entry["method"] for entry in competitors})
-    return (
-        f"{methods} methods in {len(competitors)} settings, {len(bounds)} settings of bounds, "
-        f"{len(failed)} failed cells. Intervals are 95%; speedups are ratios to dense: achieved "
-        "block and total FLOPs, and measured time in prefill and decode."
-    )
-
-
-def _interval(
-    found: Sequence[float | None] | None, factor: float, digits: int, unit: str = ""
-) -> str:
-    if found is None or found[0] is None:
-        return ""
-    texts = [f"{value * factor:.{digits}f}" for value in found if value is not None]
-    return f"{texts[0]}{unit}" + (f" [{texts[1]}, {texts[2]}]" if len(texts) == 3 else "")
-
-
-def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _line(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, texts))} |"
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its field: no line breaks, no bars, no markup."""
-    text = " ".join(str(text).split())
-    for letter in "\\|*`":
-        text = text.replace(letter, f"\\{letter}")
-    return text.replace("<", "&lt;").replace("](", "]\\(")

@@ -1,7 +1,8 @@
 """What a run must contain: ``manifest.json`` beside its tables.
 
-It lists every cell with the SHA-256 of its file, the commands that compute them all, and what they
-were made with. The tables are not in it: they are a function of the cells.
+It lists every cell with the SHA-256 of its file, the commands that compute them all, what they were
+made with, and the names of the files beside them. Of those no hash is kept: they are a function of
+the cells.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dyndepth.errors import UserError
 from dyndepth.records import Row
 from dyndepth.rerun import MADE_WITH, commands
+from dyndepth.schema import COMPARED, TABLES
 from dyndepth.store import Store, write_atomically
 
 NAME = "manifest.json"
+FILES = (*TABLES, *COMPARED, "leaderboard.md", "leaderboard.html")
+"""What a run may hold beside its cells; all of it is a function of them."""
 FORMAT = 1
 
 
@@ -43,6 +47,7 @@ def write_manifest(path: str | Path, lines: Sequence[str] | None = None) -> Path
         "made_with": {
             key: sorted({str(cell.identity[key]) for cell in cells}) for key in MADE_WITH
         },
+        "files": [name for name in FILES if (store.path / name).is_file()],
         "cells": {
             cell.key: {"file": store.file(cell.identity).name, "sha256": sha256(file)}
             for cell in cells
@@ -54,8 +59,16 @@ def write_manifest(path: str | Path, lines: Sequence[str] | None = None) -> Path
     return place
 
 
-def read_manifest(path: str | Path) -> dict[str, Row] | None:
-    """The cells of a run's manifest: hash -> ``file`` and ``sha256``; None where there is none.
+class Manifest(NamedTuple):
+    """What a manifest lists: ``cells`` (hash -> ``file`` and ``sha256``), and names of ``files``
+    beside them (none in manifests from before they were listed)."""
+
+    cells: dict[str, Row]
+    files: tuple[str, ...]
+
+
+def read_manifest(path: str | Path) -> Manifest | None:
+    """A run's manifest; None where there is none.
 
     Raises:
         UserError: it cannot be read.
@@ -67,10 +80,11 @@ def read_manifest(path: str | Path) -> dict[str, Row] | None:
         body: Any = json.loads(place.read_text(encoding="utf-8"))
         if body["format"] != FORMAT:
             raise ValueError(f"it has format {body['format']}, not {FORMAT}")
-        return {
+        cells = {
             str(key): {"file": str(entry["file"]), "sha256": str(entry["sha256"])}
             for key, entry in body["cells"].items()
         }
+        return Manifest(cells, tuple(map(str, body.get("files", ()))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise UserError(f"{place} cannot be read as a manifest: {fault}") from None
 

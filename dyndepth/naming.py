@@ -3,18 +3,42 @@
 A name is a function of the row alone: the method, those of its parameters that are not the
 installed method's defaults, its phases where they are not both, and its recovery without what is as
 by default. Equal settings have equal names everywhere; different ones differ.
+
+Where one table holds cells of several settings (other tasks, another type, other code ...), a name
+alone does not tell its rows apart; ``apart`` says in a few words what they differ in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from dyndepth.errors import UserError
 from dyndepth.recipe import NONE, shortened
+from dyndepth.records import IDENTITY, METHOD_KEYS, UNHASHED, VERSIONS
 from dyndepth.registry import method_class, methods
 from dyndepth.spec import parameters_of
+
+SETTING = tuple(key for key in IDENTITY if key not in METHOD_KEYS | UNHASHED)
+"""Columns that the cells of one setting share, and those of another do not all."""
+
+FITTED = ("fit_version", "corpus_fingerprint", "method_code")
+"""Columns that tell two fits of one method apart; other methods differ in them anyway."""
+
+MODEL = ("model", "model_fingerprint", "revision")
+_WORDS = {
+    "model_fingerprint": "weights",
+    "attn_implementation": "attention",
+    "data_fingerprint": "data",
+    "corpus_fingerprint": "corpus",
+    "harness_code": "code",
+}
+"""Column -> what people call it, if that is not its name."""
+_DIGESTS = frozenset(key for key in IDENTITY if key.endswith(("_fingerprint", "_code")))
+_FIRST = 6
+"""Digits of a digest that people are shown, if they suffice."""
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -48,6 +72,67 @@ def changed(row: Mapping[str, Any]) -> list[str]:
 def recovered(row: Mapping[str, Any]) -> str:
     """A row's recovery for people; ``none`` if there is none."""
     return shortened(str(row.get("recovery") or NONE))
+
+
+def apart(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each row what its setting has and that of another row has not, as ``["bfloat16",
+    "tasks=quartz", "code=1a2b3c"]``: nothing where all rows have one setting.
+
+    ``rows`` have the columns ``records.IDENTITY``, as tables write them. The model is told where
+    models or their weights differ, so that rows of two settings never have the same words. Where
+    rows of one name and setting come from two fits (``FITTED``), that is told too.
+    """
+    keys = [key for key in ("model", *SETTING) if len({_entry(row, key) for row in rows}) > 1]
+    models = {_entry(row, "model") for row in rows}
+    if len(models) == len({tuple(_entry(row, key) for key in MODEL) for row in rows}):
+        # The name says it all.
+        keys = [key for key in keys if key not in MODEL[1:]]
+    words = _words(rows, keys)
+    alike = defaultdict(list)
+    for place, row in enumerate(rows):
+        alike[label(row), *words[place]].append(place)
+    for places in alike.values():
+        own = [rows[place] for place in places]
+        differing = [key for key in FITTED if len({_entry(row, key) for row in own}) > 1]
+        for place, more in zip(places, _words(own, differing), strict=True):
+            words[place] = words[place] + more
+    return words
+
+
+def _words(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[list[str]]:
+    """``key=value`` for each row and key, in short where that tells as many rows apart."""
+    keys = list(keys)
+    short = [[_word(key, _entry(row, key), short=True) for key in keys] for row in rows]
+    full = [[_word(key, _entry(row, key), short=False) for key in keys] for row in rows]
+    chosen = short if len(set(map(tuple, short))) == len(set(map(tuple, full))) else full
+    # What is the same in short is told by another word, as limits by the tasks that they are of.
+    same = [len({words[place] for words in chosen}) == 1 for place in range(len(keys))]
+    return [[w for w, drop in zip(words, same, strict=True) if not drop] for words in chosen]
+
+
+def _entry(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else str(value)
+
+
+def _word(key: str, value: str, short: bool) -> str:
+    if key in ("model", "dtype"):
+        return value
+    if key in _DIGESTS and short:
+        value = value[:_FIRST]
+    elif key in VERSIONS:
+        value = value.removeprefix(f"{key}==")
+    elif key == "tasks":
+        names = value.split(",")
+        more = len(names) - 2
+        value = "+".join([*names[:2], f"{more} more"] if short and more > 1 else names)
+    elif key == "limit":
+        counts = dict.fromkeys(part.rpartition("=")[2] for part in value.split(","))
+        value = next(iter(counts)) if short and len(counts) == 1 else value.replace(",", "+")
+        value = value or "all"
+    elif key == "num_fewshot":
+        value = value or "by task"
+    return f"{_WORDS.get(key, key)}={value or NONE}"
 
 
 def _plain(value: object) -> str:

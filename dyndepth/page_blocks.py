@@ -47,13 +47,13 @@ class Source:
 
 def methods(source: Source, options: Options) -> str:
     """The methods: name, rule, what decides, source. Option ``cards``: where the cards lie."""
-    from dyndepth.cards import kind, summary
+    from dyndepth.cards import kind, summary, training
 
     folder = options.get("cards", ".")
     lines = []
     for cls in sorted(method_classes(), key=lambda cls: (_KINDS.index(kind(cls)), cls.name)):
         what = "" if kind(cls) == "method" else f"{kind(cls)}: "
-        trains = ", trained" if cls.needs_training else ""
+        trains = f", {training(cls)}" if training(cls) else ""
         paper = "" if cls.paper == "control" else cls.paper
         name = f"[`{cls.name}`]({folder}/{cls.name}.md)"
         lines.append((name, what + summary(cls), f"{cls.granularity}{trains}", paper))
@@ -163,9 +163,10 @@ def _numeric(text: str) -> bool:
 
 
 def equal_flops(source: Source, options: Options) -> str:
-    """The main run's methods at equal achieved block FLOPs: a row a method, a column a budget.
+    """The main run's methods at equal achieved FLOPs: a row per method, a column per budget.
 
-    Options: ``task``, ``metric``; ``phases`` (default: both); ``recovered`` (default: false).
+    Options: ``task``, ``metric``; ``flops``: ``block`` (default) or ``total``; ``phases`` (default:
+    both); ``recovered`` (default: false).
     """
     rows = source.rows(source.results, "equal_flops.csv")
     if not rows:
@@ -173,6 +174,7 @@ def equal_flops(source: Source, options: Options) -> str:
     found: dict[tuple[bool, str], dict[float, Record]] = {}
     for row in rows:
         fits = all(row[key] == options[key] for key in ("task", "metric"))
+        fits = fits and row["flops"] == options.get("flops", "block")
         fits = fits and row["phases"] == options.get("phases", "both") and row["value"] != ""
         if fits and (row["recovery"] == NONE or options.get("recovered")):
             own = found.setdefault((row["bound"] == "TRUE", label(row)), {})

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OWN = frozenset({"folder", "table", "show", "form", "count"})
 """Keys of a value that are no columns to choose rows by."""
+BY_FLOPS = ("curves", "equal_flops")
+"""Tables with rows for block FLOPs, which are quoted unless told otherwise, and for all FLOPs."""
 
 
 def sentences(source: Source, options: dict[str, Any]) -> str:
@@ -44,6 +46,8 @@ def value(source: Source, asked: dict[str, Any]) -> str:
     folder = Path(asked.get("folder", source.results))
     table = folder / f"{asked['table']}.csv"
     wanted = {key: each for key, each in asked.items() if key not in OWN and each is not None}
+    if table.stem in BY_FLOPS:
+        wanted.setdefault("flops", "block")
     rows = [row for row in source.rows(folder, table.name) if _fits(row, wanted)]
     if asked.get("count"):
         return str(len(rows))

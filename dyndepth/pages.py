@@ -78,12 +78,14 @@ def filled(text: str, path: Path, source: Any) -> str:
 
 def cards(source: Any) -> dict[Path, str]:
     """The methods' pages and their index."""
+    from dyndepth.card_status import study_rows
     from dyndepth.cards import card
     from dyndepth.page_blocks import method_classes, methods
     from dyndepth.published import published
 
     measured = source.rows(source.results, "leaderboard.csv")
     reported = published()
+    studies = study_rows(source.root, source.results)
     folder = Path("docs/methods")
     found = {}
     for cls in method_classes():
@@ -94,7 +96,8 @@ def cards(source: Any) -> dict[Path, str]:
             where = source.missing()
         elif not own:
             where = f"`{source.results}/leaderboard.csv` has no row of it."
-        found[folder / f"{cls.name}.md"] = f"{_written()}\n\n{card(cls, own, theirs, where)}"
+        page = card(cls, own, theirs, where, studies)
+        found[folder / f"{cls.name}.md"] = f"{_written()}\n\n{page}"
     index = [
         _written(),
         "# Methods, controls and bounds",
@@ -128,7 +131,7 @@ def table_reference() -> str:
         "# Tables",
         "A run's tables are a function of its cells: equal cells give equal bytes. CSV, UTF-8, "
         "one header, no index column, a missing value is an empty field. Layers count from 0; "
-        "intervals are 95%; FLOPs are two a multiply-add. `python -m dyndepth.leaderboard RUN` "
+        "intervals are 95%; FLOPs are two per multiply-add. `python -m dyndepth.leaderboard RUN` "
         "shows a run.",
         "## Columns that lead every table of a run",
         columns(first, [name for name in first.columns if name in LEADING]),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
 from dyndepth.leaderboard import check_comparable, is_dense
+from dyndepth.recipe import NONE
 from dyndepth.records import METHOD_KEYS, Cell, Row, flat, order, plain, setting
 from dyndepth.stats import Point, averaged, curve, measured
 
@@ -23,12 +24,13 @@ VARIED = ("target_speedup", "seed")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task."""
+    """One metric of one task, and which FLOPs its budgets count (``stats.FLOPS``)."""
 
     task: str
     metric: str
     higher_is_better: bool
     task_version: str
+    flops: str = "block"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class Peers:
     """All cells of one setting, in the order of the tables."""
 
     cells: list[Cell]
-    _points: dict[tuple[str, str, str], Point] = field(default_factory=dict)
+    _points: dict[tuple[str, Score], Point] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -101,9 +103,9 @@ class Peers:
         """The point of ``cells``, which differ in their seed alone. Raises as ``measured``."""
         found = []
         for cell in cells:
-            key = (cell.key, score.task, score.metric)
+            key = (cell.key, score)
             if key not in self._points:
-                self._points[key] = measured([cell], score.task, score.metric)
+                self._points[key] = measured([cell], score.task, score.metric, score.flops)
             found.append(self._points[key])
         return averaged(found)
 
@@ -128,12 +130,14 @@ class Peers:
             for group in groups.values()
         ]
 
-    def full(self, recovery: str) -> list[Cell]:
-        """Dense with a curve's own recovery: where that curve ends at full depth."""
+    def full(self, series: Series) -> list[Cell]:
+        """Dense with a curve's own recovery, trained on the same text: where that curve ends at
+        full depth."""
         return [
             cell
             for cell in self.cells
-            if (cell.identity["method"], cell.identity["recovery"]) == (DENSE, recovery)
+            if (cell.identity["method"], cell.identity["recovery"]) == (DENSE, series.recovery)
+            and (series.recovery == NONE or _text(cell.identity) == _text(series.identity))
             and cell.evaluated
         ]
 
@@ -143,7 +147,7 @@ class Peers:
 
     def curve(self, series: Series, score: Score) -> list[Point]:
         """A curve by ascending fraction, full depth included. Raises as ``measured``."""
-        full = self.full(series.recovery)
+        full = self.full(series)
         end = [self.point(full, score)] if full else []
         return curve([*self.own_points(series, score), *end])
 
@@ -160,6 +164,11 @@ def peers(cells: Iterable[Cell]) -> list[Peers]:
     for cell in ordered:
         groups.setdefault(setting(cell.identity), []).append(cell)
     return [Peers(group) for group in groups.values()]
+
+
+def _text(identity: Row) -> str | None:
+    """The text that the cell's method and its recovery were trained on."""
+    return identity["corpus_fingerprint"] or None
 
 
 def curve_key(cell: Cell) -> str:

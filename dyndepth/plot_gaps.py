@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dyndepth.errors import UserError
 from dyndepth.plot_curves import ACROSS, TOGETHER
+from dyndepth.plot_headings import head, intervals
 from dyndepth.plot_parts import (
     GRAY,
+    INK,
+    PAGE,
+    SKIPPED,
     draw_curve,
     figure_of,
     grid,
@@ -34,9 +38,13 @@ from dyndepth.plot_points import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-_ROW, _COLUMN = 0.27, 0.5  # inches of a heatmap's cell
+_ACROSS = 3
+"""Heatmaps beside each other on a page."""
+_ROW = 0.25  # inches of a heatmap's row
+_NAME = 24  # letters in a line of a row's name
 
 
 def gaps(
@@ -108,23 +116,22 @@ def bound_gap(
     if many or count > 3:
         figure, panels = grid(count, ylabel)
     else:
-        figure = figure_of(max(5.6, 3.6 * count + 0.6), 4.2)
+        figure = figure_of(PAGE, 4.4)
         panels = list(np.atleast_1d(figure.subplots(1, count, sharex=True, sharey=True)))
         panels[0].set_ylabel(ylabel)
     scale = scale_of(found, [0.0], logarithmic=False)
-    entries: dict[str, Any] = {}
     for axis, name in zip(panels, names if many else bounds, strict=True):
         part = found[found["label" if many else "bound_by"] == name]
         axis.axhline(0, color=GRAY, linewidth=1.2, zorder=1, label="as good as the bound")
         for label, own in part.groupby("bound_by" if many else "label", observed=True, sort=False):
             number = bounds.index(label) if many else int(own["number"].iloc[0])
             draw_curve(axis, own, style(number, bound=many), wrapped(str(label), 44), bars=True)
-        axis.set_title(wrapped(str(name)), fontsize=8)
+        axis.set_title(wrapped(str(name), 26 if many else 30), fontsize=7.5)
         scale(axis)
-        entries |= in_order(axis)
-    heading = "; ".join(filter(None, (title, "bars: the method's own 95% interval")))
-    figure.suptitle(heading, fontsize=9)
-    legend_below(figure, entries, columns=3, across=ACROSS[across])
+    name = METRICS.get(metric, metric)
+    heading = f"{title or name}, how far a bound is ahead at the same budget"
+    head(figure, table, heading, intervals(found, "Bars, the method's own"))
+    legend_below(figure, in_order(panels), columns=3, across=ACROSS[across])
     return written(figure, path)
 
 
@@ -138,44 +145,88 @@ def retained_by_task(
     """What each task retains of dense: a heatmap a task, methods by target speedups, in percent.
 
     Each task's main metric (``plot_points.MAIN``) divided by dense's; where lower is better,
-    dense's divided by the method's. Seeds are averaged; a dot stands where nothing was measured.
-    Raises UserError where there is nothing to draw.
+    dense's divided by the method's, so that less is worse in every panel (comparison.csv always
+    divides by dense's). Seeds are averaged; a dash stands where nothing was measured. Targets of 1
+    are left out. Raises UserError where there is nothing to draw.
     """
-    import seaborn
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
     table = retained(accuracy, compute)
+    table = table[table["target_speedup"] > 1]
+    if table.empty:
+        raise UserError("no method was run at a target speedup above 1")
     tasks = list(dict.fromkeys(table["task"]))
     names = list(dict.fromkeys(table.sort_values("number")["label"]))
     targets = sorted(set(table["target_speedup"]))
-    rows, columns = len(names), len(targets)
-    widest = max(map(len, names)) * 0.075
-    width = widest + len(tasks) * (max(_COLUMN * columns, 1.5) + 0.2) + 1.0
-    figure = figure_of(width, 1.5 + max(_ROW * rows, 0.8))
-    panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
+    columns = min(_ACROSS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = figure_of(max(4.0, PAGE * columns / _ACROSS), rows * (_ROW * len(names) + 0.6) + 1.3)
+    cells = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    # The last row is full: it alone has the targets.
+    first = columns - (rows * columns - len(tasks))
+    for axis in cells[0, first:]:
+        axis.remove()
+    panels = [*cells[0, :first], *cells[1:].flatten()]
+    colours = ScalarMappable(Normalize(0, 100), colormaps["cividis"])
     for axis, task in zip(panels, tasks, strict=True):
         part = table[table["task"] == task]
         values = part.pivot(index="label", columns="target_speedup", values="retained")
-        values = values.reindex(index=names, columns=targets)
-        seaborn.heatmap(
-            values, ax=axis, cmap="cividis", vmin=0, vmax=1, cbar=False, linewidths=0.5,
-            annot=values.map(lambda v: "·" if np.isnan(v) else f"{100 * v:.0f}"), fmt="",
-            annot_kws={"fontsize": 7}, xticklabels=[f"{t:g}×" for t in targets],
-            yticklabels=names,
-        )  # fmt: skip
-        axis.set_title(
-            f"{wrapped(task, 20)}\n{METRICS.get(part['metric'].iloc[0], '')}", fontsize=8
-        )
-        axis.set(xlabel="", ylabel="")
-        axis.tick_params(labelsize=8, length=0)
-        axis.tick_params(axis="x", labelrotation=90 if columns > 6 else 0)
-        axis.tick_params(axis="y", labelrotation=0)
-    bar = figure.colorbar(panels[0].collections[0], ax=list(panels), pad=0.01, aspect=30)
-    bar.set_label("share of dense's score (numbers: %)", fontsize=8)
+        values = 100 * values.reindex(index=names, columns=targets)
+        axis.pcolormesh(values, cmap=colours.cmap, norm=colours.norm, edgecolor="white",
+                        linewidth=0.5)  # fmt: skip
+        for (row, column), value in np.ndenumerate(values.to_numpy()):
+            missing = bool(np.isnan(value))
+            axis.text(
+                column + 0.5, row + 0.5, "–" if missing else f"{value:.0f}", fontsize=7,
+                ha="center", va="center", color=INK if missing else _ink_on(colours, value),
+            )  # fmt: skip
+        metric = part["metric"].iloc[0]
+        ratio = "dense / method" if metric in LOWER_IS_BETTER else "method / dense"
+        name = METRICS.get(metric, metric)
+        axis.set_title(f"{wrapped(task, 30)}\n{name}, {ratio}, %", fontsize=7.5)
+        axis.set_facecolor(SKIPPED)
+        axis.set_xticks(np.arange(len(targets)) + 0.5, [f"{t:g}×" for t in targets])
+        axis.set_yticks(np.arange(len(names)) + 0.5, [wrapped(name, _NAME) for name in names])
+        axis.tick_params(labelsize=7, length=0)
+        axis.tick_params(axis="x", labelrotation=90 if len(targets) > 6 else 0)
+    panels[0].set_ylim(len(names), 0)
+    for axis in cells[-1]:
+        axis.set_xlabel("target block FLOPs speedup", fontsize=7.5)
+    head(
+        figure,
+        accuracy,
+        title or "what each task retains of dense's score",
+        "Dash: not measured" if _any_missing(table, tasks, names, targets) else "",
+    )
+    bar = figure.colorbar(
+        colours,
+        ax=panels,
+        location="bottom",
+        extend="max",
+        aspect=50,
+        shrink=0.7,
+    )
+    bar.set_label("% of dense's score retained", fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
-    figure.supxlabel("target speedup of the block FLOPs", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
     return written(figure, path)
+
+
+def _ink_on(colours: ScalarMappable, value: float) -> str:
+    """Black or white, whichever stands out more from a value's colour (relative luminance)."""
+    red, green, blue = (
+        part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4
+        for part in colours.to_rgba(np.array([value]))[0, :3]
+    )
+    # Here black and white have the same contrast.
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
+
+
+def _any_missing(
+    table: pd.DataFrame, tasks: list[str], names: list[str], targets: list[float]
+) -> bool:
+    return len(table) < len(tasks) * len(names) * len(targets)
 
 
 def retained(accuracy: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:

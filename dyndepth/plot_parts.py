@@ -33,7 +33,8 @@ SKIPPED = "#EDEDED"
 TITLES = {"attention": "Attention", "mlp": "MLP"}
 """Titles of the two kinds of sublayers, in the order of every routing table."""
 
-FRONT = "Pareto front of competitors"
+FRONT = "Pareto front"
+CHANCE = "chance"
 SUSPECT = "suspect: faster than its FLOPs allow"
 IDEAL = "ideal: all saved FLOPs become time"
 OTHERS = "the others"
@@ -43,9 +44,11 @@ DENSE = "dense"
 _DPI = 150
 _SALT = "dyndepth"
 """Seeds the ids inside an SVG, so that equal figures are equal files."""
-_BEYOND = 0.35
-"""How far the axis follows intervals beyond the points, as a share of their range; longer ones run
-out of the panel."""
+PAGE = 7.4
+"""Width of a printed page in inches: no figure of curves or tables is wider, so that no text gets
+smaller than it is here (7 points at least)."""
+COLUMNS = 4
+"""Panels beside each other that a page holds."""
 
 
 def figure_of(width: float, height: float) -> Figure:
@@ -91,8 +94,8 @@ def legend_below(
     fitting = max(1, int(width / (0.6 + 0.075 * longest)))
     figure.legend(
         list(entries.values()), list(entries), loc="outside lower center", frameon=False,
-        ncols=min(columns, fitting, len(entries)), fontsize=8, handlelength=3,
-        title=across or None, title_fontsize=9,
+        ncols=min(columns, fitting, len(entries)), fontsize=7.5, handlelength=3,
+        title=across or None, title_fontsize=8,
     )  # fmt: skip
 
 
@@ -102,32 +105,47 @@ def entries_of(axis: Axes) -> dict[str, Any]:
     return dict(zip(labels, handles, strict=True))
 
 
-def in_order(axis: Axes) -> dict[str, Any]:
-    """Legend entries; what all panels share comes last."""
-    found = entries_of(axis)
-    shared = (FRONT, DENSE, OTHERS, IDEAL, SUSPECT)
+def in_order(panels: Iterable[Axes]) -> dict[str, Any]:
+    """Legend entries of all panels; what they share comes last.
+
+    Where panels draw the same entry as a line and as a lone mark, the line stands in the legend.
+    """
+    found: dict[str, Any] = {}
+    for axis in panels:
+        for name, handle in entries_of(axis).items():
+            lone = getattr(handle, "get_linestyle", lambda: "")() == "None"
+            if name not in found or not lone:
+                found[name] = handle
+    shared = (DENSE, CHANCE, OTHERS, IDEAL, SUSPECT)
     first = {name: handle for name, handle in found.items() if name not in shared}
-    return first | {name: found[name] for name in shared if name in found}
+    fronts = {name: handle for name, handle in first.items() if name.startswith(FRONT)}
+    first = {name: handle for name, handle in first.items() if name not in fronts}
+    return first | fronts | {name: found[name] for name in shared if name in found}
 
 
 def grid(count: int, ylabel: str, square: bool = False) -> tuple[Figure, list[Axes]]:
-    """``count`` small panels with the same axes; ``legend_below`` labels x for all of them."""
-    columns = min(5, count)
+    """``count`` small panels with the same axes, a page wide; ``legend_below`` labels x for all.
+
+    The last row is full, so that x is labelled there and nowhere else; the first one may be short.
+    """
+    columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    figure = figure_of(2.2 * columns + 0.4, (2.25 if square else 1.9) * rows + 1.0)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axis in panels[count:]:
+    width = PAGE if columns == COLUMNS else 0.4 + columns * (PAGE - 0.4) / COLUMNS
+    figure = figure_of(max(width, 4.0), (1.75 if square else 1.5) * rows + 1.3)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    empty = rows * columns - count
+    for axis in panels[0, columns - empty :]:
         axis.remove()
-    for axis in panels[max(0, count - columns) : count]:
-        axis.tick_params(labelbottom=True)
-    for axis in panels[:count]:
+    found = [*panels[0, : columns - empty], *panels[1:].flatten()]
+    for axis in found:
         axis.tick_params(labelsize=7)
-    figure.supylabel(ylabel, fontsize=9)
-    return figure, list(panels[:count])
+    figure.supylabel(ylabel, fontsize=8)
+    return figure, found
 
 
 def draw_curve(axis: Axes, own: pd.DataFrame, look: dict[str, Any], label: str, bars: bool) -> None:
     """One line with its intervals: a band, or bars where there is no line or x has some too."""
+    look = look | ({"linestyle": "none"} if len(own) == 1 else {})
     axis.plot(own["x"], own["value"], label=label, zorder=3, **look)
     colour = look["color"]
     across = bool((own["x_high"] > own["x_low"]).any())
@@ -157,22 +175,23 @@ def scale_of(
 ) -> Callable[[Axes], None]:
     """What sets an axis's limits and scale; equal for all panels of a figure.
 
-    The values of ``through`` are shown, and 1 across (upwards, too, if ``square``). By default the
-    scale is logarithmic where values differ by a factor of three.
+    All intervals and the values of ``through`` are shown, and 1 across (upwards, too, if
+    ``square``). By default the scale is logarithmic where values differ by a factor of three.
     """
-    shown = [*found["value"], *through, *([1.0] if square else [])]
-    low, high = min(shown), max(shown)
+    values = [*found["value"], *through, *([1.0] if square else [])]
+    low, high = min(values), max(values)
     if logarithmic is None:
-        logarithmic = low > 0 and high > 3 * low and not square
-    reach = (high - low) * _BEYOND or 0.1 * abs(high) or 0.1
-    bottom = min(low, max(found["low"].min(), low - reach))
-    top = max(high, min(found["high"].max(), high + reach))
+        logarithmic = is_logarithmic(values) and not square
+    bottom, top = min(low, found["low"].min()), max(high, found["high"].max())
     if logarithmic:
-        bottom, top = max(bottom, 0.9 * low) / 1.08, min(top, 1.1 * high) * 1.08
+        # An interval that reaches 0 has no end on this scale.
+        bottom, top = max(bottom, low / 3) / 1.08, top * 1.08
     else:
-        bottom, top = bottom - 0.06 * (top - bottom or 1), top + 0.06 * (top - bottom or 1)
-    left, right = min(found["x"].min(), 1.0), max(found["x"].max(), 1.0)
+        margin = 0.06 * (top - bottom) or 0.1 * abs(high) or 0.1
+        bottom, top = bottom - margin, top + margin
+    left, right = min(found["x_low"].min(), 1.0), max(found["x_high"].max(), 1.0)
     margin = 0.06 * (right - left or 1.0)
+    sides = (left - margin, right + margin)
 
     def apply(axis: Axes) -> None:
         axis.grid(alpha=0.3)
@@ -184,9 +203,15 @@ def scale_of(
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(bottom, top)
-        axis.set_xlim(left - margin, right + margin)
+        axis.set_xlim(*sides)
 
     return apply
+
+
+def is_logarithmic(values: Iterable[float]) -> bool:
+    """Whether such values need a logarithmic scale: positive, and three times apart."""
+    shown = list(values)
+    return min(shown) > 0 and max(shown) > 3 * min(shown)
 
 
 def wrapped(label: str, width: int = 30) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from dyndepth import naming
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
+from dyndepth.plot_chance import READ, add_chance
 from dyndepth.recipe import NONE
 from dyndepth.schema import validate
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 NEEDED = ("accuracy", "compute", "timing", "routing", "leaderboard")
 OPTIONAL = ("comparison", "curves", "equal_flops")
 """Tables of a run folder: ``NAME.csv``, or ``NAME.parquet`` where there are many rows."""
+SAME_BUDGET = 0.01
+"""Speedups that differ by less than this share of themselves count as one on a Pareto front."""
 
 METRICS = {
     "mean_acc": "mean accuracy",
@@ -34,6 +37,8 @@ METRICS = {
     "rougeL": "ROUGE-L",
 }
 LOWER_IS_BETTER = {"bits_per_byte"}
+MEANS = {"mean_acc", "retained"}
+"""Metrics that are means over tasks."""
 MAIN = ("acc", "bits_per_byte", "rougeL")
 """Metrics that stand for a task, the first that it has."""
 _NORMAL = 1.96  # standard errors to either side of a 95% interval
@@ -45,8 +50,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
     Labels stand in the order of the whole run, so that a method has the same colour in all
-    figures. Raises UserError if the folder holds no leaderboard.csv, or a table that is cut off,
-    cannot be read, or holds what its schema does not allow.
+    figures. Where the run kept its samples, ``accuracy`` and ``leaderboard`` have a column
+    ``chance`` (dyndepth.plot_chance). Raises UserError if the folder holds no leaderboard.csv, or a
+    table that is cut off, cannot be read, or holds what its schema does not allow.
     """
     import pandas as pd
 
@@ -73,23 +79,28 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
                 table["bound"] = table["cell"].map(board.set_index("cell")["bound"])
             known = table["cell"].map(names.astype(str).to_dict())
             table["label"] = pd.Categorical(known, names.cat.categories)
+    samples = run / "samples.parquet"
+    add_chance(found, _table(samples, READ) if samples.is_file() else None)
     return found
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """One table's file, looked at by its schema. Raises UserError."""
+def _table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
+    """One table's file, looked at by its schema; or some of its columns, as they are: of a large
+    table a look at everything would take longer than a figure. Raises UserError."""
     import pandas as pd
 
     remedy = "`python -m dyndepth.tables RUN` writes a run's tables anew"
     try:
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(path, columns=list(columns) or None)
         else:
             _check_fields(path)
             table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
     except (OSError, ValueError, csv.Error) as fault:
         reason = " ".join(str(fault).split())
         raise UserError(f"{path} can't be read as a table ({reason}); {remedy}") from fault
+    if columns:
+        return table
     try:
         validate(path.name, table)
     except UserError as fault:
@@ -166,10 +177,11 @@ def main_metric(accuracy: pd.DataFrame, task: str) -> str:
 def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
     """One row a curve and target, averaged over seeds, without dense; curves in their order.
 
-    Columns: ``label``, ``number`` (of the curve, from 0), ``bound``, ``target_speedup``, ``x``,
-    ``x_low``, ``x_high`` (the column ``across`` and its interval), ``value``, ``low``, ``high``
-    (``metric`` and its 95% interval, widened to hold every seed's value), ``seeds``. Missing
-    intervals are the values themselves. Raises UserError where rows can't stand in one figure.
+    Columns: ``label``, ``number`` (of the curve, from 0), ``bound``, ``recovery``,
+    ``target_speedup``, ``x``, ``x_low``, ``x_high`` (the column ``across`` and its interval),
+    ``value``, ``low``, ``high`` (``metric`` and its 95% interval; of several seeds, from the lowest
+    end to the highest), ``seeds``. Missing intervals are the values themselves. Raises UserError
+    where rows can't stand in one figure.
     """
     import pandas as pd
 
@@ -188,23 +200,24 @@ def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
             )
         row = {"label": label, "number": numbers[label], "target_speedup": target}
         row |= {"bound": bool(group["bound"].any()), "seeds": len(group)}
-        row |= dict(zip(("value", "low", "high"), _spread(group, metric), strict=True))
-        row |= dict(zip(("x", "x_low", "x_high"), _spread(group, across), strict=True))
+        row |= {"recovery": group["recovery"].iloc[0]}
+        row |= dict(zip(("value", "low", "high"), spread(group, metric), strict=True))
+        row |= dict(zip(("x", "x_low", "x_high"), spread(group, across), strict=True))
         rows.append(row)
-    columns = ["label", "number", "bound", "target_speedup", "seeds"]
+    columns = ["label", "number", "bound", "recovery", "target_speedup", "seeds"]
     columns += ["x", "x_low", "x_high", "value", "low", "high"]
     found = pd.DataFrame(rows, columns=columns)
     return found.sort_values(["number", "target_speedup"], ignore_index=True)
 
 
-def _spread(group: pd.DataFrame, column: str) -> tuple[float, float, float]:
-    """Mean over seeds, and its interval where the table has one, widened to hold every seed."""
+def spread(group: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    """Mean over seeds, and the lowest and highest end of their intervals where there are some."""
     values = group[column]
     mean = float(values.mean())
     if f"{column}_low" not in group:
         return mean, mean, mean
-    low, high = (group[f"{column}_{end}"].fillna(values).mean() for end in ("low", "high"))
-    return mean, min(low, values.min()), max(high, values.max())
+    low, high = (group[f"{column}_{end}"].fillna(values) for end in ("low", "high"))
+    return mean, float(min(low.min(), values.min())), float(max(high.max(), values.max()))
 
 
 def usable(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
@@ -231,17 +244,25 @@ def check_one_setting(table: pd.DataFrame) -> None:
             raise UserError(f"rows of several values of {column} ({there}) need a figure each")
 
 
-def on_front(found: pd.DataFrame, lower_is_better: bool, less_is_better: bool) -> pd.Series:
-    """True for competitors that no other competitor beats in both score and saving.
+def on_front(
+    found: pd.DataFrame, lower_is_better: bool, less_is_better: bool, chance: float | None = None
+) -> pd.Series:
+    """True for competitors that no other one with the same recovery beats in score and saving.
 
-    ``less_is_better``: ``x`` is the share that is executed, not a speedup.
+    ``less_is_better``: ``x`` is the share that is executed, not a speedup. Values of ``x`` within
+    ``SAME_BUDGET`` of each other count as equal. Points whose interval holds ``chance`` show
+    nothing and are on no front.
     """
-    score = -found["value"] if lower_is_better else found["value"]
-    saving = -found["x"] if less_is_better else found["x"]
-    compete = ~found["bound"]
-    value, x = score.to_numpy(), saving.to_numpy()
+    score = (-found["value"] if lower_is_better else found["value"]).to_numpy()
+    speedup = (1 / found["x"] if less_is_better else found["x"]).to_numpy()
+    compete = ~found["bound"].to_numpy(dtype=bool)
+    recovery = found["recovery"].to_numpy()
     beaten = [
-        bool((compete & (value >= v) & (x >= s) & ((value > v) | (x > s))).any())
-        for v, s in zip(value, x, strict=True)
-    ]
-    return compete & ~np.array(beaten, dtype=bool)
+        bool((compete & (recovery == own) & (score >= v) & (speedup >= s * (1 - SAME_BUDGET))
+              & ((score > v) | (speedup > s * (1 + SAME_BUDGET)))).any())
+        for v, s, own in zip(score, speedup, recovery, strict=True)
+    ]  # fmt: skip
+    front = compete & ~np.array(beaten, dtype=bool)
+    if chance is not None:
+        front &= ((found["low"] > chance) | (found["high"] < chance)).to_numpy()
+    return found["bound"].eq(False) & front

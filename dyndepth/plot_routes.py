@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
+from dyndepth.plot_headings import head
 from dyndepth.plot_parts import (
     BLUE,
+    PAGE,
     SKIPPED,
     TITLES,
     VERMILION,
@@ -18,6 +20,7 @@ from dyndepth.plot_parts import (
     line,
     readable,
     whole_numbers,
+    wrapped,
     written,
 )
 from dyndepth.plot_points import check_one_setting, labelled, reference
@@ -139,37 +142,37 @@ def executed_in_run(
         raise UserError(f"routing.parquet has no method at the target speedup {target_speedup:g}")
     names = [name for name in table["label"].cat.categories if (table["label"] == name).any()]
     layers = int(table["layer"].max()) + 1
-    widest = 0.075 * max(map(len, names))
-    figure = figure_of(
-        widest + 2 * max(2.4, 0.14 * layers) + 1.2, 1.3 + max(1.0, 0.24 * len(names))
-    )
+    figure = figure_of(PAGE, 1.3 + max(1.0, 0.25 * len(names)))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, sublayer in zip(axes, TITLES, strict=True):
         part = table[table["sublayer"] == sublayer]
         values = part.pivot_table("executed", "label", "layer", observed=True).reindex(names)
         step = max(1, layers // 10)
         seaborn.heatmap(
-            values, ax=axis, cmap="cividis", vmin=0, vmax=1, cbar=False, yticklabels=names,
-            xticklabels=step,
+            100 * values, ax=axis, cmap="cividis", vmin=0, vmax=100, cbar=False,
+            yticklabels=[wrapped(name, 24) for name in names], xticklabels=step,
         )  # fmt: skip
         for row, mean in enumerate(values.mean(axis=1)):
             axis.text(layers + 0.3, row + 0.5, f"{mean:.0%}", fontsize=7, va="center")
-        axis.set_title(f"{TITLES[sublayer]} (right: mean)", fontsize=9)
-        axis.set(xlabel="block (0 is next to the embedding)", ylabel="")
-        axis.tick_params(labelsize=8)
+        axis.set_title(TITLES[sublayer], fontsize=8)
+        axis.set_xlabel("block (0 is next to the embedding)", fontsize=8)
+        axis.set_ylabel("")
+        axis.tick_params(labelsize=7)
         axis.tick_params(axis="y", labelrotation=0, length=0)
         axis.tick_params(axis="x", labelrotation=0)
     bar = figure.colorbar(axes[0].collections[0], ax=list(axes), pad=0.01, aspect=25)
-    bar.set_label("executed fraction of tokens", fontsize=8)
+    bar.set_label("% of tokens that executed", fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
-    heading = f"target {target_speedup:g}×"
-    figure.suptitle(f"{title}, {heading}" if title else heading, fontsize=10)
+    heading = ", ".join(
+        filter(None, (title, f"which blocks run, at a target speedup of {target_speedup:g}×"))
+    )
+    head(figure, table, heading, "Right of each panel: mean over blocks")
     return written(figure, path)
 
 
 def _pair(across: str) -> tuple[Figure, Sequence[Axes]]:
     """Two panels, attention and MLP, with executed fractions upwards."""
-    figure = figure_of(8.4, 3.4)
+    figure = figure_of(PAGE, 3.4)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, sublayer in zip(axes, TITLES, strict=True):
         axis.set_title(TITLES[sublayer], fontsize=10)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.errors import UserError
 from dyndepth.options import Parser, underscored
 from dyndepth.paths import check_folder
-from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
+from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock
 from dyndepth.plot_fits import importance, training_curve
 from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
 from dyndepth.plot_parts import readable, written
@@ -27,6 +27,7 @@ from dyndepth.plot_routes import (
     executed_in_run,
     routing_heatmap,
 )
+from dyndepth.plot_times import flops_vs_wallclock
 from dyndepth.records import file_part
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]
     yield "accuracy_vs_total_flops", of(accuracy_vs_flops, board, across="total_speedup")
     for phase in ("prefill", "decode"):
         yield f"accuracy_vs_{phase}_time", of(accuracy_vs_wallclock, board, phase=phase)
+        likelihood = of(accuracy_vs_wallclock, board, phase=phase, metric="bits_per_byte")
+        yield f"bits_per_byte_vs_{phase}_time", likelihood
     yield "bound_gap", of(bound_gap, board)
     accuracy = tables.get("accuracy")
     for task in () if accuracy is None else accuracy["task"].dropna().unique():

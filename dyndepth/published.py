@@ -14,6 +14,8 @@ from importlib import resources
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.naming import changed
+from dyndepth.recipe import KINDS, NONE
 from dyndepth.records import Row
 from dyndepth.registry import methods
 from dyndepth.spec import split
@@ -23,6 +25,8 @@ FILE = "published.csv"
 COLUMNS = {
     "method": "name of the method in this suite",
     "parameters": "parameters (and phases) of this suite's method that come nearest, or empty",
+    "recovery": "how the weights were adapted for the method: empty or none for not at all, lora, "
+    "joint, or full (all weights trained, which no recovery of this suite does)",
     "model": "model of the paper",
     "speedup": "budget of the row as a ratio to dense, at least 1",
     "unit_of_speedup": "what the ratio counts: layers, nominal (the paper's own), or wall ...",
@@ -30,10 +34,13 @@ COLUMNS = {
     "metric": "metric and its unit",
     "dense_value": "the paper's dense value, or empty",
     "value": "the paper's value of the method",
-    "source": "arXiv number and table",
+    "source": "the document that the value was read in: arXiv number and table",
     "note": "what a reader must know, such as that the value is second-hand",
 }
 """Columns of the file and what they hold."""
+
+RECOVERIES = ("", NONE, *KINDS, "full")
+"""What the column ``recovery`` may say."""
 
 NUMBERS = {"speedup": False, "dense_value": True, "value": False}
 """Columns that hold numbers, and whether they may be empty."""
@@ -69,6 +76,11 @@ def parse(text: str, origin: str) -> list[Row]:
         place = f"{origin}, line {reader.line_num}"
         if None in row or None in row.values() or not row["method"] or not row["source"]:
             raise UserError(f"{place}: a row needs every column, and a method and a source")
+        if row["recovery"] not in RECOVERIES:
+            raise UserError(
+                f"{place}: recovery must be empty or one of {', '.join(RECOVERIES[1:])}, not "
+                f"{row['recovery']!r}"
+            )
         numbers = {key: _number(row[key], key, place) for key in NUMBERS}
         if numbers["speedup"] is not None and numbers["speedup"] < 1:
             raise UserError(f"{place}: speedup must be at least 1, not {row['speedup']}")
@@ -77,18 +89,33 @@ def parse(text: str, origin: str) -> list[Row]:
 
 
 def nearest(row: Row, measured: Iterable[Row]) -> Row | None:
-    """The measured leaderboard row of the same method whose achieved block FLOPs speedup is nearest
-    (as a ratio) to the paper's budget, among those that have the row's parameters, if any has."""
-    same = [
-        one
-        for one in measured
-        if one["method"] == row["method"] and (one.get("block_speedup") or 0) > 0
-    ]
+    """The measured leaderboard row that a paper's row is set beside; None if none fits.
+
+    It is of the same method, recovered in the same way or not at all, and has the parameters that
+    the paper's row names. What that leaves unsaid means the method's default: rows with other
+    settings stand back where there is one without. Of those left, the achieved block FLOPs speedup
+    that is nearest (as a ratio) to the paper's budget, then the fewest settings off the default.
+    """
     wanted = set(settings(row["parameters"]))
-    alike = [one for one in same if wanted <= {*settings(one["parameters"]), phases_of(one)}]
-    if not alike:
-        return None
-    return min(alike, key=lambda one: abs(math.log(one["block_speedup"] / row["speedup"])))
+    named = {entry.partition("=")[0].strip() for entry in wanted}
+    found = []
+    for place, one in enumerate(measured):
+        if one["method"] != row["method"] or not (one.get("block_speedup") or 0) > 0:
+            continue
+        if kind_of(one.get("recovery")) != kind_of(row.get("recovery")):
+            continue
+        if not wanted <= {*settings(one["parameters"]), phases_of(one)}:
+            continue
+        other = [entry for entry in changed(one) if entry.partition("=")[0].strip() not in named]
+        # Speedups that differ by rounding alone are the same one.
+        apart = round(abs(math.log(one["block_speedup"] / row["speedup"])), 6)
+        found.append((bool(other), apart, len(other), place, one))
+    return min(found, key=lambda each: each[:4])[4] if found else None
+
+
+def kind_of(recovery: Any) -> str:
+    """``lora`` of ``lora(rank=8)``; ``none`` of nothing."""
+    return str(recovery or NONE).partition("(")[0].strip()
 
 
 def phases_of(row: Row) -> str:

@@ -8,7 +8,9 @@ another program wrote. What is asked for here is the least that every table need
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import starmap
 from typing import Any
 
 from dyndepth.errors import UserError
@@ -60,7 +62,15 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN and infinity are never written: a missing value is None.
+    return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _number_or_none(value: Any) -> bool:
@@ -80,11 +90,15 @@ def _outcomes(value: Any) -> bool:
         found = json.loads(value)
     except (TypeError, ValueError, RecursionError):
         return False
-    return isinstance(found, Mapping) and all(map(_outcome, found.values()))
+    return isinstance(found, Mapping) and all(starmap(_outcome, found.items()))
 
 
-def _outcome(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
+def _outcome(metric: str, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return True
+    # lm-eval may log an infinite perplexity; nothing that is averaged here may be one.
+    endless = isinstance(value, float) and math.isinf(value) and "perplexity" in metric
+    return endless or _number(value)
 
 
 _KINDS: dict[Check, str] = {
@@ -93,7 +107,7 @@ _KINDS: dict[Check, str] = {
     _number_or_none: "a number",
     _identifier: "text or a whole number",
     _truth_or_none: "true or false",
-    _outcomes: "a JSON object of numbers",
+    _outcomes: "a JSON object of (finite) numbers",
 }
 
 _WANTED: dict[str, dict[str, Check]] = {
@@ -110,6 +124,7 @@ _WANTED: dict[str, dict[str, Check]] = {
 _COMPARED: dict[str, dict[str, Check]] = {
     "accuracy": {"filter": _text, "higher_is_better": _truth_or_none},
     "samples": {"doc_hash": _text, "metric": _text}
-    | dict.fromkeys(("block_flops", "dense_block_flops"), _number),
+    | dict.fromkeys(("block_flops", "dense_block_flops"), _number)
+    | dict.fromkeys(("total_flops", "dense_total_flops"), _number),
 }
 """What is read beside that where documents are paired."""

@@ -8,7 +8,7 @@ over equally many documents are paired. Intervals are percentiles, as in ``dynde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +21,7 @@ RESAMPLES = 50_000
 """Enough that the least p there is, 2 / (RESAMPLES + 1), outlives Holm over 1,200 comparisons."""
 ZERO = 1e-12
 """A resampled mean nearer to 0 is 0: sums in another order differ by less."""
-_ROWS = 32
+_ROWS = 128
 _AT_ONCE = 4_000_000
 
 Vector = NDArray[np.float64]
@@ -71,12 +71,73 @@ def ratios(outcomes: Vector, base: Vector, weights: Vector, seed: int = 0) -> Es
     return _joined(found)
 
 
-def _resampled(outcomes: Vector, weights: Vector, seed: int) -> Iterator[tuple[Vector, Vector]]:
+def contests(
+    apart: Sequence[Vector], weights: Vector, signs: Sequence[float], seed: int = 0
+) -> list[float]:
+    """Two-sided p of each method against the hardest of its rivals, their number adjusted for.
+
+    ``apart``: for each method its outcomes minus those of every rival, ``[rivals, documents]``.
+    ``signs``: 1 where more is better, -1 where less is.
+
+    Where the method lies behind a rival, p is of no rival being better: the largest studentised
+    lead of a rival against its law under resampling, centred (max-t; Hsu 1996, Multiple
+    Comparisons, ch. 4; Romano and Wolf 2005), so that many equal rivals are not taken for a better
+    one. Where it lies ahead of all, p is the largest of those against each (Berger 1982).
+    """
+    found = []
+    for block in _grouped(apart):
+        stacked = np.concatenate([apart[index] for index in block])
+        ((_, drawn),) = _resampled(stacked, weights, seed, rows=len(stacked))
+        start = 0
+        for index in block:
+            own = slice(start, start + len(apart[index]))
+            ahead = signs[index] * (apart[index] @ weights / weights.sum())
+            found.append(_contest(ahead, signs[index] * drawn[own]))
+            start = own.stop
+    return found
+
+
+def _contest(ahead: Vector, drawn: Vector) -> float:
+    """``contests`` for one method: its leads ``[rivals]``, as observed and ``drawn``."""
+    count = drawn.shape[1]
+    if ahead.min() > ZERO:
+        sides = int((drawn <= ZERO).sum(axis=1).max())
+    else:
+        spread = drawn.std(axis=1)
+        real = spread > ZERO
+        if (~real & (ahead < -ZERO)).any():  # a lead that no resample changes
+            sides = 0
+        elif real.any():
+            lead = -ahead[real] / spread[real]
+            chance = (ahead[real, None] - drawn[real]) / spread[real, None]
+            sides = int((chance.max(axis=0) >= lead.max() - ZERO).sum())
+        else:
+            sides = count
+    return min(1.0, 2 * (1 + sides) / (1 + count))
+
+
+def _grouped(apart: Sequence[Vector]) -> Iterator[list[int]]:
+    """Indices of neighbours that together have at most ``_ROWS`` rows, or one alone."""
+    block: list[int] = []
+    rows = 0
+    for index, each in enumerate(apart):
+        if block and rows + len(each) > _ROWS:
+            yield block
+            block, rows = [], 0
+        block.append(index)
+        rows += len(each)
+    if block:
+        yield block
+
+
+def _resampled(
+    outcomes: Vector, weights: Vector, seed: int, rows: int = _ROWS
+) -> Iterator[tuple[Vector, Vector]]:
     """Blocks of rows with their resampled means ``[rows, resamples]``."""
     times = _times(len(weights), seed)
     step = max(1, _AT_ONCE // len(weights))
-    for start in range(0, len(outcomes), _ROWS):
-        block = outcomes[start : start + _ROWS]
+    for start in range(0, len(outcomes), rows):
+        block = outcomes[start : start + rows]
         drawn = np.empty((len(block), RESAMPLES))
         for first in range(0, RESAMPLES, step):
             part = times[first : first + step].T * weights[:, None]

@@ -6,9 +6,8 @@ with the types that it declares, whatever its digits look like (a hash may have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from dyndepth.columns import (
     Column,
     Table,
 )
+from dyndepth.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
 from dyndepth.errors import UserError
 from dyndepth.records import Row
 
@@ -41,11 +41,11 @@ TABLES: dict[str, Table] = {
 """The tables of a run, in the order in which they are written."""
 
 COMPARED = {
-    "comparison.csv": ("COMPARISON", "a comparison of one cell with dense on one metric"),
-    "curves.csv": ("CURVES", "a point of a method's curve"),
-    "equal_flops.csv": ("EQUAL_FLOPS", "a pair of methods at equal achieved block FLOPs"),
+    "comparison.csv": (COMPARISON, "a comparison of one cell with dense on one metric"),
+    "curves.csv": (CURVES, "a method's curve on one metric, by one kind of FLOPs"),
+    "equal_flops.csv": (EQUAL_FLOPS, "a method at one budget, by one kind of FLOPs"),
 }
-"""Tables of ``dyndepth.comparison``: its mapping of column to description, and what a row is."""
+"""Tables of ``dyndepth.comparison``: descriptions of the columns, and what a row is."""
 
 DTYPES = {"text": "string", "integer": "Int64", "number": "float64", "boolean": "boolean"}
 """Type of a column -> the pandas type that holds it, missing values included. A column of type
@@ -56,22 +56,19 @@ _TOLERANCE = 1e-9
 
 @cache
 def tables() -> dict[str, Table]:
-    """All tables that can be described: ``TABLES`` and those of ``COMPARED`` that exist."""
-    found = dict(TABLES)
-    try:
-        comparison = import_module("dyndepth.comparison")
-    except ModuleNotFoundError:
-        return found
-    for name, (constant, row) in COMPARED.items():
-        descriptions: Mapping[str, str] = getattr(comparison, constant, {})
-        if descriptions:
-            # An identity keeps its type, so that a hash without a letter stays a text.
-            columns = {
-                key: Column(IDENTITY[key].dtype if key in IDENTITY else "any", True, text)
+    """All tables: ``TABLES`` and those of ``COMPARED``."""
+    types = {key: own.dtype for key, own in IDENTITY.items()} | TYPES
+    compared = {
+        name: Table(
+            row,
+            {
+                key: Column(types.get(key, "number"), key not in ALWAYS, text)
                 for key, text in descriptions.items()
-            }
-            found[name] = Table(row, columns)
-    return found
+            },
+        )
+        for name, (descriptions, row) in COMPARED.items()
+    }
+    return TABLES | compared
 
 
 def validate(name: str, table: Sequence[Row] | pandas.DataFrame) -> pandas.DataFrame:

@@ -1,10 +1,11 @@
-"""Comparisons of methods at equal achieved block FLOPs, paired over documents.
+"""Comparisons of methods at equal achieved FLOPs, paired over documents.
 
-A method's curve is what its cells measured: outcomes by document at the share of dense's block
-FLOPs that was executed. Between two neighbouring points each document's outcome is interpolated
-linearly; beyond the measured points nothing is said. Intervals are percentile bootstrap over
-documents (Efron and Tibshirani 1993, ch. 13), both methods resampled alike; they tell how far the
-documents decide a difference, not how much another training seed would change it.
+A method's curve is what its cells measured: outcomes by document at the share of dense's FLOPs
+(those of the blocks, or all) that was executed. Between two neighbouring points each document's
+outcome is interpolated linearly; beyond the measured points nothing is said. Intervals are
+percentile bootstrap over documents (Efron and Tibshirani 1993, ch. 13), both methods resampled
+alike; they tell how far the documents decide a difference, not how much another training seed would
+change it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ LEAST = 10
 """Documents (or layers) below which a bootstrap interval means nothing."""
 SAME = 1e-9
 """Shares of FLOPs that differ by less are one point of a curve."""
+FLOPS = ("block", "total")
+"""What a budget may count: attention and MLP sublayers alone, or with them all that a method adds
+or cannot save (routers, exits, keys and values of skipped tokens, the LM head)."""
 _AT_ONCE = 4_000_000
 
 Vector = NDArray[np.float64]
@@ -38,11 +42,11 @@ class Point:
     """What one method did at one budget.
 
     Attributes:
-        fraction: executed / dense block FLOPs, (0, 1].
+        fraction: executed / dense FLOPs, above 0; of all FLOPs it can exceed 1.
         documents: ids, sorted; ``outcomes`` and ``weights`` ``[documents]`` are in their order.
         outcomes: the metric by document, averaged over seeds.
         weights: of a document in the task's value (bytes for bits per byte, 1 for accuracy).
-        flops, dense_flops: block FLOPs of each document, executed and at full depth.
+        flops, dense_flops: FLOPs of each document, executed and at full depth.
         seeds: how many seeds were averaged; between two points the lower number.
         cells: hashes of the cells that went in.
     """
@@ -75,14 +79,15 @@ class Difference:
     n: int
 
 
-def measured(cells: Sequence[Cell], task: str, metric: str) -> Point:
-    """The point of one method at one target: ``cells`` differ in their seed alone.
+def measured(cells: Sequence[Cell], task: str, metric: str, flops: str = "block") -> Point:
+    """The point of one method at one target: ``cells`` differ in their seed alone. ``flops``: what
+    its place counts, one of ``FLOPS``.
 
     Raises:
         UserError: a cell lacks the task or metric; the seeds were scored on different documents;
             or the metric is no weighted mean over documents, so it cannot be compared by document.
     """
-    return averaged([_of_cell(cell, task, metric) for cell in cells])
+    return averaged([_of_cell(cell, task, metric, flops) for cell in cells])
 
 
 def averaged(points: Sequence[Point]) -> Point:
@@ -272,13 +277,13 @@ def direction(found: Difference, p_adjusted: float) -> int:
     return 1 if found.value > 0 else -1
 
 
-def _of_cell(cell: Cell, task: str, metric: str) -> Point:
+def _of_cell(cell: Cell, task: str, metric: str, flops: str) -> Point:
     label = f"cell {cell.key} ({cell.identity['method']})"
     rows = sorted((row for row in cell.samples if row["task"] == task), key=_document)
     scores = [row for row in cell.accuracy if (row["task"], row["metric"]) == (task, metric)]
     compute = [row for row in cell.compute if (row["task"], row["phase"]) == (task, "all")]
     scored = bool(scores) and scores[0]["value"] is not None
-    if not (rows and scored and compute and compute[0]["block_speedup"]):
+    if not (rows and scored and compute and compute[0][f"{flops}_speedup"]):
         raise UserError(f"{label} has no {metric} on the task {task}; run its sweep again")
     # The first filter stands for the task, as in the leaderboard.
     key = f"{metric},{scores[0]['filter']}"
@@ -290,11 +295,11 @@ def _of_cell(cell: Cell, task: str, metric: str) -> Point:
         outcomes,
         # The weight in a row is that of its main metric.
         [row.get("weight", 1.0) if row["metric"] == key else 1.0 for row in rows],
-        [row["block_flops"] for row in rows],
-        [row["dense_block_flops"] for row in rows],
+        [row[f"{flops}_flops"] for row in rows],
+        [row[f"dense_{flops}_flops"] for row in rows],
         cells=(cell.key,),
     )
-    point = replace(point, fraction=1 / compute[0]["block_speedup"])
+    point = replace(point, fraction=1 / compute[0][f"{flops}_speedup"])
     if not math.isclose(point.value, scores[0]["value"], rel_tol=1e-6, abs_tol=1e-9):
         raise UserError(
             f"{label}: {metric} of the task {task} is {scores[0]['value']:.6g}, but "

@@ -5,9 +5,13 @@ from the cache of fits, the same tasks, prompts and batch size. Wall-clock is no
 
 Rounding depends on which documents share a batch, and at a gate's threshold it can decide. So what
 differs is scored once more with all documents of its task, in the very batches of the sweep; what
-differs then too is a failure. Some things can be had with all documents only: examples drawn at
-random before each question follow the order of all questions, and a bound that chooses among
-``candidates`` is shown the outcomes of all that it was shown (it then scores the drawn ones).
+differs then too is a failure. On other hardware, in half precision or by other code it is a note,
+as long as it stays within a coarse tolerance, and an answer may be another only where the
+log-likelihoods or the text behind it are.
+
+Some things can be had with all documents only: examples drawn at random before each question follow
+the order of all questions, and a bound that chooses among ``candidates`` is shown the outcomes of
+all that it was shown (it then scores the drawn ones).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from dyndepth.options import Settings
 from dyndepth.recipe import NONE
 from dyndepth.records import Cell, Row
 from dyndepth.rerun import plan_of, settings_of
-from dyndepth.verify_rows import COARSE, EXACT, KEYS, Tolerance, differences, differs
+from dyndepth.verify_rows import COARSE, EXACT, KEYS, differences, differs
 from dyndepth.verify_stored import Finding
 from dyndepth.worker import free_memory, in_one_line
 
@@ -111,33 +115,45 @@ def _of_cell(cell: Cell, plan: Plan, bench: Any, how: How) -> list[Finding]:
     apart = [key for key in SAME_THING if mine[key] != cell.identity[key]]
     if apart:
         return [Finding(cell.key, key, str(cell.identity[key]), str(mine[key])) for key in apart]
-    tolerance = tolerance_of(cell, mine, bench.provenance(plan))
+    why = excuse(cell, mine, bench.provenance(plan))
     if how.documents is None or bench.settings.num_fewshot > 0:
         tables = bench.evaluate(plan)
+        made = {name: getattr(tables, name) for name in KEYS}
+        exact = [each for name in KEYS for each in differences(cell, name, made[name], EXACT)]
         # Where answers may flip, the other tables follow the documents.
-        names = KEYS if tolerance is EXACT else ("samples",)
-        return [
-            x for name in names for x in differences(cell, name, getattr(tables, name), tolerance)
-        ]
+        return _excused(cell, exact, made["samples"], why)
     documents = _chosen(cell, how)
     rows = rescored(bench, plan, documents)
-    found = differences(cell, "samples", rows, tolerance)
-    if not found:
-        return []
+    found = _excused(cell, differences(cell, "samples", rows, EXACT), rows, why)
+    if not any(each.failure for each in found):
+        return found
+    tolerance = COARSE if why else EXACT
     tasks = {row["task"] for row in rows if differs(cell, row, tolerance)}
     every = {task: [row["doc_id"] for row in cell.samples if row["task"] == task] for task in tasks}
     anew = [r for r in rescored(bench, plan, every) if r["doc_id"] in documents[r["task"]]]
     kept = [row for row in rows if row["task"] not in tasks]
-    return differences(cell, "samples", kept + anew, tolerance)
+    return _excused(cell, differences(cell, "samples", kept + anew, EXACT), kept + anew, why)
 
 
-def tolerance_of(cell: Cell, mine: Row, conditions: Row) -> Tolerance:
-    """``mine`` is the identity that the cell would have here, ``conditions`` its provenance."""
+def _excused(cell: Cell, found: list[Finding], samples: Sequence[Row], why: str) -> list[Finding]:
+    """``found`` by exact comparison; or one note instead, where there is an excuse for it and it
+    stays within the coarse tolerance."""
+    if not (found and why):
+        return found
+    beyond = differences(cell, "samples", samples, COARSE)
+    what = f"is not exactly what is stored ({why}); allowed: {COARSE}"
+    return beyond or [replace(found[0], what=f"{found[0].what} {what}", failure=False)]
+
+
+def excuse(cell: Cell, mine: Row, conditions: Row) -> str:
+    """Why what is computed here may be another than what is stored; empty if it may not. ``mine``
+    is the identity that the cell would have here, ``conditions`` its provenance."""
     own, stored = cell.identity, cell.provenance
     if (own["dtype"], own["device"], mine["device"]) != ("float32", "cpu", "cpu"):
-        return COARSE
-    if any(own[key] != mine[key] for key in SAME_CODE):
-        return COARSE
+        return "not float32 on the CPU"
+    apart = [key for key in SAME_CODE if own[key] != mine[key]]
+    if apart:
+        return f"other {', '.join(apart)} here"
     same_machine = all(stored.get(key) == conditions[key] for key in ("device_name", "threads"))
     learned = (
         conditions["needs_training"]
@@ -145,7 +161,9 @@ def tolerance_of(cell: Cell, mine: Row, conditions: Row) -> Tolerance:
         or conditions["granularity"] == "token"
         or own["recovery"] != NONE
     )
-    return COARSE if learned and not same_machine else EXACT
+    return (
+        "fitted or decided by the token, on another machine" if learned and not same_machine else ""
+    )
 
 
 def _chosen(cell: Cell, how: How) -> dict[str, list[int]]:

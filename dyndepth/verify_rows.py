@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def differences(cell: Cell, name: str, rows: Sequence[Row], tolerance: Tolerance
         apart = [("row", None, "a row")] if old is None else list(_columns(old, row, tolerance))
         told.append((row, apart))
     if name == "samples":
-        told = _without_flips(told, tolerance)
+        told = _without_flips(told, stored, tolerance)
     first: dict[tuple[str, str], tuple[str, Any, Any]] = {}
     count: Counter[tuple[str, str]] = Counter()
     for row, apart in told:
@@ -91,22 +91,32 @@ def differs(cell: Cell, row: Row, tolerance: Tolerance) -> bool:
 
 
 def _without_flips(
-    told: Sequence[tuple[Row, Apart]], tolerance: Tolerance
+    told: Sequence[tuple[Row, Apart]], stored: Mapping[tuple[Any, ...], Row], tolerance: Tolerance
 ) -> list[tuple[Row, Apart]]:
     """``told`` without the answers that are others, in tasks where few enough are, and without what
-    follows from another text."""
+    follows from another text. An answer is another only if what it was read off has moved."""
     seen = Counter(row["task"] for row, _ in told)
     flipped = Counter(
         row["task"] for row, apart in told if any(_name(column) in ANSWERS for column, *_ in apart)
     )
     found = []
     for row, apart in told:
-        if flipped[row["task"]] <= tolerance.flips * seen[row["task"]]:
+        old = stored.get((row["task"], row["doc_id"]), {})
+        if _moved(old, row) and flipped[row["task"]] <= tolerance.flips * seen[row["task"]]:
             text = any(column == "response" for column, *_ in apart)
             follows = ANSWERS + (WORK if text else ())
             apart = [each for each in apart if _name(each[0]) not in follows]
         found.append((row, apart))
     return found
+
+
+def _moved(old: Row, new: Row) -> bool:
+    """True if the log-likelihoods or the text that a document's answer was read off are others than
+    what is stored, by more than sums in another order make."""
+    ours, theirs = (json.loads(row.get("loglikelihoods") or "[]") for row in (old, new))
+    if old.get("response") != new.get("response"):
+        return True
+    return any(True for _ in _likelihoods(ours, theirs, EXACT))
 
 
 def _name(column: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from dyndepth.errors import UserError
 from dyndepth.manifest import read_manifest, sha256
 from dyndepth.records import ROWS, Cell, Row
+from dyndepth.schema import TABLES
 from dyndepth.store import Store
 
 SAME = 1e-6
@@ -98,8 +99,12 @@ def _against_manifest(run: Path, store: Store) -> Iterator[Finding]:
     if listed is None:
         yield Finding("manifest.json", "no manifest: what is missing cannot be told", failure=False)
         return
+    for name in listed.files:
+        # Of the tables that each run has, the comparison with the cells says so.
+        if name not in TABLES and not (run / name).is_file():
+            yield Finding(name, "file is missing")
     files = {path.name: path for path in store.files()}
-    for key, entry in listed.items():
+    for key, entry in listed.cells.items():
         file = files.pop(entry["file"], None)
         if file is None:
             yield Finding(key, f"cell is missing: no file {entry['file']}")

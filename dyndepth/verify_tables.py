@@ -1,7 +1,8 @@
 """Are a run's tables the function of its cells? They are made anew and compared byte by byte.
 
 Those that every sweep writes must be there; those of ``dyndepth.comparison`` (with its defaults)
-are compared if they are. What they hold must be as ``dyndepth.schema`` has it.
+and the pages of ``dyndepth.leaderboard`` are compared if they are. What they hold must be as
+``dyndepth.schema`` has it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from dyndepth.errors import UserError
 from dyndepth.records import Cell
+from dyndepth.schema import COMPARED
 from dyndepth.tables import CHECKED, NAMES, write_tables
 
 if TYPE_CHECKING:
     from dyndepth.verify_stored import Finding
 
-COMPARED = ("comparison.csv", "curves.csv", "equal_flops.csv")
-"""Tables that a run may have beside those of the sweep."""
+PAGES = ("leaderboard.md", "leaderboard.html")
+"""What a run may have for people."""
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 """What tampered rows make the tables' functions say."""
 
@@ -53,6 +55,15 @@ def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
             made |= {name: found[name].encode() for name in present}
         except _UNFIT as fault:
             yield Finding(", ".join(present), "cannot be made of these cells", found=_told(fault))
+    pages = [name for name in PAGES if (run / name).is_file()]
+    if pages:
+        from dyndepth import leaderboard
+
+        try:
+            shown = leaderboard.texts(cells, leaderboard.leaderboard(cells))
+            made |= {name: shown[name].encode() for name in pages}
+        except _UNFIT as fault:
+            yield Finding(", ".join(pages), "cannot be made of these cells", found=_told(fault))
     for name, content in made.items():
         if (run / name).is_file():
             yield from _compared(name, (run / name).read_bytes(), content)
@@ -70,7 +81,7 @@ def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
         return
     what = "is not the function of the cells"
     try:
-        told = _first_csv(stored, made) if name.endswith(".csv") else _first_parquet(stored, made)
+        told = _FIRST[Path(name).suffix](stored, made)
     except Exception as fault:  # noqa: BLE001 - whatever a damaged file makes a library say
         yield Finding(name, f"{what}: it cannot be read", found=" ".join(str(fault).split()))
         return
@@ -99,8 +110,19 @@ def _first_csv(stored: bytes, made: bytes) -> Difference | None:
         if len(one) != len(header):
             return f"row {number}", f"{len(one)} fields", f"{len(header)} fields"
         column = next(i for i in range(len(header)) if one[i] != other[i])
-        return f"row {number} (cell {one[0]}), {header[column]}", one[column], other[column]
+        of = f" ({header[0]} {one[0]})" if header[0] in ("cell", "setting") else ""
+        return f"row {number}{of}, {header[column]}", one[column], other[column]
     return _length(len(old) - 1, len(new) - 1)
+
+
+def _first_line(stored: bytes, made: bytes) -> Difference | None:
+    old, new = (content.decode().split("\n") for content in (stored, made))
+    for number, (one, other) in enumerate(zip(old, new, strict=False), start=1):
+        if one != other:
+            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+            part = slice(max(0, at - 20), at + 20)
+            return f"line {number}, character {at + 1}", one[part], other[part]
+    return None if len(old) == len(new) else ("lines", str(len(old)), str(len(new)))
 
 
 def _first_parquet(stored: bytes, made: bytes) -> Difference | None:
@@ -141,3 +163,12 @@ def _columns(old: Sequence[str], new: Sequence[str]) -> Difference:
 
 def _length(old: int, new: int) -> Difference | None:
     return None if old == new else ("rows", str(old), str(new))
+
+
+_FIRST = {
+    ".csv": _first_csv,
+    ".parquet": _first_parquet,
+    ".md": _first_line,
+    ".html": _first_line,
+}
+"""By kind of file, what tells where two first differ."""

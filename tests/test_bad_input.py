@@ -534,6 +534,7 @@ def made_cell(right: list[int] = [1, 0, 1, 1], **changes: Any) -> Cell:  # noqa:
     made = cell(right, **speedup, **changes)
     for row in made.samples:
         row.update(block_flops=1e6 / made.identity["target_speedup"], dense_block_flops=1e6)
+        row.update(total_flops=2e6, dense_total_flops=2e6)
     for row in made.compute:
         row["block_speedup"] = made.identity["target_speedup"]
     return made

@@ -22,8 +22,8 @@ from dyndepth.curve_tables import curves, equal_flops
 from dyndepth.curves import area, degradation, overlap, pareto
 from dyndepth.dense_tables import against_dense
 from dyndepth.errors import UserError
-from dyndepth.resampling import RESAMPLES, means, ratios
-from dyndepth.stats import is_binary, mcnemar
+from dyndepth.resampling import RESAMPLES, contests, means, ratios
+from dyndepth.stats import holm, is_binary, mcnemar
 from dyndepth.store import Store
 
 few = settings(max_examples=25, deadline=None)
@@ -40,6 +40,8 @@ def made(outcomes, speedup=1.0, bound=False, metric="acc", **identity):
 
 
 def row_of(rows, **wanted):
+    if any("flops" in row for row in rows):
+        wanted = {"flops": "block"} | wanted
     (found,) = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found
 
@@ -264,7 +266,9 @@ def test_metrics_stand_in_rows_and_families_of_their_own():
     assert [(row["metric"], row["value"]) for row in rows] == [("acc", 0.0), ("acc_norm", 1.0)]
     assert [row["p_holm"] for row in rows] == [row["p"] for row in rows]
     for table in (curves(cells), equal_flops(cells, budgets=[1.25])):
-        assert [row["metric"] for row in table] == ["acc", "acc_norm"]
+        found = [(row["metric"], row["flops"]) for row in table]
+        assert found == [(x, y) for x in ("acc", "acc_norm") for y in ("block", "total")]
+        assert [row.get("p_holm") for row in table] == [row.get("p") for row in table]
 
 
 def test_a_bound_dominates_nobody_and_is_no_member():
@@ -432,13 +436,72 @@ def test_values_at_a_budget_are_interpolated_and_ranked():
     assert (a["verdict"], b["verdict"], seer["verdict"]) == ("better", "worse", "better")
 
 
+def test_all_flops_are_a_budget_of_their_own():
+    # Blocks twice as fast are 2 / (1 + 1 / 2) times as fast with what they do not save.
+    rows = equal_flops(bits(), budgets=[4 / 3, 1.9])
+    good = row_of(rows, method="good", flops="total", reference_speedup=4 / 3)
+    measured = row_of(against_dense(bits()), method="good", target_speedup=2.0)
+    assert measured["total_fraction"] == pytest.approx(3 / 4)
+    assert good["value"] == pytest.approx(measured["value"])
+    assert good["fraction_low"] == pytest.approx(3 / 4)
+    beyond = row_of(rows, method="good", flops="total", reference_speedup=1.9)
+    assert "of dense's total FLOPs" in beyond["reason"]
+    assert row_of(rows, method="good", flops="block", reference_speedup=1.9)["value"] is not None
+
+
+def test_many_equal_rivals_make_no_better_one():
+    # Twelve methods are alike; the best of eleven others looks better than each, by chance.
+    worse = apart = 0
+    for seed in range(25):
+        drawn = np.random.default_rng(seed).normal(1.0, 0.3, (12, 60))
+        vectors = [own - np.delete(drawn, i, axis=0) for i, own in enumerate(drawn)]
+        adjusted = contests(vectors, np.ones(60), [1.0] * 12)
+        hardest = [each[each.mean(axis=1).argmin()] for each in vectors]
+        alone = means(np.stack(hardest), np.ones(60)).p
+        behind = np.array([each.mean() < 0 for each in hardest])
+        worse += bool((np.array(holm(adjusted))[behind] <= 0.05).any())
+        apart += bool((np.array(holm(list(alone)))[behind] <= 0.05).any())
+    assert worse <= 4 < apart
+
+
+def test_one_that_is_behind_many_is_shown_to_be():
+    generator = np.random.default_rng(3)
+    rivals = generator.normal(1.0, 0.1, (8, 60))
+    own = generator.normal(0.5, 0.1, 60)
+    first, second = contests([own - rivals, rivals - own], np.ones(60), [1.0, 1.0])
+    assert first == second == pytest.approx(2 / (1 + RESAMPLES))
+    # Less is better: the same numbers the other way round.
+    assert contests([own - rivals], np.ones(60), [-1.0]) == [pytest.approx(2 / (1 + RESAMPLES))]
+    assert contests([np.zeros((2, 60))], np.ones(60), [1.0]) == [1.0]
+
+
+def test_shared_areas_are_over_one_range():
+    rows = curves(bits())
+    good, poor, seer = (row_of(rows, method=name) for name in ("good", "poor", "seer"))
+    assert (good["shared_low"], good["shared_high"]) == (1 / 1.6, 1.0)
+    assert (good["shared_low"], good["shared_high"]) == (poor["shared_low"], poor["shared_high"])
+    assert poor["shared_area"] == pytest.approx(poor["area"])
+    assert good["shared_area"] < good["area"]
+    assert seer["shared_area"] is not None
+
+
+def test_dense_ends_a_curve_with_recovery_only_of_the_same_text():
+    add = {"recovery": "lora(rank=4)", "metric": "bits_per_byte"}
+    cells = bits()
+    cells += [made([1.2] * DOCUMENTS, 2.0, method="good", corpus_fingerprint="aa", **add)]
+    for text, value in (("aa", 0.9), ("bb", 0.1)):
+        cells.append(made([value] * DOCUMENTS, corpus_fingerprint=text, **add))
+    row = row_of(curves(cells), method="good", recovery="lora(rank=4)")
+    assert row["area"] == pytest.approx((1.2 + 0.9) / 2)
+
+
 def test_the_band_of_a_value_covers_the_truth():
     generator = np.random.default_rng(5)
     hits = 0
     for _ in range(40):
         cells = [made(generator.normal(1.0, 0.3, 50), metric="rougeL")]
         cells.append(made(generator.normal(0.6, 0.3, 50), 2.0, method="one", metric="rougeL"))
-        (row,) = equal_flops(cells, budgets=[4 / 3])
+        row = row_of(equal_flops(cells, budgets=[4 / 3]), method="one")
         hits += row["low"] <= 0.8 <= row["high"]
     assert hits >= 34
 

@@ -121,11 +121,19 @@ def test_commands_are_understood(words: list[str], understood: Any):
         understood("lm_eval", words[1:])
     elif words[0] == "pytest":
         assert all((ROOT / word).is_file() for word in words[1:] if word.endswith(".py"))
+    elif words[0] == "source":
+        assert words[1:] == [f"{_makefile_value('VENV')}/bin/activate"]
     elif words[:2] == ["pip", "install"]:
         assert words[2:] == ["-e", "."]
         assert (ROOT / "pyproject.toml").is_file()
     else:
         pytest.fail(f"nothing here checks {words[0]!r}")
+
+
+def _makefile_value(name: str) -> str:
+    found = re.search(rf"^{name} := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
 
 
 def _check_values(module: str, arguments: list[str], options: argparse.Namespace) -> None:
@@ -257,6 +265,10 @@ def test_citation():
     assert citation["version"] == metadata.version("dyndepth")
     assert citation["license"] == project["license"]
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    bibtex = (ROOT / "results" / "README.md").read_text(encoding="utf-8").partition("```bibtex")[2]
+    assert f"{{{{{citation['authors'][0]['name']}}}}}" in bibtex
+    for value in (citation["title"], citation["version"], citation["license"]):
+        assert f"= {{{value}}}" in bibtex
 
 
 def test_the_changelog_knows_this_version():

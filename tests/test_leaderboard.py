@@ -11,7 +11,15 @@ from cells import cell, identity
 
 from dyndepth.errors import UserError
 from dyndepth.intervals import expected_margin, mean_score, retained
-from dyndepth.leaderboard import NAMES, leaderboard, main, merged, speedups, wall_speedups
+from dyndepth.leaderboard import (
+    NAMES,
+    leaderboard,
+    main,
+    merged,
+    show,
+    speedups,
+    wall_speedups,
+)
 from dyndepth.records import Cell
 from dyndepth.store import Store
 
@@ -179,6 +187,104 @@ def test_rows_that_are_not_comparable_are_refused(tmp_path, capsys, what):
     assert captured.err.count("\n") == 1
     assert "separate leaderboards" in captured.err
     assert not output.exists()
+
+
+def _run(path, *cells):
+    for one in cells:
+        Store(path).write(one)
+    return path
+
+
+def _timed(level: str, speedup: float, **changes) -> Cell:
+    one = cell(**changes)
+    base = {"phase": "decode", "batch": 1, "length": 8, "wall_speedup": speedup}
+    one.timing, one.timing_level = [base], level
+    return one
+
+
+def test_what_a_cell_knows_decides_and_not_which_run_comes_first(tmp_path):
+    plain = _run(tmp_path / "a", cell())
+    quick = _run(tmp_path / "b", _timed("quick", 1.2))
+    full = _run(tmp_path / "c", _timed("full", 1.3))
+    again = _run(tmp_path / "d", _timed("full", 1.4))
+    broken = _timed("off", 1.0)
+    broken.status, broken.error, broken.timing = "error", "clock stopped", []
+    failed = _run(tmp_path / "e", broken)
+    for runs, speedup in (
+        ([plain, quick], 1.2),
+        ([quick, full], 1.3),
+        ([failed, quick, plain], 1.2),
+        ([full, again], None),
+    ):
+        found = [merged(order) for order in (runs, runs[::-1])]
+        assert len(found[0]) == 1
+        assert found[0] == found[1]
+        speedups = [row["wall_speedup"] for row in found[0][0].timing]
+        assert speedup is None or speedups == [speedup]
+    assert merged([failed, plain])[0].status == "done"
+
+
+@pytest.mark.parametrize("table", ["accuracy", "samples"])
+def test_runs_that_disagree_on_a_cell_s_scores_are_refused(tmp_path, capsys, table):
+    other = cell()
+    if table == "accuracy":
+        other.accuracy[0]["value"] = 0.5
+    else:
+        other.samples[2]["outcomes"] = '{"acc,none": 0}'
+    runs = [str(_run(tmp_path / "a", cell())), str(_run(tmp_path / "b", other))]
+    for order in (runs, runs[::-1]):
+        assert main(order) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert all(run in said for run in runs)
+        assert f"in its {table}, row one/" in said
+
+
+def test_rounding_is_no_disagreement(tmp_path):
+    one, other = cell(), cell()
+    one.samples[0]["loglikelihoods"] = "[-10.0, -20.0]"
+    other.samples[0]["loglikelihoods"] = "[-10.00001, -20.0]"
+    runs = [_run(tmp_path / "a", one), _run(tmp_path / "b", other)]
+    assert len(merged(runs)) == 1
+    assert merged(runs) == merged(runs[::-1])
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_an_outcome_that_is_no_number_names_its_cell(tmp_path, capsys, value):
+    one = cell()
+    one.samples[1]["outcomes"] = f'{{"acc,none": {value}}}'
+    run = _run(tmp_path / "a", one)
+    assert main([str(run), "--output_path", str(tmp_path / "board")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"cell {one.key} (dense) can't be read: row 2 of its samples has outcomes" in said
+    assert not (tmp_path / "board").exists()
+
+
+def test_an_infinite_perplexity_is_read(tmp_path):
+    one = cell()
+    one.samples[1]["outcomes"] = '{"acc,none": 1.0, "perplexity,none": Infinity}'
+    assert len(merged([_run(tmp_path / "a", one)])) == 1
+
+
+def test_printed_rows_of_several_settings_say_which_is_theirs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    control = cell()
+    control.provenance["paper"] = "control"
+    show(leaderboard([control, cell(method="m")]))
+    alone = capsys.readouterr().out
+    assert "setting" not in alone
+    assert "dense (control)" in alone
+    show(leaderboard([cell(), cell(num_fewshot=5), cell(method="m", num_fewshot=5)]))
+    told = capsys.readouterr().out
+    assert "setting" in told
+    assert told.count("num_fewshot=5") == 2
+
+
+def test_a_share_s_interval_ends_at_one():
+    one = cell()
+    one.accuracy.append(one.accuracy[0] | {"metric": "rougeL", "value": 0.99, "stderr": 0.1})
+    assert leaderboard([one])[0]["rouge_l_high"] == 1.0
 
 
 def test_folder_without_cells_is_refused(tmp_path):

@@ -13,13 +13,15 @@ from cells import cell, identity
 from dyndepth import leaderboard_page, published
 from dyndepth.errors import UserError
 from dyndepth.leaderboard import leaderboard, write
-from dyndepth.leaderboard_page import board, html, markdown
+from dyndepth.leaderboard_markdown import markdown
+from dyndepth.leaderboard_page import board, html
 from dyndepth.records import Cell, order
 
 NASTY = "RuntimeError: </script><b>|*bold*|\u2028"
 PAPER = {
     "method": "method_1",
     "parameters": "",
+    "recovery": "",
     "model": "Large-7B",
     "speedup": 1.5,
     "unit_of_speedup": "layers",
@@ -104,6 +106,144 @@ def test_scores_of_tasks_have_intervals_by_their_errors():
     assert one == pytest.approx([2.2, 2.2 - 1.96 * 0.02, 2.2 + 1.96 * 0.02])
     low = _entry(found, "method_2", 2.0)["scores"][labels["one: acc"]["key"]][1]
     assert low >= 0
+
+
+def test_an_accuracy_s_interval_ends_at_one_and_bits_do_not():
+    one = cell([1] * 39 + [0])
+    one.accuracy[0] |= {"value": 0.975, "stderr": 0.025}
+    bits = {"task": "text", "metric": "bits_per_byte", "value": 0.99, "stderr": 0.025}
+    one.accuracy.append(one.accuracy[0] | bits | {"higher_is_better": False})
+    one.samples.append({"task": "text", "doc_id": 0, "outcomes": '{"bits_per_byte,none": 0.99}'})
+    found = board([one], leaderboard([one]))["entries"][0]["scores"]
+    assert found["one/acc,none"] == pytest.approx([0.975, 0.926, 1.0])
+    assert found["text/bits_per_byte,none"][2] == pytest.approx(0.99 + 1.96 * 0.025)
+
+
+def _settings(**changes: object) -> list[Cell]:
+    """Dense and a method in two settings."""
+    return sorted(
+        [
+            _one(150, **{"method": method, "target_speedup": target} | more)
+            for method, target in (("dense", 1.0), ("m", 1.5), ("m", 2.0))
+            for more in ({}, changes)
+        ],
+        key=order,
+    )
+
+
+SETTINGS = [
+    ({"num_fewshot": 5}, "num_fewshot=5"),
+    ({"limit": {"one": 9, "two": 9}}, "limit=9"),
+    ({"tasks": ["one"]}, "tasks=one"),
+    ({"device": "cuda"}, "device=cuda"),
+    ({"dtype": "bfloat16"}, "bfloat16"),
+    ({"attn_implementation": "eager"}, "attention=eager"),
+    ({"harness_code": "1a2b3c4d5e6f"}, "code=1a2b3c"),
+    ({"model": "small", "model_fingerprint": "f"}, "small"),
+]
+
+
+@pytest.mark.parametrize(("changes", "word"), SETTINGS, ids=[word for _, word in SETTINGS])
+def test_entries_of_several_settings_say_which_is_theirs(changes, word):
+    cells = _settings(**changes)
+    found = board(cells, leaderboard(cells))
+    labels = [(entry["label"], entry["target"]) for entry in found["entries"]]
+    assert len(set(labels)) == len(labels) == 6
+    named = [entry for entry in found["entries"] if word in entry["label"].split(", ")]
+    assert sorted(entry["method"] for entry in named) == ["dense", "m", "m"]
+    # Each setting's entries stand together, and no two rows of the table are alike.
+    settings = [entry["setting"] for entry in found["entries"]]
+    assert settings == sorted(settings, key=settings.index)
+    rows = [line.split(" | ") for line in markdown(found).splitlines() if line.startswith("| ")][2:]
+    cut = 3 if "model" in changes else 2
+    assert len({tuple(row[:cut]) for row in rows}) == len(rows)
+
+
+def test_entries_of_one_setting_have_plain_names():
+    cells = _cells()
+    found = board(cells, leaderboard(cells))
+    assert {entry["setting"] for entry in found["entries"]} == {""}
+    assert all(entry["label"] == entry["name"] for entry in found["entries"] + found["failed"])
+
+
+def test_conditions_hold_what_makes_cells_comparable_without_prefixes():
+    cells = [_one(150, method="dense", torch="2.13.0", harness_code="abc", device="cuda")]
+    text = markdown(board(cells, leaderboard(cells)))
+    for line in ("torch: 2.13.0", "harness_code: abc", "device: cuda", "tasks: one,two"):
+        assert f"\n- {line}\n" in text
+
+
+def test_controls_are_marked_beside_bounds():
+    cells = _cells()
+    for one in cells:
+        if one.identity["method"] in ("dense", "method_3"):
+            one.provenance["paper"] = "control"
+    found = board(cells, leaderboard(cells))
+    assert {e["method"] for e in found["entries"] if e["control"]} == {"dense", "method_3"}
+    text = markdown(found)
+    assert "| method_3 (control) | 1.25x |" in text
+    assert "\nControls are no methods of a paper" in text
+    assert text.splitlines()[2].startswith("2 methods in 6 settings, 4 settings of controls, 1 of")
+
+
+def _asked(choices: dict[str, int | None]) -> Cell:
+    one = cell([1, 0, 1, 1])
+    (base,) = one.accuracy
+    one.accuracy = [base | {"task": task} for task in choices]
+    one.samples = [
+        {"task": task, "doc_id": place, "outcomes": '{"acc,none": 1.0}'}
+        | {"loglikelihoods": None if count is None else json.dumps([-1.0] * count)}
+        for task, count in choices.items()
+        for place in range(3)
+    ]
+    return one
+
+
+def test_chance_is_the_mean_over_tasks_of_one_in_their_choices():
+    from dyndepth.chance import chance
+
+    one = _asked({"three": 3, "two": 2, "word": 1})
+    assert chance(one) == pytest.approx((1 / 3 + 1 / 2) / 3)
+    assert chance(_asked({"two": 2, "written": None})) == 0.25
+    assert chance(_asked({"word": 1, "written": None})) is None
+    assert chance(cell()) is None
+    mutual = _asked({"two": 4})
+    for row in mutual.samples:
+        row["outcomes"] = '{"acc,none": 1.0, "acc_mutual_info,none": 1.0}'
+    assert chance(mutual) == 0.5
+    found = board([one], leaderboard([one]))
+    assert found["chance"] == "chance: 0.278"
+    assert "\nMean accuracy by chance: 0.278.\n" in markdown(found)
+
+
+def test_chance_is_told_by_setting_where_it_differs():
+    one, other = _asked({"two": 2}), _asked({"four": 4})
+    one.identity["tasks"], other.identity["tasks"] = ["two"], ["four"]
+    cells = [one, other]
+    found = board(cells, leaderboard(cells))["chance"]
+    assert found == "chance: 0.500 (tasks=two), 0.250 (tasks=four)"
+
+
+def _contrast(colour: str, ground: str) -> float:
+    """By WCAG 2: (L1 + 0.05) / (L2 + 0.05)."""
+
+    def luminance(text: str) -> float:
+        shares = [int(text[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+        return sum(w * s for w, s in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((luminance(colour), luminance(ground)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_of_a_line_stands_out_from_its_ground():
+    text = (Path(leaderboard_page.__file__).parent / "leaderboard.html").read_text()
+    themes = re.findall(r"--paper: (#\w{6});.*?((?:--c\d: #\w{6};\s*)+)", text, re.DOTALL)
+    assert len(themes) == 2
+    for ground, colours in themes:
+        found = re.findall(r"#\w{6}", colours)
+        assert len(set(found)) == 7
+        assert min(_contrast(colour, ground) for colour in found) >= 3
 
 
 def test_bounds_dense_and_failures_are_told_apart():
@@ -191,7 +331,7 @@ def test_what_papers_report_is_read_and_every_method_exists():
     assert {row["method"] for row in rows} <= set(methods())
     for row in rows:
         assert row["speedup"] >= 1
-        assert re.match(r"arXiv \d{4}\.\d{5}\b", row["source"]), row
+        assert re.search(r"\barXiv \d{4}\.\d{5}\b", row["source"]), row
     keys = ("method", "parameters", "model", "speedup", "unit_of_speedup", "task", "metric", "note")
     assert len({tuple(row[key] for key in keys) for row in rows}) == len(rows)
 
@@ -201,7 +341,7 @@ def test_other_distributions_may_report_too(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     header = ",".join(published.COLUMNS)
-    (package / published.FILE).write_text(f"{header}\nm,,Big,1.25,layers,T,acc,,40.5,arXiv 1,\n")
+    (package / published.FILE).write_text(f"{header}\nm,,,Big,1.25,layers,T,acc,,40.5,arXiv 1,\n")
     monkeypatch.syspath_prepend(tmp_path)
     (row,) = published.rows_of("others")
     assert (row["speedup"], row["dense_value"], row["value"]) == (1.25, None, 40.5)
@@ -212,10 +352,14 @@ def test_other_distributions_may_report_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("m,,Big,fast,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be a number, not 'fast'"),
-        ("m,,Big,0.5,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be at least 1"),
-        ("m,,Big,2,layers,T,acc,,,arXiv 1,", "line 2: value must be a number"),
-        ("m,,Big,2,layers,T,acc,,40,,", "a row needs every column, and a method and a source"),
+        ("m,,,Big,fast,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be a number, not 'fast'"),
+        ("m,,,Big,0.5,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be at least 1"),
+        ("m,,,Big,2,layers,T,acc,,,arXiv 1,", "line 2: value must be a number"),
+        ("m,,,Big,2,layers,T,acc,,40,,", "a row needs every column, and a method and a source"),
+        (
+            "m,,magic,Big,2,layers,T,acc,,40,arXiv 1,",
+            "line 2: recovery must be empty or one of none",
+        ),
         ("m,,Big", "a row needs every column"),
     ],
 )
@@ -241,6 +385,47 @@ def test_the_nearest_budget_with_the_paper_s_parameters_stands_beside():
     assert published.nearest(paper | {"speedup": 1.6}, rows) is rows[1]
     assert published.nearest(paper | {"parameters": "keep=9"}, rows) is None
     assert published.nearest(paper | {"parameters": ""}, rows)["block_speedup"] == 1.5
+
+
+def test_a_paper_s_row_is_set_beside_rows_recovered_alike():
+    def row(speedup, recovery):
+        own = {"method": "m", "parameters": "", "phases": "both", "recovery": recovery}
+        return own | {"block_speedup": speedup}
+
+    rows = [row(1.5, "lora(rank=4)"), row(1.2, "none"), row(1.9, "joint(rank=4)")]
+    paper = {"method": "m", "parameters": "", "speedup": 1.5}
+    assert published.nearest(paper, rows) is rows[1]
+    assert published.nearest(paper | {"recovery": ""}, rows) is rows[1]
+    assert published.nearest(paper | {"recovery": "lora"}, rows) is rows[0]
+    assert published.nearest(paper | {"recovery": "joint"}, rows) is rows[2]
+    assert published.nearest(paper | {"recovery": "full"}, rows) is None
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_what_a_paper_s_row_leaves_unsaid_is_the_default(turn):
+    def row(spacing, phases="both", speedup=1.5):
+        own = {"method": "uls", "parameters": f"spacing='{spacing}'", "phases": phases}
+        return own | {"block_speedup": speedup, "recovery": "none"}
+
+    rows = [row("even"), row("paper"), row("paper", "generation"), row("paper", speedup=1.2)]
+    rows = rows[::turn]
+    paper = {"method": "uls", "parameters": "phases='both'", "speedup": 1.5}
+    assert published.nearest(paper, rows) == row("paper")
+    assert published.nearest(paper | {"parameters": ""}, rows) == row("paper")
+    assert published.nearest(paper | {"parameters": "spacing='even'"}, rows) == row("even")
+    # Off the default only where nothing else was measured.
+    others = [row("even", speedup=2.0), row("even", speedup=1.6)]
+    assert published.nearest(paper, others) is others[1]
+
+
+def test_no_value_without_recovery_stands_beside_a_recovered_row():
+    from dyndepth.published import kind_of
+
+    unrecovered = [row for row in published.published() if "no training" in row["note"]]
+    assert len(unrecovered) > 30
+    assert {kind_of(row["recovery"]) for row in unrecovered} == {"none"}
+    trained = [row for row in published.published() if "weights trained" in row["note"]]
+    assert {row["recovery"] for row in trained} == {"full"}
 
 
 def test_papers_enter_no_average(monkeypatch):
@@ -430,7 +615,7 @@ def test_a_score_of_a_task_fills_the_charts_and_a_column(page):
     assert page.execute_script(first) == before  # equal times in both phases of these cells
 
 
-def test_a_bound_is_hollow_and_dashed_and_marks_have_intervals(page):
+def test_a_bound_is_hollow_and_marks_have_intervals(page):
     found = page.execute_script("""
         const pick = name => document.querySelector(`#flops [data-series="${name}"]`);
         const fill = name => [...pick(name).querySelectorAll("path")].pop().getAttribute("fill");
@@ -442,9 +627,80 @@ def test_a_bound_is_hollow_and_dashed_and_marks_have_intervals(page):
     """)
     assert found[0] == "var(--paper)"
     assert found[1] != "var(--paper)"
-    assert found[2] == "6 4"
+    assert found[2] is None  # the first of its colour: a solid line
     # Three points: an interval upwards in one chart, another across in the other.
     assert found[3:] == [3, 6]
+
+
+def test_text_is_scored_first_and_chance_stands_by_the_accuracy(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    cells = _cells()
+    for one in cells:
+        for row in one.samples:
+            row["loglikelihoods"] = "[-1.0, -2.0, -3.0]"
+    _width(browser, 1280)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    chosen = Select(browser.find_element("id", "score")).first_selected_option
+    assert chosen.text == "bits per byte"
+    assert "bits per byte, lower is better" in browser.find_element("id", "flops").text
+    assert "chance" not in browser.find_element("id", "flops").text
+    assert browser.find_element("id", "chance").text == "Mean accuracy by chance: 0.333."
+    _choose(browser, "score", "mean_acc")
+    assert "chance: 0.333" in browser.find_element("id", "flops").text
+
+
+def test_cells_and_parameters_are_reached_by_the_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    details = page.find_elements("css selector", "#competitors details")
+    assert len(details) == len(_methods(page))
+    summary = details[0].find_element("css selector", "summary")
+    summary.send_keys(Keys.ENTER)
+    assert details[0].get_attribute("open")
+    (dense,) = [one for one in _cells() if one.identity["method"] == "dense"]
+    assert f"cells: {dense.key}" in details[0].text
+    assert page.find_elements("css selector", "#board [title]") == []
+
+
+def test_controls_are_grey_and_named_and_leave_the_colours_to_methods(browser, tmp_path):
+    cells = _cells(6)
+    for one in cells:
+        if one.identity["method"] in ("dense", "method_6"):
+            one.provenance["paper"] = "control"
+    recovered = _one(190, method="dense", recovery="lora(rank=4)")
+    recovered.provenance["paper"] = "control"
+    cells = sorted([*cells, recovered], key=order)
+    _width(browser, 1280)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    colours = dict(
+        browser.execute_script("""
+            return [...document.querySelectorAll("#legend button")]
+                .map(e => [e.textContent, e.querySelector("path").getAttribute("stroke")]);
+        """)
+    )
+    grey = {name for name, colour in colours.items() if colour == "var(--soft)"}
+    assert grey == {"dense, control", "dense + lora, control", "method_6, control"}
+    others = [colour for name, colour in colours.items() if name not in grey]
+    assert len(set(others)) == len(others) == 6
+    assert [text for text in _texts(browser, "#competitors th") if text.endswith("control")]
+
+
+def test_points_of_several_settings_are_never_one_line(browser, tmp_path):
+    cells = _settings(num_fewshot=5, harness_code="1a2b3c4d5e6f")
+    _width(browser, 1280)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    names = "return [...document.querySelectorAll('#flops .series')].map(e => e.dataset.series)"
+    assert sorted(browser.execute_script(names)) == [
+        "dense, num_fewshot=5, code=1a2b3c",
+        "dense, num_fewshot=x, code=x",
+        "m, num_fewshot=5, code=1a2b3c",
+        "m, num_fewshot=x, code=x",
+    ]
+    rows = _texts(browser, "#competitors tr")
+    assert len({tuple(row.split("▸")) for row in rows}) == len(rows) == 6
+    _choose(browser, "setting", "num_fewshot=5, code=1a2b3c")
+    assert len(_methods(browser)) == 3
 
 
 def test_the_legend_lights_one_line_up(page):
@@ -479,8 +735,10 @@ def test_nothing_is_wider_than_the_screen(browser, tmp_path, width, methods):
     assert outside == []
     marks = browser.execute_script("""
         return [...document.querySelectorAll("#legend button")].map(button => {
-            const mark = button.querySelector("path");
-            return mark.getAttribute("d") + mark.getAttribute("stroke") + mark.getAttribute("fill");
+            const mark = button.querySelector("path"), line = button.querySelector("line");
+            const look = [mark, line].map(e => e.getAttribute("stroke")
+                + e.getAttribute("stroke-dasharray"));
+            return mark.getAttribute("d") + look + mark.getAttribute("fill");
         });
     """)
     assert len(set(marks)) == len(marks) == methods + 2

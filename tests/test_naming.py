@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from cells import cell
 
-from dyndepth.naming import changed, label
+from dyndepth.naming import apart, changed, label
 from dyndepth.recipe import parse_recovery
+from dyndepth.records import identity_columns
 
 
 def row(method="uls", parameters="", phases="both", recovery="none") -> dict[str, str]:
@@ -47,3 +49,47 @@ def test_settings_that_differ_have_different_names():
 
 def test_parameters_of_a_method_that_is_not_installed_are_all_told():
     assert changed(row("foreign", "keep=1, rule='a'")) == ["keep=1", "rule=a"]
+
+
+def _apart(*changes: dict) -> list[str]:
+    return [" ".join(words) for words in apart([identity_columns(cell(**one)) for one in changes])]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ({}, {"method": "m", "method_code": "y", "target_speedup": 2.0}, ["", ""]),
+        ({"tasks": ["a"]}, {"tasks": ["a", "b"]}, ["tasks=a", "tasks=a+b"]),
+        (
+            {"tasks": ["a"], "limit": {"a": 4}},
+            {"tasks": ["b"], "limit": {"b": 4}},
+            ["tasks=a", "tasks=b"],
+        ),
+        (
+            {"tasks": list("abcd")},
+            {"tasks": list("xycd")},
+            ["tasks=a+b+2 more", "tasks=x+y+2 more"],
+        ),
+        ({"tasks": list("abcd")}, {"tasks": list("abcx")}, ["tasks=a+b+c+d", "tasks=a+b+c+x"]),
+        ({"limit": None}, {"limit": {"a": 4, "b": 4}}, ["limit=all", "limit=4"]),
+        ({"limit": {"a": 4, "b": 5}}, {"limit": {"a": 4}}, ["limit=a=4+b=5", "limit=4"]),
+        ({"num_fewshot": None}, {"num_fewshot": 5}, ["num_fewshot=by task", "num_fewshot=5"]),
+        ({"torch": "2.1"}, {"torch": "2.2"}, ["torch=2.1", "torch=2.2"]),
+        ({"harness_code": "1a2b3c4d"}, {"harness_code": "9a"}, ["code=1a2b3c", "code=9a"]),
+        (
+            {"harness_code": "1a2b3c4d"},
+            {"harness_code": "1a2b3cff"},
+            ["code=1a2b3c4d", "code=1a2b3cff"],
+        ),
+        ({"model": "a", "revision": "1"}, {"model": "b", "revision": "2"}, ["a", "b"]),
+        ({"model_fingerprint": "1"}, {"model_fingerprint": "2"}, ["weights=1", "weights=2"]),
+        ({"method_code": "1"}, {"method_code": "2"}, ["method_code=1", "method_code=2"]),
+    ],
+)
+def test_settings_are_told_apart_in_a_few_words(one, other, words):
+    assert _apart(one, other) == words
+
+
+def test_the_same_words_for_every_row_of_a_setting():
+    found = _apart({"dtype": "a"}, {"dtype": "a", "method": "m"}, {"dtype": "b", "method": "m"})
+    assert found == ["a", "a", "b"]

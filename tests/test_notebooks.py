@@ -18,6 +18,14 @@ RUN = NOTEBOOKS.parent / "results" / "embedded"
 LIMIT = 300_000
 """Bytes that a notebook may have in the repository."""
 
+FOUND = {
+    "03": ("block FLOPs, no competitor loses less than", "By prefill time", "By decode time"),
+    "04": ("wall efficiency", "Under all timed conditions saved arithmetic becomes time for"),
+    "05": ("is ahead by", "Not shown to be behind it"),
+    "06": ("without recovery", "its interval overlaps"),
+}
+"""What the findings of a notebook that reads a run say, whatever the run."""
+
 names = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -86,7 +94,11 @@ def test_is_small_and_valid_and_draws_nothing_itself(path):
     "path", [path for path in PATHS if reads_a_run(path)], ids=lambda path: path.stem
 )
 def test_reads_a_run(path, tmp_path, monkeypatch):
-    check(execute(path, make_run(tmp_path / "run", methods=3), monkeypatch))
+    notebook = execute(path, make_run(tmp_path / "run", methods=3), monkeypatch)
+    check(notebook)
+    printed = "".join(each.get("text", "") for each in notebook.cells[-2].outputs)
+    for words in FOUND[path.stem[:2]]:
+        assert words in printed
 
 
 @pytest.mark.slow
@@ -122,4 +134,5 @@ def test_runs_without_timing_or_bounds_are_told(tmp_path, monkeypatch):
     for stem, said in (("04", "This run was not timed"), ("05", "This run holds no bound")):
         (path,) = (path for path in PATHS if path.stem.startswith(stem))
         notebook = execute(path, run, monkeypatch)
+        assert notebook.cells[-2].outputs[0]["text"].strip().endswith(".")
         assert said in "".join(each.get("text", "") for each in outputs(notebook))

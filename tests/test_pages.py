@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dyndepth import page_blocks, pages, registry
-from dyndepth.cards import card, descriptions, kind, parameters
+from dyndepth.card_parameters import descriptions, parameters
+from dyndepth.cards import card, kind
 from dyndepth.errors import UserError
 from dyndepth.markdown import joined, layout, spread, table
 from dyndepth.page_blocks import Source, averaged
@@ -198,6 +199,7 @@ def test_seeds_are_averaged_and_intervals_widened():
 def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
     def row(method: str, budget: float, value: float, **more: Any) -> dict[str, str]:
         base = {"method": method, "parameters": "", "phases": "both", "recovery": "none"}
+        base |= {"flops": "block"}
         base |= {"bound": "FALSE", "task": "t", "metric": "m", "higher_is_better": "TRUE"}
         base |= {"reference_speedup": str(budget), "value": str(value), "low": "", "high": ""}
         return base | {key: entry(value) for key, value in more.items()}
@@ -209,6 +211,7 @@ def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
         row("oracle", 1.5, 0.875, bound=True),
         row("uls", 1.5, 0.9, task="other"),
         row("uls", 1.5, 0.9, recovery="lora(rank=4)"),
+        row("uls", 1.5, 0.9, flops="total"),
     ]
     _write(source.root / RESULTS / "equal_flops.csv", rows)
     lines = page_blocks.equal_flops(source, {"task": "t", "metric": "m"}).splitlines()
@@ -281,7 +284,7 @@ def test_cards_show_measured_and_published_values():
     made = card(cls, measured, reported, "From the run.")
     assert "0.500 [0.400, 0.600]" in made
     assert "error: no memory" in made
-    assert "1 of 2 committed cells finished (embedded)" in made
+    assert "1 of 2 cells of the main run finished; measured on embedded." in made
     assert "The published values are of Large-7B" in made
     assert "| Large-7B | 1.6x (layers) | talk, BLEU | 20.5 | 19.25 |" in made
     assert "1.50x on embedded, 0.90 [0.80, 1.10] of dense's accuracy" in made

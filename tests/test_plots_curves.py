@@ -16,7 +16,16 @@ from dyndepth import plots
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.plot_curves import FRONT, TOGETHER
-from dyndepth.plot_parts import BOUND_DASH, MARKERS, SUSPECT, TITLES, style, wrapped
+from dyndepth.plot_parts import (
+    BOUND_DASH,
+    CHANCE,
+    MARKERS,
+    PAGE,
+    SUSPECT,
+    TITLES,
+    style,
+    wrapped,
+)
 from dyndepth.records import Cell
 from dyndepth.tables import write_tables
 
@@ -109,6 +118,65 @@ class TestLabels:
             plots.read_tables(tmp_path)
 
 
+def with_choices(cell: Cell, choices: int, task: str = "one") -> Cell:
+    """The cell, with that many answers offered by each document of a task."""
+    for row in cell.samples:
+        if row["task"] == task:
+            row["loglikelihoods"] = str([-1.0] * choices)
+    return cell
+
+
+class TestChance:
+    def test_is_read_from_the_samples_by_task_and_over_tasks(self, tmp_path):
+        first = make_cell(15, 1.0)
+        for number, row in enumerate(first.samples):
+            # The first task offers 2 or 4 choices, the second asks for a word.
+            choices = 1 if row["task"] == "two" else 2 + 2 * (number % 2)
+            row["loglikelihoods"] = str([-1.0] * choices)
+        write_tables([first, make_cell(14, 1.25, method="m")], tmp_path)
+        tables = plots.read_tables(tmp_path)
+        accuracy = tables["accuracy"].set_index(["method", "task"])["chance"]
+        assert accuracy["dense", "one"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+        assert accuracy.drop(("dense", "one")).isna().all()
+        board = tables["leaderboard"].set_index("method")
+        assert board.loc["dense", "chance"] == pytest.approx((1 / 2 + 1 / 4) / 2 / 2)
+        assert np.isnan(board.loc["m", "chance"])
+        assert board.loc["dense", "accuracy_tasks"] == "one, two"
+
+    def test_is_a_line_and_takes_the_front_where_dense_is_no_better(self, tmp_path):
+        cells = [make_cell(15, 1.0), make_cell(14, 1.25, method="m")]
+        write_tables([with_choices(cell, 4) for cell in cells], tmp_path)
+        tables = plots.read_tables(tmp_path)
+        of_task = plots.task_table(tables["accuracy"], tables["compute"], "one")
+        figure = plots.accuracy_vs_flops(of_task, metric="acc", title="one")
+        drawn = lines(figure.axes[0])
+        assert drawn[CHANCE].get_ydata()[0] == 0.25
+        assert FRONT in drawn
+        assert "tiny: one" in texts(figure)
+        guessing = of_task.assign(chance=0.7)
+        figure = plots.accuracy_vs_flops(guessing, metric="acc")
+        assert FRONT not in lines(figure.axes[0])
+        assert "No Pareto front: dense's own interval holds chance" in " ".join(
+            texts(figure).split()
+        )
+        kept = plots.accuracy_vs_flops(tables["leaderboard"], metric="retained")
+        board = tables["leaderboard"]
+        wanted = 0.125 / board.loc[plots.reference(board), "mean_acc"].item()
+        assert lines(kept.axes[0])[CHANCE].get_ydata()[0] == pytest.approx(wanted)
+        assert "mean over one, two" in texts(kept)
+
+    def test_is_unknown_without_samples_or_choices(self, run, board):
+        assert board["chance"].isna().all()
+        assert CHANCE not in lines(plots.accuracy_vs_flops(board).axes[0])
+
+    def test_what_cannot_be_read_is_told(self, tmp_path):
+        cell = make_cell(15, 1.0)
+        cell.samples[0]["loglikelihoods"] = "[-1.0, "
+        write_tables([cell], tmp_path)
+        with pytest.raises(UserError, match="loglikelihoods that are no list"):
+            plots.read_tables(tmp_path)
+
+
 class TestPoints:
     def test_seeds_are_one_point_whose_interval_holds_them(self, board):
         found = plots.points(board, "mean_acc", "block_speedup")
@@ -138,6 +206,7 @@ class TestPoints:
                 "x": [1.0, 1.5, 2.0, 1.5, 2.0],
                 "value": [0.5, 0.4, 0.3, 0.3, 0.9],
                 "bound": [False, False, False, False, True],
+                "recovery": "none",
             }
         )
         front = plots.on_front(found, lower_is_better=False, less_is_better=False)
@@ -146,6 +215,33 @@ class TestPoints:
         assert lower.tolist() == [False, False, True, False, False]
         share = plots.on_front(found.assign(x=1 / found["x"]), False, less_is_better=True)
         assert share.tolist() == front.tolist()
+
+    def test_each_recovery_has_its_own_front_and_close_budgets_are_one(self):
+        found = pd.DataFrame(
+            {
+                "x": [1.5, 1.509, 1.53, 1.5],
+                "value": [0.40, 0.35, 0.35, 0.30],
+                "bound": False,
+                "recovery": ["none", "none", "none", "lora"],
+            }
+        )
+        assert plots.on_front(found, False, False).tolist() == [True, False, True, True]
+        assert plots.on_front(found.assign(x=1 / found["x"]), False, True).tolist() == [
+            True,
+            False,
+            True,
+            True,
+        ]
+
+    def test_a_point_whose_interval_holds_chance_is_on_no_front(self):
+        found = pd.DataFrame(
+            {
+                "x": [1.5, 2.0], "value": [0.4, 0.3], "low": [0.36, 0.24], "high": [0.44, 0.36],
+                "bound": False, "recovery": "none",
+            }
+        )  # fmt: skip
+        assert plots.on_front(found, False, False).tolist() == [True, True]
+        assert plots.on_front(found, False, False, chance=0.25).tolist() == [True, False]
 
     def test_task_table_has_the_tasks_own_scores_and_speedups(self, run):
         tables = plots.read_tables(run)
@@ -205,6 +301,52 @@ class TestAccuracy:
                     # The last tick label of a panel may reach a little towards the next.
                     assert min(width, height) < 6, (methods, one, other)
 
+    def test_axes_hold_every_interval(self, board):
+        wide = board.copy()
+        wide.loc[wide.index[-1], "mean_acc_low"] = -3.0
+        figure = plots.accuracy_vs_flops(wide)
+        assert figure.axes[0].get_ylim()[0] < -3.0
+
+    def test_dense_has_the_band_of_its_interval(self, board):
+        figure = plots.accuracy_vs_flops(board)
+        dense = board[plots.reference(board)].iloc[0]
+        (band,) = figure.axes[0].patches
+        box = band.get_extents().transformed(figure.axes[0].transData.inverted())
+        assert [box.y0, box.y1] == pytest.approx([dense["mean_acc_low"], dense["mean_acc_high"]])
+
+    @pytest.mark.parametrize("methods", [1, 9, 20])
+    def test_fits_a_page_in_letters_that_can_be_read(self, tmp_path, methods):
+        import matplotlib.text
+
+        tables = plots.read_tables(make_run(tmp_path, methods=methods, bounds=1))
+        figure = plots.accuracy_vs_flops(tables["leaderboard"])
+        assert figure.get_size_inches()[0] <= PAGE
+        for text in figure.findobj(matplotlib.text.Text):
+            assert not text.get_text() or text.get_fontsize() >= 7
+        labelled = {
+            axis.get_subplotspec().rowspan.start
+            for axis in figure.axes
+            if axis.xaxis.get_tick_params()["labelbottom"]
+        }
+        assert labelled == {figure.axes[0].get_subplotspec().get_gridspec().nrows - 1}
+
+    def test_a_front_a_recovery(self, tmp_path):
+        recovery = "lora(rank=4)"
+        cells = [make_cell(15, 1.0), make_cell(12, 1.25, method="m")]
+        cells += [make_cell(14, 1.25, method="m", recovery=recovery)]
+        write_tables(cells, tmp_path)
+        figure = plots.accuracy_vs_flops(plots.read_tables(tmp_path)["leaderboard"])
+        drawn = lines(figure.axes[0])
+        fronts = {name: line for name, line in drawn.items() if name.startswith(FRONT)}
+        assert len(fronts) == 2
+        assert sorted(line.get_ydata().item() for line in fronts.values()) == [0.6, 0.7]
+        assert len({line.get_marker() for line in fronts.values()}) == 2
+
+    def test_a_lone_point_has_no_line(self, board):
+        one = board[(board["target_speedup"] == 1.25) | plots.reference(board)]
+        assert lines(plots.accuracy_vs_flops(one).axes[0])["m0"].get_linestyle() == "None"
+        assert lines(plots.accuracy_vs_flops(board).axes[0])["m0"].get_linestyle() != "None"
+
     def test_many_have_a_panel_each(self, tmp_path):
         board = plots.read_tables(make_run(tmp_path, methods=TOGETHER))["leaderboard"]
         figure = plots.accuracy_vs_flops(board)
@@ -246,10 +388,37 @@ class TestTimes:
         assert prefill["m0"].get_ydata() == pytest.approx([1.0, 1.6])
         assert SUSPECT in decode
         assert SUSPECT not in prefill
-        assert "Batch 1, 64 tokens" in texts(figure)
-        assert "Batch 8" in texts(plots.flops_vs_wallclock(timing, batch=8))
+        assert "batch 1, 64 tokens" in texts(figure)
+        assert "batch 8" in texts(plots.flops_vs_wallclock(timing, batch=8))
         with pytest.raises(UserError, match="timed at batch 3"):
             plots.flops_vs_wallclock(timing, batch=3)
+
+    @pytest.mark.parametrize("count", [2, 10, 20])
+    def test_targets_stand_beside_the_marks_and_cover_nothing(self, count):
+        from dyndepth.plot_parts import figure_of
+        from dyndepth.plot_targets import label_targets
+
+        generator = np.random.default_rng(0)
+        x, value = generator.uniform(1.2, 1.9, (2, count))
+        curve = pd.DataFrame({"x": x, "value": value, "target_speedup": 1.25})
+        curve = curve.assign(x_low=x, x_high=x, low=value - 0.01, high=value + 0.01)
+        figure = figure_of(5, 5)
+        axis = figure.subplots()
+        axis.set(xlim=(1, 2), ylim=(1, 2))
+        figure.draw_without_rendering()
+        label_targets(axis, [curve.iloc[[row]] for row in range(count)])
+        figure.draw_without_rendering()
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in axis.texts]
+        assert [text.get_text() for text in axis.texts] == ["1.25×"] * count
+        marks = axis.transData.transform(curve[["x", "value"]].to_numpy())
+        for index, box in enumerate(boxes):
+            assert axis.get_window_extent().padded(2).count_overlaps([box]) == 1
+            assert not any(box.contains(*mark) for mark in marks)
+            for other in boxes[index + 1 :]:
+                width = min(box.x1, other.x1) - max(box.x0, other.x0)
+                height = min(box.y1, other.y1) - max(box.y0, other.y0)
+                assert min(width, height) < 4
 
 
 class TestGap:
@@ -303,8 +472,33 @@ class TestHeatmaps:
         figure = plots.retained_by_task(tables["accuracy"], tables["compute"], path)
         assert path.is_file()
         shown = texts(figure).splitlines()
-        for part in ("93", "m0", "m1", "1.25×", "2×", "one", "two", "accuracy"):
+        for part in ("93", "m0", "m1", "1.25×", "2×", "one", "two"):
             assert part in shown
+        assert "accuracy, method / dense, %" in shown
+        assert "1×" not in shown
+        assert "–" not in shown
+        assert figure.get_size_inches()[0] <= PAGE
+
+    def test_what_was_not_measured_has_a_dash_and_lower_is_better_is_inverted(self, tmp_path):
+        def bits(value: float, speedup: float, **changes) -> Cell:
+            found = make_cell(15, speedup, **changes)
+            (row, *_) = found.accuracy
+            return Cell(
+                found.identity, compute=found.compute,
+                accuracy=[row | {"metric": "bits_per_byte", "value": value,
+                                 "higher_is_better": False}],
+            )  # fmt: skip
+
+        cells = [bits(1.0, 1.0), bits(2.0, 1.25, method="m"), bits(1.25, 2.0, method="n")]
+        write_tables(cells, tmp_path)
+        tables = plots.read_tables(tmp_path)
+        figure = plots.retained_by_task(tables["accuracy"], tables["compute"])
+        shown = texts(figure).splitlines()
+        assert [text for text in shown if text in ("50", "80", "–")] == ["50", "–", "–", "80"]
+        assert "bits per byte, dense / method, %" in shown
+        assert "Dash: not measured." in shown
+        colours = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+        assert colours["80"] == "black"
 
     def test_executed_in_run(self, run):
         routing = plots.read_tables(run)["routing"]
@@ -312,7 +506,7 @@ class TestHeatmaps:
         for axis in figure.axes[:2]:
             values = axis.collections[0].get_array()
             assert values.shape == (3, 4)
-            assert np.allclose(values, 0.8)
+            assert np.allclose(values, 80)
         assert [axis.get_title().split()[0] for axis in figure.axes[:2]] == list(TITLES.values())
         with pytest.raises(UserError, match="no method at the target speedup 7"):
             plots.executed_in_run(routing, target_speedup=7)

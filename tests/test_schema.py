@@ -11,7 +11,6 @@ import pytest
 from cells import cell, identity
 
 from dyndepth import schema
-from dyndepth.columns import Table
 from dyndepth.errors import UserError
 from dyndepth.evaluate import Evaluation
 from dyndepth.flops import CAUSES
@@ -188,23 +187,22 @@ def test_csv_holds_no_formula_and_opens_without_surprises(run):
     assert frame["bound"].dtype == bool
 
 
-def test_tables_of_the_comparison_are_described_where_it_exists(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
-    fake = SimpleNamespace(COMPARISON={"cell": "The cell.", "p": "A probability."})
-    monkeypatch.setattr(schema, "import_module", lambda name: fake)
-    schema.tables.cache_clear()
-    try:
-        described = schema.tables()["comparison.csv"]
-        assert isinstance(described, Table)
-        assert list(described.columns) == ["cell", "p"]
-        assert "curves.csv" not in schema.tables()
-        validate("comparison.csv", [{"cell": "a", "p": 0.5}])
-        with pytest.raises(UserError, match="'q' is not one of"):
-            validate("comparison.csv", [{"cell": "a", "p": 0.5, "q": 1}])
-    finally:
-        schema.tables.cache_clear()
-        schema._pandera.cache_clear()
+def test_tables_of_the_comparison_are_described_with_types():
+    for name in ("comparison.csv", "curves.csv", "equal_flops.csv"):
+        columns = schema.tables()[name].columns
+        assert {column.dtype for column in columns.values()} <= {*schema.DTYPES, "any"}
+        assert (columns["p"].dtype, columns["n"].dtype) == ("number", "integer")
+        assert not columns["verdict"].nullable
+    described = schema.tables()["comparison.csv"].columns
+    row = dict.fromkeys(described) | {"cell": "123", "model": "m", "method": "a", "p": 0.5}
+    row |= {"phases": "both", "recovery": "none", "verdict": "better", "pareto": True}
+    validate("comparison.csv", [row])
+    with pytest.raises(UserError, match="'q' is not one of"):
+        validate("comparison.csv", [row | {"q": 1}])
+    with pytest.raises(UserError, match="'pareto', row 1 .*'perhaps' is no boolean"):
+        validate("comparison.csv", [row | {"pareto": "perhaps"}])
+    with pytest.raises(UserError, match="'verdict', row 1 .*must not be empty"):
+        validate("comparison.csv", [row | {"verdict": None}])
 
 
 def test_copies_of_a_run_with_a_changed_digit_fail(run, tmp_path_factory):

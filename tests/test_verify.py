@@ -20,7 +20,7 @@ from dyndepth.options import read
 from dyndepth.records import Cell, cell_hash
 from dyndepth.store import FORMAT, Store
 from dyndepth.tables import write_tables
-from dyndepth.verify_again import drawn, tolerance_of
+from dyndepth.verify_again import drawn, excuse
 from dyndepth.verify_rows import COARSE, EXACT, differences
 from dyndepth.verify_scores import means
 from dyndepth.verify_stored import check
@@ -242,6 +242,24 @@ class TestTampered:
         assert what.endswith("tokens")
 
 
+def test_pages_are_checked_where_they_are(run):
+    from dyndepth.leaderboard import leaderboard, write
+
+    cells = Store(run).all()
+    write(cells, leaderboard(cells), run)
+    write_manifest(run)
+    assert _failures(run) == []
+    for name in ("leaderboard.md", "leaderboard.html"):
+        text = (run / name).read_text("utf-8")
+        place = text.index("early_exit")
+        (run / name).write_text(f"{text[:place]}x{text[place + 1 :]}", "utf-8")
+    failures = _failures(run)
+    assert [cell for cell, _ in failures] == ["leaderboard.md", "leaderboard.html"]
+    assert all("is not the function of the cells: line " in what for _, what in failures)
+    (run / "leaderboard.html").unlink()
+    assert ("leaderboard.html", "file is missing") in _failures(run)
+
+
 def test_tables_of_comparison_are_checked_where_they_are(run, monkeypatch):
     from dyndepth import comparison
 
@@ -252,7 +270,7 @@ def test_tables_of_comparison_are_checked_where_they_are(run, monkeypatch):
         (run / name).write_text(texts[name])
     assert _failures(run) == []
     (run / "comparison.csv").write_text("a,b\n1,4\n")
-    what = "is not the function of the cells: row 1 (cell 1), b"
+    what = "is not the function of the cells: row 1, b"
     assert _failures(run) == [("comparison.csv", what)]
 
 
@@ -387,31 +405,37 @@ def test_tolerance_is_coarse_only_where_it_must():
     cell.provenance = {"device_name": "abacus", "threads": 2}
     rule = {"needs_training": False, "uses_labels": False, "granularity": "static"}
     here = cell.provenance | rule
-    assert tolerance_of(cell, cell.identity, here) is EXACT
-    assert tolerance_of(cell, cell.identity, here | {"threads": 1}) is EXACT
+    assert excuse(cell, cell.identity, here) == ""
+    assert excuse(cell, cell.identity, here | {"threads": 1}) == ""
     token = {"threads": 1, "granularity": "token"}
-    assert tolerance_of(cell, cell.identity, here | token) is COARSE
-    assert tolerance_of(cell, cell.identity, here | {"granularity": "token"}) is EXACT
-    for change in ({"harness_code": "y"}, {"device": "cuda"}):
-        assert tolerance_of(cell, cell.identity | change, here) is COARSE
+    assert "another machine" in excuse(cell, cell.identity, here | token)
+    assert excuse(cell, cell.identity, here | {"granularity": "token"}) == ""
+    for change, why in (({"harness_code": "y"}, "other harness_code"), ({"device": "cuda"}, "not")):
+        assert excuse(cell, cell.identity | change, here).startswith(why)
     half = made_by_hand(dtype="bfloat16", device="cpu")
-    assert tolerance_of(half, half.identity, here) is COARSE
+    assert excuse(half, half.identity, here) == "not float32 on the CPU"
 
 
 def test_coarse_lets_few_answers_flip():
     cell = made_by_hand([1, 1, 1, 0])
-    rows = [dict(row) for row in cell.samples]
+    for row in cell.samples:
+        row["loglikelihoods"] = "[-3.0, -3.1]"
 
-    def flip(row):
+    def flip(row, likelihoods="[-3.05, -3.04]"):
         hit = 1 - row["outcome"]
         row |= {"outcome": hit, "outcomes": json.dumps({"acc,none": hit})}
+        row["loglikelihoods"] = likelihoods
 
+    rows = [dict(row) for row in cell.samples]
     assert differences(cell, "samples", rows, EXACT) == []
+    # What it is read off has not moved: somebody wrote another answer down.
+    flip(rows[0], "[-3.0, -3.1]")
+    both = ["samples: outcome of one/0", "samples: outcomes of one/0"]
+    assert [x.what for x in differences(cell, "samples", rows, EXACT)] == both
+    assert [x.what for x in differences(cell, "samples", rows, COARSE)] == both
+    rows[0] = dict(cell.samples[0])
     flip(rows[0])
-    assert [x.what for x in differences(cell, "samples", rows, EXACT)] == [
-        "samples: outcome of one/0",
-        "samples: outcomes of one/0",
-    ]
+    assert len(differences(cell, "samples", rows, EXACT)) == 3
     assert differences(cell, "samples", rows, COARSE) == []
     flip(rows[1])
     found = differences(cell, "samples", rows, COARSE)
@@ -428,7 +452,7 @@ class TestManifest:
         assert len(body["cells"]) == 4
         (line,) = body["commands"]
         assert line.startswith("python -m dyndepth.sweep --model ")
-        for entry in read_manifest(run).values():
+        for entry in read_manifest(run).cells.values():
             assert entry["sha256"] == sha256(run / "cells" / entry["file"])
         write_manifest(run, ["make results"])
         assert json.loads((run / NAME).read_text())["commands"] == ["make results"]

@@ -1,0 +1,29 @@
+"""How far methods stay below bounds that choose by the answers: the run behind notebook 05.
+
+Bounds read every document many times over, and write a text once for each route that they may
+take; so there are half as many documents as in the main run, and no generation.
+"""
+
+from __future__ import annotations
+
+from dyndepth.studies import Study
+
+BUDGETS = (1.25, 1.5)
+
+STUDY = Study(
+    name="bounds",
+    title="Methods against bounds that choose by the answers",
+    limit={"socialiqa": 100, "quartz": 100, "last_word": 100, "wikipedia_bpb": 100},
+    sweeps=(
+        # What it saves is its result, so that it has one cell.
+        {"methods": "exit_oracle", "speedups": (1.25,)},
+        {
+            "methods": "skipgpt,static_pruning(criterion=greedy),"
+            "early_exit(confidence=saturation),uls(spacing=even)",
+            "speedups": BUDGETS,
+        },
+        {"methods": "oracle(depths=6)", "speedups": (1.1, 1.25, 1.5, 2.0)},
+        {"methods": "layer_controller,random_skip", "speedups": BUDGETS},
+    ),
+    claims=(),
+)
