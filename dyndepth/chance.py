@@ -13,13 +13,15 @@ from dyndepth.records import Cell
 
 METRIC = "acc"
 """The accuracy that the leaderboard's mean is of."""
+OF_ACCURACY = (METRIC, "acc_norm")
+"""Metrics that a guess among the choices scores 1 / choices of."""
 TWICE = "acc_mutual_info"
 """A metric for which each choice is scored a second time, without its question."""
 
 
-def chance(cell: Cell) -> float | None:
-    """Expected mean accuracy of guesses over the tasks that have one: 1 / choices of a document,
-    0 where there is nothing to choose from; None if no task offers a choice, or the cell does not
+def by_task(cell: Cell) -> dict[str, float]:
+    """Expected accuracy of guesses by task, of the tasks that have an accuracy: the mean over
+    documents of 1 / choices, 0 where there is nothing to choose from. Empty if the cell does not
     tell.
 
     A document's choices are counted by its log-likelihoods.
@@ -29,14 +31,16 @@ def chance(cell: Cell) -> float | None:
         names = {key.partition(",")[0] for key in json.loads(row["outcomes"])}
         if METRIC not in names:
             continue
-        if "loglikelihoods" not in row:
-            return None
         try:
-            scored = len(json.loads(row["loglikelihoods"] or "[]"))
+            scored = len(json.loads(row.get("loglikelihoods") or "[]"))
         except (TypeError, ValueError, RecursionError):
-            return None
+            return {}
         choices = scored // 2 if TWICE in names else scored
         tasks[row["task"]].append(1 / choices if choices > 1 else 0.0)
-    if not any(any(found) for found in tasks.values()):
-        return None
-    return sum(sum(found) / len(found) for found in tasks.values()) / len(tasks)
+    return {task: sum(found) / len(found) for task, found in tasks.items()}
+
+
+def chance(cell: Cell) -> float | None:
+    """Mean of ``by_task``; None if no task offers a choice, or the cell does not tell."""
+    found = by_task(cell).values()
+    return sum(found) / len(found) if any(found) else None

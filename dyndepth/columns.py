@@ -170,8 +170,13 @@ ACCURACY = Table(
             "True if larger values are better; empty if the task does not say.", nullable=True
         ),
         "task_version": _text("Version of the task's definition.", nullable=True),
+        "chance": _fraction(
+            "Accuracy of guesses, the mean over documents of 1 / choices; empty where there is "
+            "nothing to choose from, and for other metrics than `acc` and `acc_norm`."
+        ),
     },
     key=("cell", "task", "metric", "filter"),
+    optional=frozenset({"chance"}),
 )
 
 COMPUTE = Table(
@@ -344,6 +349,9 @@ LEADERBOARD = Table(
         "mean_acc": _fraction("Accuracy (`acc` alone), mean over tasks; empty if no task has one."),
         "mean_acc_low": _fraction(f"Mean accuracy, lower {_END}"),
         "mean_acc_high": _fraction(f"Mean accuracy, upper {_END}"),
+        "chance": _fraction(
+            "Mean accuracy of guesses, 0 for a task without choices; empty if no task has any."
+        ),
         "documents": _integer("Documents behind the mean accuracy."),
         "retained": _number(
             "Mean accuracy / dense's on the same documents (1 = dense, not percent); empty "
@@ -399,4 +407,5 @@ LEADERBOARD = Table(
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
     ),
+    optional=frozenset({"chance"}),
 )

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.chance import METRIC
+from dyndepth.chance import METRIC, chance
 from dyndepth.console import print_table
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
@@ -92,6 +92,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
     if own:
         mean = mean_score(own)
         row |= {"mean_acc": mean.value, "mean_acc_low": mean.low, "mean_acc_high": mean.high}
+        row["chance"] = chance(cell)
     kept = retained(own, dense) if own and dense else None
     if kept:
         row |= {"retained": kept.value, "retained_low": kept.low, "retained_high": kept.high}

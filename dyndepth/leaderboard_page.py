@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from dyndepth.chance import chance
 from dyndepth.naming import apart, changed, label, recovered
 from dyndepth.published import nearest, published
 from dyndepth.recipe import NONE
@@ -112,7 +111,7 @@ def _entry(
         "bound": bool(own[0]["bound"]),
         "control": is_control(own[0]),
         "dense": is_dense(members[0][0]),
-        "chance": chance(members[0][0]),
+        "chance": own[0].get("chance"),
         "scores": {key: value for key, value in found.items() if value is not None},
         "block": _mean([_spread(row, "block_speedup") for row in own]),
         "total": _mean([_spread(row, "total_speedup") for row in own]),

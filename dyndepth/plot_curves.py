@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dyndepth import naming
 from dyndepth.errors import UserError
-from dyndepth.plot_chance import chance_of
+from dyndepth.plot_chance import MEANS, chance_of
 from dyndepth.plot_headings import conditions, head, intervals, of_all
 from dyndepth.plot_parts import (
     BLUE,
@@ -36,7 +36,6 @@ from dyndepth.plot_parts import (
 )
 from dyndepth.plot_points import (
     LOWER_IS_BETTER,
-    MEANS,
     METRICS,
     SAME_BUDGET,
     on_front,

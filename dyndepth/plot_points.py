@@ -14,7 +14,7 @@ import numpy as np
 from dyndepth import naming
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
-from dyndepth.plot_chance import READ, add_chance
+from dyndepth.plot_chance import name_tasks
 from dyndepth.recipe import NONE
 from dyndepth.schema import validate
 
@@ -37,8 +37,6 @@ METRICS = {
     "rougeL": "ROUGE-L",
 }
 LOWER_IS_BETTER = {"bits_per_byte"}
-MEANS = {"mean_acc", "retained"}
-"""Metrics that are means over tasks."""
 MAIN = ("acc", "bits_per_byte", "rougeL")
 """Metrics that stand for a task, the first that it has."""
 _NORMAL = 1.96  # standard errors to either side of a 95% interval
@@ -50,9 +48,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
     Labels stand in the order of the whole run, so that a method has the same colour in all
-    figures. Where the run kept its samples, ``accuracy`` and ``leaderboard`` have a column
-    ``chance`` (dyndepth.plot_chance). Raises UserError if the folder holds no leaderboard.csv, or a
-    table that is cut off, cannot be read, or holds what its schema does not allow.
+    figures. ``leaderboard`` has one more column, ``accuracy_tasks``. Raises UserError if the folder
+    holds no leaderboard.csv, or a table that is cut off, cannot be read, or holds what its schema
+    does not allow.
     """
     import pandas as pd
 
@@ -79,28 +77,24 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
                 table["bound"] = table["cell"].map(board.set_index("cell")["bound"])
             known = table["cell"].map(names.astype(str).to_dict())
             table["label"] = pd.Categorical(known, names.cat.categories)
-    samples = run / "samples.parquet"
-    add_chance(found, _table(samples, READ) if samples.is_file() else None)
+    name_tasks(found)
     return found
 
 
-def _table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    """One table's file, looked at by its schema; or some of its columns, as they are: of a large
-    table a look at everything would take longer than a figure. Raises UserError."""
+def _table(path: Path) -> pd.DataFrame:
+    """One table's file, looked at by its schema. Raises UserError."""
     import pandas as pd
 
     remedy = "`python -m dyndepth.tables RUN` writes a run's tables anew"
     try:
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path, columns=list(columns) or None)
+            table = pd.read_parquet(path)
         else:
             _check_fields(path)
             table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
     except (OSError, ValueError, csv.Error) as fault:
         reason = " ".join(str(fault).split())
         raise UserError(f"{path} can't be read as a table ({reason}); {remedy}") from fault
-    if columns:
-        return table
     try:
         validate(path.name, table)
     except UserError as fault:

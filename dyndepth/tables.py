@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dyndepth import sheets
+from dyndepth.chance import OF_ACCURACY, by_task
 from dyndepth.errors import UserError
 from dyndepth.options import Parser
 from dyndepth.readable_rows import check_rows
@@ -55,7 +56,11 @@ def accuracy(cells: Iterable[Cell]) -> list[Row]:
     rows = []
     for cell in cells:
         leading = {**identity_columns(cell), "status": cell.status}
-        rows += [{**leading, **row} for row in cell.accuracy or [{}]]
+        guessed = by_task(cell)
+        for row in cell.accuracy or [{}]:
+            of_accuracy = row.get("metric") in OF_ACCURACY
+            chance = guessed.get(row["task"]) if of_accuracy else None
+            rows.append({**leading, **row, "chance": chance or None})
     return rows
 
 
