@@ -52,6 +52,9 @@ def gaps(
 ) -> pd.DataFrame:
     """How much better each bound is than each competitor at the competitor's achieved budget.
 
+    ``table`` is of one task (``plot_points.task_table``): a bound spends more on one task and less
+    on another, so that what it executed over all says nothing of a score on one.
+
     One row a competitor's point and bound: the columns of ``plot_points.points``, and ``bound_by``
     (the bound's label), ``bound_value``, ``gap`` (positive where the bound is better, in units of
     ``metric``) with ``gap_low`` and ``gap_high``: the competitor's own 95% interval; the bound's is

@@ -100,7 +100,6 @@ def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]
         yield f"accuracy_vs_{phase}_time", of(accuracy_vs_wallclock, board, phase=phase)
         likelihood = of(accuracy_vs_wallclock, board, phase=phase, metric="bits_per_byte")
         yield f"bits_per_byte_vs_{phase}_time", likelihood
-    yield "bound_gap", of(bound_gap, board)
     accuracy = tables.get("accuracy")
     for task in () if accuracy is None else accuracy["task"].dropna().unique():
         metric = main_metric(tables["accuracy"], task)

@@ -21,7 +21,7 @@ LIMIT = 300_000
 FOUND = {
     "03": ("block FLOPs, no competitor loses less than", "By prefill time", "By decode time"),
     "04": ("wall efficiency", "Under all timed conditions saved arithmetic becomes time for"),
-    "05": ("is ahead by", "Not shown to be behind it"),
+    "05": ("is ahead by", "Not shown to be behind"),
     "06": ("without recovery", "its interval overlaps"),
 }
 """What the findings of a notebook that reads a run say, whatever the run."""

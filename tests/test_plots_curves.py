@@ -539,7 +539,7 @@ class TestCommand:
         out = capsys.readouterr().out
         for name in (
             "accuracy_vs_flops", "accuracy_vs_total_flops", "accuracy_vs_decode_time",
-            "acc_vs_flops_one", "bound_gap", "bound_gap_two", "retained_by_task",
+            "acc_vs_flops_one", "bound_gap_one", "bound_gap_two", "retained_by_task",
             "flops_vs_wallclock_batch8_length64", "executed_by_layer_2x",
         ):  # fmt: skip
             path = tmp_path / f"{name}.svg"
