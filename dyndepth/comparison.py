@@ -3,7 +3,8 @@
 ``python -m dyndepth.comparison RUN...`` prints three kinds of tables and writes comparison.csv,
 curves.csv and equal_flops.csv with ``--output_path``. Accuracies are tested by McNemar's exact
 test, all else by paired bootstrap over documents; Holm's correction runs over all rows of a table
-that have the same metric. The tables are a pure function of the cells, whatever their order.
+that have the same metric and count the same FLOPs. The tables are a pure function of the cells,
+whatever their order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dyndepth.store import write_atomically
 __all__ = ["COMPARISON", "CURVES", "EQUAL_FLOPS", "compared", "left_out", "main", "texts"]
 
 BUDGETS = (1.1, 1.25, 1.5, 1.9)
-"""Reference budgets of equal_flops.csv by default: dense / executed block FLOPs. The last is below
+"""Reference budgets of equal_flops.csv by default: dense / executed FLOPs. The last is below
 2: methods end within some percent of their target, and nothing is read off beyond a curve's end."""
 
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=BUDGETS,
         metavar="SPEEDUP",
-        help="reference budgets, dense / executed block FLOPs (default: 1.1 1.25 1.5 1.9)",
+        help="reference budgets, dense / executed FLOPs (default: 1.1 1.25 1.5 1.9)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
     parser.add_argument("--output_path", type=Path, help="folder to write the three CSV files to")

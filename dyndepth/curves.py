@@ -1,6 +1,6 @@
 """What is said of a whole curve: its mean value, what its speed costs, and who dominates whom.
 
-A curve is a list of ``stats.Point``: values against the executed fraction of dense's block FLOPs.
+A curve is a list of ``stats.Point``: values against the executed fraction of dense's FLOPs.
 Each measure is a weighted mean over documents of a vector that is computed here, so that intervals
 and paired comparisons are those of any mean. Nothing is said outside of the measured points.
 """
@@ -56,7 +56,7 @@ def degradation(points: Sequence[Point], dense: Point, higher_is_better: bool) -
     """Speedup-degradation ratio by document, ``[documents]``: points of score lost against dense a
     percent of speedup (LLM-Drop, arXiv 2406.15786), lower is better.
 
-    A point of score is a hundredth. The speedup is that of block FLOPs, where the source takes
+    A point of score is a hundredth. The speedup is that of FLOPs, where the source takes
     wall-clock's. Over several points: the loss summed over them / the percent summed over them.
     None where no point is faster than dense.
     """
