@@ -20,7 +20,9 @@ from dyndepth.schema import COMPARED, TABLES
 from dyndepth.store import Store, write_atomically
 
 NAME = "manifest.json"
-FILES = (*TABLES, *COMPARED, "leaderboard.md", "leaderboard.html")
+PAGES = ("leaderboard.md", "leaderboard.html")
+"""What a run may have for people."""
+FILES = (*TABLES, *COMPARED, *PAGES)
 """What a run may hold beside its cells; all of it is a function of them."""
 FORMAT = 1
 

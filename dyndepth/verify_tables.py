@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dyndepth.errors import UserError
+from dyndepth.manifest import PAGES
 from dyndepth.records import Cell
 from dyndepth.schema import COMPARED
 from dyndepth.tables import CHECKED, NAMES, write_tables
@@ -22,8 +23,6 @@ from dyndepth.tables import CHECKED, NAMES, write_tables
 if TYPE_CHECKING:
     from dyndepth.verify_stored import Finding
 
-PAGES = ("leaderboard.md", "leaderboard.html")
-"""What a run may have for people."""
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 """What tampered rows make the tables' functions say."""
 
