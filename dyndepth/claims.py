@@ -74,8 +74,10 @@ def comparable(store: Store, settings: Settings) -> list[Cell]:
 
     tasks = resolve(settings.tasks, settings.include_path)
     limit = limits(settings, tasks)
-    wanted = {"tasks": list(tasks), "limit": limit, "dtype": settings.dtype}
-    wanted |= {key: getattr(settings, key) for key in ("sample_seed", "num_fewshot", "batch_size")}
+    wanted: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "dtype": settings.dtype}
+    wanted |= {key: getattr(settings, key) for key in ("sample_seed", "batch_size")}
+    if settings.num_fewshot is not None:
+        wanted["num_fewshot"] = settings.num_fewshot
     cells = store.all()
     found = [cell for cell in cells if all(_same(cell, key, wanted[key]) for key in wanted)]
     if not found:

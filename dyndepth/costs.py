@@ -16,6 +16,12 @@ Row = dict[str, Any]
 
 PHASES = ("all", "prompt", "generation")
 
+NOTHING: dict[str, float] = {
+    "tokens": 0,
+    **dict.fromkeys(("block_flops", "total_flops", "dense_block_flops", "dense_total_flops"), 0.0),
+}
+"""What a document costs of which no token is read, such as an empty text."""
+
 
 @dataclass
 class Cost:

@@ -21,7 +21,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
 from dyndepth import lm_eval_plugin
-from dyndepth.costs import Cost, Row, compute_rows, routing_rows
+from dyndepth.costs import NOTHING, Cost, Row, compute_rows, routing_rows
 from dyndepth.errors import UserError
 from dyndepth.language_model import ROWS, DyndepthLM
 from dyndepth.method import DynamicDepthMethod
@@ -76,7 +76,7 @@ def evaluate(
     *,
     limit: int | None = None,
     seed: int = 0,
-    num_fewshot: int | None = 0,
+    num_fewshot: int | None = None,
     batch_size: int = ROWS,
     backend: Backend = "sparse",
     progress: bool = True,
@@ -148,7 +148,7 @@ def let_choose(
     *,
     limit: int | None = None,
     seed: int = 0,
-    num_fewshot: int | None = 0,
+    num_fewshot: int | None = None,
     batch_size: int = ROWS,
     progress: bool = True,
     include_path: str | Path | None = None,
@@ -285,7 +285,7 @@ def _samples(name: str, task: Task, logged: Sequence[Row], cost: Cost) -> Iterat
             "response": responses[0] if generated else None,
             "target": None if whole_text else str(first["target"]),
             "weight": weights[main],
-            **cost.documents[f"{name}/{index}"],
+            **cost.documents.get(f"{name}/{index}", NOTHING),
         }
 
 

@@ -25,13 +25,15 @@ class Prompt:
     """A prompt to complete greedily.
 
     ``stop`` is asked after every token, with the token ids generated so far, whether that was the
-    last; ``limit`` bounds their number.
+    last; ``limit`` bounds their number. ``rules`` gives the logits ``[vocabulary]`` whose likeliest
+    token is taken, from those token ids and the model's own logits; None: these.
     """
 
     document: str
     tokens: Sequence[int]
     limit: int
     stop: Callable[[list[int]], bool]
+    rules: Callable[[Sequence[int], Tensor], Tensor] | None = None
 
 
 _BROKEN = -1
@@ -81,7 +83,7 @@ def begin(model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt]) -> Be
     """Read ``prompts`` as one batch; ``trace`` is as in ``score``."""
     device = next(model.parameters()).device
     tokens, mask = padded([prompt.tokens for prompt in prompts], "left", device)
-    first, cache = _likeliest(model, trace, prompts, tokens, mask)
+    first, cache = _likeliest(model, trace, prompts, [()] * len(prompts), tokens, mask)
     return Begun(first, mask, cache)
 
 
@@ -111,22 +113,33 @@ def finish(
             cache = rows_of(cache, keep)
         alive = [alive[place] for place in going]
         mask = torch.cat((mask[keep], mask.new_ones(len(going), 1)), 1)
-        batch = [prompts[row] for row in alive]
-        best, cache = _likeliest(model, trace, batch, best[keep, None], mask, cache)
+        batch, written = [prompts[row] for row in alive], [done[row] for row in alive]
+        best, cache = _likeliest(model, trace, batch, written, best[keep, None], mask, cache)
 
 
 def _likeliest(
     model: PreTrainedModel,
     trace: Trace,
     batch: Sequence[Prompt],
+    written: Sequence[Sequence[int]],
     inputs: Tensor,
     mask: Tensor,
     cache: Any = None,
 ) -> tuple[Tensor, Any]:
-    """The likeliest token after each row of ``inputs``, and the cache; see ``forward``."""
+    """The token to write after each row of ``inputs``, and the cache; see ``forward``.
+
+    ``written`` has the tokens that follow each prompt so far.
+    """
     trace.documents = [prompt.document for prompt in batch]
     hidden, cache = forward(model, inputs, mask, cache)
     logits = trace.readout(hidden[:, -1], torch.arange(len(batch), device=inputs.device))
+    if any(prompt.rules is not None for prompt in batch):
+        logits = torch.stack(
+            [
+                row.float() if prompt.rules is None else prompt.rules(tokens, row)
+                for prompt, tokens, row in zip(batch, written, logits, strict=True)
+            ]
+        )
     best = logits.argmax(-1)
     # A logit that is no number is the largest to argmax.
     broken = logits.gather(-1, best[:, None])[:, 0].isnan()

@@ -1,28 +1,26 @@
 """The model class that lm-eval calls, under the name ``dyndepth``.
 
-It turns requests into token ids exactly as lm-eval's own ``hf`` model does, hands them to
-dyndepth.scoring with the method attached, task by task, and keeps what each task cost.
+It inherits from lm-eval's own ``hf`` model all that decides token ids (pairs, windows, prompts,
+chat templates), hands them to dyndepth.scoring with the method attached, task by task, and keeps
+what each task cost.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -31,6 +29,7 @@ from dyndepth.agreement import agree
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
 from dyndepth.generation import Prompt
+from dyndepth.generation_settings import GenerationSettings
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import Backend, Trace, attach
 from dyndepth.scoring import Group, Scored
@@ -38,12 +37,11 @@ from dyndepth.scoring import Group, Scored
 ROWS = 32
 """Most rows in a forward unless told otherwise; the budget of tokens decides first."""
 
-_encoded: WeakKeyDictionary[Any, dict[tuple[str, bool | None], list[int]]] = WeakKeyDictionary()
-"""Token ids by tokenizer, text and whether special tokens are added: every cell of a sweep reads
-the same texts."""
+_encoded: WeakKeyDictionary[Any, dict[Any, list[int]]] = WeakKeyDictionary()
+"""Token ids by tokenizer, text and how it is read: every cell of a sweep reads the same texts."""
 
 
-class DyndepthLM(TemplateLM):
+class DyndepthLM(HFLM):
     """A causal LM under a dynamic-depth method, for ``lm_eval --model dyndepth``.
 
     Args:
@@ -60,6 +58,8 @@ class DyndepthLM(TemplateLM):
             without a GPU that means the CPU, with a warning, as it does for its ``hf`` model.
         backend: ``sparse`` or ``masked``.
         max_length: tokens that a window may hold; the model's own limit by default.
+        add_bos_token, prefix_token_id, enable_thinking, think_end_token, chat_template_args: as
+            lm-eval's ``hf`` takes them.
         progress: show progress bars.
         parameters: of the method, such as ``target_speedup=1.5``, if it is given by name.
 
@@ -67,6 +67,9 @@ class DyndepthLM(TemplateLM):
         costs: by task, what its requests executed.
         document_index: by task, the index in the task's file of the n-th document scored. lm-eval
             numbers the documents of a sample anew; a task that is missing here was not sampled.
+
+    Raises UserError for a setting that is unknown or can't be had, and for a tokenizer without a
+    token that could stand for an empty context.
     """
 
     def __init__(
@@ -83,95 +86,74 @@ class DyndepthLM(TemplateLM):
         trust_remote_code: bool = False,
         backend: Backend = "sparse",
         max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
         progress: bool = True,
         **parameters: Any,
     ) -> None:
-        super().__init__()
-        self.batch_size = _batch_size(batch_size)
-        if isinstance(pretrained, str):
-            from dyndepth.models import load_model
-
-            self.model = load_model(
-                pretrained,
-                dtype="float32" if dtype == "auto" else dtype,
-                device=_usable(device),
-                attn_implementation=attn_implementation,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-        else:
-            self.model = pretrained
-        if tokenizer is None or isinstance(tokenizer, str):
-            from dyndepth.models import load_tokenizer
-
-            name = tokenizer or pretrained
-            if not isinstance(name, str):
-                name = self.model.dyndepth.name
-            tokenizer = load_tokenizer(name, revision, trust_remote_code)
-        self.tokenizer = tokenizer
+        named = isinstance(method, str)
         if isinstance(method, str):
-            method = _fitted(method, parameters, self.model, tokenizer)
+            method = _named(method, parameters)
         elif parameters:
             raise UserError(
                 f"{', '.join(parameters)}: parameters go with a method's name, and here the method "
                 "is an object that has its own"
             )
-        self.method = method
-        self.backend = backend
+        model = pretrained
+        if isinstance(pretrained, str):
+            from dyndepth.models import load_model
+
+            model = load_model(
+                pretrained,
+                dtype=dtype,
+                device=_usable(device),
+                attn_implementation=attn_implementation,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+        if tokenizer is None or isinstance(tokenizer, str):
+            from dyndepth.models import load_tokenizer
+
+            name = tokenizer or pretrained
+            if not isinstance(name, str):
+                name = model.dyndepth.name
+            tokenizer = load_tokenizer(name, revision, trust_remote_code)
+        with _without_advice():
+            super().__init__(
+                model,
+                tokenizer=tokenizer,
+                batch_size=_batch_size(batch_size),
+                max_length=max_length,
+                revision=revision,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+                enable_thinking=enable_thinking,
+                think_end_token=think_end_token,
+                chat_template_args=chat_template_args,
+            )
+        if self.prefix_token_id is None:
+            raise UserError(
+                "the tokenizer has neither a BOS nor an EOS token, one of which stands for an "
+                "empty context; give prefix_token_id, or set its eos_token"
+            )
+        self.method = _fitted(method, model, tokenizer) if named else method
+        self.execution: Backend = backend
         self.progress = progress
-        self._device = next(self.model.parameters()).device
-        self._max_length = max_length
         self.costs: dict[str, Cost] = defaultdict(Cost)
         self.document_index: Mapping[str, Sequence[int]] = {}
 
-    # --- tokens, as lm-eval's hf model makes them -----------------------------------------------
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands for an empty context: beginning of sequence, else end of sequence."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit into the model."""
-        return self._max_length or resolve_max_length(self.model.config, self.tokenizer)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Names the tokenizer in lm-eval's records."""
-        return self.tokenizer.name_or_path.replace("/", "__")
-
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **settings: Any
     ) -> list[int]:
-        """Token ids of a text; no second beginning of sequence where the text brings its own."""
+        """Token ids of a text, lm-eval's own; kept, because every cell reads the same texts."""
         kept = _encoded.setdefault(self.tokenizer, {})
-        key = (string, add_special_tokens)
-        if key not in kept:
-            if add_special_tokens is None:
-                own = string.startswith(self.tokenizer.decode(self.prefix_token_id))
-                given = {"add_special_tokens": False} if own else {}
-            else:
-                given = {"add_special_tokens": add_special_tokens}
-            kept[key] = self.tokenizer.encode(string, **given)
-        return list(kept[key])
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """The tokenizer's chat template applied to a conversation."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        how = (add_special_tokens, self.add_bos_token, self.prefix_token_id, *settings.items())
+        if (string, how) not in kept:
+            kept[string, how] = super().tok_encode(string, add_special_tokens, **settings)
+        return list(kept[string, how])
 
     # --- the three kinds of request -------------------------------------------------------------
 
@@ -179,7 +161,8 @@ class DyndepthLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether it is greedy."""
-        pairs = [self.pair(*request.args) for request in requests]
+        self._refuse_thinking(requests)
+        pairs = [self.pair(request) for request in requests]
         results: list[Any] = [None] * len(requests)
         for index, result in self._scored(requests, range(len(requests)), pairs, disable_tqdm):
             results[index] = result
@@ -188,8 +171,14 @@ class DyndepthLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each whole text, in windows of at most ``max_length`` tokens."""
+        """Log-likelihood of each whole text, in windows of at most ``max_length`` tokens; 0 where
+        there is no token."""
         owners, windows = self.windows(requests)
+        silent = set(self._by_task(requests)) - {
+            requests[owner].task_name or "" for owner in owners
+        }
+        if silent:
+            raise UserError(f"task {min(silent)}: none of its texts has a token, so none is scored")
         results = [0.0] * len(requests)
         for index, (log, _) in self._scored(requests, owners, windows, disable_tqdm):
             results[index] += log
@@ -215,14 +204,29 @@ class DyndepthLM(TemplateLM):
 
     # --- requests as token ids ------------------------------------------------------------------
 
-    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both; an empty context is the prefix token, unless the text begins so."""
+    def pair(self, request: Instance) -> tuple[list[int], list[int]]:
+        """Token ids of a request's context and continuation, neither of them empty.
+
+        As lm-eval reads them: white space at the end of the context goes to the continuation, and
+        where a token spans the join, the context keeps its own tokens and the continuation is what
+        the whole text has from that place on. A context without a token is the prefix token, unless
+        the continuation begins with it. Raises UserError for a continuation without a token.
+        """
+        context, continuation = request.args
         if context:
-            return self._encode_pair(context, continuation)
-        tokens = self.tok_encode(continuation, add_special_tokens=False)
-        if tokens[:1] == [self.prefix_token_id]:
-            return tokens[:1], tokens[1:]
-        return [self.prefix_token_id], tokens
+            before, after = self._encode_pair(context, continuation)
+        else:
+            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
+        if not before:
+            own = after[:1] == [self.prefix_token_id]
+            before, after = ([self.prefix_token_id], after[1:] if own else after)
+        if not after:
+            raise UserError(
+                f"document {self.document(request)}: its continuation {_shortened(continuation)} "
+                f"has no token of its own after the context {_shortened(context, end=True)}, so "
+                "there is nothing to score"
+            )
+        return before, after
 
     def windows(
         self, requests: Sequence[Instance]
@@ -256,10 +260,10 @@ class DyndepthLM(TemplateLM):
         shared: dict[Any, list[int]] = defaultdict(list)
         for place, (document, pair) in enumerate(zip(documents, pairs, strict=True)):
             context, continuation = pair
-            if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"document {document}: a continuation of {len(continuation)} tokens "
-                    f"can't be scored; 1 to {self.max_length} fit"
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"document {document}: its continuation has {len(continuation)} tokens, and "
+                    f"{self.max_length} fit into the model"
                 )
             kept = self.max_length + 1 - len(continuation)
             shared[document, tuple(context[-kept:])].append(place)
@@ -272,36 +276,55 @@ class DyndepthLM(TemplateLM):
     def prompts(self, requests: Sequence[Instance]) -> tuple[list[Prompt], list[list[str]]]:
         """What is to be completed, and the stop sequences of each request.
 
-        Raises UserError where a task asks for sampling or beams: results must not depend on a
-        random state, and a beam is not one sequence to be counted.
+        A prompt without a token is the prefix token; one that leaves no room for what is to be
+        written is cut from the left. Raises UserError where a task or the model asks for more than
+        greedy generation can do; see ``GenerationSettings``.
         """
-        end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        end = self.eot_token_id
+        if end is not None:
+            end = self.tok_decode(end, skip_special_tokens=False)
         prompts, stops = [], []
         for request in requests:
             context, arguments = request.args
-            settings = dict(normalize_gen_kwargs(arguments, default_max_gen_toks=256))
-            limit = settings["max_gen_toks"]
-            if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
-                raise UserError(
-                    f"task {request.task_name} generates by sampling or beams; "
-                    "only greedy generation is comparable (do_sample: false, num_beams: 1)"
-                )
-            room = self.max_length - limit
+            who = f"task {request.task_name}"
+            settings = GenerationSettings.of(self.model, arguments, who, self.max_gen_toks)
+            room = self.max_length - settings.limit
             if room < 1:
                 raise UserError(
-                    f"task {request.task_name} generates {limit} tokens, which leaves no room in "
-                    f"the model's {self.max_length}"
+                    f"{who} generates {settings.limit} tokens, which leaves no room in the model's "
+                    f"{self.max_length}"
                 )
-            until = handle_stop_sequences(settings["until"], eos=end)
+            until = handle_stop_sequences(list(settings.until), eos=end)
             stops.append(until)
-            tokens = self.tok_encode(context)[-room:]
-            prompts.append(Prompt(self.document(request), tokens, limit, self._stop(until)))
+            tokens = self._prompt(context)[-room:]
+            document, limit = self.document(request), settings.limit
+            if settings.total is not None:
+                limit = settings.total - len(tokens)
+                if limit < 1:
+                    raise UserError(
+                        f"document {document}: its prompt has {len(tokens)} tokens, and the task "
+                        f"stops at {settings.total} with the prompt (max_length); give max_gen_toks"
+                    )
+            rules = settings.rules(tokens, limit, self.device)
+            stop = self._stop(until, {*settings.ends, self.eot_token_id})
+            prompts.append(Prompt(document, tokens, limit, stop, rules))
         return prompts, stops
 
+    def _prompt(self, context: str) -> list[int]:
+        """Token ids of what is to be completed: those of a batch of one, and at least one."""
+        ids, _ = self.tok_batch_encode([context])
+        return [int(token) for token in ids[0]] or [self.prefix_token_id]
+
     def completion(self, tokens: Sequence[int], until: list[str]) -> str:
-        """The text of generated tokens, cut at the first of its stop sequences."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return postprocess_generated_text(text, until, None)
+        """The text of generated tokens: what follows the last end of thinking, if one was named,
+        cut at the first of its stop sequences."""
+        think = self.think_end_token
+        if isinstance(think, int) and think in tokens:
+            after = len(tokens) - list(tokens)[::-1].index(think)
+            text = self.tok_decode(tokens[after:]).lstrip()
+        else:
+            text = self.tok_decode(tokens)
+        return postprocess_generated_text(text, until, think if isinstance(think, str) else None)
 
     def document(self, request: Instance) -> str:
         """The id ``task/index`` of a request's document, by its index in the task's file."""
@@ -311,15 +334,21 @@ class DyndepthLM(TemplateLM):
 
     # --- in between -----------------------------------------------------------------------------
 
-    def _stop(self, until: list[str]) -> Any:
+    def _refuse_thinking(self, requests: Sequence[Instance]) -> None:
+        """As ``hf``: a model that thinks writes before it answers."""
+        if self.enable_thinking and requests:
+            names = ", ".join(sorted({request.task_name or "" for request in requests}))
+            raise UserError(
+                f"enable_thinking goes with generation alone, and {names} scores likelihoods"
+            )
+
+    def _stop(self, until: list[str], ends: set[int]) -> Callable[[list[int]], bool]:
         """Whether a list of generated tokens ends its completion."""
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.eot_token_id}
 
         def stop(tokens: list[int]) -> bool:
             if tokens[-1] in ends:
                 return True
-            text = self.tokenizer.decode(tokens)
+            text = self.tok_decode(tokens, skip_special_tokens=False)
             return any(word and word in text for word in until)
 
         return stop
@@ -365,7 +394,7 @@ class DyndepthLM(TemplateLM):
             return
 
         def run(score: Callable[[Trace], Iterable[Scored]]) -> list[Scored]:
-            with attach(self.model, self.method, backend=self.backend) as trace:
+            with attach(self.model, self.method, backend=self.execution) as trace:
                 return list(score(trace))
 
         def together(chosen: list[int]) -> list[Scored]:
@@ -381,7 +410,7 @@ class DyndepthLM(TemplateLM):
     @contextmanager
     def _attached(self, task: str) -> Iterator[Trace]:
         """The method attached to the model; what runs inside is the cost of ``task``."""
-        with attach(self.model, self.method, backend=self.backend) as trace:
+        with attach(self.model, self.method, backend=self.execution) as trace:
             yield trace
             if not trace.totals()["tokens"]:
                 raise RuntimeError(
@@ -410,6 +439,40 @@ def forget_tokens() -> None:
     _encoded.clear()
 
 
+def _shortened(text: str, end: bool = False) -> str:
+    """A text, quoted, or its beginning or end where it is long."""
+    if len(text) <= 40:
+        return repr(text)
+    return f"... {text[-40:]!r}" if end else f"{text[:40]!r} ..."
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without lm-eval's warnings that the model comes loaded: that is how it always comes here."""
+    log = logging.getLogger("lm_eval.models.huggingface")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _named(spec: str, parameters: dict[str, Any]) -> DynamicDepthMethod:
+    """A method by name. Raises UserError also for a setting that lm-eval's ``hf`` takes, and
+    neither this class nor the method does."""
+    from dyndepth.registry import load_method, method_class, parse_methods
+
+    own = {field.name for field in fields(method_class(parse_methods(spec)[0][0]))}
+    for parameter in parameters:
+        if parameter in inspect.signature(HFLM.__init__).parameters and parameter not in own:
+            raise UserError(
+                f"{parameter} is a setting of lm-eval's hf model that dyndepth does not take; "
+                "leave it out, or load the model with it and hand it to dyndepth.evaluate"
+            )
+    return load_method(spec, **parameters)
+
+
 def _batch_size(value: int | str | None) -> int:
     try:
         size = 1 if value is None else int(value)
@@ -428,19 +491,15 @@ def _usable(device: str | None) -> str:
     return device or "cpu"
 
 
-def _fitted(
-    name: str, parameters: dict[str, Any], model: Any, tokenizer: Any
-) -> DynamicDepthMethod:
-    """A method by name, fitted to ``model``."""
+def _fitted(method: DynamicDepthMethod, model: Any, tokenizer: Any) -> DynamicDepthMethod:
+    """``method``, fitted to ``model``."""
     from dyndepth.corpus import load_corpus
     from dyndepth.fits import fit_cached
-    from dyndepth.registry import load_method
 
-    method = load_method(name, **parameters)
     fitted = fit_cached(method, model, load_corpus("embedded", tokenizer))
     if fitted.candidates() is not None:
         raise UserError(
-            f"{name} is a bound, which chooses by the outcomes of the documents that are scored, "
-            "and these are not known here; use python -m dyndepth.sweep"
+            f"{method.name} is a bound, which chooses by the outcomes of the documents that are "
+            "scored, and these are not known here; use python -m dyndepth.sweep"
         )
     return fitted

@@ -28,7 +28,7 @@ def outcome(aggregation: Callable[..., Any] | None, item: Any) -> tuple[float | 
         weight = 1.0 if aggregation is _PERPLEXITY else float(item[1])
         try:
             return float(aggregation([item])), weight
-        except OverflowError:  # a perplexity beyond 1e308
+        except (OverflowError, ZeroDivisionError):  # beyond 1e308; of a text without a byte
             return None, weight
     number = isinstance(item, bool | int | float | np.number)
     return (float(item) if number else None), 1.0

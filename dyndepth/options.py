@@ -65,7 +65,7 @@ class Settings:
     seed: tuple[int, ...] = (0,)
     sample_seed: int = 0
     limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
-    num_fewshot: int = 0
+    num_fewshot: int | None = None
     batch_size: int = 32
     device: str = "auto"
     dtype: str = "float32"
@@ -105,7 +105,7 @@ HELP = {
     "sample_seed": "which documents --limit draws; the same for all cells, so that they are paired",
     "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
     "32,title_generation=8",
-    "num_fewshot": "examples before each question",
+    "num_fewshot": "examples before each question; 'none' for what each task's own file says",
     "batch_size": "most sequences scored at once; fewer where they are long",
     "device": "auto, cpu, cuda, cuda:1, ..., or spread: one model over all GPUs",
     "dtype": "of weights and arithmetic",
@@ -137,7 +137,7 @@ HELP = {
 
 
 OPTIONAL = frozenset(
-    {"attn_implementation", "revision", "include_path", "workers", "cpus_per_cell"}
+    {"attn_implementation", "revision", "include_path", "num_fewshot", "workers", "cpus_per_cell"}
     | {"gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
 )
 """Settings that may be None."""
@@ -187,6 +187,7 @@ def _shown(name: str, default: Any) -> str:
         "attn_implementation": "the model's",
         "revision": "the newest",
         "include_path": "none",
+        "num_fewshot": "as each task's file says",
         "workers": "one a GPU, or as many as the cores hold",
         "cpus_per_cell": "an equal share of the cores for processes, 1 for ray",
         "gpus_per_cell": "1 where there are any",
@@ -291,6 +292,8 @@ def _checked(name: str, value: Any) -> Any:
         return tuple(dict.fromkeys(_integer(name, item, 0) for item in _items(name, value)))
     if name == "limit":
         return _limit(value)
+    if name == "num_fewshot" and str(value).strip().lower() == "none":
+        return None
     if name in ("num_fewshot", "sample_seed"):
         return _integer(name, value, 0)
     if name == "batch_size":

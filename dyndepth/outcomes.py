@@ -104,7 +104,8 @@ def _computed(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> Ou
         reader.document(asked.requests[members[0]]): members for members in places.values()
     }
     responses, work = responses_of(reader, task, plans, asked)
-    flops = np.stack([work[document] for document in documents])
+    none = np.zeros(len(plans))  # of a text without a token
+    flops = np.stack([work.get(document, none) for document in documents])
     metric, quality, weights = _judged(task, asked.requests, list(documents.values()), responses)
     return Outcomes(
         task=task.task_name,

@@ -51,7 +51,7 @@ class Asked:
             owners, pairs = reader.windows(requests)
         else:
             owners = list(range(len(requests)))
-            pairs = [reader.pair(*request.args) for request in requests]
+            pairs = [reader.pair(request) for request in requests]
         documents = [reader.document(requests[owner]) for owner in owners]
         groups, members = reader.groups(documents, pairs)
         return cls(requests, groups, [[owners[m] for m in part] for part in members], [], [])

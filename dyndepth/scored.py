@@ -56,7 +56,7 @@ def _of_task(
             requests.append(task.instances[0])
     found = []
     for row, request in zip(rows, requests, strict=True):
-        context, continuation = language_model.pair(*request.args)
+        context, continuation = language_model.pair(request)
         if len(context) + len(continuation) <= language_model.max_length:
             log = float(json.loads(row["loglikelihoods"])[0])
             found.append((context, continuation, log, f"{name}/{row['doc_id']}"))

@@ -116,7 +116,7 @@ def _of_cell(cell: Cell, plan: Plan, bench: Any, how: How) -> list[Finding]:
     if apart:
         return [Finding(cell.key, key, str(cell.identity[key]), str(mine[key])) for key in apart]
     why = excuse(cell, mine, bench.provenance(plan))
-    if how.documents is None or bench.settings.num_fewshot > 0:
+    if how.documents is None or bench.num_fewshot != 0:
         tables = bench.evaluate(plan)
         made = {name: getattr(tables, name) for name in KEYS}
         exact = [each for name in KEYS for each in differences(cell, name, made[name], EXACT)]
@@ -192,7 +192,7 @@ def rescored(bench: Any, plan: Plan, documents: Mapping[str, Sequence[int]]) -> 
     from dyndepth.language_model import DyndepthLM
 
     wanted = bench.settings
-    how = {"num_fewshot": wanted.num_fewshot, "include_path": wanted.include_path}
+    how = {"num_fewshot": bench.num_fewshot, "include_path": wanted.include_path}
     with bench.fitted(plan) as method, evaluate.quiet_lm_eval():
         for task in documents:
             evaluate.let_choose(

@@ -43,7 +43,7 @@ class Workbench:
             settings.model, settings.revision, settings.trust_remote_code
         )
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
-        bring_tasks(settings, self.tasks)
+        self.num_fewshot = shots(settings, bring_tasks(settings, self.tasks))
         self.data_fingerprint = data_fingerprint(settings, self.tasks)
         self.model = load_model(
             settings.model,
@@ -75,7 +75,7 @@ class Workbench:
             "tasks": self.tasks,
             "limit": self.limits,
             "sample_seed": self.settings.sample_seed,
-            "num_fewshot": self.settings.num_fewshot,
+            "num_fewshot": self.num_fewshot,
             "batch_size": self.settings.batch_size,
             "data_fingerprint": self.data_fingerprint,
             "corpus_fingerprint": self.corpus.fingerprint,
@@ -163,7 +163,7 @@ class Workbench:
             by_limit.setdefault(limit, []).append(task)
         shared = {
             "seed": self.settings.sample_seed,
-            "num_fewshot": self.settings.num_fewshot,
+            "num_fewshot": self.num_fewshot,
             "batch_size": self.batch_size,
             "include_path": self.settings.include_path,
         }
@@ -192,7 +192,7 @@ class Workbench:
                 level=self.settings.timing,
                 seed=self.settings.sample_seed,
                 check=scored_documents(
-                    samples, reader, self.settings.num_fewshot, self.settings.include_path
+                    samples, reader, self.num_fewshot, self.settings.include_path
                 ),
             )
 
@@ -258,8 +258,10 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
+def bring_tasks(settings: Settings, tasks: Sequence[str]) -> set[int]:
     """Get the evaluation data here before the first cell needs it.
+
+    Returns the numbers of few-shot examples that the tasks' own files ask for.
 
     Raises:
         UserError: it cannot be had.
@@ -269,14 +271,25 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
 
     if set(tasks) & set(OFFLINE):
         assets.asset("data")
+    own = {0} if set(tasks) & set(OFFLINE) else set()
     for name in tasks:
         if name in OFFLINE:
             continue
         try:
-            task_manager([name], settings.include_path).load([name])
+            loaded = task_manager([name], settings.include_path).load([name])["tasks"]
+            own |= {task.get_config("num_fewshot") or 0 for task in loaded.values()}
         except Exception as fault:
             reason = " ".join(str(fault).split())
             raise UserError(f"task {name} cannot be loaded: {reason}") from fault
+    return own
+
+
+def shots(settings: Settings, own: set[int]) -> int | None:
+    """The examples before each question: what the user asked for, else what the tasks' files say;
+    None where these say different numbers (``own``), so that each task keeps its own."""
+    if settings.num_fewshot is not None:
+        return settings.num_fewshot
+    return next(iter(own)) if len(own) == 1 else None
 
 
 def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
