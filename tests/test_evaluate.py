@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from gating import GivenPlan, RandomMask, plan_without
+from reading import byte_tokenizer
 
 from dyndepth import language_model, scoring
 from dyndepth.errors import UserError
@@ -93,17 +94,7 @@ def rolling(**_):
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token a byte, without special tokens in texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: 3 + i for i, c in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gating import GivenPlan, RandomMask, plan_without
+from reading import byte_tokenizer
 from test_flops import counted
 from test_foresight import LAYERS
 
@@ -186,7 +188,7 @@ def reader(tiny):
 
     def read(method, model=None):
         model = model or tiny()
-        own = DyndepthLM(model, method, tokenizer=object(), progress=False)
+        own = DyndepthLM(model, method, tokenizer=byte_tokenizer(), progress=False)
         own._check("t", groups())
         with own._attached("t") as trace:
             found = dict(own._results(trace, groups()))
@@ -227,26 +229,18 @@ def test_the_gate_is_not_billed(tiny, reader):
     assert own.costs["t"].totals["all"] == totals
 
 
-def test_a_text_is_tokenised_once(tiny):
+def test_a_text_is_tokenised_once(tiny, monkeypatch):
     from dyndepth.language_model import DyndepthLM
 
-    class Tokenizer:
-        bos_token_id = eos_token_id = 2
-        read = 0
-
-        def encode(self, text, **_):
-            self.read += 1
-            return [3 + ord(letter) % 90 for letter in text]
-
-        def decode(self, token):
-            return "<s>"
-
-    tokenizer = Tokenizer()
+    tokenizer, read = byte_tokenizer(), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda *a, **k: read.append(a) or encode(*a, **k))
+    requests = [SimpleNamespace(args=("one context", choice)) for choice in (" choice", " other")]
     pairs = []
     for _ in range(2):
         own = DyndepthLM(tiny(), GivenPlan(plan=HALF), tokenizer, progress=False)
-        pairs.append([own.pair("one context", " choice"), own.pair("one context", " other")])
-        assert tokenizer.read == 3
+        pairs.append([own.pair(request) for request in requests])
+        assert len(read) == 3
     assert pairs[0] == pairs[1]
 
 
