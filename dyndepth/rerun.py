@@ -153,13 +153,16 @@ def _limit(limit: Mapping[str, int | None]) -> dict[str, int | None]:
 
 def _usual(model: str, tasks: str) -> dict[str, str]:
     """What the flags are if they are not given."""
-    from dyndepth.tasks import resolve
+    from dyndepth.tasks import OFFLINE, resolve
 
     default = settings({"model": model})
+    offline = set(tasks.split(",")) <= set(OFFLINE)
     suite = resolve(default.tasks)
     limit = {task: default.limit.get(task, default.limit[OTHERS]) for task in tasks.split(",")}
-    names = ("phases", "sample_seed", "num_fewshot", "batch_size", "device", "dtype")
+    names = ("phases", "sample_seed", "batch_size", "device", "dtype")
     return {name: str(getattr(default, name)) for name in names} | {
+        # As the tasks' own files say: the offline ones say 0, of others nothing is known here.
+        "num_fewshot": "0" if offline else str(default.num_fewshot),
         "model": EMBEDDED,
         "methods": default.methods,
         "seed": ",".join(map(str, default.seed)),

@@ -5,6 +5,8 @@ import inspect
 import json
 import logging
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -561,3 +563,12 @@ def test_examples_are_the_tasks_own_unless_asked_for(model, tasks, both):
     assert own.samples == two.samples != one.samples
     zero = evaluate(model, reads, Dense(), "loglikelihood_0_0", num_fewshot=2, **how)
     assert zero.samples[0]["tokens"] < own.samples[0]["tokens"], "a task that fixes 0 keeps it"
+
+
+def test_the_page_names_every_setting_that_is_obeyed_or_refused():
+    page = (Path(__file__).parent.parent / "docs" / "measures.md").read_text(encoding="utf-8")
+    requests_part = page.partition("## Requests")[2].partition("## Comparisons")[0]
+    named = set(re.findall(r"`(\w+)(?:: true)?`", requests_part))
+    assert set(OBEYED) <= named
+    shown = {"do_sample", "num_beams", "num_return_sequences", "guidance_scale", "penalty_alpha"}
+    assert shown <= set(NEUTRAL) & named
