@@ -19,6 +19,7 @@ from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, read
 from dyndepth.records import IDENTITY, Row
 from dyndepth.registry import method_class, methods
 from dyndepth.store import Store
+from dyndepth.workbench import shots
 
 LAYERS = 30
 TASKS = ["socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation"]
@@ -98,8 +99,9 @@ def _same(identity: Row) -> None:
         assert identity[key] == value, key
     assert plan.recovery == identity["recovery"]
     assert len([each for each in plans(wanted, LAYERS) if each.method != "dense"]) <= 1
-    for key in ("sample_seed", "num_fewshot", "batch_size", "dtype", "device"):
+    for key in ("sample_seed", "batch_size", "dtype", "device"):
         assert getattr(wanted, key) == identity[key]
+    assert shots(wanted, {0}) == identity["num_fewshot"]  # the offline tasks say 0
     assert limits(wanted, identity["tasks"]) == identity["limit"]
 
 
