@@ -197,7 +197,7 @@ def test_command_line(tmp_path, capsys):
     assert about.endswith("harness_code def")
     assert line == (
         "python -m dyndepth.sweep --model tiny --methods uls --speedups 1.5 --tasks one,two "
-        "--limit 4,two=none --device cpu --revision x --output_path runs/again"
+        "--limit 4,two=none --num_fewshot 0 --device cpu --revision x --output_path runs/again"
     )
     assert rerun.main([str(tmp_path), "--merged"]) == 0
     assert "--speedups 1.5,2 " in capsys.readouterr().out.splitlines()[-1]
