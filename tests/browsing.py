@@ -64,7 +64,7 @@ def start(folder: Path) -> Any:
         try:
             running = webdriver.Chrome(options=options, service=Service(driver))
         except WebDriverException as error:
-            why.append(f"{browser} by {driver}: {(error.msg or '').splitlines()[:1]}")
+            why.append(f"{browser} by {driver}: {str(error.msg).partition(chr(10))[0]}")
             continue
         running.get(sample.as_uri())
         if running.title == "read":

@@ -232,7 +232,8 @@ class TestDriver:
         assert "another harness_code" in cell.error
 
     def test_a_cell_that_hangs_is_given_up(self, tmp_path):
-        settings = Settings(output_path=tmp_path, timing="off", cell_timeout=1.0)  # of which the others need little
+        # A second, of which the other cells need little on any machine.
+        settings = Settings(output_path=tmp_path, timing="off", cell_timeout=1.0)
         bench = FakeBench()
         evaluate = bench.evaluate
 
