@@ -9,9 +9,9 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 STUDY := skipgpt layer_selection
 RESULTS := embedded bounds
 # Two processes of one thread: tiny models gain nothing from threads.
-PYTEST := pytest -q -n 2 --dist worksteal
+PYTEST := pytest -q -rs -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow test-oldest faults bench docs results notebooks routers study lint audit clean
+.PHONY: help setup sweep test test-slow test-oldest test-portable faults bench docs results notebooks routers study lint audit clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -19,6 +19,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-oldest run the tests with the oldest transformers that pyproject.toml allows"
+	@echo "make test-portable run the tests with the arithmetic of any x86 processor, and of one with AVX2"
 	@echo "make faults     kill and disturb sweeps in many ways, and see that they resume (some minutes)"
 	@echo "make bench      measure what the runtime costs and saves"
 	@echo "make docs       write families, method cards, tables and all numbers of README and docs"
@@ -56,6 +57,11 @@ test-slow: setup
 
 test-oldest: setup $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m $(PYTEST)
+
+# A processor's kernels say in which order is added, and so how is rounded: those of torch and MKL.
+test-portable: setup
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(RUN) -m $(PYTEST)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 $(RUN) -m $(PYTEST)
 
 # A venv that sees all of the first one, and before it the oldest transformers that
 # pyproject.toml allows.

@@ -60,8 +60,8 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, cache):
 
     stormy = tmp_path / "stormy"
     # In the first cell before anything is recorded; between the record of a cell and the tables;
-    # in the midst of a later one; during the last.
-    for line, delay in (("[1/5]", 0.02), ("[2/5]", 0.0), ("[3/5]", 0.15), ("[5/5]", 0.05)):
+    # in the midst of a later one; in the last, which a fast machine has soon done.
+    for line, delay in (("[1/5]", 0.02), ("[2/5]", 0.0), ("[3/5]", 0.15), ("[5/5]", 0.0)):
         run = sweeping.start(stormy, *arguments, **environment)
         run.wait_for(line)
         time.sleep(delay)
@@ -124,9 +124,8 @@ def test_interrupted_sweep_says_how_to_resume(tiny, tmp_path, cache):
     run = sweeping.start(tmp_path / "a", *arguments, DYNDEPTH_CACHE=str(cache))
     run.wait_for("[2/5]")
     os.kill(run.process.pid, signal.SIGINT)
-    started = time.monotonic()
     assert run.wait() == 130
-    assert time.monotonic() - started < 10
+    assert len(list((tmp_path / "a").glob("run/cells/*.json"))) < 5  # it waits for no other cell
     assert run.err.rstrip().endswith("the same command resumes where it stopped")
     assert (tmp_path / "a" / "run" / "leaderboard.csv").is_file()
 
@@ -238,18 +237,18 @@ def test_missing_and_tampered_assets_get_a_sentence(tmp_path, fault):
 
 
 COMMANDS = ("", ".sweep", ".leaderboard", ".fit", ".recovered", ".studies", ".importance")
+SLOW = {"datasets", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch"}
+"""What takes long to import; whatever else does imports one of these."""
 
 
 @pytest.mark.parametrize("module", [f"dyndepth{command}" for command in COMMANDS])
-def test_help_is_instant(module):
-    command = [sys.executable, "-m", module, "--help"]
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - started)
+def test_help_imports_nothing_slow(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout
-    assert min(seconds) < 1
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "dyndepth" in imported
+    assert not imported & SLOW
 
 
 def test_wrong_flag_through_the_interpreter(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import variants
+from conftest import TOLERANCE, variants
 from test_flops import counted
 from test_runtime import ids, incremental, padded
 
@@ -24,7 +24,6 @@ from dyndepth.method import DynamicDepthMethod
 from dyndepth.registry import load_method, method_class, methods
 from dyndepth.runtime import attach
 
-TOLERANCE = 1e-5
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")
 DOCUMENTS = ["a", "b", "c"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import variants
+from conftest import TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from test_flops import counted
 from test_runtime import LAYERS, METHODS, ids, incremental, padded
@@ -16,7 +16,6 @@ from dyndepth.blocks import FAMILIES, blocks, cache_argument, family
 from dyndepth.errors import UserError
 from dyndepth.runtime import attach
 
-TOLERANCE = 1e-5
 DOCUMENTS = ["a", "b", "c"]
 SOME = ("masks", "masks_generation", "no_first_attention", "scattered", "by_document")
 
@@ -110,7 +109,7 @@ def test_device_maps(tiny, name, kind):
     assert vars(layer).keys() == before.keys()
     assert type(layer) is own
     assert vars(layer).get("_old_forward") == before.get("_old_forward")
-    torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, atol=TOLERANCE, rtol=0)
 
 
 def test_gates_follow_the_blocks_to_their_device():

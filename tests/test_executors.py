@@ -116,10 +116,9 @@ class TestProcesses:
     def test_interrupt_ends_it_soon(self, tiny, tmp_path):
         run = _start(tmp_path, tiny, "--executor", "processes", "--output_path", "run")
         run.wait_for("[1/5]")
-        began = time.monotonic()
         os.kill(run.process.pid, signal.SIGINT)
         assert run.wait() == 130
-        assert time.monotonic() - began < 10
+        assert len(list((tmp_path / "run" / "cells").glob("*.json"))) < 5
         assert "the same command resumes" in run.err
 
     def test_a_model_that_cannot_be_loaded_is_one_sentence(self, tiny, tmp_path):
@@ -233,7 +232,8 @@ class TestDriver:
         assert "another harness_code" in cell.error
 
     def test_a_cell_that_hangs_is_given_up(self, tmp_path):
-        settings = Settings(output_path=tmp_path, timing="off", cell_timeout=0.2)
+        # A second, of which the other cells need little on any machine.
+        settings = Settings(output_path=tmp_path, timing="off", cell_timeout=1.0)
         bench = FakeBench()
         evaluate = bench.evaluate
 
@@ -249,7 +249,7 @@ class TestDriver:
         driver = _drive(Inline(lambda: Worker(bench, settings)), bench, settings)
         assert (driver.tally.done, driver.tally.failed) == (3, 1)
         (cell,) = [c for c in Store(tmp_path).all() if c.status == "error"]
-        assert cell.error == "given up after 0.2 s (--cell_timeout)"
+        assert cell.error == "given up after 1 s (--cell_timeout)"
 
     def test_a_full_disk_ends_the_run_with_a_sentence(self, tmp_path, monkeypatch):
         from dyndepth import store as stores
@@ -277,9 +277,9 @@ class TestDeadline:
         with pytest.raises(TimeIsUp), deadline(0.05):
             _spin(10)
         assert signal.getsignal(signal.SIGALRM) is before
-        with deadline(0.05):
+        with deadline(0.3):
             pass
-        time.sleep(0.1)
+        time.sleep(0.4)
 
     def test_none_is_no_limit(self):
         with deadline(None):

@@ -107,9 +107,9 @@ def large(kind, random):
 def test_two_hundred_documents_take_no_time(kind, speedup):
     values, costs = large(kind, np.random.default_rng(0))
     budget = costs.max(1).sum() / speedup
-    began = time.monotonic()
+    began = time.process_time()  # not the clock: the machine may do other work
     choice = solve(values, costs, budget)
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3
     assert worth(costs, choice) <= budget
     # Lagrange: at any price of cost, no choice can be worth more than the best option of each
     # document less its price, and the price of the budget (Geoffrion 1974).

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
+import browsing
 import pytest
 from cells import cell, identity
 
@@ -441,25 +441,14 @@ def test_papers_enter_no_average(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     """A headless Chromium that reports its console and every request."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    from selenium.webdriver.chrome.service import Service
-
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    binary = next(filter(None, map(shutil.which, names)), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        missing = "chromium" if binary is None else "chromedriver"
-        pytest.skip(f"no {missing} on the PATH; the page is not tried in a browser")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    running = webdriver.Chrome(options=options, service=Service(driver))
-    yield running
-    running.quit()
+    with pytest.MonkeyPatch.context() as patch:
+        # The driver listens on this machine, of which a proxy knows nothing.
+        patch.setenv("no_proxy", "*")
+        running = browsing.start(tmp_path_factory.mktemp("browser"))
+        yield running
+        running.quit()
 
 
 @pytest.fixture

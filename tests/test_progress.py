@@ -247,6 +247,12 @@ class TestTimeLeft:
 
 
 class TestLive:
+    @pytest.fixture(autouse=True)
+    def terminal(self, monkeypatch):
+        """One that has colours and moves its cursor, whatever this one is."""
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+
     def _console(self, width=100):
         return Console(file=io.StringIO(), record=True, force_terminal=True, width=width)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import attentions, make_tiny
+from conftest import TOLERANCE, attentions, make_tiny
 from gating import GivenPlan, RandomMask
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +16,6 @@ from test_flops import counted
 from dyndepth.blocks import FAMILIES, cache_argument, cache_of
 from dyndepth.gathering import ALWAYS, Limits
 from dyndepth.runtime import attach
-
-TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import variants
+from conftest import TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from transformers import DynamicCache
 
@@ -14,7 +14,6 @@ from dyndepth.method import SUBLAYERS, DynamicDepthMethod
 from dyndepth.runtime import attach
 
 LAYERS = 4
-TOLERANCE = 1e-5
 METHODS = {
     "masks": RandomMask(),
     "masks_generation": RandomMask(phases="generation"),

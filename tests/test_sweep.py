@@ -412,8 +412,8 @@ class TestRun:
         signal.signal(signal.SIGTERM, sweep._interrupt)
         settings, bench = _settings(tmp_path), FakeBench()
         waiting = threading.Event()
-        bench.provenance = lambda plan: waiting.wait(20)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ended = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        bench.provenance = lambda plan: ended.start() or waiting.wait(20)
         try:
             assert _sweep(CELLS, bench, settings) == sweep.INTERRUPTED
         finally:

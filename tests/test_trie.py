@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import variants
+from conftest import TOLERANCE, variants
 from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,6 @@ from dyndepth.scoring import Group
 from dyndepth.scoring import score as score_alone
 
 LAYERS = 4
-TOLERANCE = 1e-5
 
 every_variant = variants()
 implementations = pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -100,7 +99,7 @@ def check(model, plans: torch.Tensor, phases: str, **settings) -> None:
                 assert log.dtype == torch.float64
                 assert best.dtype == torch.bool
                 torch.testing.assert_close(
-                    log[number], torch.tensor(logs).double(), atol=4 * TOLERANCE, rtol=0
+                    log[number], torch.tensor(logs).double(), atol=TOLERANCE, rtol=0
                 )
                 # score_alone's flags say whether all tokens so far are the likeliest
                 assert best[number].cummin(0).values.tolist() == greedy
