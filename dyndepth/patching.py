@@ -106,7 +106,7 @@ def _patched(
     plain = getattr(stock, _STOCK, stock)
 
     def reduce(layer: nn.Module, protocol: Any) -> Any:
-        reduced: tuple[Any, ...] = object.__reduce_ex__(layer, protocol)
+        reduced: Any = object.__reduce_ex__(layer, protocol)
         return reduced[0], (plain, *reduced[1][1:]), *reduced[2:]
 
     def enable(layer: nn.Module, function: Any) -> None:

@@ -122,7 +122,7 @@ def attach(
 
     Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
     and without a cache, padding on either side, gradient checkpointing; what others put on its
-    modules as docs/attached.md says. ``limits`` says when selected tokens are gathered and when the
+    modules as docs/families.md says. ``limits`` says when selected tokens are gathered and when the
     dense kernel runs instead, with the same result; by default the measured rule of
     ``dyndepth.gathering``. On exit, also by an exception, the model is restored.
 
