@@ -107,7 +107,7 @@ def _patched(
 
     def reduce(layer: nn.Module, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(layer, protocol)
-        return reduced[0], (plain, *reduced[1][1:]), *reduced[2:]
+        return object.__new__, (plain,), *reduced[2:]
 
     def enable(layer: nn.Module, function: Any) -> None:
         vars(layer)[_CHECKPOINT] = function

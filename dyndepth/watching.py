@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURE = "transformers.utils.output_capturing"
 
 
@@ -16,13 +17,7 @@ def watched(module: nn.Module) -> bool:
     own = vars(module)
     if "forward" in own and "_hf_hook" not in own:
         return True
-    return any(
-        getattr(hook, "__module__", None) != _CAPTURE
-        for kind in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-        for hook in own[kind].values()
+    hooks = [own[kind] for kind in _KINDS]
+    return any(hooks) and any(
+        getattr(hook, "__module__", None) != _CAPTURE for each in hooks for hook in each.values()
     )
