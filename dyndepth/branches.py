@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dyndepth.method import ATTENTION
 from dyndepth.projections import Fused, Separate, linear_flops, rotate
+from dyndepth.watching import watched
 
 if TYPE_CHECKING:
     from dyndepth.blocks import Family
@@ -88,10 +90,24 @@ class Block:
         rotary = record.rotary
         self._rotary = getattr(self.attention, rotary) if isinstance(rotary, str) else rotary
 
+    def gathers(self, sublayer: int) -> bool:
+        """Whether ``sublayer`` can run for selected tokens alone.
+
+        Not where others have put hooks on its modules, which then see all tokens as always; an
+        attention only under a kernel that takes explicit masks, and if nothing in it is dropped.
+        """
+        if sublayer != ATTENTION:
+            return not any(map(watched, self.mlp_modules))
+        return (
+            self._config._attn_implementation in ("sdpa", "eager")
+            and not any(map(watched, self.attention_modules))
+            and not (self.attention.training and self._drops)
+        )
+
     @property
-    def gathers(self) -> bool:
-        """Whether its attention can run for selected tokens alone."""
-        return self._config._attn_implementation in ("sdpa", "eager")
+    def _drops(self) -> bool:
+        """Whether its configuration names a dropout of any kind."""
+        return any("drop" in name and value for name, value in vars(self._config).items())
 
     @property
     def window(self) -> int | None:

@@ -5,16 +5,18 @@ scores and values of a token cost all keys of its sequence that are present at t
 forward (a causal prefill is a full square, and a window is not taken off, whatever a kernel leaves
 out). Rotary tables, norms and activations are not counted. Counts are *useful* work: arithmetic
 spent on padding, on filling a rectangle in a batch, or on a bound's foresight is kept apart under
-``padding`` and is in no total. Documents that begin alike may share the forward of that beginning;
-each is billed it in full, with the keys of its whole context, as if it had been read at once, and
-what was so billed and not computed is ``reused``, a negative number. Useful + padding + reused is
-what the counter sees.
+``padding`` and is in no total. What a backward pass computes is not counted, nor what it computes
+again (gradient checkpointing); a forward that did not complete is left out whole. Documents that
+begin alike may share the forward of that beginning; each is billed it in full, with the keys of its
+whole context, as if it had been read at once, and what was so billed and not computed is
+``reused``, a negative number. Useful + padding + reused is what the counter sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import blocks, causal_lm
 from dyndepth.method import ATTENTION, MLP
+from dyndepth.projections import linear_flops
 
 if TYPE_CHECKING:
     from dyndepth.method import Phase
@@ -55,7 +58,7 @@ class BlockCosts:
             score=np.array([block.score_flops for block in split], dtype=np.int64),
             key_value=np.array([block.key_value_flops for block in split], dtype=np.int64),
             mlp=np.array([block.mlp_flops for block in split], dtype=np.int64),
-            lm_head=2 * causal_lm(model).get_output_embeddings().weight.numel(),
+            lm_head=linear_flops([causal_lm(model).get_output_embeddings()]),
         )
 
     def attention(self, context: float) -> np.ndarray:
@@ -80,9 +83,10 @@ class Bill:
 class Forward:
     """What one forward executed; the runtime fills it, the ledger reduces it later.
 
-    ``gates`` holds, per block, the two gates as executed: True, False or a Selection; ``whole`` the
-    (layer, sublayer) that ran for all tokens although their gate selects some, which was faster;
-    ``kept`` the layers that nobody executed and whose keys and values are cached nevertheless.
+    ``calls`` holds, for each call of a block, the block and its two gates as executed: True, False
+    or a Selection. They need not be all blocks, nor each once, nor in order. ``whole`` has the
+    (call, sublayer) that ran for all tokens although their gate selects some, ``kept`` the calls
+    that nobody executed and whose keys and values are cached nevertheless.
     ``cached`` says whether a cache was there, so that skipped tokens were projected under the
     policy ``project``. ``masked`` marks the backend that computes everything, ``foresight`` a
     forward that was looked ahead of: all blocks and a head after each, work done for nobody.
@@ -101,7 +105,7 @@ class Forward:
     project: bool
     cached: bool
     masked: bool
-    gates: list[tuple[bool | Selection, bool | Selection]] = field(default_factory=list)
+    calls: list[tuple[int, bool | Selection, bool | Selection]] = field(default_factory=list)
     whole: set[tuple[int, int]] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
     bills: list[Bill] = field(default_factory=list)
@@ -109,19 +113,25 @@ class Forward:
     foresight: bool = False
     shared: Sequence[Sequence[tuple[str, int]]] | None = None
 
-    def executed(self) -> Tensor:
+    def again(self) -> Forward:
+        """The same forward with nothing done yet, for what does not count."""
+        return replace(self, calls=[], whole=set(), kept=set(), bills=[], heads=[])
+
+    def executed(self, layers: int) -> Tensor:
         """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
-        if self.valid is not None:
-            valid = self.valid.cpu()
-        else:
-            valid = torch.ones(self.batch, self.width, dtype=torch.bool)
-        flat = [gate for pair in self.gates for gate in pair]
-        masks = [valid & (gate if isinstance(gate, bool) else gate.mask.cpu()) for gate in flat]
-        return torch.stack(masks, dim=-1).unflatten(-1, (-1, 2))
+        ran = torch.zeros(self.batch, self.width, layers, 2, dtype=torch.bool)
+        for layer, *gates in self.calls:
+            for sublayer, gate in enumerate(gates):
+                ran[..., layer, sublayer] |= gate if isinstance(gate, bool) else gate.mask.cpu()
+        return ran if self.valid is None else ran & self.valid.cpu()[..., None, None]
 
 
 class Ledger:
-    """Sums of executed work by document, phase and cause."""
+    """Sums of executed work by document, phase and cause.
+
+    The forward that completed last stays open, whatever is read: the LM head's calls, readouts and
+    bills that follow it belong to it, until the next one completes.
+    """
 
     def __init__(self, costs: BlockCosts) -> None:
         self.costs = costs
@@ -130,25 +140,21 @@ class Ledger:
     def reset(self) -> None:
         """Forget all counts."""
         self._pending: list[Forward] = []
-        self._rows: dict[tuple[str, str], np.ndarray] = {}
-        self._executed: dict[str, np.ndarray] = {}
-        self._tokens: dict[str, float] = {}
-        self._computed = 0.0
-        self._reused = 0.0
+        self._sums = _Sums(self.costs)
 
     def add(self, forward: Forward) -> None:
-        """Take a forward that has begun; it is reduced once it is over."""
+        """Take a forward that has completed; it is reduced some time after the next."""
         if len(self._pending) >= _FLUSH_AFTER:
             self._flush()
         self._pending.append(forward)
 
     @property
     def last(self) -> Forward | None:
-        """The forward that began last, if it is not yet reduced."""
+        """The forward that completed last; None before the first."""
         return self._pending[-1] if self._pending else None
 
     def bill_last(self, shared: Sequence[Sequence[tuple[str, int]]]) -> None:
-        """Bill each row of the forward that began last to several documents; see ``Forward``.
+        """Bill each row of the forward that completed last to several documents; see ``Forward``.
 
         Each pays what its tokens cost in one forward over its whole context. Raises RuntimeError if
         there is no forward to bill.
@@ -163,38 +169,38 @@ class Ledger:
         Returns ``tokens``, ``block_flops`` (attention + mlp executed), ``total_flops`` (all
         causes), ``dense_block_flops``, ``dense_total_flops`` and ``by_cause``. ``padding``, what
         was computed for nobody, and ``reused``, what was billed and not computed (negative), are
-        known over all phases only.
+        known over all phases only. Dense is every block once for each of the tokens, whichever
+        blocks were called.
         """
-        self._flush()
-        total = sum((v for (_, p), v in self._rows.items() if phase in (None, p)), self._zero())
+        sums = self._flush()
+        total = sum((v for (_, p), v in sums.rows.items() if phase in (None, p)), _zero())
         result = self._named(total)
         by_cause = {cause: float(total[_COLUMN[cause]]) for cause in CAUSES}
         if phase is None:
             useful = float(total[: len(CAUSES)].sum())
-            by_cause["padding"] = self._computed - self._reused - useful
-            by_cause["reused"] = self._reused
+            by_cause["padding"] = sums.computed - sums.reused - useful
+            by_cause["reused"] = sums.reused
         return result | {"by_cause": by_cause}
 
     def by_document(self) -> dict[str, dict[str, float]]:
         """The totals of each document, both phases together."""
-        self._flush()
-        sums: dict[str, np.ndarray] = {}
-        for (document, _), row in self._rows.items():
-            sums[document] = sums.get(document, self._zero()) + row
-        return {document: self._named(row) for document, row in sums.items()}
+        found: dict[str, np.ndarray] = {}
+        for (document, _), row in self._flush().rows.items():
+            found[document] = found.get(document, _zero()) + row
+        return {document: self._named(row) for document, row in found.items()}
 
     def executed(self, phase: str | None = None) -> Tensor:
-        """Fraction of valid tokens executed by each sublayer: float64 ``[layers, 2]``."""
-        self._flush()
-        phases = [p for p in self._executed if phase in (None, p)]
-        tokens = sum(self._tokens[p] for p in phases)
+        """Fraction of valid tokens executed by each sublayer: float64 ``[layers, 2]``.
+
+        Of the tokens of all forwards, those that did not call the block included; more than 1 for
+        a block that forwards call more than once. NaN where there were no tokens.
+        """
+        sums = self._flush()
+        phases = [p for p in sums.executed if phase in (None, p)]
+        tokens = sum(sums.tokens[p] for p in phases)
         if not tokens:
             return torch.full((len(self.costs.mlp), 2), float("nan"), dtype=torch.float64)
-        return torch.from_numpy(sum(self._executed[p] for p in phases) / tokens)
-
-    @staticmethod
-    def _zero() -> np.ndarray:
-        return np.zeros(len(_COLUMNS))
+        return torch.from_numpy(sum(sums.executed[p] for p in phases) / tokens)
 
     @staticmethod
     def _named(row: np.ndarray) -> dict[str, Any]:
@@ -207,16 +213,46 @@ class Ledger:
             "dense_total_flops": float(row[_COLUMN["dense_total"]]),
         }
 
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for forward in pending:
-            for phase, part in _parts(forward):
-                self._reduce(forward, phase, part)
-            self._computed += self._physical(forward)
+    def _flush(self) -> _Sums:
+        """Reduce what is closed; returns the sums of that and of the open forward."""
+        closed, self._pending = self._pending[:-1], self._pending[-1:]
+        for forward in closed:
+            self._sums.add(forward)
+        if not self._pending:
+            return self._sums
+        sums = self._sums.copy()
+        sums.add(self._pending[0])
+        return sums
+
+
+class _Sums:
+    """Forwards reduced to numbers."""
+
+    def __init__(self, costs: BlockCosts) -> None:
+        self.costs = costs
+        self.rows: dict[tuple[str, str], np.ndarray] = {}
+        self.executed: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, float] = {}
+        self.computed = 0.0
+        self.reused = 0.0
+
+    def copy(self) -> _Sums:
+        """Sums that can be added to without changing these; no array is ever written to."""
+        other = copy(self)
+        other.rows, other.executed = dict(self.rows), dict(self.executed)
+        other.tokens = dict(self.tokens)
+        return other
+
+    def add(self, forward: Forward) -> None:
+        """Add one forward."""
+        for phase, part in _parts(forward):
+            self._reduce(forward, phase, part)
+        self.computed += self._physical(forward)
 
     def _reduce(self, forward: Forward, phase: str, part: Tensor | None) -> None:
         """Add the useful work of one phase's tokens; ``part`` is their mask, None for all."""
-        costs, batch, layers = self.costs, forward.batch, len(forward.gates)
+        costs, batch, calls = self.costs, forward.batch, len(forward.calls)
+        layers = np.array([layer for layer, _, _ in forward.calls], dtype=np.int64)
         if part is None:
             tokens = np.full(batch, float(forward.width))
         else:
@@ -225,26 +261,27 @@ class Ledger:
             context = np.full(batch, float(forward.keys))
         else:
             context = forward.context.double().cpu().numpy()
-        executed = self._executed_counts(forward, part, tokens)  # [batch, layers, 2]
+        executed = self._executed_counts(forward, part, tokens)  # [batch, calls, 2]
         times = np.ones(batch)
         if forward.shared is not None:
             times = np.array([float(len(readers)) for readers in forward.shared])
-        counted = (executed * times[:, None, None]).sum(0)
-        self._executed[phase] = self._executed.get(phase, 0.0) + counted
-        self._tokens[phase] = self._tokens.get(phase, 0.0) + float(tokens @ times)
+        counted = np.zeros((len(costs.mlp), 2))
+        np.add.at(counted, layers, (executed * times[:, None, None]).sum(0))
+        self.executed[phase] = self.executed.get(phase, 0.0) + counted
+        self.tokens[phase] = self.tokens.get(phase, 0.0) + float(tokens @ times)
         if forward.masked:
-            executed = np.broadcast_to(tokens[:, None, None], (batch, layers, 2))
+            executed = np.broadcast_to(tokens[:, None, None], (batch, calls, 2))
 
         attention = costs.projections + costs.score * context[:, None]  # [batch, layers]
         rows = np.zeros((batch, len(_COLUMNS)))
-        rows[:, _COLUMN["attention"]] = (executed[:, :, 0] * attention).sum(1)
-        rows[:, _COLUMN["mlp"]] = executed[:, :, 1] @ costs.mlp
+        rows[:, _COLUMN["attention"]] = (executed[:, :, 0] * attention[:, layers]).sum(1)
+        rows[:, _COLUMN["mlp"]] = executed[:, :, 1] @ costs.mlp[layers]
         if forward.project:
             projected = tokens[:, None] - executed[:, :, 0]
             if not forward.cached:
-                kept = np.array([gate is not False for gate, _ in forward.gates])
+                kept = np.array([gate is not False for _, gate, _ in forward.calls], dtype=bool)
                 projected = projected * kept
-            rows[:, _COLUMN["kv_projection"]] = projected @ costs.key_value
+            rows[:, _COLUMN["kv_projection"]] = projected @ costs.key_value[layers]
         for bill in forward.bills:
             counts = tokens if bill.tokens is None else _count(bill.tokens, part)
             rows[:, _COLUMN[bill.cause]] += counts * bill.flops_per_token
@@ -259,7 +296,8 @@ class Ledger:
         rows[:, _COLUMN["dense_block"]] = dense_block
         rows[:, _COLUMN["dense_total"]] = dense_block + rows[:, _COLUMN["lm_head"]]
         if forward.shared is not None:
-            self._share(forward.shared, phase, rows, executed[:, :, 0], tokens, context)
+            scores = executed[:, :, 0] @ costs.score[layers]
+            self._share(forward.shared, phase, rows, scores, tokens, context)
             return
         for row in range(batch):
             document = forward.documents[row] if forward.documents else ""
@@ -270,34 +308,34 @@ class Ledger:
         shared: Sequence[Sequence[tuple[str, int]]],
         phase: str,
         rows: np.ndarray,
-        attending: np.ndarray,
+        scores: np.ndarray,
         tokens: np.ndarray,
         context: np.ndarray,
     ) -> None:
         """Bill rows to the documents that share them, each with the keys of its whole context.
 
-        ``attending`` are the tokens that each attention executed, ``[batch, layers]``.
+        ``scores`` are the FLOPs of all attentions that one key more would cost, ``[batch]``.
         """
         a_key = np.zeros(rows.shape)
-        a_key[:, _COLUMN["attention"]] = attending @ self.costs.score
+        a_key[:, _COLUMN["attention"]] = scores
         a_key[:, [_COLUMN["dense_block"], _COLUMN["dense_total"]]] = (
             tokens * self.costs.score.sum()
         )[:, None]
         for row, readers in enumerate(shared):
-            self._reused += rows[row, : len(CAUSES)].sum()
+            self.reused += rows[row, : len(CAUSES)].sum()
             for document, keys in readers:
                 alone = rows[row] + (keys - context[row]) * a_key[row]
-                self._reused -= alone[: len(CAUSES)].sum()
+                self.reused -= alone[: len(CAUSES)].sum()
                 self._add_row(document, phase, alone)
 
     def _add_row(self, document: str, phase: str, row: np.ndarray) -> None:
         key = (document, phase)
-        self._rows[key] = self._rows.get(key, self._zero()) + row
+        self.rows[key] = self.rows.get(key, _zero()) + row
 
     @staticmethod
     def _executed_counts(forward: Forward, part: Tensor | None, tokens: np.ndarray) -> np.ndarray:
-        """Tokens of ``part`` that each sublayer executed: ``[batch, layers, 2]``."""
-        gates = [gate for pair in forward.gates for gate in pair]
+        """Tokens of ``part`` that each call of a sublayer executed: ``[batch, calls, 2]``."""
+        gates = [gate for _, *pair in forward.calls for gate in pair]
         executed = np.zeros((forward.batch, len(gates)))
         executed[:, [g is True for g in gates]] = tokens[:, None]
         masks = [(i, g.mask) for i, g in enumerate(gates) if not isinstance(g, bool)]
@@ -306,19 +344,19 @@ class Ledger:
             stack = torch.stack([mask.to(place) for _, mask in masks])
             counts = (stack if part is None else stack & part).sum(-1)
             executed[:, [i for i, _ in masks]] = counts.T.double().cpu().numpy()
-        return executed.reshape(forward.batch, -1, 2)
+        return executed.reshape(forward.batch, len(forward.calls), 2)
 
     def _physical(self, forward: Forward) -> float:
         """FLOPs that the forward's matrix products did, padding and rectangles included."""
         costs = self.costs
         rectangle = forward.batch * forward.width
         total = 0.0
-        for layer, (attention, mlp) in enumerate(forward.gates):
-            whole = [forward.masked or (layer, sublayer) in forward.whole for sublayer in (0, 1)]
+        for call, (layer, attention, mlp) in enumerate(forward.calls):
+            whole = [forward.masked or (call, sublayer) in forward.whole for sublayer in (0, 1)]
             if attention is True or whole[ATTENTION]:
                 total += rectangle * (costs.projections[layer] + costs.score[layer] * forward.keys)
             elif attention is False:
-                keeps = forward.project or layer in forward.kept
+                keeps = forward.project or call in forward.kept
                 total += rectangle * costs.key_value[layer] * (keeps and forward.cached)
             else:
                 total += attention.count * (costs.projections[layer] - costs.key_value[layer])
@@ -335,6 +373,10 @@ class Ledger:
             depths = len(costs.mlp) + 1
             total += rectangle * (costs.block(forward.keys) + depths * costs.lm_head)
         return total + sum(rows for _, rows in forward.heads) * costs.lm_head
+
+
+def _zero() -> np.ndarray:
+    return np.zeros(len(_COLUMNS))
 
 
 def _parts(forward: Forward) -> list[tuple[str, Tensor | None]]:

@@ -1,7 +1,8 @@
 """Puts a function in the place of every block's forward, and takes it away again.
 
 The class of a block is swapped for a subclass, so that hooks, output capturing and gradient
-checkpointing, which look at the instance, go on working.
+checkpointing, which look at the instance, go on working. A block may be run by several at once (two
+models that share it): the last to come is the first to be asked, and each may leave at any time.
 """
 
 from __future__ import annotations
@@ -20,39 +21,121 @@ from dyndepth.errors import UserError
 Stock = Callable[..., Tensor]
 """A block's own forward, ``(hidden_states, **arguments) -> hidden_states``."""
 Run = Callable[[int, Stock, Tensor, dict[str, Any]], Tensor]
+Checkpointed = Callable[..., Any]
+"""``(index, checkpoint, function, *inputs)``, in the place of ``checkpoint(function, *inputs)``."""
+_CHECKPOINT = "_gradient_checkpointing_func"  # as transformers calls it
+_STOCK, _GONE = "_dyndepth_stock", "_dyndepth_gone"
+
+
+class _Own(partial[Any]):
+    """A forward of ours where accelerate keeps the one that it wraps."""
 
 
 @contextmanager
-def run_by(split: Sequence[Block], run: Run) -> Iterator[None]:
+def run_by(
+    split: Sequence[Block],
+    run: Run,
+    *,
+    checkpointed: Checkpointed | None = None,
+    repeated: bool = False,
+) -> Iterator[None]:
     """Inside, each block's forward is ``run(index, stock forward, hidden, arguments)``.
 
-    A hook of accelerate, which brings the inputs to the block's device, stays around it. Raises
-    UserError for a block that is wrapped by somebody else.
+    A hook of accelerate, which brings the inputs to the block's device, stays around it. Where
+    transformers would checkpoint a block for its gradient, ``checkpointed`` does, if there is one.
+    A module that stands in several places is run as the first of them if ``repeated`` allows it.
+    Raises UserError if it does not, and for a block that is wrapped by somebody else.
     """
-    for block in split:
-        own = vars(block.layer)
-        if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
+    for first, *others in places(split).values():
+        _refuse_wrapped(first, split[first].layer)
+        if others and not repeated:
             raise UserError(
-                f"block {block.index} has a forward of its own, which hides the runtime; remove "
-                "what wraps it"
+                f"blocks {first} and {others[0]} are one module, whose calls are not told apart "
+                "here; give each a module of its own, whose weights may be the same tensors"
             )
     undo: list[Callable[[], None]] = []
     try:
-        for index, block in enumerate(split):
+        for index, *_ in places(split).values():
+            block = split[index]
             layer: Any = block.layer
             stock = type(layer)
+            forward = _running(stock, block, index, run)
             if "forward" in vars(layer):
-                hooked = layer._old_forward
-                undo.append(partial(setattr, layer, "_old_forward", hooked))
-                layer._old_forward = partial(_running(stock, block, index, run), layer)
+                undo.append(partial(setattr, layer, "_old_forward", layer._old_forward))
+                layer._old_forward = _Own(forward, layer)
             else:
-                undo.append(partial(setattr, layer, "__class__", stock))
-                patched = {"forward": _running(stock, block, index, run)}
-                layer.__class__ = type(stock.__name__, (stock,), patched)
+                patched = _patched(stock, forward, index, checkpointed)
+                undo.append(partial(_leave, layer, patched))
+                layer.__class__ = patched
         yield
     finally:
         for restore in undo:
             restore()
+
+
+def places(split: Sequence[Block]) -> dict[int, list[int]]:
+    """Where each module stands among the blocks, by its ``id``; mostly in one place."""
+    found: dict[int, list[int]] = {}
+    for index, block in enumerate(split):
+        found.setdefault(id(block.layer), []).append(index)
+    return found
+
+
+def _refuse_wrapped(index: int, layer: nn.Module) -> None:
+    own = vars(layer)
+    if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
+        raise UserError(
+            f"block {index} has a forward of its own, which hides the runtime; remove what wraps it"
+        )
+    if isinstance(own.get("_old_forward"), _Own):
+        raise UserError(
+            f"block {index} has a method attached through another model that shares it, and a "
+            "hook of accelerate; leave that attach first"
+        )
+    if own.get("_compiled_call_impl") is not None:
+        raise UserError(f"block {index} is compiled, which hides the runtime; attach before that")
+
+
+def _patched(
+    stock: type[nn.Module],
+    forward: Callable[..., Any],
+    index: int,
+    checkpointed: Checkpointed | None,
+) -> type[nn.Module]:
+    """A subclass of ``stock`` with this forward. Copies and pickles of its blocks are stock."""
+    plain = getattr(stock, _STOCK, stock)
+
+    def reduce(layer: nn.Module, protocol: Any) -> Any:
+        reduced: Any = object.__reduce_ex__(layer, protocol)
+        return object.__new__, (plain,), *reduced[2:]
+
+    def enable(layer: nn.Module, function: Any) -> None:
+        vars(layer)[_CHECKPOINT] = function
+
+    members: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__reduce_ex__": reduce,
+        "forward": forward,
+        _STOCK: plain,
+        _GONE: False,
+    }
+    if checkpointed is not None:
+        run_again = partial(partial, checkpointed, index)
+        under = vars(stock).get(_CHECKPOINT)  # another's, who runs the block as well
+
+        def checkpoint(layer: nn.Module) -> Any:
+            return run_again(under.__get__(layer) if under else vars(layer)[_CHECKPOINT])
+
+        members[_CHECKPOINT] = property(checkpoint, enable)
+    return type(stock.__name__, (stock,), members)
+
+
+def _leave(layer: Any, patched: Any) -> None:
+    """Take ``patched`` away from a block, unless others who came later still run it."""
+    setattr(patched, _GONE, True)
+    while vars(type(layer)).get(_GONE):
+        layer.__class__ = type(layer).__base__
 
 
 def _running(stock: type[nn.Module], block: Block, index: int, run: Run) -> Callable[..., Any]:

@@ -1,20 +1,23 @@
 """Queries of the selected tokens, keys and values of all: what token gates ask of an attention.
 
 Architectures differ in whether these are three linear maps or one. One fused map is used in parts
-where that is the same arithmetic; where it is wrapped by somebody else (an adapter, a quantised
-weight, an offloaded one), it is called whole and its result is taken apart.
+where that is the same arithmetic; where it is wrapped by somebody else (an adapter, a hook, a
+parametrised, quantised or offloaded weight), it is called whole and its result is taken apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
+
+from dyndepth.errors import UserError
+from dyndepth.watching import watched
 
 Layout = Literal["blocks", "heads"]
 """Of a fused map's output: all queries, all keys, all values; or query, key, value of each head."""
@@ -54,14 +57,22 @@ class Separate:
         return linear_flops([self.query]), linear_flops([self.key, self.value])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fused:
-    """One linear map for all three; ``heads`` of queries, each of ``size``."""
+    """One linear map for all three; ``heads`` of queries, each of ``size``.
+
+    ``divided`` says that parts of it are computed alone. That is settled when it is made: the
+    ledger's costs follow from it.
+    """
 
     module: Any
     layout: Layout
     heads: int
     size: int
+    divided: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.divided = self._divisible
 
     @property
     def _key_size(self) -> int:
@@ -70,13 +81,23 @@ class Fused:
         return (out - self.heads * self.size) // 2
 
     @property
-    def divisible(self) -> bool:
-        """Whether the weight is at hand, so that a part of the map can be computed alone."""
-        return type(self.module) in (nn.Linear, Conv1D) and not self.module.weight.is_meta
+    def _divisible(self) -> bool:
+        """Whether the weight is at hand, plain, and nobody watches the map being called."""
+        return (
+            type(self.module) in (nn.Linear, Conv1D)
+            and type(self.module.weight) is nn.Parameter
+            and not self.module.weight.is_meta
+            and not watched(self.module)
+        )
 
     def __call__(self, normed: Tensor, index: Tensor | None) -> Projected:
-        """As ``Separate``."""
-        if not self.divisible:
+        """As ``Separate``. Raises UserError if the map was wrapped since this was made."""
+        if self.divided and not self._divisible:
+            raise UserError(
+                "a hook or another weight was put on an attention's map of queries, keys and "
+                "values while a method is attached; put it there before attach"
+            )
+        if not self.divided:
             all_queries, keys, values = self._apart(self.module(normed))
             if index is not None:
                 return all_queries.flatten(0, 1).index_select(0, index), keys, values
@@ -96,7 +117,7 @@ class Fused:
     def flops(self) -> tuple[int, int]:
         """As ``Separate``; a map that can't be divided is all done for the keys and values."""
         whole = linear_flops([self.module])
-        if not self.divisible:
+        if not self.divided:
             return 0, whole
         query = self.heads * self.size
         query_flops = whole * query // (query + 2 * self._key_size)

@@ -8,12 +8,17 @@ yardstick that ``sparse`` must equal.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from dyndepth.blocks import (
@@ -23,6 +28,7 @@ from dyndepth.blocks import (
     cache_of,
     causal_lm,
     decoder,
+    family,
     final_norm,
     readout,
 )
@@ -32,7 +38,7 @@ from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.foresight import Foresight
 from dyndepth.gathering import Limits, limits_of
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
-from dyndepth.patching import Stock, run_by
+from dyndepth.patching import Stock, places, run_by
 from dyndepth.selection import Selection
 from dyndepth.settling import Settled, Settler
 
@@ -74,13 +80,13 @@ class Trace:
     def gates(self) -> Tensor:
         """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
 
-        Reading any count of this trace closes the forward; ask for its gates before. Raises
+        False as well for a block that it did not call. A forward that failed is none. Raises
         RuntimeError if there is none.
         """
         last = self._ledger.last
         if last is None:
             raise RuntimeError("gates needs a forward through the attached model before it")
-        return last.executed()
+        return last.executed(len(self._ledger.costs.mlp))
 
     def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits of chosen positions of the last forward's final hidden state.
@@ -97,8 +103,9 @@ class Trace:
 
 
 def attached(model: nn.Module) -> bool:
-    """Whether a method is attached to ``model`` now."""
-    return hasattr(decoder(model), _MARK)
+    """Whether a method is attached to ``model`` now; not to what it is a copy of."""
+    owner = decoder(model)
+    return getattr(vars(owner).get(_MARK), "owner", None) is owner
 
 
 @contextmanager
@@ -114,11 +121,17 @@ def attach(
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
 
     Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
-    and without a cache, padding on either side. ``limits`` says when selected tokens are gathered
-    and when the dense kernel runs instead, with the same result; by default the measured rule of
-    ``dyndepth.gathering``. On exit, also by an exception, the model is restored. Raises UserError
-    for an unsupported architecture, a model that already has a method attached, or one whose blocks
-    are wrapped by somebody else.
+    and without a cache, padding on either side, gradient checkpointing; what others put on its
+    modules as docs/families.md says. ``limits`` says when selected tokens are gathered and when the
+    dense kernel runs instead, with the same result; by default the measured rule of
+    ``dyndepth.gathering``. On exit, also by an exception, the model is restored.
+
+    The method is asked, and work is counted, in forwards of the decoder: those that complete, with
+    the blocks that they call, in whatever order and however often. A block that is called outside
+    of one, by hand or by another model that shares it, runs in full and is not counted.
+
+    Raises UserError for an unsupported architecture, a model that already has a method attached,
+    and one that is compiled or whose blocks are wrapped by somebody else.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
@@ -127,6 +140,8 @@ def attach(
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
     owner = decoder(model)
+    if any(part._compiled_call_impl is not None for part in (model, causal_lm(model), owner)):
+        raise UserError("a model that was compiled in place cannot be attached to; load it anew")
     if attached(model):
         raise UserError("the model already has a method attached; leave that attach first")
     split = blocks(model)
@@ -134,16 +149,37 @@ def attach(
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     handles = [
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
-        runtime.head.register_forward_hook(runtime.bill_head),
+        owner.register_forward_hook(runtime.end, always_call=True),
+        runtime.head.register_forward_hook(runtime.bill_head, with_kwargs=True),
     ]
     setattr(owner, _MARK, runtime)
     try:
-        with run_by(split, runtime.run):
+        with run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True):
             yield runtime.trace
     finally:
+        runtime.leave()
         for handle in handles:
             handle.remove()
         delattr(owner, _MARK)
+
+
+@dataclass
+class _Pass:
+    """A forward of the decoder that is under way, in one thread.
+
+    ``given`` is set while a block runs under gradient checkpointing: its place, and the gates that
+    were decided before. ``weights`` are those of each attention where they were asked for, with
+    ``handles`` of the hooks that see them; ``as_tuple`` says that the caller wants a plain tuple.
+    """
+
+    thread: int
+    forward: Any = None
+    settler: Any = None
+    plan: list[tuple[Gate, Gate]] | None = None
+    given: tuple[int, tuple[Gate, Gate]] | None = None
+    weights: list[Tensor | None] | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+    as_tuple: bool = False
 
 
 class _Runtime:
@@ -168,21 +204,46 @@ class _Runtime:
         self.ledger = Ledger(BlockCosts.of(model))
         self.readout = readout(model)
         self.trace = Trace(self.ledger, self.readout)
-        self.forward: Forward
-        self.plan: list[tuple[Gate, Gate]] | None = None
-        self.settler: Settler
+        self.owner: nn.Module = decoder(model)
+        self.layers = {id(block.layer) for block in split}
+        self.list_name = family(causal_lm(model)).layers
+        self.repeated = {each[0]: each for each in places(split).values() if len(each) > 1}
+        self.passes: list[_Pass] = []
+        self.warned = False
         self.foresight = Foresight(model, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
-    # --- the start of a forward -----------------------------------------------------------------
+    def __deepcopy__(self, memo: Any) -> _Runtime:
+        """Itself: a copy of the model has its hooks, which do nothing there."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise UserError(
+            "a model cannot be pickled while a method is attached; leave that attach first, or "
+            "save its state_dict"
+        )
+
+    # --- the start and the end of a forward -----------------------------------------------------
 
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the decoder: learn the shapes, ask the method for a plan.
 
-        Returns the decoder's arguments where a method with foresight had a cache added to them.
+        Returns the decoder's arguments where they had to be changed. Raises UserError if a forward
+        of another thread is under way, or if the model has more blocks than when it was attached
+        to.
         """
+        if module is not self.owner:
+            return None
+        now = _Pass(get_ident())
+        if self.passes and self.passes[-1].thread != now.thread:
+            raise UserError(
+                "another thread is in a forward of this model; while a method is attached it runs "
+                "one forward at a time"
+            )
+        self.passes.append(now)
+        self._check_blocks()
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
@@ -192,15 +253,12 @@ class _Runtime:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is not None and (mask.ndim != 2 or bool(mask.all())):
             mask = None
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self.config, "use_cache", False)
-        if self.foresight is not None and cache is None and use_cache:
+        if self.foresight is not None and cache is None and self._asked(kwargs, "use_cache"):
             # The decoder would make it later than it is needed.
             cache = DynamicCache(config=self.config)
             kwargs = kwargs | {cache_argument(module): cache}
         valid = None if mask is None else mask[:, -width:].bool()
-        self.forward = forward = Forward(
+        now.forward = forward = Forward(
             documents=_per_row(self.trace.documents, batch, "document ids"),
             phase="prompt" if past == 0 else "generation",
             batch=batch,
@@ -210,10 +268,9 @@ class _Runtime:
             generation=None,
             context=None if mask is None else mask.sum(1),
             project=self.project,
-            cached=cache is not None or bool(use_cache),
+            cached=False,  # until a block is seen to get one
             masked=self.masked,
         )
-        self.ledger.add(forward)
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
         context = ForwardContext(
@@ -227,7 +284,7 @@ class _Runtime:
             generation=None,
             documents=forward.documents,
             head=lambda hidden: self.readout(self.norm(hidden)),
-            bill=self._bill,
+            bill=lambda *bill, **named: forward.bills.append(Bill(*bill, **named)),
             readout_flops=float(self.ledger.costs.lm_head),
             past_real=None if mask is None else mask[:, :-width].sum(1),
             foresight=self.foresight,
@@ -237,15 +294,71 @@ class _Runtime:
             forward.phase, forward.generation = _phase_of_tokens(context, length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
-        self.settler = Settler(self.method, forward, self.masked, inputs.device)
-        self.plan = self._plan(context)
-        if self.foresight is None:
-            return None
-        full = self.plan is not None and all(a is True and m is True for a, m in self.plan)
-        self.foresight.end(full)
+        now.settler = Settler(self.method, forward, self.masked, inputs.device)
+        now.plan = self._plan(context, now.settler)
+        if self.foresight is not None:
+            full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
+            self.foresight.end(full)
+        if self._asked(kwargs, "output_attentions"):
+            now.as_tuple = not self._asked(kwargs, "return_dict")
+            kwargs = kwargs | {"return_dict": True}
+            self._watch(now)
         return args, kwargs
 
-    def _plan(self, context: ForwardContext) -> list[tuple[Gate, Gate]] | None:
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the decoder: count what ran, if it came to its end.
+
+        A forward inside a backward pass is one computed again, which was counted before. Returns
+        the decoder's output where attentions were asked for: one entry a block, None where no
+        attention was called.
+        """
+        if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
+            return None
+        now = self.passes.pop()
+        for handle in now.handles:
+            handle.remove()
+        if output is None:
+            return None
+        if not _in_backward():
+            self.ledger.add(now.forward)
+        if now.weights is None:
+            return None
+        output["attentions"] = tuple(now.weights)
+        return output.to_tuple() if now.as_tuple else output
+
+    def leave(self) -> None:
+        """Forget forwards that were interrupted and never ended."""
+        while self.passes:
+            for handle in self.passes.pop().handles:
+                handle.remove()
+
+    def _asked(self, kwargs: dict[str, Any], name: str) -> bool:
+        """An argument of the decoder, whose default is in the configuration."""
+        value = kwargs.get(name)
+        return bool(getattr(self.config, name, False) if value is None else value)
+
+    def _check_blocks(self) -> None:
+        held: Any = getattr(self.owner, self.list_name)
+        for index, layer in enumerate(islice(held, self.config.num_hidden_layers)):
+            if id(layer) not in self.layers:
+                raise UserError(
+                    f"block {index} was not in the model when the method was attached, so that it "
+                    "would run uncounted; leave that attach and attach again"
+                )
+
+    def _watch(self, now: _Pass) -> None:
+        """Keep the weights of each attention that is called in this forward."""
+        weights: list[Tensor | None] = [None] * len(self.blocks)
+        now.weights = weights
+        calls = now.forward.calls
+
+        def seen(module: nn.Module, args: Any, output: Any) -> None:
+            weights[calls[-1][0]] = output[1]
+
+        modules = {id(block.attention): block.attention for block in self.blocks}
+        now.handles = [each.register_forward_hook(seen) for each in modules.values()]
+
+    def _plan(self, context: ForwardContext, settler: Settler) -> list[tuple[Gate, Gate]] | None:
         """The gates of all blocks if they are known before the forward, else None."""
         full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
         if self.method.phases == "generation" and context.phase == "prompt":
@@ -263,106 +376,163 @@ class _Runtime:
             plan = plan[0]
         if plan.ndim == 2:
             return [(attention, mlp) for attention, mlp in plan.tolist()]
-        rows_of = self.settler.rows
+        rows_of = settler.rows
         return [
             (rows_of(attention), rows_of(mlp)) for attention, mlp in plan.cpu().permute(1, 2, 0)
         ]
 
-    def _bill(self, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
-        self.forward.bills.append(Bill(cause, flops_per_token, tokens))
+    def bill_head(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """Forward hook of the LM head: bills calls with states of the last forward's batch.
 
-    def bill_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the LM head: bills calls made by the causal LM itself."""
-        (hidden,) = args
-        if hidden.ndim == 3 and hidden.shape[0] == self.forward.batch:
-            self.forward.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
+        Those are ``[batch, n, hidden]``, as the causal LM makes them. Readouts bill themselves.
+        """
+        last = self.ledger.last
+        if module is not self.head or last is None or _in_backward():
+            return
+        hidden = args[0] if args else kwargs["input"]
+        if hidden.ndim == 3 and hidden.shape[0] == last.batch:
+            last.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
 
     # --- one block ------------------------------------------------------------------------------
 
     def block(self, index: int, stock: Stock, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The forward of one block: the stock one where everything runs."""
-        asked = self.method.gates(index, hidden) if self.plan is None else self.plan[index]
-        if asked[0] is True and asked[1] is True:
-            self.forward.gates.append((True, True))
+        if not self.passes:
+            self._outside(index)
             return stock(hidden, **arguments)
-        gates = self.settler(asked, hidden)
-        self.forward.gates.append(self.settler.decided(gates))
+        now = self.passes[-1]
+        index, asked = now.given or self._ask(now, index, hidden)
+        forward: Forward = now.forward
+        if asked[0] is True and asked[1] is True:
+            forward.calls.append((index, True, True))
+            return stock(hidden, **arguments)
+        gates = now.settler(asked, hidden)
+        forward.calls.append((index, *now.settler.decided(gates)))
         if gates[0] is True and gates[1] is True:
             return stock(hidden, **arguments)
+        if arguments.get(self.blocks[index].cache_argument) is not None:
+            forward.cached = True
         if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
-            self.forward.kept.add(index)
-        return self.execute(index, hidden, gates, arguments)
+            forward.kept.add(len(forward.calls) - 1)
+        return self.execute(forward, index, hidden, gates, arguments)
+
+    def _ask(self, now: _Pass, index: int, hidden: Tensor) -> tuple[int, tuple[Gate, Gate]]:
+        """A block's place and its gates; one that stands in several has them in turn."""
+        if index in self.repeated:
+            each = self.repeated[index]
+            before = sum(layer in each for layer, _, _ in now.forward.calls)
+            index = each[min(before, len(each) - 1)]
+        if now.plan is None:
+            return index, self.method.gates(index, hidden)
+        return index, now.plan[index]
+
+    def checkpointed(self, index: int, checkpoint: Any, function: Any, *inputs: Any) -> Any:
+        """One block under gradient checkpointing: ``checkpoint(function, *inputs)``.
+
+        The method is asked once, outside of what is computed again, and so is the ledger told:
+        what is computed again goes to a forward that nobody counts. Gates are handed over as
+        inputs, so that they get their gradient either way of checkpointing.
+        """
+        if not self.passes:
+            return checkpoint(function, *inputs)
+        now = self.passes[-1]
+        hidden = inputs[0] if inputs else function.keywords["hidden_states"]
+        index, gates = self._ask(now, index, hidden)
+        tensors = [gate for gate in gates if isinstance(gate, Tensor)]
+        counted = [now.forward]
+
+        def run(*given: Any) -> Any:
+            rest = iter(given[len(inputs) :])
+            first, second = (next(rest) if isinstance(gate, Tensor) else gate for gate in gates)
+            forward = counted.pop() if counted else now.forward.again()
+            self.passes.append(replace(now, forward=forward, given=(index, (first, second))))
+            try:
+                return function(*given[: len(inputs)])
+            finally:
+                self.passes.pop()
+
+        return checkpoint(run, *inputs, *tensors)
+
+    def _outside(self, index: int) -> None:
+        """A block is called outside of any forward of the decoder."""
+        if _in_backward():
+            raise UserError(
+                f"block {index} is computed again in a backward pass, by a checkpoint that does "
+                "not hold its gates; use the model's own gradient_checkpointing_enable()"
+            )
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"block {index} was called outside of a forward of {type(self.owner).__name__}, in "
+                "which the method decides: such calls run in full and are not counted",
+                stacklevel=2,
+            )
 
     def execute(
-        self, index: int, hidden: Tensor, gates: tuple[Settled, Settled], arguments: dict[str, Any]
+        self,
+        forward: Forward,
+        index: int,
+        hidden: Tensor,
+        gates: tuple[Settled, Settled],
+        arguments: dict[str, Any],
     ) -> Tensor:
-        """One block whose gates are not both True."""
-        block, entered = self.blocks[index], hidden
+        """One block, the last call of ``forward``, whose gates are not both True."""
+        block, entered, call = self.blocks[index], hidden, len(forward.calls) - 1
         attention, mlp = gates
         if isinstance(attention, Selection):
-            hidden = self._attend(block, index, hidden, attention, arguments)
+            if self.limits.gather(ATTENTION, attention) and block.gathers(ATTENTION):
+                update = block.attention_selected(hidden, attention, arguments)
+                flat = hidden.flatten(0, 1)
+                hidden = flat.index_add(0, attention.index, update.to(flat.dtype)).view_as(hidden)
+            else:
+                forward.whole.add((call, ATTENTION))
+                hidden = attention.put(hidden, hidden + block.attention_branch(hidden, arguments))
         elif attention is True or self.masked:
             hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), attention)
         else:
-            self._skip_attention(block, index, hidden, arguments)
+            self._skip_attention(block, call in forward.kept, hidden, arguments)
         source = entered if block.parallel else hidden
         if isinstance(mlp, Selection):
-            return self._feed(block, index, source, hidden, mlp, owned=hidden is not entered)
+            if self.limits.gather(MLP, mlp) and block.gathers(MLP):
+                return self._feed(block, source, hidden, mlp, owned=hidden is not entered)
+            forward.whole.add((call, MLP))
+            return mlp.put(hidden, hidden + block.mlp_branch(source))
         if mlp is True or self.masked:
             return hidden + _multiplied(block.mlp_branch(source), mlp)
         return hidden
 
     def _skip_attention(
-        self, block: Block, index: int, hidden: Tensor, arguments: dict[str, Any]
+        self, block: Block, kept: bool, hidden: Tensor, arguments: dict[str, Any]
     ) -> None:
-        """What a wholly skipped attention still owes to the cache."""
+        """What a wholly skipped attention still owes to the cache; ``kept``: as if projected."""
         cache = arguments.get(block.cache_argument)
         if cache is None:
             return
-        if self.project or index in self.forward.kept:
+        if self.project or kept:
             block.keep(hidden, arguments)
         else:
             skip_tokens(cache, block.index, hidden.shape[1])
 
-    def _attend(
-        self,
-        block: Block,
-        index: int,
-        hidden: Tensor,
-        selection: Selection,
-        arguments: dict[str, Any],
-    ) -> Tensor:
-        """The attention branch, added for the selected tokens."""
-        if not (block.gathers and self.limits.gather(ATTENTION, selection)):
-            self.forward.whole.add((index, ATTENTION))
-            return selection.put(hidden, hidden + block.attention_branch(hidden, arguments))
-        update = block.attention_selected(hidden, selection, arguments)
-        flat = hidden.flatten(0, 1)
-        return flat.index_add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
-
     def _feed(
-        self,
-        block: Block,
-        index: int,
-        source: Tensor,
-        hidden: Tensor,
-        selection: Selection,
-        *,
-        owned: bool,
+        self, block: Block, source: Tensor, hidden: Tensor, selection: Selection, *, owned: bool
     ) -> Tensor:
-        """The MLP branch of ``source``, added to ``hidden`` for the selected tokens.
+        """The MLP branch of ``source``, added to ``hidden`` for the selected tokens alone.
 
         ``owned`` says that ``hidden`` was made in this block, so that it may be written to.
         """
-        if not self.limits.gather(MLP, selection):
-            self.forward.whole.add((index, MLP))
-            return selection.put(hidden, hidden + block.mlp_branch(source))
         update = block.mlp_branch(source.flatten(0, 1).index_select(0, selection.index))
         flat = hidden.flatten(0, 1)
         add = flat.index_add_ if owned else flat.index_add
         return add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
+
+
+def _in_backward() -> bool:
+    """Whether this thread is in a backward pass, which computes a checkpointed forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:

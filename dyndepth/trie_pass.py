@@ -18,6 +18,7 @@ from dyndepth.patching import run_by
 from dyndepth.prefixes import Moves, Schedule, Step
 from dyndepth.runtime import attached
 from dyndepth.selection import Selection
+from dyndepth.watching import watched
 
 BATCH_TOKENS = 2**15
 """Tokens times distinct plans that a batch holds: 72 MiB of states 576 wide in float32."""
@@ -78,6 +79,12 @@ def _split(model: nn.Module) -> list[Block]:
         raise UserError(
             f"plans run together with the attention 'sdpa' or 'eager', not {implementation!r}"
         )
+    for index, block in enumerate(split):
+        if watched(block.attention):
+            raise UserError(
+                f"plans can't run together past a hook: the attention of block {index} has one, or "
+                "a forward of its own; remove it"
+            )
     return split
 
 

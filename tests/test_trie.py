@@ -299,6 +299,10 @@ def test_refusals(tiny):
     with pytest.raises(UserError, match="forward of its own"):
         trie.losses(model, plans, tokens)
     del layer.forward
+    handle = blocks(model)[2].attention.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="the attention of block 2 has one"):
+        trie.losses(model, plans, tokens)
+    handle.remove()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(UserError, match="'sdpa' or 'eager'"):
         trie.losses(model, plans, tokens)
