@@ -33,6 +33,7 @@ from dyndepth.foresight import Foresight
 from dyndepth.gathering import Limits, limits_of
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
 from dyndepth.patching import Stock, run_by
+from dyndepth.rotary import forget
 from dyndepth.selection import Selection
 from dyndepth.settling import Settled, Settler
 
@@ -183,6 +184,7 @@ class _Runtime:
 
         Returns the decoder's arguments where a method with foresight had a cache added to them.
         """
+        forget(module)
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
