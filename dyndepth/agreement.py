@@ -56,11 +56,16 @@ def agree(
     flips = method.granularity == "token" and not 2 <= len(apart) > len(gaps) / 2
     if apart and not flips:
         named = ", ".join(gap.document for gap in apart)
+        cause = (
+            "a static method has one plan, so it is the model whose results depend on its batch"
+            if method.granularity == "static"
+            else "a method that pools decisions over a batch declares pooled, one that decides by "
+            "document declares by_document"
+        )
         raise RuntimeError(
             f"task {task}: {method!r} gives other log-likelihoods to documents in batches than "
             f"alone: {len(apart)} of {len(gaps)} that were compared ({named}) differ, by up to "
-            f"{max(gap.nats for gap in apart):.3g} nats; a method that pools decisions over a "
-            "batch declares pooled, one that decides by document declares by_document"
+            f"{max(gap.nats for gap in apart):.3g} nats; {cause}"
         )
 
 

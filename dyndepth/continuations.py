@@ -1,22 +1,26 @@
 """Scores continuations under many static plans at once.
 
 Each document is one row (``packing``). From a stream's last attention on, only the positions that
-are scored go on.
+are scored go on. A batch holds what is read by the same rotary tables: a document whose
+continuations are not is in several.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from dyndepth.blocks import Block, cache_argument, causal_lm, decoder, position_bias
 from dyndepth.errors import UserError
 from dyndepth.packing import Packed, Size, batches, table, tree_mask
+from dyndepth.rotary import forget, one_table, tables
 from dyndepth.scoring import Group
 from dyndepth.trie_pass import BATCH_TOKENS, Trie
 
@@ -47,10 +51,40 @@ def score(
     whole = phases == "both"
     trie = Trie(model, plans, narrows=whole)
     score_batch = _score_whole if whole else _score_after_dense
-    sizes = [_size(group, trie.schedule.count, whole) for group in groups]
-    for chosen in batches(sizes, batch_tokens):
-        batch = [groups[index] for index in chosen]
-        yield from zip(chosen, score_batch(trie, batch), strict=True)
+    found: dict[int, dict[int, Scored]] = defaultdict(dict)
+    for shares in _by_tables(model, groups):
+        sizes = [_size(share.group, trie.schedule.count, whole) for share in shares]
+        for chosen in batches(sizes, batch_tokens):
+            some = [shares[place] for place in chosen]
+            scored = score_batch(trie, [share.group for share in some])
+            for share, results in zip(some, scored, strict=True):
+                own = found[share.index]
+                own.update(zip(share.places, results, strict=True))
+                if len(own) == len(groups[share.index].continuations):
+                    del found[share.index]
+                    yield share.index, [own[place] for place in range(len(own))]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Continuations of the group ``index``, at ``places`` among them, as a group."""
+
+    index: int
+    places: list[int]
+    group: Group
+
+
+def _by_tables(model: nn.Module, groups: Sequence[Group]) -> list[list[_Share]]:
+    """The groups, in parts that are read by the same rotary tables."""
+    found: dict[tuple[int, ...], list[_Share]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        own: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, tokens in enumerate(group.continuations):
+            own[tables(model, len(group.context) + len(tokens) - 1)].append(place)
+        for names, places in own.items():
+            some = [group.continuations[place] for place in places]
+            found[names].append(_Share(index, places, replace(group, continuations=some)))
+    return list(found.values())
 
 
 def _size(group: Group, plans: int, whole: bool) -> Size:
@@ -76,7 +110,7 @@ def _score_whole(trie: Trie, batch: list[Group]) -> list[list[Scored]]:
 def _score_after_dense(trie: Trie, batch: list[Group]) -> list[list[Scored]]:
     """Contexts at full depth, then the continuations under the plans."""
     packed = Packed.of(batch, False, trie.device)
-    contexts = table([group.context for group in batch], 0, trie.device)
+    contexts = _contexts(trie.model, batch, trie.device)
     hidden, cache = _dense(trie.model, contexts)
     first = hidden[torch.arange(len(batch), device=trie.device), packed.lengths - 1][None]
     rest = first.new_empty(trie.schedule.count, 0, first.shape[-1])
@@ -89,12 +123,24 @@ def _score_after_dense(trie: Trie, batch: list[Group]) -> list[list[Scored]]:
     return _scored(trie, batch, packed, first, rest)
 
 
+def _contexts(model: nn.Module, batch: list[Group], device: torch.device) -> Tensor:
+    """The contexts, int64 ``[batch, tokens]``, padded on the right.
+
+    To the length of the longest document where the contexts alone would be read by other tables.
+    """
+    context, whole = (max(sizes) for sizes in zip(*(group.read for group in batch), strict=True))
+    more = 0 if one_table(model, context, whole) else whole - context
+    rows = table([group.context for group in batch], 0, device)
+    return pad(rows, (0, more))
+
+
 def _dense(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
     """Final hidden states at full depth, and keys and values of every token.
 
     Padding on the right needs no mask. The cache is given, because one that the model makes may
     forget what its sliding windows no longer reach.
     """
+    forget(model)
     owner, cache = decoder(model), DynamicCache()
     out = owner(input_ids=ids, **{cache_argument(owner): cache}, use_cache=True)
     return out.last_hidden_state, cache

@@ -1,7 +1,8 @@
 """Forwards of token sequences through an attached model: batches by tokens, padding, masks, caches.
 
 Rounding apart, a result depends on its own tokens alone: padding is masked everywhere and positions
-are counted without it.
+are counted without it. Where a model's rotary tables depend on the longest sequence of a forward
+(``dyndepth.rotary``), callers put those together that are read by the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""Generates with an attached model, greedily, and nothing of lm-eval: see ``dyndepth.scoring``."""
+"""Generates with an attached model, greedily, and nothing of lm-eval: see ``dyndepth.scoring``.
+
+The cache is kept as long as the model's rotary tables are the same. Where a text grows so long that
+they become others, all of it is read anew: each token is that of one forward over all before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.forwards import budget_of, forward, padded, parts, rows_of
+from dyndepth.rotary import one_table, tables
 from dyndepth.runtime import Trace
 
 if TYPE_CHECKING:
@@ -50,12 +56,19 @@ def generate(
     nothing is computed or counted for it while the others go on.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens), reverse=True)
-    lengths = [len(prompts[index].tokens) for index in order]
     held = _HELD * budget_of(next(model.parameters()).device)
-    for part in parts(lengths, batch_size, held):
-        chosen = order[part]
-        batch = [prompts[index] for index in chosen]
-        yield from zip(chosen, finish(model, trace, batch, begin(model, trace, batch)), strict=True)
+    together: dict[Hashable, list[int]] = defaultdict(list)
+    for index in order:
+        length, limit = len(prompts[index].tokens), prompts[index].limit
+        one = one_table(model, length, length + limit - 1)
+        # Those whose tables change must do so at the same step.
+        together[tables(model, length) if one else length].append(index)
+    for indices in together.values():
+        lengths = [len(prompts[index].tokens) for index in indices]
+        for part in parts(lengths, batch_size, held):
+            batch = [prompts[index] for index in indices[part]]
+            texts = finish(model, trace, batch, begin(model, trace, batch))
+            yield from zip(indices[part], texts, strict=True)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ def finish(
 ) -> list[list[int]]:
     """The greedy completions of ``prompts``, one or more, which ``begun`` holds row by row.
 
+    Where the model's rotary tables change before the last token, all prompts must be of one length.
     Raises FloatingPointError where logits are not numbers: no token is the likeliest then.
     """
     best, mask, cache = begun.first, begun.mask, begun.cache
@@ -114,7 +128,16 @@ def finish(
         alive = [alive[place] for place in going]
         mask = torch.cat((mask[keep], mask.new_ones(len(going), 1)), 1)
         batch, written = [prompts[row] for row in alive], [done[row] for row in alive]
-        best, cache = _likeliest(model, trace, batch, written, best[keep, None], mask, cache)
+        length = len(batch[0].tokens)
+        read = length + len(written[0])
+        if one_table(model, read - 1, read):
+            best, cache = _likeliest(model, trace, batch, written, best[keep, None], mask, cache)
+            continue
+        whole = [[*prompt.tokens, *more] for prompt, more in zip(batch, written, strict=True)]
+        trace.prompt_length = length
+        inputs, mask = padded(whole, "left", mask.device)
+        best, cache = _likeliest(model, trace, batch, written, inputs, mask)
+        trace.prompt_length = None
 
 
 def _likeliest(

@@ -23,6 +23,7 @@ from dyndepth.assets import cache_root
 from dyndepth.blocks import Block, blocks, decoder
 from dyndepth.patching import run_by
 from dyndepth.removal import key_of, losses_alone, units_of
+from dyndepth.rotary import forget
 from dyndepth.store import write_atomically
 from dyndepth.training import loss
 
@@ -65,6 +66,7 @@ def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]
     angles: list[Tensor] = []
     rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
     bar = tqdm(total=len(ids), desc="dense pass", unit="window", disable=not progress)
+    forget(model)
     with bar, _watched(split) as seen:
         for part in ids.split(rows):
             decoder(model)(input_ids=part, use_cache=False)
@@ -136,6 +138,7 @@ def _salience(model: nn.Module, ids: Tensor, progress: bool) -> list[list[float]
     flat = [parameter for unit in weights for parameter in unit]
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
     bar = tqdm(ids, desc="gradients", unit="window", disable=not progress)
+    forget(model)
     with bar, _open(flat), torch.enable_grad():
         for window in bar:
             found = torch.autograd.grad(loss(model, window[None]) / len(ids), flat)

@@ -39,6 +39,7 @@ from dyndepth.foresight import Foresight
 from dyndepth.gathering import Limits, limits_of
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
 from dyndepth.patching import Stock, places, run_by
+from dyndepth.rotary import forget
 from dyndepth.selection import Selection
 from dyndepth.settling import Settled, Settler
 
@@ -244,6 +245,7 @@ class _Runtime:
             )
         self.passes.append(now)
         self._check_blocks()
+        forget(module)
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs["inputs_embeds"]

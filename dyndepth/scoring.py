@@ -9,11 +9,15 @@ have in common is a forward of its own, run once, and the context pass runs what
 context over its cache; each document is billed all of its context as if it had been read at once.
 Continuations are short, so that several context passes wait for one continuation pass.
 
+Where a model reads a context by other rotary tables than context and continuation together, nothing
+may be cached: such a document is scored alone. Batches hold documents of the same tables.
+
 ``score_alone`` is the yardstick: one forward a continuation, no cache, no batch.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,7 @@ from dyndepth.forwards import (
     parts,
     rows_of,
 )
+from dyndepth.rotary import one_table, tables
 from dyndepth.runtime import Trace
 from dyndepth.shared_prefixes import shared_prefixes
 
@@ -63,6 +68,12 @@ class Group:
         """Lengths that decide the order of batches: context, longest continuation."""
         return len(self.context), max(map(len, self.continuations))
 
+    @property
+    def read(self) -> tuple[int, int]:
+        """Tokens that are read: of the context, and with the longest continuation but its last."""
+        context, continuation = self.size
+        return context, context + continuation - 1
+
 
 @torch.no_grad()
 def score(
@@ -80,10 +91,31 @@ def score(
     beginning: right only for methods that decide by tokens alone. Yields (index of the group, one
     pair a continuation) as batches are done, longest first.
     """
+    together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        if one_table(model, *group.read):
+            together[tables(model, group.read[0])].append(index)
+        else:
+            yield index, score_alone(model, trace, group)
+    for indices in together.values():
+        some = [groups[index] for index in indices]
+        for place, results in _score(model, trace, some, batch_size, sharing):
+            yield indices[place], results
+
+
+def _score(
+    model: PreTrainedModel,
+    trace: Trace,
+    groups: Sequence[Group],
+    batch_size: int,
+    sharing: bool,
+) -> Iterator[tuple[int, Scored]]:
+    """``score`` of documents that are read by the same tables."""
     budget = budget_of(next(model.parameters()).device)
     everyone = list(range(len(groups)))
     contexts = [group.context for group in groups]
-    sharing = sharing and not _slides(model, groups)
+    # A beginning may be so short that it is read by other tables than the whole.
+    sharing = sharing and one_table(model, 1, len(contexts[0])) and not _slides(model, groups)
     found = shared_prefixes(contexts) if sharing else [(0, everyone)]
     alone = [index for length, members in found if not length for index in members]
     reads = _read(model, trace, groups, alone, found, batch_size, budget)

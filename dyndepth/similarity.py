@@ -77,6 +77,7 @@ def cosines(
     from torch.nn.functional import cosine_similarity
 
     from dyndepth.blocks import decoder
+    from dyndepth.rotary import forget
     from dyndepth.runtime import attach
 
     found = {}
@@ -85,6 +86,7 @@ def cosines(
         ids = torch.tensor([tokens], device=next(model.parameters()).device)
         with torch.no_grad():
             if name not in dense:
+                forget(model)
                 dense[name] = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             with attach(model, method, documents=[name], prompt_length=PROMPT) as trace:
                 thin = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state

@@ -94,7 +94,8 @@ def measure(
         level: ``quick``, ``full``, or a Level.
         seed: of the windows and of the order within the pairs.
         check: documents that were scored before, (context ids, continuation ids, log-likelihood)
-            and the document's id where the method depends on it.
+            and the document's id where the method depends on it. Those that the model reads by
+            other rotary tables as they grow are left out: no cache can serve them.
         rescore: ``rescore(model, method, check)`` gives their log-likelihoods anew; by default
             the timed passes do.
         progress: show a progress bar.
@@ -271,8 +272,15 @@ def _checked(
     """Whether ``check`` is scored alike by what is about to be timed. A failure is told, not
     raised: the times stand, marked."""
     from dyndepth import passes
+    from dyndepth.rotary import one_table
 
     row: Row = {"reproduces_scores": None, "score_gap": None, "check_error": None}
+    # A document that is read by other tables as it grows was not scored over a cache.
+    check = [
+        each
+        for each in check or ()
+        if one_table(model, len(each[0]), len(each[0]) + len(each[1]) - 1)
+    ]
     if not check:
         return row
     try:

@@ -32,6 +32,7 @@ from dyndepth.blocks import blocks, decoder
 from dyndepth.flops import BlockCosts
 from dyndepth.loop import Curve, Schedule, optimise
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
+from dyndepth.rotary import forget
 from dyndepth.runtime import attach
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ def stream_statistics(
         block.layer.register_forward_pre_hook(watch(index), with_kwargs=True)
         for index, block in enumerate(blocks(model))
     ]
+    forget(model)
     try:
         for ids in windows.to(next(model.parameters()).device).split(2):
             decoder(model)(input_ids=ids, use_cache=False)

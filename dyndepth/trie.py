@@ -6,7 +6,7 @@ text. Continuations are scored by ``score``, from ``continuations``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from dyndepth.continuations import score
 from dyndepth.errors import UserError
+from dyndepth.rotary import tables
 from dyndepth.trie_pass import BATCH_TOKENS, Trie
 
 __all__ = ["losses", "score", "streams"]
@@ -55,12 +56,22 @@ def losses(model: nn.Module, plans: Tensor, ids: Tensor) -> Tensor:
 
 def _streams(trie: Trie, ids: Tensor, mask: Tensor | None) -> Tensor:
     """``[streams, batch, tokens, hidden]``."""
-    arguments: dict[str, Any] = {}
-    if mask is not None:
-        mask = mask.to(trie.device).long()
-        arguments["attention_mask"] = mask
-        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    states = trie.forward(input_ids=ids.to(trie.device), **arguments)
+    ids = ids.to(trie.device)
+    if mask is None:
+        return trie.forward(input_ids=ids).unflatten(0, (trie.schedule.count, -1))
+    mask = mask.to(trie.device).long()
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alike[tables(trie.model, length)].append(row)
+    parts = [_padded(trie, ids[rows], mask[rows]) for rows in alike.values()]
+    order = torch.tensor([row for rows in alike.values() for row in rows], device=trie.device)
+    return torch.cat(parts, 1)[:, order.argsort()]
+
+
+def _padded(trie: Trie, ids: Tensor, mask: Tensor) -> Tensor:
+    """``_streams`` of rows that are read by the same tables."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    states = trie.forward(input_ids=ids, attention_mask=mask, position_ids=positions)
     return states.unflatten(0, (trie.schedule.count, -1))
 
 

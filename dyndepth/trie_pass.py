@@ -16,6 +16,7 @@ from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm, reado
 from dyndepth.errors import UserError
 from dyndepth.patching import run_by
 from dyndepth.prefixes import Moves, Schedule, Step
+from dyndepth.rotary import forget
 from dyndepth.runtime import attached
 from dyndepth.selection import Selection
 from dyndepth.watching import watched
@@ -49,9 +50,11 @@ class Trie:
     ) -> Tensor:
         """States after the final norm, of the decoder's forward with ``arguments``.
 
-        ``read`` is bool ``[batch, tokens]``, the positions that are wanted of each stream. Returns
+        ``read`` is bool ``[batch, tokens]``, the positions that are wanted of each stream. All rows
+        must be read by the same rotary tables. Returns
         ``[streams, read, hidden]``, or for None ``[streams x batch, tokens, hidden]``.
         """
+        forget(self.model)
         work = _Pass(self.split, self.schedule, read, override)
         with run_by(self.split, work.run):
             decoder(self.model)(use_cache=False, **arguments)
