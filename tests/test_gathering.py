@@ -34,6 +34,21 @@ def test_the_rule():
     assert ALWAYS.gather(0, selection(6, 7))
 
 
+def test_zero_is_never():
+    """Even of one token in a long forward; what nobody executes is no selection."""
+    never = Limits(attention=0.0, mlp=0.0, tokens=0)
+    assert not never.gather(0, selection(1, 4096))
+    assert Selection.of([selection(0, 4096).mask], 4096) == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_go_by_the_kind_of_device(dtype):
+    """``meta`` stands for whatever is no CPU."""
+    model = make_tiny().to(dtype)
+    assert limits_of(model.to("cpu")).attention > 0.7
+    assert limits_of(model.to("meta")) == Limits(attention=0.0, mlp=0.5, tokens=257)
+
+
 @pytest.mark.rule
 def test_kept_limits_are_followed():
     model = make_tiny()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit, offline, threshold
@@ -131,7 +132,7 @@ def test_prefix_sums_are_sums(tiny):
 
 def test_on_long_text_a_run_differs_and_the_fit_corrects(tiny, tiny_corpus):
     model = tiny(num_hidden_layers=LAYERS)
-    windows = tiny_corpus.windows(256, 4, 0, split="calibration")
+    windows = tiny_corpus.windows(256, 4, 0, split="calibration").to(DEVICE)
     off = []
     for target in (1.5, 2.0, 3.0):
         method = EarlyExit(target_speedup=target, confidence="saturation", phases="both")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.methods.exit_oracle import ExitOracle, depths
 from dyndepth.runtime import attach
@@ -19,7 +20,7 @@ def model(tiny):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 90, (3, TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (3, TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @torch.no_grad()

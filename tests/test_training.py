@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.loop import Schedule
 from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
@@ -28,7 +29,7 @@ def tuning(target: float = 1.5, **changes) -> Tuning:
 
 @pytest.fixture
 def windows(tiny_corpus):
-    return tiny_corpus.windows(32, 80, 0)
+    return tiny_corpus.windows(32, 80, 0).to(DEVICE)
 
 
 def fresh(normalise: bool = True) -> LinearRouter:
