@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 def text(sequences, length, seed=1):
     """Token ids and the tokens after them: int64 ``[sequences, length]``, twice."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 90, (sequences, length + 1), generator=generator)
+    ids = torch.randint(3, 90, (sequences, length + 1), generator=generator).to(DEVICE)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -45,7 +45,7 @@ def run(model, method, limit, ids, targets, prompt_length=None):
         blocks = trace.gates()[..., 0].sum(-1)
         totals = trace.totals(None if prompt_length is None else "generation")
     log = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return blocks, log, logits.argmax(-1) == targets, totals
+    return blocks, log.cpu(), (logits.argmax(-1) == targets).cpu(), totals
 
 
 def where(values, exits):

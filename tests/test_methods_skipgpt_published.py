@@ -41,15 +41,14 @@ def checkpoint(tmp_path):
 def published_forward(model, state, tokens):
     """The published rule, written down independently: every branch computed, then multiplied."""
     hidden = model.model.embed_tokens(tokens)
-    places = torch.arange(tokens.shape[1])[None]
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
     rotary = model.model.rotary_emb(hidden, position_ids=places)
     for index, layer in enumerate(model.model.layers):
         gates = []
         for kind in ("attention", "mlp"):
             base = f"model.layers.{index}.router_{kind}.weight_predictor"
-            logits = torch.nn.functional.linear(
-                hidden, state[f"{base}.weight"], state[f"{base}.bias"]
-            )
+            weight, bias = (state[f"{base}.{part}"].to(DEVICE) for part in ("weight", "bias"))
+            logits = torch.nn.functional.linear(hidden, weight, bias)
             gates.append((logits.argmax(-1, keepdim=True) == 0).float())
         branch, _ = layer.self_attn(
             layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None

@@ -41,7 +41,7 @@ def test_damage_is_the_loss_without_the_sublayer(tiny, windows):
         crippled = tiny()
         block = crippled.model.layers[layer]
         [block.self_attn.o_proj, block.mlp.down_proj][sublayer].weight.zero_()
-        expected = loss(crippled, windows[:2]) - dense
+        expected = (loss(crippled, windows[:2]) - dense).cpu()
         torch.testing.assert_close(damage[layer, sublayer], expected, atol=1e-5, rtol=0)
 
 

@@ -191,8 +191,8 @@ def test_statistics_are_those_of_the_streams(tiny, windows):
     mean, deviation = stream_statistics(model, windows[:4], normalise=False)
     for layer, state in enumerate(states):
         flat = state.flatten(0, 1)
-        torch.testing.assert_close(mean[layer], flat.mean(0))
-        torch.testing.assert_close(deviation[layer], flat.std(0) + 1e-3)
+        torch.testing.assert_close(mean[layer], flat.mean(0).cpu())
+        torch.testing.assert_close(deviation[layer], flat.std(0).cpu() + 1e-3)
     assert not any(block._forward_pre_hooks for block in model.model.layers)
 
 
