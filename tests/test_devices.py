@@ -6,9 +6,11 @@ tensors of two devices as a GPU does.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import DEVICE, make_tiny
 from gating import RandomMask
 from test_runtime import incremental
 
@@ -21,10 +23,16 @@ from dyndepth.registry import load_method, method_class, methods
 from dyndepth.runtime import attach
 from dyndepth.scoring import Group, score, score_alone
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch knows no devices that are written in Python",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch knows no devices that are written in Python",
+    ),
+    pytest.mark.skipif(
+        DEVICE.type not in ("cpu", "standin"),
+        reason="torch knows one accelerator in a process, and the stand-in would be it",
+    ),
+]
 
 VARIANTS = [
     *methods(),
@@ -42,9 +50,13 @@ VARIANTS = [
     "static_pruning(criterion=perplexity)",
     "exit_oracle(agree=stays, phases=both)",
 ]
-SPREAD = [spec for spec in VARIANTS if "damage" in spec or "mlp" in spec or "(" not in spec]
-SPREAD += [spec for spec in VARIANTS if "every=1" in spec or "perplexity" in spec]
-SHORTER = {"skipgpt": {"steps": 2, "windows": 4}, "layer_controller": {"steps": 2}}
+SPREAD = ["skipgpt", "layer_controller", "exit_oracle", "random_skip", "random_mask(rates=uniform)"]
+SPREAD += [spec for spec in VARIANTS if any(x in spec for x in ("mlp", "every=1", "perplexity"))]
+SHORTER = {
+    "skipgpt": {"steps": 2, "windows": 4, "threshold": "zero"},
+    "layer_controller": {"steps": 2},
+    "random_mask": {"source": "skipgpt(initial=damage, steps=2, length=24, threshold=zero)"},
+}
 DOCUMENTS = ["a", "b"]
 
 
@@ -55,9 +67,24 @@ def device():
     return torch.device(standin.NAME, 0)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNDEPTH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny_corpus):
+    """Facts of a fit on the CPU and what comes of it there; each once."""
+
+    @functools.cache
+    def run(spec):
+        model = placed("cpu", None)
+        method = fitted(spec, model, tiny_corpus)
+        return method.facts, *logits(model, method, "cpu")
+
+    return run
 
 
 def tokens(batch, length):
@@ -111,13 +138,11 @@ def logits(model, method, device):
     ("kind", "spec"),
     [("whole", spec) for spec in VARIANTS] + [("spread", spec) for spec in SPREAD],
 )
-def test_fits_and_gates(spec, kind, device, tiny_corpus):
-    plain = placed("cpu", device)
-    want_method = fitted(spec, plain, tiny_corpus)
-    want, flops, executed = logits(plain, want_method, "cpu")
+def test_fits_and_gates(spec, kind, device, on_cpu, tiny_corpus):
+    facts, want, flops, executed = on_cpu(spec)
     model = placed(kind, device)
     method = fitted(spec, model, tiny_corpus)
-    assert method.facts == want_method.facts
+    assert method.facts == facts
     found, counted, ran = logits(model, method, device if kind == "whole" else "cpu")
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
