@@ -263,14 +263,17 @@ def position_bias(model: nn.Module, positions: Tensor, dtype: torch.dtype) -> di
 
 
 def readout(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Logits of final hidden states: the LM head, and what the causal LM does to its output."""
+    """Logits of final hidden states: the LM head, and what the causal LM does to its output.
+
+    They lie on the states' device, wherever the head does.
+    """
     owner = causal_lm(model)
     record, config, head = family(owner), owner.config, owner.get_output_embeddings()
     divisor = getattr(config, record.logit_divisor) if record.logit_divisor else None
     cap = getattr(config, record.logit_softcap) if record.logit_softcap else None
 
     def logits(hidden: Tensor) -> Tensor:
-        found = head(hidden)
+        found = head(hidden).to(hidden.device)
         if divisor is not None:
             found = found / divisor
         return found if cap is None else torch.tanh(found / cap) * cap

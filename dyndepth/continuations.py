@@ -143,7 +143,8 @@ def _dense(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
     forget(model)
     owner, cache = decoder(model), DynamicCache()
     out = owner(input_ids=ids, **{cache_argument(owner): cache}, use_cache=True)
-    return out.last_hidden_state, cache
+    # A model that is spread over devices ends on another one than it began on.
+    return out.last_hidden_state.to(ids.device), cache
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,14 @@ def measured_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     """FLOPs per second of a large matrix product here."""
     import torch
 
-    size = 4096 if device.startswith("cuda") else 768
+    from dyndepth.pairing import draining
+
+    size, drain = 768 if device == "cpu" else 4096, draining(device)
     matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
 
     def product() -> None:
         torch.mm(matrix, matrix)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        drain()
 
     product()
     started, runs = time.perf_counter(), 0

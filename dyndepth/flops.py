@@ -390,7 +390,8 @@ def _parts(forward: Forward) -> list[tuple[str, Tensor | None]]:
 
 
 def _count(tokens: Tensor, part: Tensor | None) -> np.ndarray:
-    return (tokens if part is None else tokens & part).sum(1).double().cpu().numpy()
+    tokens = tokens if part is None else tokens & part.to(tokens.device)
+    return tokens.sum(1).double().cpu().numpy()
 
 
 def _last_phase(forward: Forward) -> str:

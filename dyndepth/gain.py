@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dyndepth.blocks import blocks, decoder
-from dyndepth.loop import Checkpoint, Curve
+from dyndepth.loop import Checkpoint, Curve, seeded
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.runtime import attach
 from dyndepth.training import divergence, inverse_scale
@@ -81,9 +81,10 @@ class _Probe(DynamicDepthMethod):
 
     def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
         stream = features(hidden.detach(), self.settings)
-        off = self.removable[layer].expand(*stream.shape[:2], 2)
+        off = self.removable[layer].to(hidden.device).expand(*stream.shape[:2], 2)
         if self.weight is not None:
-            skipped = stream @ self.weight[layer].T + self.bias[layer] < 0
+            weight, bias = self.weight[layer].to(hidden.device), self.bias[layer].to(hidden.device)
+            skipped = stream @ weight.T + bias < 0
             explored = torch.rand(off.shape, device=off.device) < self.settings.explore
             off = off & (skipped | explored)
         gate = (~off).float().requires_grad_(True)
@@ -159,7 +160,6 @@ def regress_gains(
     weight = torch.zeros(len(blocks(model)), 2, size)
     bias = torch.full((len(blocks(model)), 2), KEPT)
     curve: Curve = []
-    device_shares = shares.to(device)
 
     def state() -> dict[str, Any]:
         sums = [(each.squares, each.products) for each in moments.values()]
@@ -182,23 +182,24 @@ def regress_gains(
     bar = tqdm(
         total=len(batches), initial=len(curve), desc="gains", unit="batch", disable=not progress
     )
-    with bar, torch.random.fork_rng(), attach(model, method, backend="masked") as trace:
+    with bar, attach(model, method, backend="masked") as trace:
         trace.prompt_length = half or None
         for index in range(len(curve), len(batches)):
             number, last, ids = batches[index]
             ids = ids.to(device)
-            torch.manual_seed(seed * 1_000_003 + index)
             if number:
                 method.weight, method.bias = weight.to(device), bias.to(device)
-            nats = _slopes(model, method, ids, half)
+            with seeded(seed * 1_000_003 + index, device):
+                nats = _slopes(model, method, ids, half)
             trace.reset()
             for layer, kind in places:
                 off = method.leaves[layer][:, half:, kind] == 0
                 slope = _gradient(method.leaves[layer])[:, half:, kind]
                 gain = (-slope[off]).clamp(-_LARGEST_GAIN, _LARGEST_GAIN)
                 moments[layer, kind].add(method.read[layer][:, half:][off], gain)
-            ran = torch.stack([leaf[:, half:].detach().mean((0, 1)) for leaf in method.leaves])
-            row = {"loss": nats, "executed": float((ran * device_shares).sum()), "wanted": executed}
+            means = [leaf[:, half:].detach().mean((0, 1)).cpu() for leaf in method.leaves]
+            ran = float((torch.stack(means) * shares).sum())
+            row = {"loss": nats, "executed": ran, "wanted": executed}
             curve.append(row | {"tokens": float((index + 1) * ids.numel())})
             if last:
                 _solve(moments, method, weight, bias, shares, executed, half)

@@ -75,8 +75,9 @@ def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]
                 for column, (before, after) in enumerate(((x, z), (x, y), (y, z))):
                     cosine = cosine_similarity(before, after, dim=-1)
                     sums[layer, column] += cosine.double().sum().cpu()
-            last = [seen[layer, 0][:, -1].double() for layer in range(layers)]
-            angles.append(_angles(torch.stack([*last, seen[layers - 1, 2][:, -1].double()])))
+            last = [seen[layer, 0][:, -1].double().cpu() for layer in range(layers)]
+            last.append(seen[layers - 1, 2][:, -1].double().cpu())
+            angles.append(_angles(torch.stack(last)))
             seen.clear()
             bar.update(len(part))
     scores = (1 - sums / ids.numel()).tolist()
@@ -90,10 +91,10 @@ def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]
 
 
 def _angles(points: Tensor) -> Tensor:
-    """Angles between all pairs, as shares of pi: ``[n, batch, hidden] -> [n, n, batch]``, CPU."""
+    """Angles between all pairs, as shares of pi: ``[n, batch, hidden] -> [n, n, batch]``."""
     unit = points / points.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     cosines = torch.einsum("ibh,jbh->ijb", unit, unit).clamp(-1, 1)
-    return (cosines.arccos() / math.pi).cpu()
+    return cosines.arccos() / math.pi
 
 
 @contextmanager

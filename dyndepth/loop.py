@@ -77,6 +77,18 @@ class Schedule:
 
 
 @contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from ``seed`` on inside, on the CPU and ``device``; as they were on exit.
+
+    Other devices are left alone: torch by itself would start every GPU that it finds.
+    """
+    there = {} if device.type == "cpu" else {"device_type": device.type}
+    with torch.random.fork_rng([device] if there else [], **there):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def checkpoints(folder: Path | None) -> Iterator[None]:
     """Loops that run inside keep their checkpoints in ``folder``; it is theirs alone."""
     token = _folder.set(folder)
@@ -148,8 +160,7 @@ def optimise(
                 index = (step * schedule.accumulate + part) * processes + rank
                 ids = windows[index * schedule.batch : (index + 1) * schedule.batch]
                 ids = ids.to(parameters[0].device)
-                with torch.random.fork_rng(), accelerator.autocast():
-                    torch.manual_seed(seed * 1_000_003 + index)
+                with seeded(seed * 1_000_003 + index, ids.device), accelerator.autocast():
                     loss, row = objective(ids, step)
                 if not bool(torch.isfinite(loss)):
                     raise FloatingPointError(f"{name}: the loss at step {step} is not a number")

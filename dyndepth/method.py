@@ -91,9 +91,10 @@ class ForwardContext:
         """Logits ``[n, vocabulary]`` of the selected tokens, through final norm and LM head.
 
         ``hidden`` is the residual stream ``[batch, tokens, hidden]``; ``tokens`` a bool mask
-        ``[batch, tokens]`` with n True. The cost is billed as ``readout``.
+        ``[batch, tokens]`` with n True. The logits lie on the stream's device. The cost is billed
+        as ``readout``.
         """
-        logits = self.head(hidden[tokens])
+        logits = self.head(hidden[tokens.to(hidden.device)]).to(hidden.device)
         self.bill("readout", self.readout_flops, tokens)
         return logits
 

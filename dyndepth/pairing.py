@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,7 @@ def interleave(
     """
     if repeats < 1 or not functions:
         raise ValueError(f"{repeats} rounds of {len(functions)} functions measure nothing")
-    if synchronise is None:
-        synchronise = torch.get_device_module(torch.device(device)).synchronize
+    synchronise = synchronise or draining(device)
     contexts = around or {}
     shuffler = random.Random(seed)
     order = list(functions)
@@ -123,6 +123,17 @@ def interleave(
         if enough is not None and played >= repeats and enough(times):
             break
     return times
+
+
+def draining(device: str | torch.device) -> Callable[[], None]:
+    """What waits until ``device`` has done its work: the one named, be torch's current one another.
+
+    Without an index it is torch's current one of that kind; a CPU's work is done already.
+    """
+    place = torch.device(device)
+    if place.type == "cpu":
+        return lambda: None
+    return partial(torch.accelerator.synchronize, place)
 
 
 def _settled(times: Times) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import cache_argument, cache_of
 from dyndepth.method import DynamicDepthMethod
+from dyndepth.pairing import draining
 from dyndepth.runtime import attach
 
 PHASES = {"prefill": "prompt", "decode": "generation"}
@@ -72,7 +73,7 @@ class Stopwatch:
         self.host: dict[str, list[float]] = defaultdict(list)
         self.device: dict[str, list[float]] = defaultdict(list)
         self._place = device
-        self._synchronise = torch.get_device_module(device).synchronize
+        self._synchronise = draining(device)
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:

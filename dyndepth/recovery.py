@@ -27,7 +27,7 @@ from dyndepth.adapters import Factors, linear
 from dyndepth.blocks import causal_lm, decoder, projections, readout
 from dyndepth.calibration import prompt_phase
 from dyndepth.errors import UserError
-from dyndepth.loop import Curve, Schedule, optimise
+from dyndepth.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import Trace, attach
 from dyndepth.training import mark_along
@@ -149,7 +149,8 @@ def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
     the logits of a batch and their gradients outweigh everything else.
     """
     read = readout(model)
-    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    # A model that is spread over devices ends on another one than it began on.
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state.to(ids.device)
 
     def nats(row: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(read(row).float(), wanted)
@@ -184,8 +185,7 @@ def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[s
     modes = [(module, module.training) for module in model.modules()]
     known = set(vars(owner))
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, next(model.parameters()).device):
             inject_adapter_in_model(config, owner, _NAME)
         layers: dict[str, Any] = {name: owner.get_submodule(name) for name in targets}
         for parameter, _ in wanted:

@@ -100,7 +100,7 @@ class Trace:
             raise RuntimeError("readout needs a forward through the attached model before it")
         counts = torch.bincount(rows, minlength=last.batch)
         last.heads.append((counts, hidden.shape[0]))
-        return self._head(hidden).to(hidden.device)
+        return self._head(hidden)
 
 
 def attached(model: nn.Module) -> bool:

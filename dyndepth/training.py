@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.flops import BlockCosts
-from dyndepth.loop import Curve, Schedule, optimise
+from dyndepth.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.rotary import forget
 from dyndepth.runtime import attach
@@ -132,12 +132,14 @@ class Routed(DynamicDepthMethod):
         soft = torch.sigmoid(logits)
         gates = (logits >= 0).float() + soft - soft.detach()
         part = self.context.generation
-        self._executed.append(gates.mean((0, 1)) if part is None else gates[part].mean(0))
+        seen = gates.mean((0, 1)) if part is None else gates[part.to(gates.device)].mean(0)
+        self._executed.append(seen)
         return gates[..., 0], gates[..., -1]
 
     def executed(self, shares: Tensor) -> Tensor:
         """Executed share of the last forward, a scalar with a gradient into every router."""
-        return (torch.stack(self._executed) * shares).sum()
+        executed = torch.stack([each.to(shares.device) for each in self._executed])
+        return (executed * shares).sum()
 
 
 def mark_along(parameters: Iterable[nn.Parameter]) -> None:
@@ -208,7 +210,7 @@ def inverse_scale(hidden: Tensor) -> Tensor:
 def stream_statistics(
     model: nn.Module, windows: Tensor, *, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``.
+    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``, CPU.
 
     Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
     root mean square if ``normalise``; a deviation is kept from falling below a thousandth.
@@ -234,8 +236,9 @@ def stream_statistics(
         for each in hooks:
             each.remove()
     streams = [torch.cat(parts) for parts in found]
-    mean = torch.stack([stream.mean(0) for stream in streams])
-    deviation = torch.stack([stream.std(0) for stream in streams]) + 1e-3
+    # On the CPU, where routers begin, whichever device each block lies on.
+    mean = torch.stack([stream.mean(0).cpu() for stream in streams])
+    deviation = torch.stack([stream.std(0).cpu() for stream in streams]) + 1e-3
     return mean, deviation
 
 
@@ -276,10 +279,9 @@ def tune_router(
     if tuning.ramp:
         with (
             torch.no_grad(),
-            torch.random.fork_rng(),
+            seeded(seed, device),
             attach(model, method, backend="masked", prompt_length=half or None),
         ):
-            torch.manual_seed(seed)
             model(input_ids=windows[: schedule.batch].to(device), use_cache=False)
             first = method.executed(shares).item()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm, readout
@@ -58,7 +59,7 @@ class Trie:
         work = _Pass(self.split, self.schedule, read, override)
         with run_by(self.split, work.run):
             decoder(self.model)(use_cache=False, **arguments)
-        return final_norm(self.model)(work.ended())
+        return final_norm(self.model)(work.ended()).to(self.device)
 
     def logits(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits, at least float32, and their targets, in parts.
@@ -127,9 +128,10 @@ class _Pass:
         """One block for all streams; see ``patching.run_by``."""
         if index == 0:
             self._begin(hidden)
+        self._follow(hidden.device)
         block = self.split[index]
         if self.override is not None:
-            arguments = arguments | self.override(block)
+            arguments = arguments | send_to_device(self.override(block), hidden.device)
         attention, mlp = self.schedule.steps[index]
         before = self.wide.clone() if block.parallel else None
         self._narrow_down(attention.narrowed)
@@ -150,6 +152,12 @@ class _Pass:
             self.places = self.read.flatten().nonzero()[:, 0]
         rows = len(self.places) if self.schedule.narrows else 0
         self.narrow = hidden.new_empty(self.schedule.narrow.count, rows, hidden.shape[-1])
+
+    def _follow(self, device: torch.device) -> None:
+        """Take everything to the block's device: a model may be spread over several."""
+        self.wide, self.narrow = self.wide.to(device), self.narrow.to(device)
+        if self.read is not None:
+            self.read, self.places = self.read.to(device), self.places.to(device)
 
     def ended(self) -> Tensor:
         """The streams after the last block."""

@@ -10,6 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if os.environ.get("DYNDEPTH_TEST_DEVICE") == "standin":
+    import standin  # noqa: F401
+
+DEVICE = torch.device(os.environ.get("DYNDEPTH_TEST_DEVICE", "cpu"))
+"""Where the tests of what runs on a model's device put models and inputs."""
+
 TINY_VOCABULARY = 96
 TOLERANCE = 1e-4
 """Of logits in float32 that are added up in another order: by cache, padding, fewer rows.
@@ -87,7 +93,7 @@ def make_tiny(family: str = "llama", attn: str = "sdpa", seed: int = 0, **change
                 torch.nn.init.uniform_(parameter, 0.7, 1.3)
             else:
                 torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(DEVICE)
 
 
 def variants() -> Any:

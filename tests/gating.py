@@ -26,6 +26,7 @@ class RandomMask(DynamicDepthMethod):
         self.context = context
         generator = torch.Generator().manual_seed(self.seed)
         self.table = torch.rand(1024, context.layers, 2, generator=generator) < self.rate
+        self.table = self.table.to(context.device)
         for sublayer in {0, 1} - set(self.sublayers):
             self.table[..., sublayer] = True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import attentions, make_tiny
+from conftest import DEVICE, attentions, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 
 from dyndepth.blocks import FAMILIES
@@ -27,7 +27,9 @@ _PLAN = GivenPlan(plan=plan_without(4, (0, 0), (0, 1), (2, 0), (3, 1)))
 
 
 def _ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(5)).to(
+        DEVICE
+    )
 
 
 def _gap(model: Any, method: Any) -> float:
@@ -59,7 +61,7 @@ def masks(model: Any) -> bool:
 
 def generate(model: Any) -> bool:
     """Greedy generation over a cache, left-padded batch: each token is the recomputed one."""
-    tokens, mask = _ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    tokens, mask = _ids(3, 9), torch.ones(3, 9, dtype=torch.long, device=DEVICE)
     mask[1, :3] = mask[2, :6] = 0
     given = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     for method in (_PLAN, RandomMask()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, variants
+from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from test_flops import counted
 from test_runtime import LAYERS, METHODS, ids, incremental, padded
@@ -43,7 +43,8 @@ def with_adapters(model, name):
     generator = torch.Generator().manual_seed(1)
     for key, parameter in wrapped.named_parameters():
         if "lora_B" in key:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = drawn.to(parameter)
     return wrapped.eval().requires_grad_(False)
 
 
@@ -80,12 +81,14 @@ def dispatched(model, kind):
     from accelerate import cpu_offload, dispatch_model
 
     if kind == "offloaded":
-        return cpu_offload(model, execution_device=torch.device("cpu"))
+        return cpu_offload(model, execution_device=DEVICE)
     layers = f"{family(model).decoder}.{family(model).layers}"
-    places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
+    places = {
+        name: str(DEVICE) for name, module in model.named_modules() if not list(module.children())
+    }
     places = {name: place for name, place in places.items() if not name.startswith(layers)}
-    places |= {f"{layers}.{index}": "cpu" for index in range(LAYERS)}
-    return dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    places |= {f"{layers}.{index}": str(DEVICE) for index in range(LAYERS)}
+    return dispatch_model(model, places, main_device=str(DEVICE), force_hooks=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "opt", "bloom"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from gating import GivenPlan, RandomMask, plan_without
 from test_flops import counted
 from test_runtime import attached_and_failing, ids, incremental, padded
@@ -134,7 +135,7 @@ def test_given_caches_may_be_cropped_selected_and_reordered(tiny, which, cache, 
         assert len(past.layers) == 2 * LAYERS
         model(ids(2, 3, seed=1), **{name: past})
         past.crop(-3)
-        rows = torch.tensor([1, 0, 1])
+        rows = torch.tensor([1, 0, 1], device=DEVICE)
         chosen = rows_of(past, rows)
         model(tokens[rows, 5:7], **{name: chosen})
         chosen.reorder_cache(torch.tensor([2, 1, 0]))
@@ -191,10 +192,10 @@ def test_scoring_and_generating(tiny, which, phases):
     rows = [(group.context, tokens) for group in groups for tokens in group.continuations]
     rows.sort(key=lambda row: -len(row[1]))
     for row, (context, continuation) in enumerate(rows):
-        tokens = torch.tensor([[*context, *continuation[:-1]]])
+        tokens = torch.tensor([[*context, *continuation[:-1]]], device=DEVICE)
         want = expected(model, tokens)[:, 0, len(context) :]
         assert torch.equal(continued[:, row, : want.shape[1]], want)
-    whole = torch.tensor([[*prompts[0].tokens, *done[0][:-1]]])
+    whole = torch.tensor([[*prompts[0].tokens, *done[0][:-1]]], device=DEVICE)
     assert last.shape == (LAYERS + 1, 1, 1)
     assert torch.equal(last[:, 0, 0], expected(model, whole)[:, 0, -1])
 
@@ -203,7 +204,7 @@ def test_scoring_and_generating(tiny, which, phases):
 def test_rows_whose_prompts_end_at_different_steps(tiny, phases):
     """A forward that is prompt for all its real tokens still keeps the dense past in step."""
     model, method = tiny(), Seer(phases=phases)
-    tokens, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    tokens, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
     mask[0, 4:6] = 0
     name = cache_argument(model)
     with attach(model, method) as trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth import gain, loop
 from dyndepth.gain import KEPT, Regression, _Moments, _Probe, _slopes, _spend, regress_gains
@@ -15,7 +16,7 @@ SETTINGS = Regression(windows=(6, 6), ridge=1.0)
 
 @pytest.fixture
 def windows(tiny_corpus):
-    return tiny_corpus.windows(24, 12, 0)
+    return tiny_corpus.windows(24, 12, 0).to(DEVICE)
 
 
 @pytest.fixture

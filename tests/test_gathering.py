@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import DEVICE, make_tiny
 from gating import RandomMask
 from test_runtime import ids
 
@@ -13,6 +13,8 @@ from dyndepth.gathering import ALWAYS, Limits, keep, limits_of
 from dyndepth.pairing import Ratio
 from dyndepth.runtime import attach
 from dyndepth.selection import Selection
+
+UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.0, 0.5, 257)
 
 
 @pytest.fixture(autouse=True)
@@ -34,22 +36,37 @@ def test_the_rule():
     assert ALWAYS.gather(0, selection(6, 7))
 
 
+def test_zero_is_never():
+    """Even of one token in a long forward; what nobody executes is no selection."""
+    never = Limits(attention=0.0, mlp=0.0, tokens=0)
+    assert not never.gather(0, selection(1, 4096))
+    assert Selection.of([selection(0, 4096).mask], 4096) == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_go_by_the_kind_of_device(dtype):
+    """``meta`` stands for whatever is no CPU."""
+    model = make_tiny().to(dtype)
+    assert limits_of(model.to("cpu")).attention > 0.7
+    assert limits_of(model.to("meta")) == Limits(attention=0.0, mlp=0.5, tokens=257)
+
+
 @pytest.mark.rule
 def test_kept_limits_are_followed():
     model = make_tiny()
-    assert limits_of(model) == Limits(0.85, 0.90, 64)
+    assert limits_of(model) == UNMEASURED
     assert limits_of(make_tiny().bfloat16()).attention < 0.85
     with attach(model, RandomMask()) as trace:
         model(ids(1, 20))
         before = trace.flops["padding"]
     file = keep(model, Limits(1.0, 1.0, 0))
     assert limits_of(model) == Limits(1.0, 1.0, 0)
-    assert limits_of(make_tiny(hidden_size=64)) == Limits(0.85, 0.90, 64)
+    assert limits_of(make_tiny(hidden_size=64)) == UNMEASURED
     with attach(model, RandomMask()) as trace:
         model(ids(1, 20))
         assert trace.flops["padding"] == 0 < before
     file.write_text('{"attention": ')
-    assert limits_of(model) == Limits(0.85, 0.90, 64)
+    assert limits_of(model) == UNMEASURED
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "bloom", "opt"])

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from folders import tiny_folder
 from gating import GivenPlan
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def ids(tiny_corpus):
     """The windows that ``ranking`` reads."""
-    return tiny_corpus.windows(LENGTH, WINDOWS, 0, split="calibration")
+    return tiny_corpus.windows(LENGTH, WINDOWS, 0, split="calibration").to(DEVICE)
 
 
 def ranking(model, corpus, criterion, unit=None, **more):
@@ -167,7 +168,7 @@ def test_taylor_is_autograd_by_hand(tiny, tiny_corpus, ids, family):
 def test_taylor_leaves_the_model_as_it_was(tiny, ids, monkeypatch):
     model = tiny()
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
-    model.model.layers[1].mlp.up_proj.weight.grad = torch.ones(64, 32)
+    model.model.layers[1].mlp.up_proj.weight.grad = torch.ones(64, 32, device=DEVICE)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
 
@@ -369,4 +370,4 @@ def test_corpus_is_calibration_text(tiny, tiny_corpus):
     settings = Settings(windows=WINDOWS, length=LENGTH)
     ids = importance.calibration_text(tiny(), tiny_corpus, settings)
     assert isinstance(tiny_corpus, Corpus)
-    assert torch.equal(ids, tiny_corpus.windows(LENGTH, WINDOWS, 0, split="calibration"))
+    assert torch.equal(ids, tiny_corpus.windows(LENGTH, WINDOWS, 0, split="calibration").to(DEVICE))

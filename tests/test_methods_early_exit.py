@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.errors import UserError
@@ -26,7 +27,7 @@ def executed(model, method, tokens):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @pytest.mark.parametrize("confidence", ["margin", "max_prob", "saturation"])
@@ -35,7 +36,7 @@ def tokens():
 def test_threshold_meets_the_target(model, tiny_corpus, confidence, phases, target):
     method = EarlyExit(target_speedup=target, confidence=confidence, phases=phases, every=1)
     method.fit(model, tiny_corpus)
-    windows = tiny_corpus.windows(256, 4, 0, split="calibration")
+    windows = tiny_corpus.windows(256, 4, 0, split="calibration").to(DEVICE)
     measured = block_speedup(model, method, windows)
     assert measured == pytest.approx(target, rel=0.02)
     assert method.facts["achieved_speedup"] == measured
@@ -108,4 +109,4 @@ def test_wrong_use_is_refused(model, tiny_corpus):
         EarlyExit(every=0)
     unfitted = EarlyExit(target_speedup=2, phases="both")
     with attach(model, unfitted), pytest.raises(UserError, match="no threshold"):
-        model(torch.ones(1, 3, dtype=torch.long))
+        model(torch.ones(1, 3, dtype=torch.long, device=DEVICE))

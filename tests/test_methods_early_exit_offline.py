@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit, offline, threshold
@@ -23,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 def text(sequences, length, seed=1):
     """Token ids and the tokens after them: int64 ``[sequences, length]``, twice."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 90, (sequences, length + 1), generator=generator)
+    ids = torch.randint(3, 90, (sequences, length + 1), generator=generator).to(DEVICE)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -44,7 +45,7 @@ def run(model, method, limit, ids, targets, prompt_length=None):
         blocks = trace.gates()[..., 0].sum(-1)
         totals = trace.totals(None if prompt_length is None else "generation")
     log = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return blocks, log, logits.argmax(-1) == targets, totals
+    return blocks, log.cpu(), (logits.argmax(-1) == targets).cpu(), totals
 
 
 def where(values, exits):
@@ -131,7 +132,7 @@ def test_prefix_sums_are_sums(tiny):
 
 def test_on_long_text_a_run_differs_and_the_fit_corrects(tiny, tiny_corpus):
     model = tiny(num_hidden_layers=LAYERS)
-    windows = tiny_corpus.windows(256, 4, 0, split="calibration")
+    windows = tiny_corpus.windows(256, 4, 0, split="calibration").to(DEVICE)
     off = []
     for target in (1.5, 2.0, 3.0):
         method = EarlyExit(target_speedup=target, confidence="saturation", phases="both")

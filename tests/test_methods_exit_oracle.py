@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.methods.exit_oracle import ExitOracle, depths
 from dyndepth.runtime import attach
@@ -19,7 +20,7 @@ def model(tiny):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 90, (3, TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (3, TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def wanted_depths(model, tokens, agree):
                 if (agrees[depth - 1] if agree == "first" else all(agrees[depth - 1 :]))
             ]
             found[row, column] = good[0]
-    return found
+    return found.cpu()
 
 
 def executed(model, method, tokens, **kwargs):
@@ -78,7 +79,7 @@ def test_depths_by_hand():
 @pytest.mark.parametrize("agree", ["first", "stays"])
 def test_a_token_alone_predicts_what_the_dense_model_does(model, agree):
     """Nothing to attend to but itself: leaving where it agrees changes no prediction."""
-    alone = torch.arange(3, 93)[:, None]
+    alone = torch.arange(3, 93, device=DEVICE)[:, None]
     method = ExitOracle(target_speedup=2, agree=agree, phases="both")
     with attach(model, method) as trace:
         got = model(alone).logits.argmax(-1)

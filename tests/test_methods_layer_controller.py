@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.errors import UserError
@@ -28,12 +29,12 @@ def model(tiny):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @pytest.fixture
 def calibration(tiny_corpus):
-    return tiny_corpus.windows(48, 8, 0, split="calibration")
+    return tiny_corpus.windows(48, 8, 0, split="calibration").to(DEVICE)
 
 
 def fitted(model, corpus, **changes):
@@ -105,7 +106,7 @@ def test_rule_is_the_formula(model, tokens):
     for layer in range(1, LAYERS - 1):
         stream = streams[layer] / streams[layer].square().mean(-1, keepdim=True).sqrt()
         logits = stream @ method.tensors["weight"][layer, 0] + method.tensors["bias"][layer, 0]
-        assert torch.equal(gates[:, :, layer, 0], logits >= 0.3)
+        assert torch.equal(gates[:, :, layer, 0], logits.cpu() >= 0.3)
     assert trace.flops["router"] == tokens.numel() * (LAYERS - 2) * 2 * 32
 
 
@@ -182,7 +183,7 @@ def test_the_wanted_share_falls_over_the_ramp(model, tiny_corpus):
 
 
 def test_biases_begin_in_the_order_of_damage(model, tiny_corpus):
-    windows = tiny_corpus.windows(24, 2, 0)
+    windows = tiny_corpus.windows(24, 2, 0).to(DEVICE)
     damage = block_damage(model, windows)
     for layer in (1, 4):
         model.model.layers[layer].forward = lambda hidden, **_: hidden

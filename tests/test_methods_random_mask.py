@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup, measured
 from dyndepth.errors import UserError
@@ -114,7 +115,7 @@ def test_a_lower_rate_executes_a_subset():
 
 
 def test_fit_takes_the_rates_of_its_source(tiny, tiny_corpus, matched):
-    model, windows = tiny(), tiny_corpus.windows(48, 8, 0, split="calibration")
+    model, windows = tiny(), tiny_corpus.windows(48, 8, 0, split="calibration").to(DEVICE)
     source = matched.source_method().fit(model, tiny_corpus)
     seen = measured(model, source, windows)
     rates = matched.tensors["rates"]
@@ -177,4 +178,4 @@ def test_wrong_use_is_refused(tiny, tiny_corpus):
     model = tiny()
     unfitted = RandomMask(target_speedup=1.5)
     with attach(model, unfitted), pytest.raises(UserError, match="no rates for a model of 4"):
-        model(torch.ones(1, 3, dtype=torch.long))
+        model(torch.ones(1, 3, dtype=torch.long, device=DEVICE))

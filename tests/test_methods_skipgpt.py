@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.errors import UserError
@@ -28,11 +29,11 @@ def trained(tiny, tiny_corpus):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def test_fit_meets_the_target_and_gates_differ_by_token(tiny, tiny_corpus, trained):
-    windows = tiny_corpus.windows(48, 8, 0, split="calibration")
+    windows = tiny_corpus.windows(48, 8, 0, split="calibration").to(DEVICE)
     assert block_speedup(tiny(), trained, windows) == pytest.approx(1.4, rel=0.02)
     assert trained.facts["achieved_speedup"] == pytest.approx(1.4, rel=0.02)
     model = tiny()
@@ -68,7 +69,7 @@ def test_rule_is_the_formula(tiny, tokens, normalise):
             stream = stream / stream.square().mean(-1, keepdim=True).add(1e-6).sqrt()
         logits = torch.einsum("btd,kd->btk", stream, method.tensors["weight"][layer])
         execute = logits + method.tensors["bias"][layer] >= 0.3
-        expected = execute.double().mean((0, 1))
+        expected = execute.double().mean((0, 1)).cpu()
         torch.testing.assert_close(trace.executed()[layer], expected)
         seen += int(((expected > 0) & (expected < 1)).sum())
     assert seen > 4
@@ -204,7 +205,7 @@ def test_target_one_leaves_the_model_dense(tiny, tiny_corpus, tokens):
 
 def test_phase_generation_calibrates_on_generated_tokens(tiny, tiny_corpus):
     method = SkipGPT(target_speedup=1.3, phases="generation", **QUICK).fit(tiny(), tiny_corpus)
-    windows = tiny_corpus.windows(48, 8, 0, split="calibration")
+    windows = tiny_corpus.windows(48, 8, 0, split="calibration").to(DEVICE)
     assert block_speedup(tiny(), method, windows) == pytest.approx(1.3, rel=0.03)
 
 

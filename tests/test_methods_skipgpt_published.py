@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.corpus import Corpus
 from dyndepth.errors import UserError
@@ -40,15 +41,14 @@ def checkpoint(tmp_path):
 def published_forward(model, state, tokens):
     """The published rule, written down independently: every branch computed, then multiplied."""
     hidden = model.model.embed_tokens(tokens)
-    places = torch.arange(tokens.shape[1])[None]
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
     rotary = model.model.rotary_emb(hidden, position_ids=places)
     for index, layer in enumerate(model.model.layers):
         gates = []
         for kind in ("attention", "mlp"):
             base = f"model.layers.{index}.router_{kind}.weight_predictor"
-            logits = torch.nn.functional.linear(
-                hidden, state[f"{base}.weight"], state[f"{base}.bias"]
-            )
+            weight, bias = (state[f"{base}.{part}"].to(DEVICE) for part in ("weight", "bias"))
+            logits = torch.nn.functional.linear(hidden, weight, bias)
             gates.append((logits.argmax(-1, keepdim=True) == 0).float())
         branch, _ = layer.self_attn(
             layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
@@ -90,7 +90,7 @@ def test_half_precision_files_are_read_in_float32(tiny, tmp_path):
 def test_the_published_forward_is_reproduced_exactly(tiny, checkpoint):
     """``masked`` bit for bit; ``sparse`` to float tolerance, for its products have other shapes."""
     model, method = tiny(), imported(checkpoint, tiny())
-    tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     logits = {}
     for backend in ("masked", "sparse"):
         with torch.no_grad(), attach(model, method, backend=backend) as trace:
@@ -107,7 +107,7 @@ def test_a_tie_executes(tiny, tmp_path):
     torch.save({k: torch.zeros_like(v) for k, v in published_state().items()}, tmp_path / "0.pth")
     model = tiny()
     with attach(model, imported(tmp_path / "0.pth", model)) as trace:
-        model(torch.arange(3, 20)[None])
+        model(torch.arange(3, 20, device=DEVICE)[None])
     assert (trace.executed() == 1).all()
 
 
@@ -226,7 +226,7 @@ def test_command_writes_routers_that_the_method_takes(
     bare = load_method("skipgpt", routers=folder, target_speedup=1.25)
     model = tiny()
     with attach(model, bare.fit(model, long_corpus)):
-        model(torch.ones(1, 4, dtype=torch.long))
+        model(torch.ones(1, 4, dtype=torch.long, device=DEVICE))
     assert not bare._router.normalise, "published routers read the raw stream"
     taken = load_method(printed["spec"], target_speedup=1.25).fit(tiny(), long_corpus)
     assert torch.equal(taken.tensors["weight"], tensors["weight"])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import DEVICE
 from test_runtime import ids, incremental
 
 from dyndepth.blocks import FAMILIES, blocks, cache_argument, cache_of, decoder
@@ -119,7 +120,7 @@ def test_angular_removes_the_run_with_the_least_angle(tiny, tiny_corpus):
     from dyndepth.influence import streams
 
     model = tiny()
-    windows = tiny_corpus.windows(16, 2, 0, split="calibration")
+    windows = tiny_corpus.windows(16, 2, 0, split="calibration").to(DEVICE)
     angles = streams(model, windows, progress=False).angles
     method = fitted(model, tiny_corpus, "angular", target=2.0)
     start = min(range(3), key=lambda at: angles[1][at])
@@ -245,8 +246,8 @@ def test_text_is_asked_for(tiny):
 def test_without_a_fit_it_says_so(tiny, tiny_corpus):
     model = tiny()
     with attach(model, StaticPruning()), pytest.raises(UserError, match="call fit"):
-        model(torch.tensor([[1, 2, 3]]))
+        model(torch.tensor([[1, 2, 3]], device=DEVICE))
     fitted = StaticPruning(target_speedup=1.3, windows=2, length=16).fit(model, tiny_corpus)
     deeper = tiny(num_hidden_layers=5)
     with attach(deeper, fitted), pytest.raises(UserError, match="4 blocks, not 5"):
-        deeper(torch.tensor([[1, 2, 3]]))
+        deeper(torch.tensor([[1, 2, 3]], device=DEVICE))

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from dyndepth.pairing import LEAST_PAIRS, interleave, ratio
 
@@ -147,6 +148,15 @@ def test_queue_is_drained_before_each_reading_of_the_clock():
         {"a": lambda: log.append("run")}, repeats=2, warmup=0, synchronise=lambda: log.append("|")
     )
     assert log == ["|", "run", "|"] * 2
+
+
+def test_the_device_that_is_named_is_drained(monkeypatch: pytest.MonkeyPatch):
+    """torch by itself waits for its current device, and the clock would stop too soon."""
+    drained: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda place: drained.append(str(place)))
+    interleave({"a": lambda: None}, repeats=1, warmup=0, device="cuda:1")
+    interleave({"a": lambda: None}, repeats=1, warmup=0, device="cpu")
+    assert drained == ["cuda:1"] * 2
 
 
 def test_rounds_end_when_enough_says_so_or_at_the_most():

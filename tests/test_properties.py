@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import TOLERANCE, attentions, make_tiny
+from conftest import DEVICE, TOLERANCE, attentions, make_tiny
 from gating import GivenPlan, RandomMask
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,12 +35,12 @@ class Case:
     def batch(self):
         """Token ids, mask and positions, padded."""
         width = max(self.lengths)
-        mask = torch.zeros(len(self.lengths), width, dtype=torch.long)
+        mask = torch.zeros(len(self.lengths), width, dtype=torch.long, device=DEVICE)
         for row, length in enumerate(self.lengths):
             mask[row, :length] = 1
         mask = mask.flip(1) if self.side == "left" else mask
         generator = torch.Generator().manual_seed(self.seed)
-        ids = torch.randint(3, 90, mask.shape, generator=generator)
+        ids = torch.randint(3, 90, mask.shape, generator=generator).to(DEVICE)
         return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
     def attached(self, model, **more):

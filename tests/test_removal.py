@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from gating import GivenPlan
 
 from dyndepth import removal
@@ -28,7 +29,7 @@ from dyndepth.training import budget_shares, loss
 
 @pytest.fixture
 def windows(tiny_corpus):
-    return tiny_corpus.windows(32, 80, 0)
+    return tiny_corpus.windows(32, 80, 0).to(DEVICE)
 
 
 def test_damage_is_the_loss_without_the_sublayer(tiny, windows):
@@ -40,7 +41,7 @@ def test_damage_is_the_loss_without_the_sublayer(tiny, windows):
         crippled = tiny()
         block = crippled.model.layers[layer]
         [block.self_attn.o_proj, block.mlp.down_proj][sublayer].weight.zero_()
-        expected = loss(crippled, windows[:2]) - dense
+        expected = (loss(crippled, windows[:2]) - dense).cpu()
         torch.testing.assert_close(damage[layer, sublayer], expected, atol=1e-5, rtol=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, variants
+from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from transformers import DynamicCache
 
@@ -48,12 +48,13 @@ implementations = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
 def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 90, (batch, length), generator=generator).to(DEVICE)
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three sequences of 12, 8 and 5 tokens: ids, attention mask, position ids."""
-    mask = torch.ones(3, 12, dtype=torch.long)
+    mask = torch.ones(3, 12, dtype=torch.long, device=DEVICE)
     for row, missing in ((1, 4), (2, 7)):
         mask[row, :missing] = 0
     mask = mask if side == "left" else mask.flip(1)
@@ -359,7 +360,8 @@ def test_long_causal_attention_in_parts(tiny, length):
         or setattr(
             method,
             "table",
-            torch.rand(2048, LAYERS, 2, generator=torch.Generator().manual_seed(0)) < method.rate,
+            torch.rand(2048, LAYERS, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+            < method.rate,
         )
     )
     logits = []
@@ -377,7 +379,9 @@ def test_a_mask_may_be_written_to_between_blocks(tiny, family, inference):
     class Thinning(RandomMask):
         def start(self, context):
             super().start(context)
-            self.alive = torch.ones(context.batch, context.tokens, dtype=torch.bool)
+            self.alive = torch.ones(
+                context.batch, context.tokens, dtype=torch.bool, device=context.device
+            )
 
         def gates(self, layer, hidden):
             self.alive &= super().gates(layer, hidden)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cells import cell
+from conftest import DEVICE
 from gating import GivenPlan, plan_without
 from torch.nn.functional import cosine_similarity
 
@@ -29,7 +30,7 @@ def test_dense_is_like_itself_and_a_thinned_model_as_its_hidden_states_say(tiny)
         [layer for index, layer in enumerate(pruned.model.layers) if index != 2]
     )
     pruned.config.num_hidden_layers = 3
-    ids = torch.tensor([DOCUMENTS["a"]])
+    ids = torch.tensor([DOCUMENTS["a"]], device=DEVICE)
     states = [decoder(m)(ids, use_cache=False).last_hidden_state[0, 1:] for m in (model, pruned)]
     expected = cosine_similarity(states[0].double(), states[1].double(), dim=-1).mean()
     assert thin["a"]["cosine"] == pytest.approx(expected.item(), abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from dyndepth.loop import Schedule
 from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
@@ -28,7 +29,7 @@ def tuning(target: float = 1.5, **changes) -> Tuning:
 
 @pytest.fixture
 def windows(tiny_corpus):
-    return tiny_corpus.windows(32, 80, 0)
+    return tiny_corpus.windows(32, 80, 0).to(DEVICE)
 
 
 def fresh(normalise: bool = True) -> LinearRouter:
@@ -190,8 +191,8 @@ def test_statistics_are_those_of_the_streams(tiny, windows):
     mean, deviation = stream_statistics(model, windows[:4], normalise=False)
     for layer, state in enumerate(states):
         flat = state.flatten(0, 1)
-        torch.testing.assert_close(mean[layer], flat.mean(0))
-        torch.testing.assert_close(deviation[layer], flat.std(0) + 1e-3)
+        torch.testing.assert_close(mean[layer], flat.mean(0).cpu())
+        torch.testing.assert_close(deviation[layer], flat.std(0).cpu() + 1e-3)
     assert not any(block._forward_pre_hooks for block in model.model.layers)
 
 

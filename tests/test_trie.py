@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import TOLERANCE, variants
+from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,7 +46,9 @@ def some_plans(random: int = 12) -> torch.Tensor:
 
 
 def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed)).to(
+        DEVICE
+    )
 
 
 def some_groups() -> list[Group]:
@@ -147,7 +149,7 @@ def test_one_plan_alone(tiny, phases):
 def test_streams_equal_each_plan_alone(tiny, family, attn, padded):
     model, plans, tokens = tiny(family, attn), some_plans(), ids(3, 12)
     mask, arguments = None, {}
-    real = torch.ones(3, 12, dtype=torch.bool)
+    real = torch.ones(3, 12, dtype=torch.bool, device=DEVICE)
     if padded:
         real[1, :4] = real[2, :7] = False
         real = real if padded == "left" else real.flip(1)
@@ -245,7 +247,7 @@ def test_dense_contexts_run_once(tiny):
     with FlopCounterMode(display=False) as counter:
         list(trie.score(model, plans, [group], phases="generation"))
     with FlopCounterMode(display=False) as once:
-        model(torch.tensor([group.context]), logits_to_keep=1)
+        model(torch.tensor([group.context], device=DEVICE), logits_to_keep=1)
     assert counter.get_total_flops() == once.get_total_flops()
 
 

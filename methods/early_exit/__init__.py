@@ -130,6 +130,8 @@ class EarlyExit(DynamicDepthMethod):
     def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
         """At a candidate, let the confident tokens go; open for those still running."""
         if layer in self._exits:
+            # Blocks of a model that is spread over devices lie on different ones.
+            self._running = self._running.to(hidden.device)
             stay = self._running.clone()
             stay[self._running] = self.token_confidence(hidden) < self.facts["threshold"]
             self._running = self._gate = stay
@@ -139,7 +141,8 @@ class EarlyExit(DynamicDepthMethod):
     def token_confidence(self, hidden: Tensor) -> Tensor:
         """Confidence of the tokens still running: float32 ``[running]``."""
         if self.confidence == "saturation":
-            before, now = self._previous[self._running], hidden[self._running]
+            running = self._running.to(hidden.device)
+            before, now = self._previous.to(hidden.device)[running], hidden[running]
             return cosine_similarity(before.float(), now.float(), dim=-1)
         logits = self.context.readout(hidden, self._running).float()
         best = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()

@@ -20,7 +20,11 @@ class LinearRouter(Router):
     by the root mean square if ``normalise``, else it is the identity. ``statistics`` are mean and
     deviation of ``n(h)``, each ``[layers, hidden]``: given them, weights and biases are those of
     the standardised stream, which is how they learn evenly; ``folded`` gives the plain ones.
+    Logits lie on the stream's device, wherever the router does.
     """
+
+    mean: Tensor | None
+    deviation: Tensor | None
 
     def __init__(
         self,
@@ -34,12 +38,14 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(weight.float())
         self.bias = nn.Parameter(bias.float())
         self.normalise = normalise
-        self.statistics = statistics
+        mean, deviation = statistics or (None, None)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """Logits of both sublayers: ``[batch, tokens, hidden] -> [batch, tokens, 2]``."""
         hidden = hidden.float()
-        weight, bias = self._plain(layer)
+        weight, bias = (each.to(hidden.device) for each in self._plain(layer))
         logits = hidden @ weight.T
         if self.normalise:
             # The scale of the stream is one number a token: taken off after the product.
@@ -48,10 +54,9 @@ class LinearRouter(Router):
 
     def _plain(self, layer: int) -> tuple[Tensor, Tensor]:
         weight, bias = self.weight[layer], self.bias[layer]
-        if self.statistics is not None:
-            mean, deviation = (table[layer].to(weight.device) for table in self.statistics)
-            weight = weight / deviation
-            bias = bias - weight @ mean
+        if self.mean is not None and self.deviation is not None:
+            weight = weight / self.deviation[layer]
+            bias = bias - weight @ self.mean[layer]
         return weight, bias
 
     @torch.no_grad()
@@ -86,9 +91,10 @@ class MLPRouter(Router):
         hidden = hidden.float()
         if self.normalise:
             hidden = hidden * inverse_scale(hidden)
-        inner = hidden @ self.inner[layer].flatten(0, 1).T + self.inner_bias[layer].flatten()
-        active = torch.relu(inner).unflatten(-1, self.weight[layer].shape)
-        return (active * self.weight[layer]).sum(-1) + self.bias[layer]
+        tables = (self.inner, self.inner_bias, self.weight, self.bias)
+        inner, inner_bias, weight, bias = (table[layer].to(hidden.device) for table in tables)
+        active = torch.relu(hidden @ inner.flatten(0, 1).T + inner_bias.flatten())
+        return (active.unflatten(-1, weight.shape) * weight).sum(-1) + bias
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
