@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dyndepth import assets
+from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,20 +56,29 @@ class Corpus:
         share = max(1, round(len(self.texts) * _CALIBRATION_SHARE))
         return self.texts[:share] if split == "calibration" else self.texts[share:]
 
-    def windows(self, length: int, count: int, seed: int, split: Split = "train") -> Tensor:
+    def windows(
+        self, length: int, count: int, seed: int, split: Split = "train", *, model: Any = None
+    ) -> Tensor:
         """``count`` windows of ``length`` tokens: int64 ``[count, length]``; see ``reader``."""
-        return self.reader(length, count, seed, split)[:count]
+        return self.reader(length, count, seed, split, model=model)[:count]
 
-    def reader(self, length: int, count: int, seed: int, split: Split = "train") -> Windows:
+    def reader(
+        self, length: int, count: int, seed: int, split: Split = "train", *, model: Any = None
+    ) -> Windows:
         """``count`` windows of ``length`` tokens, cut from the text when they are asked for.
 
         The split's documents are joined with the end-of-sequence token between them and cut at a
         seeded offset; the windows come in a seeded order and do not overlap. For training, more
         windows than the text holds are drawn by starting over with another offset. Raises
-        UserError if the text is too short for one window or, for calibration, for ``count``.
+        UserError if the text is too short for one window or, for calibration, for ``count``, and
+        for windows that ``model``, which is to read them, cannot take.
         """
         import torch
 
+        if model is not None:
+            check_length(model, length, "the windows of text")
+            check_vocabulary(model, self.tokenizer)
+            check_tokens(model, [int(self._streams[split].max())], "the corpus")
         stream = self._streams[split]
         held = len(stream) // length
         if held == 0 or (split == "calibration" and held < count):

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.capacity import check_length
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, Parser, slug, underscored
 from dyndepth.paths import check_folder
@@ -135,9 +136,13 @@ def run(options: dict[str, Any]) -> None:
             )
     output = check_folder("output_path", Path(options["output_path"] or _default_path(options)))
 
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
 
-    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    named = (options["model"], options["revision"], options["trust_remote_code"])
+    layers, most = layer_count(*named), longest_window(*named)
+    check_length(most, method.window_length, method.name)
+    if recipe is not None and recipe.kind == "lora":
+        check_length(most, recipe.length, f"recovery {recipe.kind!r}")
     reach = method.max_speedup(layers)
     if not method.target_speedup <= reach:
         raise UserError(
@@ -168,7 +173,7 @@ def run(options: dict[str, Any]) -> None:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
     )
-    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
+    tokenizer = load_tokenizer(*named)
     corpus = load_corpus(options["corpus"], tokenizer)
     began = time.monotonic()
     torch.manual_seed(method.seed)

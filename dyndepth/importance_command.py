@@ -153,9 +153,12 @@ def _chosen(options: dict[str, Any]) -> dict[str, Any]:
 def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, Any]:
     """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
     for what is ``chosen``."""
-    from dyndepth.models import layer_count
+    from dyndepth.capacity import check_length
+    from dyndepth.models import layer_count, longest_window
 
-    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    named = (options["model"], options["revision"], options["trust_remote_code"])
+    check_length(longest_window(*named), options["length"], "--length", "give fewer")
+    layers = layer_count(*named)
     for each in chosen:
         each.ranked(layers, options["run"])
     if options["threads"] is not None and options["threads"] < 1:
@@ -169,7 +172,7 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
+    tokenizer = load_tokenizer(*named)
     corpus = load_corpus(options["corpus"], tokenizer)
     model = load_model(
         options["model"],

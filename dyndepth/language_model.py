@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from dyndepth import generation, scoring
 from dyndepth.agreement import agree
+from dyndepth.blocks import causal_lm, family
+from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
 from dyndepth.generation import Prompt
@@ -109,6 +111,7 @@ class DyndepthLM(TemplateLM):
                 name = self.model.dyndepth.name
             tokenizer = load_tokenizer(name, revision, trust_remote_code)
         self.tokenizer = tokenizer
+        check_vocabulary(self.model, tokenizer)
         if isinstance(method, str):
             method = _fitted(method, parameters, self.model, tokenizer)
         elif parameters:
@@ -120,6 +123,8 @@ class DyndepthLM(TemplateLM):
         self.backend = backend
         self.progress = progress
         self._device = next(self.model.parameters()).device
+        if not family(causal_lm(self.model)).rotary:  # there is no position beyond the last one
+            check_length(self.model, max_length, "max_length", "give as many or less")
         self._max_length = max_length
         self.costs: dict[str, Cost] = defaultdict(Cost)
         self.document_index: Mapping[str, Sequence[int]] = {}
@@ -261,6 +266,7 @@ class DyndepthLM(TemplateLM):
                     f"document {document}: a continuation of {len(continuation)} tokens "
                     f"can't be scored; 1 to {self.max_length} fit"
                 )
+            check_tokens(self.model, (*context, *continuation), f"document {document}")
             kept = self.max_length + 1 - len(continuation)
             shared[document, tuple(context[-kept:])].append(place)
         groups = [
@@ -295,6 +301,7 @@ class DyndepthLM(TemplateLM):
             until = handle_stop_sequences(settings["until"], eos=end)
             stops.append(until)
             tokens = self.tok_encode(context)[-room:]
+            check_tokens(self.model, tokens, f"document {self.document(request)}")
             prompts.append(Prompt(self.document(request), tokens, limit, self._stop(until)))
         return prompts, stops
 

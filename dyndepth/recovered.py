@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.adapters import CARD
     from dyndepth.grid import plans
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
     from dyndepth.options import settings
     from dyndepth.registry import parse_methods
 
@@ -252,7 +252,7 @@ def _recover_all(options: argparse.Namespace) -> None:
     )
     # A sweep always has its yardstick; here only what was named is made.
     named = {name for name, _ in parse_methods(options.methods)}
-    found = plans(chosen, layer_count(options.model))
+    found = plans(chosen, layer_count(options.model), longest_window(options.model))
     cells = [plan for plan in found if plan.method in named]
 
     from dyndepth.corpus import load_corpus

@@ -110,7 +110,7 @@ def _train(
 ) -> Curve:
     """Optimise the adapters that are in the model; returns the curve."""
     plan = Schedule.of(recipe)
-    windows = corpus.reader(recipe.length, plan.windows, _READING + seed)
+    windows = corpus.reader(recipe.length, plan.windows, _READING + seed, model=model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with attach(model, method) as trace:
         return optimise(

@@ -208,7 +208,7 @@ class Bench:
 
 def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     """Jobs of ``--methods``, and where they go."""
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
     from dyndepth.registry import parse_methods
 
     if not options["methods"]:
@@ -216,10 +216,10 @@ def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     if options["output_path"] is None:
         raise UserError("--output_path is missing; name a folder for the recorded files")
     chosen = _settings(options, FREE)
-    layers = layer_count(chosen.model, chosen.revision, chosen.trust_remote_code)
+    model = (chosen.model, chosen.revision, chosen.trust_remote_code)
     named = {name for name, _ in parse_methods(chosen.methods)}
     jobs = []
-    for plan in plans(chosen, layers):
+    for plan in plans(chosen, layer_count(*model), longest_window(*model)):
         if plan.method == DENSE and DENSE not in named:
             continue
         name = f"{plan.method}-x{plan.target_speedup:g}-seed{plan.seed}"

@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     """Load, convert, measure, write, print."""
     from dyndepth.calibration import measured
+    from dyndepth.capacity import fitting
     from dyndepth.corpus import load_corpus
     from dyndepth.fits import save_fit
     from dyndepth.models import load_model, load_tokenizer
@@ -167,7 +168,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     tensors, facts = read_published(options.checkpoint, model)
     corpus = load_corpus(options.corpus, load_tokenizer(options.model, options.revision))
-    windows = corpus.windows(_LENGTH, _WINDOWS, 0, split="calibration")
+    length = fitting(model, _LENGTH)
+    windows = corpus.windows(length, _WINDOWS, 0, split="calibration", model=model)
     # Any target above 1 lets the routers decide; what they reach is measured.
     threshold: Any = "zero" if target is None else "solved"
     method = SkipGPT(target_speedup=target or 2.0, normalise=False, threshold=threshold)
