@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dyndepth import assets
 from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.errors import UserError
+from dyndepth.paths import expanded
+from dyndepth.text_files import paragraphs, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,16 +140,18 @@ class Windows:
 def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
     """The corpus ``name``: "embedded", or the path of a .txt or .jsonl file.
 
-    A .txt file holds documents with an empty line between them; a .jsonl file one a line, a
-    string or an object with the key ``text``. ``tokenizer`` defaults to the embedded model's.
+    A .txt file holds documents with a blank line between them; a .jsonl file one a line, a
+    string or an object with the key ``text``. Both are UTF-8; a byte-order mark and the kind of
+    line ends make no difference. ``tokenizer`` defaults to the embedded model's.
     Raises UserError if the file is missing or holds something else.
     """
-    if str(name) == "embedded":
+    name = expanded(name)
+    if name == "embedded":
         texts = _embedded_texts()
     elif not Path(name).is_file():
         raise UserError(f"no corpus file at {str(name)!r}; give a .txt or .jsonl file")
     elif Path(name).suffix == ".txt":
-        texts = _read(Path(name)).split("\n\n")
+        texts = paragraphs(_read(Path(name)))
     elif Path(name).suffix == ".jsonl":
         texts = _jsonl_texts(Path(name))
     else:
@@ -191,9 +195,9 @@ def _jsonl_texts(path: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the corpus {str(path)!r} is not UTF-8 text") from error
+        return read_text(path, f"the corpus {str(path)!r}")
+    except OSError as error:
+        raise UserError(f"the corpus {str(path)!r} can't be read: {error.strerror}") from error
 
 
 def _digest(text: str) -> str:

@@ -153,6 +153,7 @@ def run(options: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
 
+    from dyndepth.adapters import adaptable
     from dyndepth.corpus import load_corpus
     from dyndepth.fits import fit_cached, save_fit
     from dyndepth.machine import steady_allocator
@@ -175,6 +176,8 @@ def run(options: dict[str, Any]) -> None:
     )
     tokenizer = load_tokenizer(*named)
     corpus = load_corpus(options["corpus"], tokenizer)
+    if recipe is not None:
+        adaptable(model, recipe)
     began = time.monotonic()
     torch.manual_seed(method.seed)
     if recipe is None or recipe.kind == "lora":

@@ -56,12 +56,10 @@ class Plan:
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[Plan]:
     """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
 
-    The model takes at most ``longest`` tokens in a row (None: any number).
-
-    A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell,
-    and one a seed for each recovery, which is trained. One that is not ``budgeted`` has one cell a
-    seed, at the least speedup above 1. Dense, the control of recovery, has none
-    for ``joint``: it has no routers.
+    The model takes at most ``longest`` tokens in a row (None: any number). A method that executes
+    everything whatever it is asked (``max_speedup`` is 1) has one cell, and one a seed for each
+    recovery, which is trained. One that is not ``budgeted`` has one cell a seed, at the least
+    speedup above 1. Dense, the control of recovery, has none for ``joint``: it has no routers.
 
     Raises:
         UserError: an unknown method or parameter, a speedup beyond what a method can reach, windows

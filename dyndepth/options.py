@@ -17,6 +17,7 @@ from dyndepth.mirror import is_url, mirrored
 from dyndepth.paths import check_folder, check_path
 from dyndepth.recipe import NONE, parse_recoveries
 from dyndepth.records import file_part
+from dyndepth.text_files import read_text
 
 EMBEDDED = "embedded"
 SUITE = "offline"
@@ -234,7 +235,7 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(read_text(path, f"--config {path}")) or {}
         repr(content)  # a message could not quote an integer of thousands of digits
     except OSError as fault:
         raise UserError(f"--config {path} cannot be read: {fault.strerror}") from None

@@ -24,6 +24,7 @@ from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
 from dyndepth.store import Store
+from dyndepth.text_files import paragraphs, read_text
 
 PASSAGES = "wikipedia_bpb"
 """The evaluation task whose documents are recorded."""
@@ -296,12 +297,10 @@ def documents(file: str | None, count: int) -> dict[str, str]:
 
 def _texts(file: Path, count: int) -> dict[str, str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file, f"--text {file}")
     except OSError as fault:
         raise UserError(f"--text {file} can't be read: {fault.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--text {file} is not UTF-8 text") from None
-    found = [text.strip() for text in content.split("\n\n") if text.strip()]
+    found = [text.strip() for text in paragraphs(content) if text.strip()]
     if not found:
         raise UserError(f"--text {file} holds no text")
     return {f"{file.name}/{index}": text for index, text in enumerate(found[:count])}

@@ -12,6 +12,7 @@ from dyndepth.errors import UserError
 from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
 from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
+from dyndepth.recipe import parse_recovery
 from dyndepth.records import Row
 from dyndepth.worker import free_memory
 
@@ -32,6 +33,7 @@ class Workbench:
     """
 
     def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
+        from dyndepth.adapters import adaptable
         from dyndepth.corpus import load_corpus
         from dyndepth.models import load_model, load_tokenizer
 
@@ -53,6 +55,8 @@ class Workbench:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+        for recipe in filter(None, map(parse_recovery, settings.recovery)):
+            adaptable(self.model, recipe)
         self.batch_size = settings.batch_size
         self._fitted: tuple[Plan, Any, Any] | None = None
         self._scored: Any = None
