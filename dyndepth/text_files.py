@@ -31,8 +31,8 @@ def read_text(file: Readable, what: str = "") -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise UserError(
-            f"{name} is not UTF-8 text: byte {fault.start} is {content[fault.start]:#04x}; save it as "
-            "UTF-8"
+            f"{name} is not UTF-8 text: byte {fault.start} is {content[fault.start]:#04x}; "
+            "save it as UTF-8"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -7,7 +7,7 @@ import torch
 from conftest import CharacterTokenizer
 
 from dyndepth import assets
-from dyndepth.corpus import Corpus, load_corpus
+from dyndepth.corpus import EMBEDDED_TEXT, Corpus, load_corpus
 from dyndepth.errors import UserError
 
 TOKENIZER = CharacterTokenizer()
@@ -178,3 +178,7 @@ def test_the_embedded_corpus_holds_nothing_that_is_evaluated_on(corpus):
 def test_the_embedded_corpus_is_long_enough_for_the_methods(corpus):
     assert corpus.windows(512, 64, 0, "calibration").shape == (64, 512)
     assert corpus.windows(512, 256, 0, "train").shape == (256, 512)
+
+
+def test_the_embedded_corpus_is_known_by_its_fingerprint(corpus):
+    assert corpus.fingerprint == EMBEDDED_TEXT
