@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from dyndepth.blocks import causal_lm, projections
 from dyndepth.errors import UserError
 from dyndepth.models import fingerprint
+from dyndepth.paths import path_of
 from dyndepth.recipe import Recipe, parse_recovery
 from dyndepth.text_files import read_text
 
@@ -95,7 +96,7 @@ def write_adapter(
 
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card of the adapter in ``folder``. Raises UserError if there is none to be read."""
-    path = Path(folder)
+    path = path_of(folder)
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").exists():
         raise _refused(path, f"its weights are a pickle; save them as {WEIGHTS}")
     try:
@@ -120,7 +121,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(folder)
+    path = path_of(folder)
     card = read_card(path)
     if card["model"] != fingerprint(model):
         raise UserError(

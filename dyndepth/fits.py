@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root, open_to_readers, replace_folder
 from dyndepth.errors import UserError
+from dyndepth.paths import path_of
 from dyndepth.records import file_part
 from dyndepth.text_files import read_text
 
@@ -125,7 +126,7 @@ def save_fit(method: DynamicDepthMethod, model: torch.nn.Module, path: str | Pat
     A fit that is already there is replaced. Raises UserError if the folder holds something
     else, TypeError if ``method.facts`` is not plain JSON.
     """
-    folder = Path(path)
+    folder = path_of(path)
     if folder.exists() and not _is_fit_or_empty(folder):
         raise UserError(f"{str(folder)!r} holds something other than a fit; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
         for name, tensor in tensors.items()
     }
     method.facts = record["facts"]
-    method.curve = read_curve(Path(path) / CURVE)
+    method.curve = read_curve(path_of(path) / CURVE)
     return method
 
 
@@ -204,7 +205,7 @@ def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    folder = Path(path)
+    folder = path_of(path)
 
     def refuse(reason: object) -> UserError:
         return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")

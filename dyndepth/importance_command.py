@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.importance import Settings
@@ -100,7 +101,7 @@ def run(options: dict[str, Any]) -> None:
     """Measure, print, write; the last line printed is one JSON document. Raises UserError."""
     from dyndepth.importance import CRITERIA, rank
 
-    output = Path(options["output_path"]) if options["output_path"] else None
+    output = path_of(options["output_path"]) if options["output_path"] else None
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
     chosen = _chosen(options)

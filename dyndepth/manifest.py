@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dyndepth.errors import UserError
+from dyndepth.paths import path_of
 from dyndepth.records import Row
 from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.schema import COMPARED, TABLES
@@ -76,7 +77,7 @@ def read_manifest(path: str | Path) -> Manifest | None:
     Raises:
         UserError: it cannot be read.
     """
-    place = Path(path) / NAME
+    place = path_of(path) / NAME
     if not place.is_file():
         return None
     try:

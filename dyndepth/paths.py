@@ -18,6 +18,11 @@ def expanded(text: str | Path) -> str:
     return os.path.expanduser(text)
 
 
+def path_of(text: str | Path) -> Path:
+    """The path that a user means by ``text``; see ``expanded``."""
+    return Path(expanded(text))
+
+
 def check_path(flag: str, text: str | Path) -> None:
     """Raises UserError, in the name of ``--flag``, for a text that no path can be: with a null
     character, of no encoding, with a part that is too long, or in the home of an unknown user."""

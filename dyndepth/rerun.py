@@ -13,13 +13,13 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dyndepth.corpus import EMBEDDED_TEXT
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, Plan, method_identity, plans
 from dyndepth.options import CHOICES, EMBEDDED, OTHERS, Parser, Settings, limit_text, read, settings
+from dyndepth.paths import path_of
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, setting
 from dyndepth.spec import parameters_of, value
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dyndepth.rerun",
         description="Print the command that computes a run's cells again.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument("run", type=path_of, metavar="RUN", help="a sweep's output path")
     parser.add_argument(
         "cells", nargs="*", metavar="CELL", help="hashes, or how they begin (default: all cells)"
     )

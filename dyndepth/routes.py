@@ -21,6 +21,7 @@ import pandas as pd
 
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
+from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -170,14 +171,15 @@ class Routes:
             "gates": np.packbits(self.gates.reshape(-1)),
             "token_ids": self.token_ids.astype(np.int32),
         }
-        write_atomically(Path(path), save(tensors, metadata={"routes": json.dumps(facts)}))
+        write_atomically(path_of(path), save(tensors, metadata={"routes": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Routes:
         """Read what ``save`` wrote. Raises UserError if the file is missing or something else."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
+        path = path_of(path)
+        if not path.is_file():
             raise UserError(f"no routes at {str(path)!r}; record them by python -m dyndepth.routes")
         try:
             with safe_open(path, framework="numpy") as file:

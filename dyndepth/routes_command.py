@@ -21,6 +21,7 @@ from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
+from dyndepth.paths import path_of
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
 from dyndepth.rerun import check_given
@@ -235,7 +236,7 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
     given = [f"--{name}" for name in FREE if options[name] is not None]
     if given:
         raise UserError(f"{given[0]} can't be given with a run's folder, which decides it")
-    folder = Path(options["run"]).expanduser()
+    folder = path_of(options["run"])
     cells = Store(folder).all()
     if not cells:
         raise UserError(f"{options['run']} holds no cells; give the --output_path of a sweep")
@@ -294,7 +295,7 @@ def documents(file: str | None, count: int) -> dict[str, str]:
     The passages and their ids are those that a sweep with ``--limit`` scores, so that rules which
     depend on the document decide as they did there. Raises UserError for an unreadable file.
     """
-    return _texts(Path(file), count) if file else dict(_passages(count))
+    return _texts(path_of(file), count) if file else dict(_passages(count))
 
 
 def _texts(file: Path, count: int) -> dict[str, str]:

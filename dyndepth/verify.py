@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import HELP, Parser, underscored
+from dyndepth.paths import path_of
 from dyndepth.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = built.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    add("runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path")
     add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
     add("--all", action="store_true", help="compute all cells again")
     add(

@@ -29,6 +29,7 @@ from torch import Tensor
 from dyndepth.blocks import blocks, decoder
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
+from dyndepth.paths import path_of
 
 from . import SkipGPT
 
@@ -49,7 +50,7 @@ def read_published(
     Raises UserError if the file is missing, is no such checkpoint or was made for a model of
     another depth or width.
     """
-    state = _state_dict(Path(path))
+    state = _state_dict(path_of(path))
     layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
     weight, bias = torch.zeros(layers, 2, hidden), torch.zeros(layers, 2)
     needed = {
@@ -162,7 +163,7 @@ def _run(options: argparse.Namespace) -> None:
     target = options.target_speedup
     if target is not None and not target > 1.0:
         raise UserError(f"--target_speedup takes a number above 1, not {target:g}")
-    _state_dict(Path(options.checkpoint))  # before minutes of loading a model
+    _state_dict(path_of(options.checkpoint))  # before minutes of loading a model
     model = load_model(
         options.model, dtype=options.dtype, device=options.device, revision=options.revision
     )
