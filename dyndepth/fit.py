@@ -166,6 +166,7 @@ def run(options: dict[str, Any]) -> None:
     steady_allocator()
     device = resolve_device(options["device"])
     state = PartialState(cpu=device == "cpu")
+    corpus = load_corpus(options["corpus"], load_tokenizer(*named))
     model = load_model(
         options["model"],
         dtype=options["dtype"],
@@ -174,8 +175,6 @@ def run(options: dict[str, Any]) -> None:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
     )
-    tokenizer = load_tokenizer(*named)
-    corpus = load_corpus(options["corpus"], tokenizer)
     if recipe is not None:
         adaptable(model, recipe)
     began = time.monotonic()

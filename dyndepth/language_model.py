@@ -123,7 +123,8 @@ class DyndepthLM(TemplateLM):
         self.backend = backend
         self.progress = progress
         self._device = next(self.model.parameters()).device
-        if not family(causal_lm(self.model)).rotary:  # there is no position beyond the last one
+        record = family(causal_lm(self.model))
+        if not record.rotary and record.bias is None:  # learned: there is none beyond the last one
             check_length(self.model, max_length, "max_length", "give as many or less")
         self._max_length = max_length
         self.costs: dict[str, Cost] = defaultdict(Cost)

@@ -269,8 +269,8 @@ def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.models import load_model, load_tokenizer
 
     steady_allocator()
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
     corpus = load_corpus(options.corpus, load_tokenizer(options.model))
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
     for plan in cells:
         method, adapter = recover_cached(plan.build(), model, corpus, recipe)
         if options.ship:

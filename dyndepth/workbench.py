@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any
 from dyndepth.errors import UserError
 from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
+from dyndepth.paths import expanded
 from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
 from dyndepth.recipe import parse_recovery
 from dyndepth.records import Row
@@ -45,7 +46,7 @@ class Workbench:
             settings.model, settings.revision, settings.trust_remote_code
         )
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
-        bring_tasks(settings, self.tasks)
+        check_room(bring_tasks(settings, self.tasks), supported_config(settings), self.tokenizer)
         self.data_fingerprint = data_fingerprint(settings, self.tasks)
         self.model = load_model(
             settings.model,
@@ -214,7 +215,7 @@ def supported_config(settings: Settings) -> Any:
 
     embedded = settings.model == EMBEDDED
     config = AutoConfig.from_pretrained(
-        str(prepare_embedded()) if embedded else settings.model,
+        str(prepare_embedded()) if embedded else expanded(settings.model),
         revision=None if embedded else settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -262,8 +263,8 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
-    """Get the evaluation data here before the first cell needs it.
+def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:
+    """Get the evaluation data here before the first cell needs it: lm-eval's tasks by name.
 
     Raises:
         UserError: it cannot be had.
@@ -273,14 +274,32 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
 
     if set(tasks) & set(OFFLINE):
         assets.asset("data")
+    found: dict[str, Any] = {}
     for name in tasks:
-        if name in OFFLINE:
-            continue
         try:
-            task_manager([name], settings.include_path).load([name])
+            found |= task_manager([name], settings.include_path).load([name])["tasks"]
         except Exception as fault:
             reason = " ".join(str(fault).split())
             raise UserError(f"task {name} cannot be loaded: {reason}") from fault
+    return found
+
+
+def check_room(tasks: Mapping[str, Any], config: Any, tokenizer: Any) -> None:
+    """Raises UserError for a task that generates as many tokens as the model takes, or more: there
+    would be no room for a prompt."""
+    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+
+    most = resolve_max_length(config, tokenizer)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        given = task.get_config("generation_kwargs") or {}
+        length = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)["max_gen_toks"]
+        if length >= most:
+            raise UserError(
+                f"task {name} generates {length} tokens, which leaves no room in the {most} that "
+                "the model takes; leave the task out"
+            )
 
 
 def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
