@@ -40,7 +40,7 @@ def check_length(model_or_most: Any, length: int | None, what: str, remedy: str 
     most = model_or_most if isinstance(model_or_most, int | None) else longest(model_or_most)
     if most is not None and length is not None and length > most:
         raise UserError(
-            f"{what}: {length} tokens in a row are more than the {most} that the model takes; "
+            f"{what}: {length} tokens are too long for this model of {most}; "
             f"{remedy or f'give length={most} or less'}"
         )
 

@@ -148,7 +148,7 @@ def check_shapes(model_or_most: Any, level: str | Level) -> None:
             model_or_most,
             shape.length + shape.new_tokens,
             f"timing {shape.batch} x {shape.length} + {shape.new_tokens}",
-            "take another level, or none (--timing off)",
+            "take a longer model, another level, or none (--timing off)",
         )
 
 

@@ -124,7 +124,7 @@ def test_no_method_reads_windows_that_are_longer_than_the_model(name, family, te
     if own is None or own <= SHORT:
         fitted(name, model, text)
     else:
-        with pytest.raises(UserError, match=f"{own} tokens in a row are more than the {SHORT}"):
+        with pytest.raises(UserError, match=f"{own} tokens are too long for this model of {SHORT}"):
             fitted(name, model, text)
         fitted(name, model, text, length=SHORT)
     assert seen.tokens <= SHORT
@@ -134,7 +134,7 @@ def test_no_method_reads_windows_that_are_longer_than_the_model(name, family, te
 def test_every_criterion_reads_what_fits(criterion, text):
     model = make_tiny("gpt2", max_position_embeddings=SHORT)
     fitted("static_pruning", model, text, criterion=criterion)
-    with pytest.raises(UserError, match=f"33 tokens in a row are more than the {SHORT}"):
+    with pytest.raises(UserError, match=f"33 tokens are too long for this model of {SHORT}"):
         fitted("static_pruning", model, text, criterion=criterion, length=33)
 
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_of_another_model_is_told_by_whoever_reads(text):
 
 def test_recovery_and_routes_keep_to_the_model(text):
     model = make_tiny("gpt2", max_position_embeddings=SHORT)
-    with pytest.raises(UserError, match="256 tokens in a row are more than the 32"):
+    with pytest.raises(UserError, match="256 tokens are too long for this model of 32"):
         recover(load_method("dense"), model, text, Recipe())
     found = record(model, Reader(), load_method("dense"), {"a": "some text " * 20})
     assert found.lengths == (SHORT,)
@@ -170,7 +170,7 @@ def test_a_longer_window_is_refused_where_there_is_no_position():
                 DyndepthLM(model, load_method("dense"), tokenizer, max_length=64).max_length == 64
             )
         else:
-            with pytest.raises(UserError, match="max_length: 64 tokens in a row"):
+            with pytest.raises(UserError, match="max_length: 64 tokens are too long"):
                 DyndepthLM(model, load_method("dense"), tokenizer, max_length=64)
 
 
@@ -199,9 +199,9 @@ def models(tmp_path_factory) -> Path:
 
 
 CASES = [
-    ("sweep", "--model short --methods uls", "timing 1 x 64 . 2: 66 tok.* the 64 .*--timing off"),
+    ("sweep", "--model short --methods uls", "timing 1 x 64 . 2: 66 tok.* of 64; .*--timing off"),
     ("sweep", "--model short --timing off --methods static_pruning(length=65)",
-     "static_pruning: 65 tokens in a row are more than the 64 .* give length=64"),
+     "static_pruning: 65 tokens are too long for this model of 64; give length=64"),
     ("sweep", "--model short --timing off --methods layer_controller", "layer_controller: 128 tok"),
     ("sweep", "--timing off --model short --methods random_mask(source=skipgpt(length=999))",
      "random_mask: 999 tokens"),
@@ -214,7 +214,7 @@ CASES = [
     ("fit", "uls --model small", "has 257 tokens, the model 'small' 40"),
     ("timing", "--model short --method uls", "timing 1 x 64 . 2: 66 tokens"),
     ("timing", "break-even --model short --length 65", "65: 65 tokens .* take fewer"),
-    ("timing", "limits --model short", "--tokens: 512 tokens .* the 64"),
+    ("timing", "limits --model short", "--tokens: 512 tokens .* of 64"),
     ("importance", "attention --model short --length 65", "--length: 65 tokens"),
     ("importance", "attention --model small", "has 257 tokens, the model 'small' 40"),
     ("routes", "--methods uls --model small --output_path out", "257 tokens, the model 'small'"),
