@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dyndepth.blocks import causal_lm, projections
 from dyndepth.errors import UserError
 from dyndepth.models import fingerprint
+from dyndepth.paths import path_of
 from dyndepth.recipe import Recipe, parse_recovery
+from dyndepth.text_files import read_text
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "recovery.json"
 _LAYOUT = 1
@@ -51,9 +54,17 @@ class Adapter:
 
 
 def write_adapter(
-    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], recipe: Recipe, card: dict[str, Any]
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    card: dict[str, Any],
+    *,
+    transposed: bool = False,
 ) -> None:
-    """Write an adapter into ``folder``, its weights in bfloat16; ``card`` is completed."""
+    """Write an adapter into ``folder``, its weights in bfloat16; ``card`` is completed.
+
+    ``transposed``: as the function of that name says of the adapted projections, for peft.
+    """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -70,6 +81,7 @@ def write_adapter(
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         target_modules=targets,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -84,11 +96,11 @@ def write_adapter(
 
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card of the adapter in ``folder``. Raises UserError if there is none to be read."""
-    path = Path(folder)
+    path = path_of(folder)
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").exists():
         raise _refused(path, f"its weights are a pickle; save them as {WEIGHTS}")
     try:
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        card = json.loads(read_text(path / CARD))
         if card["layout"] != _LAYOUT:
             raise ValueError(f"its layout is {card['layout']}, this version reads {_LAYOUT}")
         for key in _CARD_KEYS:
@@ -109,7 +121,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(folder)
+    path = path_of(folder)
     card = read_card(path)
     if card["model"] != fingerprint(model):
         raise UserError(
@@ -123,7 +135,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         recipe = parse_recovery(card["recipe"])
         if recipe is None:
             raise ValueError("its card names no recipe")
-        _check_config(json.loads((path / CONFIG).read_text(encoding="utf-8")), recipe)
+        _check_config(json.loads(read_text(path / CONFIG)), recipe)
         factors = _factors(load(content), model, recipe)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as fault:
         raise _refused(path, fault) from fault
@@ -151,6 +163,7 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
         for name, module in linears.items():
             first, second = (f.to(module.weight.device).float() for f in adapter.factors[name])
             change = adapter.scale * (second @ first)
+            change = change.T if transposed(module) else change
             module.weight.data = (kept[name].float() + change).to(kept[name].dtype)
         setattr(model, _MARK, adapter.card["sha256"])
         yield
@@ -161,26 +174,43 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             delattr(model, _MARK)
 
 
-def linear(name: str, module: nn.Module) -> nn.Linear:
+def linear(name: str, module: nn.Module) -> nn.Linear | Conv1D:
     """``module`` if it is a plain linear map whose weights lie in memory; else UserError."""
     weight = getattr(module, "weight", None)
-    plain = type(module) is nn.Linear and type(weight) is nn.Parameter
-    if not (isinstance(module, nn.Linear) and plain and module.weight.is_floating_point()):
-        raise UserError(
-            f"{name} is no plain linear map (quantised, or wrapped by somebody else: "
-            f"{type(module).__name__}), so no adapter can be merged into it; load the model in "
-            "float32 or bfloat16"
-        )
-    if module.weight.is_meta:
+    if hasattr(module, "base_layer"):
+        matter, remedy = "it carries an adapter already", "merge or unload that one"
+    elif isinstance(weight, nn.Parameter) and weight.is_meta:
         raise UserError(f"{name} is offloaded, so no adapter can be merged into it; load it whole")
-    return module
+    elif type(weight) is not nn.Parameter or not weight.is_floating_point():
+        matter, remedy = "it is quantised", "load the model in float32 or bfloat16"
+    elif isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D):
+        return module
+    else:
+        matter, remedy = "its class is somebody's own", "name other targets"
+    raise UserError(
+        f"{name} is no plain linear map ({matter}: {type(module).__name__}), so no adapter can be "
+        f"merged into it; {remedy}"
+    )
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as ``[in, out]``, as those of GPT-2 do."""
+    return isinstance(module, Conv1D)
+
+
+def adaptable(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear | Conv1D]:
+    """The projections that ``recipe`` adapts, by name in the causal LM. Raises UserError, with the
+    cause, if an adapter cannot sit on one of them."""
+    found = projections(model, recipe.roles).items()
+    return {name: linear(name, module) for name, module in found}
 
 
 def _factors(tensors: dict[str, Tensor], model: nn.Module, recipe: Recipe) -> Factors:
     """The tensors of a file as factors, each one's shape checked. Raises ValueError."""
     found: Factors = {}
-    for name, module in projections(model, recipe.roles).items():
-        rows, columns = linear(name, module).weight.shape
+    for name, module in adaptable(model, recipe).items():
+        shape_of = module.weight.shape
+        rows, columns = reversed(shape_of) if transposed(module) else shape_of
         pair = []
         for letter, shape in (("A", (recipe.rank, columns)), ("B", (rows, recipe.rank))):
             tensor = tensors.pop(f"{_PREFIX}{name}.lora_{letter}.weight", None)
@@ -208,7 +238,8 @@ def _check_config(config: dict[str, Any], recipe: Recipe) -> None:
         "lora_alpha": recipe.alpha,
         "bias": "none",
     }
-    wanted |= dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), False)
+    # Not fan_in_fan_out: peft goes by the module, whatever that says.
+    wanted |= dict.fromkeys(("use_rslora", "use_dora"), False)
     wanted |= dict.fromkeys(("rank_pattern", "alpha_pattern"), {})
     for key, value in wanted.items():
         found = config.get(key, value)

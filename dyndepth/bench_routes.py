@@ -37,7 +37,7 @@ def routes(corpus: Any, options: argparse.Namespace) -> dict[str, dict[str, floa
     dtype = options.dtypes[0]
     model = load_model(options.model, dtype=dtype, device=options.device)
     plans = spaced_and_random(len(blocks(model)))
-    documents = questions(corpus, options.documents)
+    documents = questions(corpus, options.documents, model)
     parts = [documents[start : start + BATCH] for start in range(0, len(documents), BATCH)]
     lines: dict[str, dict[str, float]] = {}
     for skipping in options.skipping:
@@ -107,14 +107,15 @@ def computed(plans: Tensor) -> float:
     return len(beginnings) / executed
 
 
-def questions(corpus: Any, count: int) -> list[Group]:
+def questions(corpus: Any, count: int, model: Any = None) -> list[Group]:
     """Documents like questions with three choices, cut from the corpus, the longest first.
 
     Contexts have 48 to 80 tokens, choices 2 to 6.
     """
     generator = torch.Generator().manual_seed(0)
     found = []
-    for number, window in enumerate(corpus.windows(98, count, seed=0, split="calibration")):
+    windows = corpus.windows(98, count, seed=0, split="calibration", model=model)
+    for number, window in enumerate(windows):
         context = int(torch.randint(48, 81, (1,), generator=generator))
         lengths = torch.randint(2, 7, (3,), generator=generator).tolist()
         rest = window[80:].tolist()

@@ -53,7 +53,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
         model = load_model(options.model, dtype=dtype, device=options.device)
         for phase in options.phases:
             batch, length = PHASES[phase]
-            tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration")
+            tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration", model=model)
             shape = Prefill(tokens[:, :length]) if "prefill" in phase else Decode(tokens, length)
             with torch.inference_mode():
                 for work, line in _measure(model, shape, options):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from dyndepth.capacity import check_length, embeddings
 from dyndepth.errors import UserError
 from dyndepth.pairing import LEAST_PAIRS, Ratio, Times, interleave, ratio
 
@@ -237,13 +238,11 @@ def _jobs(model: Any, regime: Regime, fractions: Sequence[float], seed: int) -> 
     from dyndepth.blocks import blocks
 
     decoding = regime.phase == "decode"
-    longest = getattr(model.config, "max_position_embeddings", None)
     needed = regime.length + STEPS * decoding
-    if longest is not None and needed > longest:
-        raise UserError(f"{needed} tokens are too long for this model of {longest}; take fewer")
+    check_length(model, needed, f"{regime.phase} {regime.batch} x {regime.length}", "take fewer")
     generator = torch.Generator().manual_seed(seed)
     size = (regime.batch, needed)
-    tokens = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
+    tokens = torch.randint(embeddings(model), size, generator=generator).to(model.device)
     shape: Prefill | Decode = Decode(tokens, regime.length) if decoding else Prefill(tokens)
     width = STEPS if decoding else regime.length
     drawn = torch.rand(2, len(blocks(model)), regime.batch, width, generator=generator)

@@ -8,11 +8,11 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.break_even import Curve
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
     add("--threads", type=int, help="default: torch's own choice")
     add("--seed", type=int, default=0, help="of masks, tokens and order (default: 0)")
-    add("--output_path", type=Path, metavar="FILE", help="CSV to write")
+    add("--output_path", type=path_of, metavar="FILE", help="CSV to write")
     return built
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from dyndepth import sheets
 from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.errors import UserError
 from dyndepth.leaderboard import merged
 from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder
+from dyndepth.paths import check_folder, path_of
 from dyndepth.readable_rows import check_rows
 from dyndepth.records import LEADING, Cell, Row
 from dyndepth.store import write_atomically
@@ -90,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compare cells with dense, and methods at equal FLOPs, on the same documents.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path"
+    )
     parser.add_argument(
         "--at",
         nargs="+",
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="reference budgets, dense / executed FLOPs (default: 1.1 1.25 1.5 1.9)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
-    parser.add_argument("--output_path", type=Path, help="folder to write the three CSV files to")
+    parser.add_argument(
+        "--output_path", type=path_of, help="folder to write the three CSV files to"
+    )
     given = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser.parse_args([underscored(word) for word in given])

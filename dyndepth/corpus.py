@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dyndepth import assets
+from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.errors import UserError
+from dyndepth.paths import expanded
+from dyndepth.text_files import paragraphs, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "calibration"]
+
+EMBEDDED_TEXT = "2588359b2a4d041a"
+"""Fingerprint of the embedded corpus."""
 
 _CALIBRATION_SHARE = 0.25
 _SHORTEST_TEXT = 80
@@ -55,20 +61,29 @@ class Corpus:
         share = max(1, round(len(self.texts) * _CALIBRATION_SHARE))
         return self.texts[:share] if split == "calibration" else self.texts[share:]
 
-    def windows(self, length: int, count: int, seed: int, split: Split = "train") -> Tensor:
+    def windows(
+        self, length: int, count: int, seed: int, split: Split = "train", *, model: Any = None
+    ) -> Tensor:
         """``count`` windows of ``length`` tokens: int64 ``[count, length]``; see ``reader``."""
-        return self.reader(length, count, seed, split)[:count]
+        return self.reader(length, count, seed, split, model=model)[:count]
 
-    def reader(self, length: int, count: int, seed: int, split: Split = "train") -> Windows:
+    def reader(
+        self, length: int, count: int, seed: int, split: Split = "train", *, model: Any = None
+    ) -> Windows:
         """``count`` windows of ``length`` tokens, cut from the text when they are asked for.
 
         The split's documents are joined with the end-of-sequence token between them and cut at a
         seeded offset; the windows come in a seeded order and do not overlap. For training, more
         windows than the text holds are drawn by starting over with another offset. Raises
-        UserError if the text is too short for one window or, for calibration, for ``count``.
+        UserError if the text is too short for one window or, for calibration, for ``count``, and
+        for windows that ``model``, which is to read them, cannot take.
         """
         import torch
 
+        if model is not None:
+            check_length(model, length, "the windows of text")
+            check_vocabulary(model, self.tokenizer)
+            check_tokens(model, [int(self._streams[split].max())], "the corpus")
         stream = self._streams[split]
         held = len(stream) // length
         if held == 0 or (split == "calibration" and held < count):
@@ -128,16 +143,18 @@ class Windows:
 def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
     """The corpus ``name``: "embedded", or the path of a .txt or .jsonl file.
 
-    A .txt file holds documents with an empty line between them; a .jsonl file one a line, a
-    string or an object with the key ``text``. ``tokenizer`` defaults to the embedded model's.
+    A .txt file holds documents with a blank line between them; a .jsonl file one a line, a
+    string or an object with the key ``text``. Both are UTF-8; a byte-order mark and the kind of
+    line ends make no difference. ``tokenizer`` defaults to the embedded model's.
     Raises UserError if the file is missing or holds something else.
     """
-    if str(name) == "embedded":
+    name = expanded(name)
+    if name == "embedded":
         texts = _embedded_texts()
     elif not Path(name).is_file():
         raise UserError(f"no corpus file at {str(name)!r}; give a .txt or .jsonl file")
     elif Path(name).suffix == ".txt":
-        texts = _read(Path(name)).split("\n\n")
+        texts = paragraphs(_read(Path(name)))
     elif Path(name).suffix == ".jsonl":
         texts = _jsonl_texts(Path(name))
     else:
@@ -181,9 +198,9 @@ def _jsonl_texts(path: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the corpus {str(path)!r} is not UTF-8 text") from error
+        return read_text(path, f"the corpus {str(path)!r}")
+    except OSError as error:
+        raise UserError(f"the corpus {str(path)!r} can't be read: {error.strerror}") from error
 
 
 def _digest(text: str) -> str:

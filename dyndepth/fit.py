@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.capacity import check_length
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, Parser, slug, underscored
 from dyndepth.paths import check_folder
@@ -135,9 +136,13 @@ def run(options: dict[str, Any]) -> None:
             )
     output = check_folder("output_path", Path(options["output_path"] or _default_path(options)))
 
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
 
-    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    named = (options["model"], options["revision"], options["trust_remote_code"])
+    layers, most = layer_count(*named), longest_window(*named)
+    check_length(most, method.window_length, method.name)
+    if recipe is not None and recipe.kind == "lora":
+        check_length(most, recipe.length, f"recovery {recipe.kind!r}")
     reach = method.max_speedup(layers)
     if not method.target_speedup <= reach:
         raise UserError(
@@ -148,6 +153,7 @@ def run(options: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
 
+    from dyndepth.adapters import adaptable
     from dyndepth.corpus import load_corpus
     from dyndepth.fits import fit_cached, save_fit
     from dyndepth.machine import steady_allocator
@@ -160,6 +166,7 @@ def run(options: dict[str, Any]) -> None:
     steady_allocator()
     device = resolve_device(options["device"])
     state = PartialState(cpu=device == "cpu")
+    corpus = load_corpus(options["corpus"], load_tokenizer(*named))
     model = load_model(
         options["model"],
         dtype=options["dtype"],
@@ -168,8 +175,8 @@ def run(options: dict[str, Any]) -> None:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
     )
-    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
-    corpus = load_corpus(options["corpus"], tokenizer)
+    if recipe is not None:
+        adaptable(model, recipe)
     began = time.monotonic()
     torch.manual_seed(method.seed)
     if recipe is None or recipe.kind == "lora":

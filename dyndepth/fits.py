@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root, open_to_readers, replace_folder
 from dyndepth.errors import UserError
+from dyndepth.paths import path_of
 from dyndepth.records import file_part
+from dyndepth.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +126,7 @@ def save_fit(method: DynamicDepthMethod, model: torch.nn.Module, path: str | Pat
     A fit that is already there is replaced. Raises UserError if the folder holds something
     else, TypeError if ``method.facts`` is not plain JSON.
     """
-    folder = Path(path)
+    folder = path_of(path)
     if folder.exists() and not _is_fit_or_empty(folder):
         raise UserError(f"{str(folder)!r} holds something other than a fit; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +164,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
         for name, tensor in tensors.items()
     }
     method.facts = record["facts"]
-    method.curve = read_curve(Path(path) / CURVE)
+    method.curve = read_curve(path_of(path) / CURVE)
     return method
 
 
@@ -190,7 +193,7 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
         ),
         "facts": method.facts,
     }
-    (folder / _FACTS).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / _FACTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -202,13 +205,13 @@ def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    folder = Path(path)
+    folder = path_of(path)
 
     def refuse(reason: object) -> UserError:
         return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")
 
     try:
-        record = json.loads((folder / _FACTS).read_text())
+        record = json.loads(read_text(folder / _FACTS))
         content = (folder / _TENSORS).read_bytes()
         if record["layout"] != _LAYOUT:
             raise refuse(f"its layout is {record['layout']}, this version reads {_LAYOUT}")
@@ -243,8 +246,8 @@ def read_curve(file: Path) -> list[dict[str, float]]:
     """The rows of a training curve kept as CSV, without their step; empty where there is none."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    found = csv.DictReader(io.StringIO(read_text(file)))
+    rows = [{key: float(value) for key, value in row.items()} for row in found]
     return [{key: value for key, value in row.items() if key != "step"} for row in rows]
 
 

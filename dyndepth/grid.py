@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from dyndepth.capacity import check_length
 from dyndepth.errors import UserError
 from dyndepth.options import DEFAULT_LIMIT, OTHERS, Settings
 from dyndepth.recipe import NONE, parse_recovery, shortened
@@ -52,17 +53,18 @@ class Plan:
         )
 
 
-def plans(settings: Settings, layers: int) -> list[Plan]:
+def plans(settings: Settings, layers: int, longest: int | None = None) -> list[Plan]:
     """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
 
-    A method that executes everything whatever it is asked (``max_speedup`` is 1) has one cell,
-    and one a seed for each recovery, which is trained. One that is not ``budgeted`` has one cell a
-    seed, at the least speedup above 1. Dense, the control of recovery, has none
-    for ``joint``: it has no routers.
+    The model takes at most ``longest`` tokens in a row (None: any number). A method that executes
+    everything whatever it is asked (``max_speedup`` is 1) has one cell, and one a seed for each
+    recovery, which is trained. One that is not ``budgeted`` has one cell a seed, at the least
+    speedup above 1. Dense, the control of recovery, has none for ``joint``: it has no routers.
 
     Raises:
-        UserError: an unknown method or parameter, a speedup beyond what a method can reach, or
-            ``joint`` for a method that trains nothing.
+        UserError: an unknown method or parameter, a speedup beyond what a method can reach, windows
+            of text that are longer than the model takes, or ``joint`` for a method that trains
+            nothing.
     """
     from dyndepth.registry import method_class, parse_methods
 
@@ -77,8 +79,9 @@ def plans(settings: Settings, layers: int) -> list[Plan]:
         speedups = settings.speedups if method.budgeted else _above_one(settings.speedups)
         if reach != 1.0:
             _check_reach(base, reach, speedups, layers)
+            check_length(longest, method.window_length, name)
         for recovery in settings.recovery:
-            if not _recoverable(base, recovery):
+            if not _recoverable(base, recovery, longest):
                 continue
             cells = [
                 replace(base, target_speedup=speedup, seed=seed, recovery=recovery)
@@ -96,9 +99,12 @@ def _above_one(speedups: Sequence[float]) -> Sequence[float]:
     return above[:1] or speedups[:1]
 
 
-def _recoverable(plan: Plan, recovery: str) -> bool:
-    """False for dense with ``joint``. Raises UserError for another method that trains nothing."""
+def _recoverable(plan: Plan, recovery: str, longest: int | None) -> bool:
+    """False for dense with ``joint``. Raises UserError for another method that trains nothing, and
+    for windows that do not fit."""
     recipe = parse_recovery(recovery)
+    if recipe is not None and recipe.kind == "lora":
+        check_length(longest, recipe.length, f"recovery {recipe.kind!r}")
     if recipe is None or recipe.kind != "joint" or plan.build().needs_training:
         return True
     if plan.method == DENSE:

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dyndepth.capacity import fitting
 from dyndepth.errors import UserError
 from dyndepth.spec import nearest
 
@@ -124,11 +125,11 @@ class Settings:
         """Of the units that are ranked."""
         return self.unit or CRITERIA[self.criterion].kinds[0]
 
-    @property
-    def text(self) -> tuple[int, int]:
-        """Windows and their length; no windows for criteria without text."""
+    def text_for(self, model: nn.Module) -> tuple[int, int]:
+        """Windows and their length: what was asked for, else the criterion's own, cut to what
+        fits; no windows for criteria without text."""
         windows, length = CRITERIA[self.criterion].text or (0, 128)
-        return (windows and (self.windows or windows)), self.length or length
+        return (windows and (self.windows or windows)), self.length or fitting(model, length)
 
     def keep(self, layers: int) -> tuple[int, int]:
         """Protected blocks at the two ends of a model of ``layers`` blocks."""
@@ -271,8 +272,8 @@ def calibration_text(model: nn.Module, corpus: Corpus | None, settings: Settings
     """
     if corpus is None:
         raise UserError(f"the criterion {settings.criterion} reads text; give a corpus")
-    windows, length = settings.text
-    ids = corpus.windows(length, windows, settings.seed, split="calibration")
+    windows, length = settings.text_for(model)
+    ids = corpus.windows(length, windows, settings.seed, split="calibration", model=model)
     return ids.to(next(model.parameters()).device)
 
 

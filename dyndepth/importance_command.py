@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.importance import Settings
@@ -100,7 +101,7 @@ def run(options: dict[str, Any]) -> None:
     """Measure, print, write; the last line printed is one JSON document. Raises UserError."""
     from dyndepth.importance import CRITERIA, rank
 
-    output = Path(options["output_path"]) if options["output_path"] else None
+    output = path_of(options["output_path"]) if options["output_path"] else None
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
     chosen = _chosen(options)
@@ -153,9 +154,12 @@ def _chosen(options: dict[str, Any]) -> dict[str, Any]:
 def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, Any]:
     """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
     for what is ``chosen``."""
-    from dyndepth.models import layer_count
+    from dyndepth.capacity import check_length
+    from dyndepth.models import layer_count, longest_window
 
-    layers = layer_count(options["model"], options["revision"], options["trust_remote_code"])
+    named = (options["model"], options["revision"], options["trust_remote_code"])
+    check_length(longest_window(*named), options["length"], "--length", "give fewer")
+    layers = layer_count(*named)
     for each in chosen:
         each.ranked(layers, options["run"])
     if options["threads"] is not None and options["threads"] < 1:
@@ -169,7 +173,7 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    tokenizer = load_tokenizer(options["model"], options["revision"], options["trust_remote_code"])
+    tokenizer = load_tokenizer(*named)
     corpus = load_corpus(options["corpus"], tokenizer)
     model = load_model(
         options["model"],

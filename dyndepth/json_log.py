@@ -33,11 +33,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import IO, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import Settings
+from dyndepth.paths import path_of
 from dyndepth.progress import STDERR, Job, Listener, no_bars
 from dyndepth.records import Cell, identity_columns, plain
 
@@ -109,7 +109,7 @@ class JsonLog(Listener):
 
 
 def _append(target: str) -> IO[str]:
-    path = Path(target).expanduser()
+    path = path_of(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from dyndepth import generation, scoring
 from dyndepth.agreement import agree
+from dyndepth.blocks import causal_lm, family
+from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
 from dyndepth.generation import Prompt
@@ -139,6 +141,10 @@ class DyndepthLM(HFLM):
                 "the tokenizer has neither a BOS nor an EOS token, one of which stands for an "
                 "empty context; give prefix_token_id, or set its eos_token"
             )
+        check_vocabulary(model, self.tokenizer)
+        record = family(causal_lm(model))
+        if not record.rotary and record.bias is None:  # learned: there is none beyond the last one
+            check_length(model, max_length, "max_length", "give as many or less")
         self.method = _fitted(method, model, tokenizer) if named else method
         self.execution: Backend = backend
         self.progress = progress
@@ -265,6 +271,7 @@ class DyndepthLM(HFLM):
                     f"document {document}: its continuation has {len(continuation)} tokens, and "
                     f"{self.max_length} fit into the model"
                 )
+            check_tokens(self.model, (*context, *continuation), f"document {document}")
             kept = self.max_length + 1 - len(continuation)
             shared[document, tuple(context[-kept:])].append(place)
         groups = [
@@ -298,6 +305,7 @@ class DyndepthLM(HFLM):
             stops.append(until)
             tokens = self._prompt(context)[-room:]
             document, limit = self.document(request), settings.limit
+            check_tokens(self.model, tokens, f"document {document}")
             if settings.total is not None:
                 limit = settings.total - len(tokens)
                 if limit < 1:

@@ -25,7 +25,7 @@ from dyndepth.grid import DENSE
 from dyndepth.merging import merged_cells
 from dyndepth.naming import apart
 from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder
+from dyndepth.paths import check_folder, path_of
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, identity_columns, setting
 from dyndepth.schema import TABLES, validate
@@ -289,10 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "apart; other evaluation data or task versions are refused.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path"
+    )
     parser.add_argument(
         "--output_path",
-        type=Path,
+        type=path_of,
         metavar="FOLDER",
         help=f"folder to write {', '.join(NAMES)} to",
     )

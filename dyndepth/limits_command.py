@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} takes a whole number of at least {least}, not {value}")
     import torch
 
+    from dyndepth.capacity import check_length
     from dyndepth.gathering import keep
     from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         attn_implementation=options.attn_implementation,
     )
+    check_length(model, options.tokens, "--tokens", f"it takes {max(COUNTS)} or more")
     found = measure(model, options.tokens, options.repeats, say=print)
     print(f"gather attention up to {found.attention:g} and MLP up to {found.mlp:g} of the tokens,")
     print(f"in forwards of at least {found.tokens} tokens; kept in {keep(model, found)}")
@@ -157,7 +159,8 @@ def _entering(
     """What the block ``index`` is given in a forward of as many tokens, without a cache."""
     import torch
 
-    from dyndepth.blocks import causal_lm, decoder
+    from dyndepth.blocks import decoder
+    from dyndepth.capacity import embeddings
     from dyndepth.patching import run_by
 
     seen: list[tuple[Tensor, dict[str, Any]]] = []
@@ -168,8 +171,7 @@ def _entering(
         return stock(hidden, **arguments)
 
     generator = torch.Generator().manual_seed(0)
-    vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+    ids = torch.randint(embeddings(model), (1, tokens), generator=generator)
     with run_by(split, run):
         decoder(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return seen[0]

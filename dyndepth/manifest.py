@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dyndepth.errors import UserError
+from dyndepth.paths import path_of
 from dyndepth.records import Row
 from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.schema import COMPARED, TABLES
 from dyndepth.store import Store, write_atomically
+from dyndepth.text_files import read_text
 
 NAME = "manifest.json"
 PAGES = ("leaderboard.md", "leaderboard.html")
@@ -75,11 +77,11 @@ def read_manifest(path: str | Path) -> Manifest | None:
     Raises:
         UserError: it cannot be read.
     """
-    place = Path(path) / NAME
+    place = path_of(path) / NAME
     if not place.is_file():
         return None
     try:
-        body: Any = json.loads(place.read_text(encoding="utf-8"))
+        body: Any = json.loads(read_text(place))
         if body["format"] != FORMAT:
             raise ValueError(f"it has format {body['format']}, not {FORMAT}")
         cells = {

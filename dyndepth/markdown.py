@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dyndepth.errors import UserError
+from dyndepth.text_files import read_text
 
 Record = dict[str, str]
 """A row of a CSV file: column -> text, empty where the value is missing."""
@@ -23,9 +25,8 @@ def read(path: Path) -> list[Record]:
         UserError: the file cannot be read.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as fault:
+        return list(csv.DictReader(io.StringIO(read_text(path))))
+    except OSError as fault:
         raise UserError(f"{path} cannot be read: {fault}") from None
 
 

@@ -197,6 +197,13 @@ class DynamicDepthMethod:
         """See the class docstring."""
         return True
 
+    @property
+    def window_length(self) -> int | None:
+        """Tokens of the longest window that ``fit`` reads because a parameter says so: the field
+        ``length``, where there is one. A sweep refuses more than the model takes. None: the method
+        reads as much as suits, and no more than the model takes (``capacity.fitting``)."""
+        return getattr(self, "length", None)
+
     def __post_init__(self) -> None:
         if not self.target_speedup >= 1.0:
             raise ValueError(

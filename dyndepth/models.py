@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth import assets
+from dyndepth.capacity import check_vocabulary, longest
 from dyndepth.errors import UserError
+from dyndepth.paths import expanded
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
-EMBEDDED_LAYERS = 30
+EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Raise it when the way the cached copy is made changes.
@@ -75,6 +77,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    name = expanded(name)
     config = _load_config(name, revision, trust_remote_code)
     _check_causal(name, config)
 
@@ -89,7 +92,7 @@ def load_model(
     try:
         with _no_progress_bar(quiet=name == EMBEDDED):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(prepare_embedded()) if name == EMBEDDED else name,
+                _source(name),
                 config=config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attn_implementation,
@@ -132,14 +135,15 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of ``name`` (as in load_model), with a padding token: its own or the EOS.
 
-    The embedded one adds no special token by itself. Raises UserError if it can't be found.
+    The embedded one adds no special token by itself. Raises UserError if it can't be found, or has
+    tokens that the model of this name does not know.
     """
     from transformers import AutoTokenizer
 
-    source = str(prepare_embedded()) if name == EMBEDDED else name
+    name = expanded(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source,
+            _source(name),
             revision=None if name == EMBEDDED else revision,
             # Not given, transformers would ask on the terminal.
             trust_remote_code=trust_remote_code,
@@ -150,6 +154,9 @@ def load_tokenizer(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = _config_beside(name, revision, trust_remote_code)
+    if config is not None:
+        check_vocabulary(config, tokenizer, repr(name))
     return tokenizer
 
 
@@ -162,6 +169,15 @@ def layer_count(
     config = _load_config(name, revision, trust_remote_code)
     _check_causal(name, config)
     return int(config.get_text_config().num_hidden_layers)
+
+
+def longest_window(
+    name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """``capacity.longest`` of model ``name``, from its configuration alone."""
+    if name == EMBEDDED:
+        return EMBEDDED_LENGTH
+    return longest(_load_config(name, revision, trust_remote_code))
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -215,8 +231,9 @@ def _convert_embedded(work: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         source, gguf_file="model.gguf", dtype=torch.float32
     )
-    if loaded.config.num_hidden_layers != EMBEDDED_LAYERS:
-        raise RuntimeError(f"the embedded model has {loaded.config.num_hidden_layers} blocks")
+    sizes = (loaded.config.num_hidden_layers, loaded.config.max_position_embeddings)
+    if sizes != (EMBEDDED_LAYERS, EMBEDDED_LENGTH):
+        raise RuntimeError(f"the embedded model has {sizes[0]} blocks and {sizes[1]} positions")
     config = loaded.config
     # A model read from GGUF counts as quantised and refuses to be saved; a fresh one does not.
     if hasattr(config, "quantization_config"):
@@ -243,9 +260,10 @@ def _convert_embedded(work: Path) -> None:
 def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    name = expanded(name)
     if name == EMBEDDED:
-        return AutoConfig.from_pretrained(prepare_embedded())
-    path = Path(name).expanduser()
+        return AutoConfig.from_pretrained(_source(name))
+    path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_local:
         if not path.is_dir():
@@ -268,6 +286,19 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
                 f"({_first_line(error)}); for a model without the hub, use {EMBEDDED!r}"
             )
         raise UserError(f"model {name!r} {known}") from error
+
+
+def _source(name: str) -> str:
+    """What transformers is to load: a folder or a hub id."""
+    return str(prepare_embedded()) if name == EMBEDDED else name
+
+
+def _config_beside(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The configuration beside a tokenizer; None where a tokenizer is all that there is."""
+    try:
+        return _load_config(name, revision, trust_remote_code)
+    except UserError:
+        return None
 
 
 def _check_causal(name: str, config: Any) -> None:

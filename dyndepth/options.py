@@ -14,15 +14,19 @@ from typing import Any, NoReturn
 
 from dyndepth.errors import UserError
 from dyndepth.mirror import is_url, mirrored
-from dyndepth.paths import check_folder, check_path
+from dyndepth.paths import check_folder, check_path, expanded, path_of
 from dyndepth.recipe import NONE, parse_recoveries
 from dyndepth.records import file_part
+from dyndepth.text_files import read_text
 
 EMBEDDED = "embedded"
 SUITE = "offline"
 
 LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers"})
 """Settings that take several values."""
+
+PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
+"""Settings that are paths, or may be; ``output_path`` is looked at apart."""
 
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
@@ -210,7 +214,7 @@ def read(arguments: Sequence[str]) -> Settings:
     """
     flags = vars(parser().parse_args([underscored(argument) for argument in arguments]))
     config = flags.pop("config")
-    chosen = read_config(Path(config)) if config else {}
+    chosen = read_config(path_of(config)) if config else {}
     chosen |= {key: value for key, value in flags.items() if value is not None}
     return settings(chosen)
 
@@ -235,7 +239,7 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(read_text(path, f"--config {path}")) or {}
         repr(content)  # a message could not quote an integer of thousands of digits
     except OSError as fault:
         raise UserError(f"--config {path} cannot be read: {fault.strerror}") from None
@@ -271,7 +275,7 @@ def settings(chosen: dict[str, Any]) -> Settings:
 
 def slug(model: str) -> str:
     """A folder name for a model: the last part of a local path, a hub id with ``--`` for ``/``."""
-    path = Path(model).expanduser()
+    path = path_of(model)
     local = path.exists() or model.startswith((".", "/", "~"))
     return file_part(path.resolve().name if local else model.replace("/", "--")) or "model"
 
@@ -321,6 +325,8 @@ def _checked(name: str, value: Any) -> Any:
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(f"--{name} takes a text, not {value!r}")
     check_path(name, value)
+    if name in PATHS:
+        value = expanded(value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":

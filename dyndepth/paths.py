@@ -11,6 +11,18 @@ _LONGEST = 255
 """Bytes in one part of a path, on the usual file systems."""
 
 
+def expanded(text: str | Path) -> str:
+    """``text`` with the home folder in place of a leading ``~``: what every path that a user gives
+    becomes before anything else is done with it, in flags, YAML and Python, and what a cell's
+    identity then holds. A hub id or a URL stays as it is."""
+    return os.path.expanduser(text)
+
+
+def path_of(text: str | Path) -> Path:
+    """The path that a user means by ``text``; see ``expanded``."""
+    return Path(expanded(text))
+
+
 def check_path(flag: str, text: str | Path) -> None:
     """Raises UserError, in the name of ``--flag``, for a text that no path can be: with a null
     character, of no encoding, with a part that is too long, or in the home of an unknown user."""

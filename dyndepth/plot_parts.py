@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.paths import path_of
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -246,7 +248,7 @@ def written(figure: Figure, path: str | Path | None) -> Figure:
 
         from matplotlib import rc_context
 
-        path = Path(path)
+        path = path_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         with warnings.catch_warnings(), rc_context({"svg.hashsalt": _SALT}):

@@ -14,6 +14,7 @@ import numpy as np
 from dyndepth import naming
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE
+from dyndepth.paths import path_of
 from dyndepth.plot_chance import name_tasks
 from dyndepth.recipe import NONE
 from dyndepth.schema import validate
@@ -54,7 +55,7 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """
     import pandas as pd
 
-    run = Path(run)
+    run = path_of(run)
     if not (run / "leaderboard.csv").is_file():
         raise UserError(f"{run} holds no leaderboard.csv; give the --output_path of a sweep")
     found = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder
+from dyndepth.paths import check_folder, path_of
 from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock
 from dyndepth.plot_fits import importance, training_curve
 from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
@@ -181,9 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write every figure that a run's tables allow, and say which they do not.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output folder")
+    parser.add_argument("run", type=path_of, metavar="RUN", help="a sweep's output folder")
     parser.add_argument(
-        "--output_path", type=Path, help="folder to write to (default: RUN/figures)"
+        "--output_path", type=path_of, help="folder to write to (default: RUN/figures)"
     )
     parser.add_argument(
         "--formats", nargs="+", choices=(*FORMATS, "pdf"), default=FORMATS, help="(default: both)"

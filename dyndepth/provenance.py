@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dyndepth.paths import path_of
 from dyndepth.records import VERSIONS
 
 PACKAGE = Path(__file__).resolve().parent
@@ -219,7 +220,7 @@ def recovery_code() -> str:
 
 def task_files(folder: str) -> str:
     """12 hex digits over the task and data files of a folder given by ``--include_path``."""
-    root = Path(folder)
+    root = path_of(folder)
     suffixes = {".py", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt"}
     return _digest([path for path in root.rglob("*") if path.suffix in suffixes], root)
 

@@ -19,6 +19,7 @@ from dyndepth.recipe import KINDS, NONE
 from dyndepth.records import Row
 from dyndepth.registry import methods
 from dyndepth.spec import split
+from dyndepth.text_files import read_text
 
 FILE = "published.csv"
 
@@ -63,7 +64,7 @@ def rows_of(package: str) -> list[Row]:
         return []
     if not file.is_file():
         return []
-    return parse(file.read_text(encoding="utf-8"), f"{FILE} of {package}")
+    return parse(read_text(file, f"{FILE} of {package}"), f"{FILE} of {package}")
 
 
 def parse(text: str, origin: str) -> list[Row]:

@@ -57,8 +57,11 @@ def recover_cached(
     """
     from accelerate import PartialState
 
+    from dyndepth.adapters import adaptable
+
     if PartialState().num_processes > 1:
         raise UserError("recovery trains in one process; start it without `accelerate launch`")
+    targets = adaptable(model, recipe)  # said before minutes of training
     seed = method.seed if seed is None else seed
     shipped = None if refresh else find_shipped(method, model, corpus, recipe, seed)
     if shipped is not None:
@@ -70,7 +73,7 @@ def recover_cached(
         shutil.rmtree(unfinished, ignore_errors=True)
 
     def build(work: Path) -> None:
-        from dyndepth.adapters import adapted, load_adapter, write_adapter
+        from dyndepth.adapters import adapted, load_adapter, transposed, write_adapter
         from dyndepth.fits import CURVE, fit_cached, save_fit, write_curve
         from dyndepth.loop import checkpoints
         from dyndepth.recovery import recover
@@ -80,7 +83,13 @@ def recover_cached(
             fit_cached(method, model, corpus)
         with checkpoints(unfinished):
             found = recover(method, model, corpus, recipe, seed, progress=progress)
-        write_adapter(work, found.factors, recipe, _card(method, model, corpus, seed, found))
+        write_adapter(
+            work,
+            found.factors,
+            recipe,
+            _card(method, model, corpus, seed, found),
+            transposed=any(map(transposed, targets.values())),
+        )
         write_curve(work / CURVE, found.curve)
         with adapted(model, load_adapter(work, model)):
             method.calibrate(model, corpus)
@@ -235,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.adapters import CARD
     from dyndepth.grid import plans
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
     from dyndepth.options import settings
     from dyndepth.registry import parse_methods
 
@@ -252,7 +261,7 @@ def _recover_all(options: argparse.Namespace) -> None:
     )
     # A sweep always has its yardstick; here only what was named is made.
     named = {name for name, _ in parse_methods(options.methods)}
-    found = plans(chosen, layer_count(options.model))
+    found = plans(chosen, layer_count(options.model), longest_window(options.model))
     cells = [plan for plan in found if plan.method in named]
 
     from dyndepth.corpus import load_corpus
@@ -260,8 +269,8 @@ def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.models import load_model, load_tokenizer
 
     steady_allocator()
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
     corpus = load_corpus(options.corpus, load_tokenizer(options.model))
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
     for plan in cells:
         method, adapter = recover_cached(plan.build(), model, corpus, recipe)
         if options.ship:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dyndepth.adapters import Factors, linear
-from dyndepth.blocks import causal_lm, decoder, projections, readout
+from dyndepth.adapters import Factors, adaptable, transposed
+from dyndepth.blocks import causal_lm, decoder, readout
 from dyndepth.calibration import prompt_phase
 from dyndepth.errors import UserError
 from dyndepth.loop import Curve, Schedule, optimise, seeded
@@ -110,7 +110,7 @@ def _train(
 ) -> Curve:
     """Optimise the adapters that are in the model; returns the curve."""
     plan = Schedule.of(recipe)
-    windows = corpus.reader(recipe.length, plan.windows, _READING + seed)
+    windows = corpus.reader(recipe.length, plan.windows, _READING + seed, model=model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with attach(model, method) as trace:
         return optimise(
@@ -172,14 +172,13 @@ def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[s
     from peft import LoraConfig, inject_adapter_in_model
 
     owner = causal_lm(model)
-    targets = projections(model, recipe.roles)
-    for name, module in targets.items():
-        linear(name, module)
+    targets = adaptable(model, recipe)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         target_modules=list(targets),
+        fan_in_fan_out=any(map(transposed, targets.values())),
     )
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -198,9 +197,9 @@ def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[s
             mark_along([layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight])
         yield layers
     finally:
-        for name, module in targets.items():
+        for name, target in targets.items():
             parent, _, last = name.rpartition(".")
-            setattr(owner.get_submodule(parent), last, module)
+            setattr(owner.get_submodule(parent), last, target)
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         for module, mode in modes:

@@ -1,8 +1,8 @@
 """The command that computes a cell again, from its identity alone.
 
 ``python -m dyndepth.rerun RUN [CELL...]`` prints it for the cells of a run, each with the versions
-that it was made with. What an identity knows by its fingerprint only cannot stand in the command:
-the path of a corpus or of task files of one's own (``--corpus``, ``--include_path``).
+that it was made with. What an identity knows by its fingerprint only has a placeholder there: the
+path of task files or of a text of one's own (``--include_path``, ``--corpus``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from dyndepth.corpus import EMBEDDED_TEXT
 from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, Plan, method_identity, plans
 from dyndepth.options import CHOICES, EMBEDDED, OTHERS, Parser, Settings, limit_text, read, settings
+from dyndepth.paths import path_of
 from dyndepth.recipe import NONE, shortened
 from dyndepth.records import Cell, Row, setting
 from dyndepth.spec import parameters_of, value
@@ -31,6 +32,13 @@ MADE_WITH = ("git_commit", "torch", "transformers", "lm_eval", "dyndepth", "harn
 OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed")
 """Keys of an identity that tell which plan of a sweep is the cell's."""
 
+PLACEHOLDERS = {"include_path": "FOLDER_OF_TASK_FILES", "corpus": "FILE_OF_TEXT"}
+"""Flags whose value no identity holds, and what stands there in a printed command."""
+_OWN = {
+    "include_path": "task files of its own (data fingerprint {data_fingerprint})",
+    "corpus": "a text of its own (corpus fingerprint {corpus_fingerprint})",
+}
+
 Flags = dict[str, tuple[str, ...]]
 """A sweep's flags, each with its entries."""
 
@@ -39,9 +47,30 @@ def command(identity: Row, **more: Any) -> list[str]:
     """The words of the command that computes the cell of ``identity``, and dense beside it.
 
     Flags that would say what the sweep does anyway are left out. ``more`` are further flags, or
-    others instead; one that is None is left to the identity. ``shlex.join`` makes a line of it.
+    others instead; one that is None is left to the identity. ``PLACEHOLDERS`` stand where it does
+    not know. ``shlex.join`` makes a line of it.
     """
     return [*PROGRAM, *_words(_flags(identity), more)]
+
+
+def missing(identity: Row, given: Mapping[str, Any]) -> list[str]:
+    """Those of ``PLACEHOLDERS`` that the cell of ``identity`` needs and that are not ``given``."""
+    parts = str(identity["data_fingerprint"]).split("+")
+    text = str(identity["corpus_fingerprint"])
+    own = {
+        "include_path": any(re.fullmatch(r"[0-9a-f]{12}", part) for part in parts),
+        "corpus": bool(re.fullmatch(r"[0-9a-f]{16}", text)) and text != EMBEDDED_TEXT,
+    }
+    return [flag for flag, needed in own.items() if needed and given.get(flag) is None]
+
+
+def check_given(
+    identity: Row, given: Mapping[str, Any], flags: Iterable[str] = tuple(PLACEHOLDERS)
+) -> None:
+    """Raises UserError for the first of ``flags`` that ``missing`` finds."""
+    for flag in missing(identity, given):
+        if flag in flags:
+            raise UserError(f"this run used {_OWN[flag].format(**identity)}: give --{flag}")
 
 
 def commands(identities: Iterable[Row]) -> list[str]:
@@ -60,7 +89,9 @@ def commands(identities: Iterable[Row]) -> list[str]:
 
 
 def settings_of(identity: Row, **more: Any) -> Settings:
-    """What the sweep makes of ``command``. Raises UserError if this version refuses it."""
+    """What the sweep makes of ``command``. Raises UserError if this version refuses it, or if it
+    needs a flag that no identity holds and that is not among ``more``."""
+    check_given(identity, more)
     return read(command(identity, **more)[len(PROGRAM) :])
 
 
@@ -137,6 +168,7 @@ def _flags(identity: Row) -> Flags:
         "attn_implementation": attention if attention in CHOICES["attn_implementation"] else "",
         "revision": revision,
     }
+    flags |= {flag: PLACEHOLDERS[flag] for flag in missing(identity, {})}
     return {name: (str(text),) for name, text in flags.items()}
 
 
@@ -201,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dyndepth.rerun",
         description="Print the command that computes a run's cells again.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument("run", type=path_of, metavar="RUN", help="a sweep's output path")
     parser.add_argument(
         "cells", nargs="*", metavar="CELL", help="hashes, or how they begin (default: all cells)"
     )
@@ -232,6 +264,11 @@ def _print(options: argparse.Namespace) -> None:
         return
     for cell in cells:
         print(f"# cell {cell.key}, made with: {made_with(cell.identity)}")
+        for flag in missing(cell.identity, {}):
+            used = _OWN[flag].format(**cell.identity)
+            print(f"# it used {used}: name them in place of {PLACEHOLDERS[flag]}")
+        if cell.provenance.get("remote_code"):
+            print("# its model ran code of its own: add --trust_remote_code if you trust that")
         print(shlex.join(command(cell.identity, output_path=options.output_path)))
 
 

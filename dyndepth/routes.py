@@ -21,6 +21,7 @@ import pandas as pd
 
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
+from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -170,14 +171,15 @@ class Routes:
             "gates": np.packbits(self.gates.reshape(-1)),
             "token_ids": self.token_ids.astype(np.int32),
         }
-        write_atomically(Path(path), save(tensors, metadata={"routes": json.dumps(facts)}))
+        write_atomically(path_of(path), save(tensors, metadata={"routes": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Routes:
         """Read what ``save`` wrote. Raises UserError if the file is missing or something else."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
+        path = path_of(path)
+        if not path.is_file():
             raise UserError(f"no routes at {str(path)!r}; record them by python -m dyndepth.routes")
         try:
             with safe_open(path, framework="numpy") as file:
@@ -218,9 +220,10 @@ def record(
     """Run ``method``, fitted, on ``texts`` (document id -> text) and keep what was executed.
 
     Each document is one forward of the sparse backend, without the LM head. ``prompt_length`` is
-    how many tokens of each count as prompt (None: all); ``length`` cuts longer documents.
-    ``identity`` replaces what the method and the model say of themselves. Raises UserError for no
-    documents, or an empty one.
+    how many tokens of each count as prompt (None: all); documents longer than ``length``, or than
+    the model takes, are cut. ``identity`` replaces what the method and the model say of themselves.
+    Raises UserError for no documents, an empty one, or one with tokens that the model does not
+    know.
     """
     parts = list(_executed(model, tokenizer, method, texts, prompt_length, length))
     ids = np.concatenate([ids for ids, _ in parts])
@@ -250,16 +253,18 @@ def _executed(
     import torch
 
     from dyndepth.blocks import decoder
+    from dyndepth.capacity import check_tokens, longest
     from dyndepth.runtime import attach
 
     if not texts:
         raise UserError("there are no documents to record; give at least one")
-    device = next(model.parameters()).device
+    device, most = next(model.parameters()).device, longest(model)
     with torch.no_grad(), attach(model, method, prompt_length=prompt_length) as trace:
         for document, text in texts.items():
-            ids = tokenizer([text], verbose=False)["input_ids"][0][:length]
+            ids = tokenizer([text], verbose=False)["input_ids"][0][:length][:most]
             if not ids:
                 raise UserError(f"document {document!r} has no tokens; leave it out")
+            check_tokens(model, ids, f"document {document!r}")
             trace.documents = [document]
             decoder(model)(input_ids=torch.tensor([ids], device=device), use_cache=False)
             yield np.array(ids, dtype=np.int64), trace.gates()[0].numpy()

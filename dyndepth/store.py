@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dyndepth.errors import RunFailed, UserError
 from dyndepth.mirror import mirror_of
+from dyndepth.paths import path_of
 from dyndepth.records import (
     IDENTITY,
     ROWS,
@@ -44,7 +45,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path, shard: tuple[int, int] = (1, 1)) -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self.folder = self.path / "cells"
         self.shard = shard
         self._warned: set[Path] = set()
@@ -249,7 +250,7 @@ def same_model(one: str, other: str) -> bool:
     """True if two names are the same, or two paths of one folder."""
     if one == other:
         return True
-    paths = [Path(name).expanduser() for name in (one, other)]
+    paths = [path_of(name) for name in (one, other)]
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 

@@ -258,12 +258,13 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
 def check(sweeps: Sequence[Settings]) -> None:
     """Raise UserError if a sweep names a method or a speedup that the model cannot have."""
     from dyndepth.grid import plans
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
 
     one = sweeps[0]
-    layers = layer_count(one.model, one.revision, one.trust_remote_code)
+    model = (one.model, one.revision, one.trust_remote_code)
+    layers, longest = layer_count(*model), longest_window(*model)
     for settings in sweeps:
-        plans(settings, layers)
+        plans(settings, layers, longest)
 
 
 def run_sweeps(study: Study, sweeps: Sequence[Settings]) -> int:

@@ -68,15 +68,19 @@ def sweep(settings: Settings) -> int:
     trackers.check(settings.trackers)
     quiet_libraries(settings.debug)
 
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
     from dyndepth.tasks import resolve
+    from dyndepth.timing import check_shapes
     from dyndepth.workbench import supported_config
 
-    layers = layer_count(settings.model, settings.revision, settings.trust_remote_code)
+    model = (settings.model, settings.revision, settings.trust_remote_code)
+    layers, longest = layer_count(*model), longest_window(*model)
     if settings.model != EMBEDDED:
         supported_config(settings)
     which, count = settings.shard
-    cells = plans(settings, layers)[which - 1 :: count]
+    cells = plans(settings, layers, longest)[which - 1 :: count]
+    if settings.timing != "off":
+        check_shapes(longest, settings.timing)
     tasks = resolve(settings.tasks, settings.include_path)
     announce(settings, cells, tasks)
     if settings.dry_run:

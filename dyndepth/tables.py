@@ -16,6 +16,7 @@ from dyndepth import sheets
 from dyndepth.chance import OF_ACCURACY, by_task
 from dyndepth.errors import UserError
 from dyndepth.options import Parser
+from dyndepth.paths import path_of
 from dyndepth.readable_rows import check_rows
 from dyndepth.records import LEADING, Cell, Row, identity_columns
 from dyndepth.schema import TABLES, validate
@@ -107,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m dyndepth.tables", description="Write a run's tables anew from its cells."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    parser.add_argument(
+        "runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path"
+    )
     parser.add_argument(
         "--pack",
         action="store_true",

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.capacity import check_length
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -125,6 +127,7 @@ def measure(
     chosen = _level(level)
     if next(model.parameters()).device.type == "cpu":
         steady_allocator()
+    check_shapes(model, chosen)
     texts = {shape: _texts(text, shape, chosen.texts, seed, model) for shape in chosen.shapes}
     common: Row = {
         "level": level if isinstance(level, str) else "custom",
@@ -137,6 +140,17 @@ def measure(
         for shape in chosen.shapes:
             rows += _pairs(model, method, shape, texts[shape], chosen, seed, progress)
     return [row | common for row in rows]
+
+
+def check_shapes(model_or_most: Any, level: str | Level) -> None:
+    """Raises UserError for a level that times more tokens than fit; see ``check_length``."""
+    for shape in _level(level).shapes:
+        check_length(
+            model_or_most,
+            shape.length + shape.new_tokens,
+            f"timing {shape.batch} x {shape.length} + {shape.new_tokens}",
+            "take a longer model, another level, or none (--timing off)",
+        )
 
 
 def _level(level: str | Level) -> Level:
@@ -160,17 +174,11 @@ def _texts(
     if isinstance(text, torch.Tensor):
         windows = text
     else:
-        windows = text.windows(shape.length, shape.batch * count, seed=seed, split="train")
+        windows = text.windows(shape.length, shape.batch * count, seed=seed, model=model)
     if windows.ndim != 2 or windows.shape[0] < shape.batch or windows.shape[1] < shape.length:
         raise UserError(
             f"timing needs {shape.batch} windows of {shape.length} tokens, "
             f"and the windows given are {' x '.join(map(str, windows.shape))}"
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and shape.length + shape.new_tokens > longest:
-        raise UserError(
-            f"timing {shape.length} + {shape.new_tokens} tokens needs a longer model than this one "
-            f"of {longest}; choose another level"
         )
     whole = windows[: len(windows) // shape.batch * shape.batch, : shape.length]
     device = next(model.parameters()).device

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dyndepth import break_even_command, limits_command
+from dyndepth.capacity import check_length
 from dyndepth.errors import UserError
 from dyndepth.options import CHOICES, Parser
-from dyndepth.timing import LEVELS, Row, measure
+from dyndepth.timing import LEVELS, Row, check_shapes, measure
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -65,11 +66,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     """Load, fit, measure, print."""
-    from dyndepth.models import layer_count
+    from dyndepth.models import layer_count, longest_window
 
-    method = _method(
-        options, layer_count(options.model, options.revision, options.trust_remote_code)
-    )
+    named = (options.model, options.revision, options.trust_remote_code)
+    method = _method(options, layer_count(*named))
+    most = longest_window(*named)
+    check_shapes(most, options.level)
+    check_length(most, method.window_length, method.name)
     import torch
 
     from dyndepth.corpus import load_corpus
@@ -82,9 +85,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"--threads takes a whole number of at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
     steady_allocator()
-    corpus = load_corpus(
-        options.corpus, load_tokenizer(options.model, options.revision, options.trust_remote_code)
-    )
+    corpus = load_corpus(options.corpus, load_tokenizer(*named))
     model = load_model(
         options.model,
         dtype=options.dtype,

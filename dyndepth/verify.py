@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.errors import UserError
 from dyndepth.options import HELP, Parser, underscored
+from dyndepth.paths import path_of
+from dyndepth.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
     import argparse
@@ -57,7 +59,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = built.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's output path")
+    add("runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path")
     add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
     add("--all", action="store_true", help="compute all cells again")
     add(
@@ -74,7 +76,10 @@ def _parser() -> Parser:
         help="check what is stored and, if nothing failed, write the run's manifest.json",
     )
     for name in FLAGS:
-        add(f"--{name}", metavar=name.upper(), help=f"{HELP[name]} (default: as the cells say)")
+        told = (
+            "needed if the run had its own" if name in PLACEHOLDERS else "default: as the cells say"
+        )
+        add(f"--{name}", metavar=name.upper(), help=f"{HELP[name]} ({told})")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
     add("--debug", action="store_true", help=HELP["debug"])
     return built
@@ -94,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
         if not (options.only_stored or options.write_manifest):
             chosen = drawn(cells, sample, options.seed)
             _check_devices(chosen, options)
+            _check_given(path, chosen, options)
             found += _again(chosen, documents, options)
         show(path, found)
         failed = sum(each.failure for each in found)
@@ -133,6 +139,17 @@ def _check_devices(cells: Sequence[Cell], options: argparse.Namespace) -> None:
                 "cells were made on cuda, and there is none here: give --device cpu (compared with "
                 "a coarse tolerance) or --only_stored"
             )
+
+
+def _check_given(path: Path, cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """Say before anything is computed that a path is needed which no cell holds."""
+    from dyndepth.rerun import check_given
+
+    for cell in cells:
+        try:
+            check_given(cell.identity, vars(options))
+        except UserError as fault:
+            raise UserError(f"{path}: {fault}, or --only_stored") from None
 
 
 def _again(

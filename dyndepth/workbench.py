@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,9 @@ from typing import Any
 from dyndepth.errors import UserError
 from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
+from dyndepth.paths import expanded
 from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
+from dyndepth.recipe import parse_recovery
 from dyndepth.records import Row
 from dyndepth.worker import free_memory
 
@@ -32,6 +34,7 @@ class Workbench:
     """
 
     def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
+        from dyndepth.adapters import adaptable
         from dyndepth.corpus import load_corpus
         from dyndepth.models import load_model, load_tokenizer
 
@@ -43,7 +46,10 @@ class Workbench:
             settings.model, settings.revision, settings.trust_remote_code
         )
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
-        self.num_fewshot = shots(settings, bring_tasks(settings, self.tasks))
+        loaded = bring_tasks(settings, self.tasks)
+        check_room(loaded, supported_config(settings), self.tokenizer)
+        own = {task.get_config("num_fewshot") or 0 for task in loaded.values()}
+        self.num_fewshot = shots(settings, own)
         self.data_fingerprint = data_fingerprint(settings, self.tasks)
         self.model = load_model(
             settings.model,
@@ -53,6 +59,8 @@ class Workbench:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+        for recipe in filter(None, map(parse_recovery, settings.recovery)):
+            adaptable(self.model, recipe)
         self.batch_size = settings.batch_size
         self._fitted: tuple[Plan, Any, Any] | None = None
         self._scored: Any = None
@@ -210,7 +218,7 @@ def supported_config(settings: Settings) -> Any:
 
     embedded = settings.model == EMBEDDED
     config = AutoConfig.from_pretrained(
-        str(prepare_embedded()) if embedded else settings.model,
+        str(prepare_embedded()) if embedded else expanded(settings.model),
         revision=None if embedded else settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -258,10 +266,8 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def bring_tasks(settings: Settings, tasks: Sequence[str]) -> set[int]:
-    """Get the evaluation data here before the first cell needs it.
-
-    Returns the numbers of few-shot examples that the tasks' own files ask for.
+def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:
+    """Get the evaluation data here before the first cell needs it: lm-eval's tasks by name.
 
     Raises:
         UserError: it cannot be had.
@@ -271,17 +277,14 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> set[int]:
 
     if set(tasks) & set(OFFLINE):
         assets.asset("data")
-    own = {0} if set(tasks) & set(OFFLINE) else set()
+    found: dict[str, Any] = {}
     for name in tasks:
-        if name in OFFLINE:
-            continue
         try:
-            loaded = task_manager([name], settings.include_path).load([name])["tasks"]
-            own |= {task.get_config("num_fewshot") or 0 for task in loaded.values()}
+            found |= task_manager([name], settings.include_path).load([name])["tasks"]
         except Exception as fault:
             reason = " ".join(str(fault).split())
             raise UserError(f"task {name} cannot be loaded: {reason}") from fault
-    return own
+    return found
 
 
 def shots(settings: Settings, own: set[int]) -> int | None:
@@ -290,6 +293,24 @@ def shots(settings: Settings, own: set[int]) -> int | None:
     if settings.num_fewshot is not None:
         return settings.num_fewshot
     return next(iter(own)) if len(own) == 1 else None
+
+
+def check_room(tasks: Mapping[str, Any], config: Any, tokenizer: Any) -> None:
+    """Raises UserError for a task that generates as many tokens as the model takes, or more: there
+    would be no room for a prompt."""
+    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+
+    most = resolve_max_length(config, tokenizer)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        given = task.get_config("generation_kwargs") or {}
+        length = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)["max_gen_toks"]
+        if length >= most:
+            raise UserError(
+                f"task {name} generates {length} tokens, which leaves no room in the {most} that "
+                "the model takes; leave the task out"
+            )
 
 
 def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import meet_target
+from dyndepth.capacity import fitting
 from dyndepth.errors import UserError
 from dyndepth.loop import Schedule
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
@@ -149,7 +150,7 @@ class LayerController(DynamicDepthMethod):
             phases=self.phases,
         )
         schedule = Schedule.of(self)
-        windows = corpus.reader(self.length, schedule.windows, self.seed)
+        windows = corpus.reader(self.length, schedule.windows, self.seed, model=model)
         self.curve = tune_router(model, router, windows, tuning, schedule, seed=self.seed)
         self.tensors = router.folded()
         self.facts = {"tokens": int(self.curve[-1]["tokens"])}
@@ -160,9 +161,9 @@ class LayerController(DynamicDepthMethod):
         """Solve the threshold for the model as it is now."""
         if self.target_speedup == 1.0:
             return
-        length = min(2 * self.length, _CALIBRATION_LENGTH)
+        length = fitting(model, min(2 * self.length, _CALIBRATION_LENGTH))
         windows = _required(corpus).windows(
-            length, _CALIBRATION_WINDOWS, self.seed, split="calibration"
+            length, _CALIBRATION_WINDOWS, self.seed, split="calibration", model=model
         )
         steps = None
         if self.reads == "constant":
@@ -212,7 +213,7 @@ def initial_router(method: LayerController, model: nn.Module, corpus: Corpus) ->
     """Controllers before training, as ``method.initial`` says."""
     layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
     if method.initial == "damage":
-        windows = corpus.windows(method.length, _DAMAGE_WINDOWS, method.seed)
+        windows = corpus.windows(method.length, _DAMAGE_WINDOWS, method.seed, model=model)
         bias = torch.full((layers,), _ALWAYS)
         device = next(model.parameters()).device
         bias[1:-1] = ranked_biases(block_damage(model, windows.to(device)))
@@ -224,7 +225,7 @@ def initial_router(method: LayerController, model: nn.Module, corpus: Corpus) ->
         router = BlockRouter(torch.zeros_like(weight), bias[:, None], normalise=True)
         router.weight.requires_grad_(False)
         return router
-    windows = corpus.windows(method.length, _STATISTICS_WINDOWS, method.seed)
+    windows = corpus.windows(method.length, _STATISTICS_WINDOWS, method.seed, model=model)
     mean, deviation = stream_statistics(model, windows, normalise=True)
     return BlockRouter(
         weight * deviation[:, None],

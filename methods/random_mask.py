@@ -95,6 +95,13 @@ class RandomMask(DynamicDepthMethod):
         """The source's; infinite for ``uniform``."""
         return float("inf") if self.rates == "uniform" else self.source_method().max_speedup(layers)
 
+    @property
+    def window_length(self) -> int:
+        """Its own, or the source's where that is longer."""
+        if self.rates == "uniform":
+            return self.length
+        return max(self.length, self.source_method().window_length or 0)
+
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Find the rates. Raises UserError if ``matched`` is to be fitted without a corpus."""
         costs = BlockCosts.of(model)
@@ -103,14 +110,16 @@ class RandomMask(DynamicDepthMethod):
             if corpus is None:
                 raise UserError("random_mask reads its source's rates off text; give fit a corpus")
             source = fit_cached(self.source_method(), model, corpus)
-            windows = corpus.windows(self.length, _WINDOWS, source.seed, split="calibration")
+            windows = corpus.windows(
+                self.length, _WINDOWS, source.seed, split="calibration", model=model
+            )
             seen = measured(model, source, windows)
             weights = torch.tensor([costs.attention(self.length).tolist(), costs.mlp.tolist()]).T
             share = shifted(seen.executed, weights.double(), self.target_speedup)
             self.facts = {"source": repr(source), "source_speedup": seen.speedup}
         self.tensors = {"rates": share}
         if corpus is not None and self.target_speedup > 1.0:
-            windows = corpus.windows(self.length, _WINDOWS, 0, split="calibration")
+            windows = corpus.windows(self.length, _WINDOWS, 0, split="calibration", model=model)
             self.facts["achieved_speedup"] = measured(model, self, windows).speedup
         return self
 

@@ -7,7 +7,7 @@ import torch
 from conftest import CharacterTokenizer
 
 from dyndepth import assets
-from dyndepth.corpus import Corpus, load_corpus
+from dyndepth.corpus import EMBEDDED_TEXT, Corpus, load_corpus
 from dyndepth.errors import UserError
 
 TOKENIZER = CharacterTokenizer()
@@ -90,6 +90,79 @@ def test_wrong_files_are_told_in_one_sentence(tmp_path, name, content, sentence)
         load_corpus(tmp_path / name, TOKENIZER)
 
 
+TEXTS = ["Ein Satz.\nUnd noch einer: \u00e4.", "A second\u2028text.", "The third,\n\nin parts."]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_file_is_the_same_corpus_wherever_it_was_written(tmp_path, kind, end, encoding):
+    plain, other = tmp_path / f"plain.{kind}", tmp_path / f"other.{kind}"
+    rows = (json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS)
+    content = "\n\n".join(TEXTS) if kind == "txt" else "\n".join(rows)
+    plain.write_bytes(content.encode())
+    other.write_bytes(content.replace("\n", end).encode(encoding))
+    wanted, found = load_corpus(plain, TOKENIZER), load_corpus(other, TOKENIZER)
+    assert (found.texts, found.fingerprint) == (wanted.texts, wanted.fingerprint)
+    assert len(found.texts) == (4 if kind == "txt" else 3)
+
+
+def test_the_fingerprint_of_plain_files_is_what_it_was(tmp_path):
+    """Of texts with single, double and triple line ends, as the first version read them."""
+    (tmp_path / "own.txt").write_bytes(b"one\ntwo\n\nthree\n\n\nfour \n\n  five\n")
+    found = load_corpus(tmp_path / "own.txt", TOKENIZER)
+    assert sorted(found.texts) == ["\nfour ", "  five\n", "one\ntwo", "three"]
+    assert found.fingerprint == "5cca5e7b268851f8"
+
+
+def test_a_line_of_white_space_alone_separates_documents(tmp_path):
+    for blank in (" ", "\t", "  \t ", "\u00a0", " \r"):
+        (tmp_path / "own.txt").write_bytes(f"one\n{blank}\ntwo\n".encode())
+        texts = load_corpus(tmp_path / "own.txt", TOKENIZER).texts
+        assert sorted(text.strip() for text in texts) == ["one", "two"], repr(blank)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_another_encoding_is_named(tmp_path, kind, encoding):
+    file = tmp_path / f"own.{kind}"
+    file.write_bytes("one\n\ntwo".encode(encoding))
+    with pytest.raises(UserError, match="own.*is not UTF-8 text but UTF-16; save it as UTF-8"):
+        load_corpus(file, TOKENIZER)
+    file.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match="is not UTF-8 text: byte 3 is 0xe9"):
+        load_corpus(file, TOKENIZER)
+
+
+def test_every_text_file_of_a_user_is_read_alike(tmp_path):
+    """Settings, texts to record, published tables, curves, fits' and adapters' JSON, manifests."""
+    from dyndepth import adapters, fits, manifest, markdown, published
+    from dyndepth.options import read_config
+    from dyndepth.routes_command import documents
+
+    def written(name, text):
+        path = tmp_path / name
+        path.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+        return path
+
+    assert read_config(written("a.yaml", "model: here\nseed: 3\n")) == {"model": "here", "seed": 3}
+    found = documents(str(written("a.txt", "one\n \ntwo\n")), 9)
+    assert list(found.values()) == ["one", "two"]
+    written("published.csv", ",".join(published.COLUMNS) + "\n")
+    assert published.parse(published.read_text(tmp_path / "published.csv"), "here") == []
+    assert markdown.read(written("a.csv", "cell,value\n1,2\n")) == [{"cell": "1", "value": "2"}]
+    assert fits.read_curve(written("curve.csv", "step,loss\n1,2.5\n")) == [{"loss": 2.5}]
+    card = dict.fromkeys(adapters._CARD_KEYS, "x") | {"layout": adapters._LAYOUT}
+    written(adapters.CARD, json.dumps(card))
+    assert adapters.read_card(tmp_path) == card
+    written(manifest.NAME, json.dumps({"format": manifest.FORMAT, "cells": {}}))
+    assert manifest.read_manifest(tmp_path) == manifest.Manifest({}, ())
+    for name, read in (("a.yaml", read_config), ("a.txt", lambda file: documents(str(file), 9))):
+        (tmp_path / name).write_text("a: b", encoding="utf-16")
+        with pytest.raises(UserError, match=f"{name} is not UTF-8 text but UTF-16"):
+            read(tmp_path / name)
+
+
 def test_the_embedded_corpus_holds_nothing_that_is_evaluated_on(corpus):
     assert len(corpus.texts) > 1000
     held = "\n".join(corpus.texts)
@@ -105,3 +178,7 @@ def test_the_embedded_corpus_holds_nothing_that_is_evaluated_on(corpus):
 def test_the_embedded_corpus_is_long_enough_for_the_methods(corpus):
     assert corpus.windows(512, 64, 0, "calibration").shape == (64, 512)
     assert corpus.windows(512, 256, 0, "train").shape == (256, 512)
+
+
+def test_the_embedded_corpus_is_known_by_its_fingerprint(corpus):
+    assert corpus.fingerprint == EMBEDDED_TEXT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from conftest import DEVICE, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 
 from dyndepth import loop, recovery
-from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adapted, load_adapter, write_adapter
+from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adaptable, adapted, load_adapter, write_adapter
+from dyndepth.blocks import FAMILIES
 from dyndepth.errors import UserError
 from dyndepth.fits import CURVE
 from dyndepth.models import fingerprint
@@ -565,6 +567,73 @@ def test_projections_that_are_no_plain_linear_maps_are_refused(tmp_path, tiny_co
     with pytest.raises(UserError, match=says):
         recover(THIN, model, tiny_corpus, QUICK, progress=False)
     assert_same(before, model)
+
+
+def peft_model(model, folder):
+    """``model`` with the adapter in ``folder`` as peft itself reads and merges it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_recovered_and_merged_as_peft_does(family, tiny_corpus):
+    """All roles, so that fused maps and those that are kept transposed are among them."""
+    model, reference = make_tiny(family), make_tiny(family)
+    before = snapshot(model)
+    targets = "query+key+value+output+gate"
+    recipe = Recipe(rank=2, steps=2, batch=2, length=16, rate=0.1, targets=targets)
+    _, adapter = recover_cached(load_method("dense"), model, tiny_corpus, recipe, progress=False)
+    assert all(bool(second.any()) for _, second in adapter.factors.values())
+    assert_same(before, model)
+    ids = tiny_corpus.windows(16, 2, 0)
+    with torch.no_grad():
+        with adapted(model, adapter):
+            merged = model(ids).logits
+        assert not torch.allclose(merged, model(ids).logits, atol=1e-2)
+        wanted = peft_model(reference, adapter.folder)(ids).logits
+    torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, "layer_controller") for family in FAMILIES] + [("gpt2", "skipgpt")],
+)
+def test_every_family_is_recovered_together_with_routers(family, name, tiny_corpus):
+    model = make_tiny(family)
+    before = snapshot(model)
+    quick = method_class(name).quick | {"steps": 2, "batch": 1, "length": 16}
+    method = load_method(name, target_speedup=1.3, **quick)
+    recipe = Recipe(kind="joint", rank=2)
+    _, adapter = recover_cached(method, model, tiny_corpus, recipe, progress=False)
+    assert any(bool(second.any()) for _, second in adapter.factors.values())
+    assert_same(before, model)
+
+
+def test_what_an_adapter_cannot_sit_on_is_told_with_its_cause():
+    def told(change):
+        model = make_tiny("gpt2")
+        block = model.transformer.h[1].attn
+        change(block)
+        with pytest.raises(UserError, match="h.1.attn.c_attn is") as fault:
+            adaptable(model, Recipe())
+        return str(fault.value)
+
+    def integers(block):
+        weight = block.c_attn.weight.to(torch.int8)
+        block.c_attn.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def wrapped(block):
+        with injected(make_tiny("gpt2"), QUICK) as layers:
+            block.c_attn = next(iter(layers.values()))
+
+    assert "it is quantised: Conv1D" in told(integers)
+    assert "it carries an adapter already: Linear" in told(wrapped)
+    assert "is offloaded" in told(lambda block: block.c_attn.to("meta"))
+    assert len(adaptable(make_tiny("gpt2"), Recipe())) == 8
 
 
 def test_recovery_needs_text():

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndepth import rerun
+from dyndepth.corpus import EMBEDDED_TEXT
 from dyndepth.errors import UserError
 from dyndepth.grid import HIDDEN, Plan, limits, method_identity, plans
-from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, read
+from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, Settings, read
 from dyndepth.records import IDENTITY, Row
 from dyndepth.registry import method_class, methods
 from dyndepth.store import Store
@@ -206,3 +207,64 @@ def test_command_line(tmp_path, capsys):
     assert rerun.main([str(tmp_path / "nothing")]) == 2
     assert "holds no cells" in capsys.readouterr().err
     assert two.key != one.key
+
+
+# --- what no identity holds ---------------------------------------------------------------------
+
+OWN_TASKS = {"data_fingerprint": "68f6f65aa709a130+0123456789ab"}
+OWN_TEXT = {"corpus_fingerprint": "0123456789abcdef"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag", "used"),
+    [
+        (
+            OWN_TASKS,
+            "include_path",
+            "task files of its own (data fingerprint 68f6f65aa709a130+0123",
+        ),
+        ({"data_fingerprint": "0123456789ab"}, "include_path", "task files of its own"),
+        (OWN_TEXT, "corpus", "a text of its own (corpus fingerprint 0123456789abcdef)"),
+    ],
+)
+def test_what_an_identity_cannot_hold_has_a_placeholder_and_a_sentence(changes, flag, used):
+    identity = _identity(Plan("dense"), **changes)
+    words = rerun.command(identity)
+    place = rerun.PLACEHOLDERS[flag]
+    assert words[words.index(f"--{flag}") + 1] == place
+    assert f"--{flag} {place}" in rerun.commands([identity])[0]
+    with pytest.raises(UserError) as fault:
+        rerun.settings_of(identity)
+    assert used in str(fault.value)
+    assert str(fault.value).endswith(f"give --{flag}")
+    assert rerun.command(identity, **{flag: "mine"})[-2:] == [f"--{flag}", "mine"]
+
+
+def test_a_run_of_the_project_s_own_tasks_and_text_needs_nothing():
+    from dyndepth.assets import data_fingerprint
+
+    own = {"data_fingerprint": data_fingerprint("data"), "corpus_fingerprint": EMBEDDED_TEXT}
+    assert rerun.missing(_identity(Plan("dense"), **own), {}) == []
+    assert "--corpus" not in rerun.command(_identity(Plan("dense"), **own))
+
+
+def test_rerun_prints_placeholders_and_says_what_they_stand_for(tmp_path, capsys):
+    made = cell(**OWN_TASKS, **OWN_TEXT)
+    made.provenance["remote_code"] = True
+    Store(tmp_path).write(made)
+    assert rerun.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "--include_path FOLDER_OF_TASK_FILES --corpus FILE_OF_TEXT" in printed
+    assert "# it used task files of its own (data fingerprint 68f6" in printed
+    assert "# it used a text of its own (corpus fingerprint 0123456789abcdef)" in printed
+    assert "add --trust_remote_code" in printed
+
+
+def test_every_setting_is_held_by_an_identity_or_accounted_for():
+    """A setting is a flag of ``rerun``, a placeholder, or changes no number of a cell."""
+    held = set(rerun._flags(_identity(Plan("dense"), **OWN_TASKS, **OWN_TEXT)))
+    harmless = {"timing", "resume", "output_path", "executor", "workers", "cpus_per_cell"}
+    harmless |= {"gpus_per_cell", "ray_address", "shard", "cell_timeout", "log_json", "trackers"}
+    harmless |= {"dry_run", "debug", "trust_remote_code"}
+    assert held | harmless == {each.name for each in dataclasses.fields(Settings)}
+    assert not held & harmless

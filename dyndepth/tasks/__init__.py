@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyndepth.errors import UserError
+from dyndepth.paths import expanded
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -79,7 +80,7 @@ def task_manager(names: Iterable[str], include_path: str | Path | None = None) -
     lm-eval's own files, which take many seconds to read, are indexed only if a name is found
     neither in this folder nor in ``include_path``.
     """
-    folder = None if include_path is None else str(include_path)
+    folder = None if include_path is None else expanded(include_path)
     near = _manager(folder, include_defaults=False)
     if set(names) <= set(near.all_tasks):
         return near

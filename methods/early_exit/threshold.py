@@ -13,6 +13,7 @@ import torch
 
 from dyndepth.blocks import blocks
 from dyndepth.calibration import block_speedup, prompt_phase, solve_threshold
+from dyndepth.capacity import fitting
 from dyndepth.errors import UserError
 
 from . import EarlyExit
@@ -39,10 +40,11 @@ def solve(method: EarlyExit, model: torch.nn.Module, corpus: Corpus | None) -> N
             f"earliest, a speedup of at most {method.max_speedup(layers):g}, not "
             f"{method.target_speedup:g}"
         )
-    windows = corpus.windows(_LENGTH, _WINDOWS, method.seed, split="calibration")
+    length = fitting(model, _LENGTH)
+    windows = corpus.windows(length, _WINDOWS, method.seed, split="calibration", model=model)
     table = kept_table(method, model, windows)
     if prompt_phase(method) is not None:
-        table = table.since(_LENGTH // 2)
+        table = table.since(length // 2)
     thresholds = table.best.unique()
     speedups = table.speedup(thresholds)
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from dyndepth.errors import UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.paths import path_of
 
 from .presets import PRESETS, Budget, Decay, Estimator, Initial, Objective, Precision, Recipe
 from .router import build, flops_per_token
@@ -217,7 +218,7 @@ def with_digest(path: str) -> str:
     folder, mark, given = path.rpartition("@")
     if not mark or "/" in given:
         folder, given = path, ""
-    place = Path(folder).expanduser()
+    place = path_of(folder)
     place = place / "fit" if (place / "fit").is_dir() else place
     file = place / "tensors.safetensors"
     try:

@@ -29,6 +29,7 @@ from torch import Tensor
 from dyndepth.blocks import blocks, decoder
 from dyndepth.errors import UserError
 from dyndepth.method import SUBLAYERS
+from dyndepth.paths import path_of
 
 from . import SkipGPT
 
@@ -49,7 +50,7 @@ def read_published(
     Raises UserError if the file is missing, is no such checkpoint or was made for a model of
     another depth or width.
     """
-    state = _state_dict(Path(path))
+    state = _state_dict(path_of(path))
     layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
     weight, bias = torch.zeros(layers, 2, hidden), torch.zeros(layers, 2)
     needed = {
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     """Load, convert, measure, write, print."""
     from dyndepth.calibration import measured
+    from dyndepth.capacity import fitting
     from dyndepth.corpus import load_corpus
     from dyndepth.fits import save_fit
     from dyndepth.models import load_model, load_tokenizer
@@ -161,13 +163,14 @@ def _run(options: argparse.Namespace) -> None:
     target = options.target_speedup
     if target is not None and not target > 1.0:
         raise UserError(f"--target_speedup takes a number above 1, not {target:g}")
-    _state_dict(Path(options.checkpoint))  # before minutes of loading a model
+    _state_dict(path_of(options.checkpoint))  # before minutes of loading a model
     model = load_model(
         options.model, dtype=options.dtype, device=options.device, revision=options.revision
     )
     tensors, facts = read_published(options.checkpoint, model)
     corpus = load_corpus(options.corpus, load_tokenizer(options.model, options.revision))
-    windows = corpus.windows(_LENGTH, _WINDOWS, 0, split="calibration")
+    length = fitting(model, _LENGTH)
+    windows = corpus.windows(length, _WINDOWS, 0, split="calibration", model=model)
     # Any target above 1 lets the routers decide; what they reach is measured.
     threshold: Any = "zero" if target is None else "solved"
     method = SkipGPT(target_speedup=target or 2.0, normalise=False, threshold=threshold)

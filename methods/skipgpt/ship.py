@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from dyndepth.assets import cache_root
+    from dyndepth.capacity import fitting
     from dyndepth.corpus import load_corpus
     from dyndepth.loop import checkpoints
     from dyndepth.machine import steady_allocator
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steady_allocator()
     model = load_model(options.model)
     corpus = load_corpus("embedded", load_tokenizer(options.model))
-    held_out = corpus.windows(256, 24, options.seed + 1, split="calibration")
+    length = fitting(model, 256)
+    held_out = corpus.windows(length, 24, options.seed + 1, split="calibration", model=model)
 
     def held_out_loss(method: SkipGPT) -> float:
         with torch.no_grad(), attach(model, method):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import block_speedup, meet_target
+from dyndepth.capacity import fitting
 from dyndepth.errors import UserError
 from dyndepth.gain import Regression, regress_gains
 from dyndepth.loop import Curve, Schedule
@@ -73,10 +74,12 @@ def train(
     )
     steps = recipe.steps or (_STEPS_ALONG if trained_along(model) else 0)
     if steps:
-        schedule = Schedule.of(recipe, steps=steps)
+        schedule = Schedule.of(recipe, steps=steps, length=window_length(method, model))
         # New text first: what the regression has read comes again only when the corpus is used up.
         used = recipe.rounds * recipe.windows if recipe.initial == "gain" else 0
-        windows = corpus.reader(recipe.length, used + schedule.windows, method.seed).after(used)
+        windows = corpus.reader(
+            schedule.length, used + schedule.windows, method.seed, model=model
+        ).after(used)
         read = curve[-1]["tokens"] if curve else 0.0
         tuned = tune_router(
             model, router, windows, tuning, schedule, seed=method.seed, progress=progress
@@ -120,7 +123,9 @@ def initial_router(
         weight = _difference(layers, hidden, random)
     if not (recipe.standardise and recipe.steps and method.reads == "stream"):
         return LinearRouter(weight, bias, normalise=recipe.normalise), curve
-    statistics_windows = corpus.windows(recipe.length, _STATISTICS_WINDOWS, method.seed)
+    statistics_windows = corpus.windows(
+        window_length(method, model), _STATISTICS_WINDOWS, method.seed, model=model
+    )
     mean, deviation = stream_statistics(model, statistics_windows, normalise=recipe.normalise)
     router = LinearRouter(
         weight * deviation[:, None],
@@ -144,15 +149,15 @@ def _initial_biases(
     if recipe.initial == "damage":
         windows = _removal_windows(method, model, corpus)
         return ranked_biases(removal_damage(model, windows, progress=progress))
-    shares = budget_shares(model, recipe.length, recipe.budget)
+    shares = budget_shares(model, window_length(method, model), recipe.budget)
     target = 1 / method.target_speedup
     order = _order(method, model, corpus, 0.9 * target, progress)
     return ordered_biases(order, shares, target)
 
 
 def _removal_windows(method: SkipGPT, model: torch.nn.Module, corpus: Corpus) -> Tensor:
-    length = min(_REMOVAL_LENGTH, method.recipe.length)
-    windows = corpus.windows(length, _REMOVAL_WINDOWS, method.seed)
+    length = min(_REMOVAL_LENGTH, window_length(method, model))
+    windows = corpus.windows(length, _REMOVAL_WINDOWS, method.seed, model=model)
     return windows.to(next(model.parameters()).device)
 
 
@@ -160,7 +165,7 @@ def _order(
     method: SkipGPT, model: torch.nn.Module, corpus: Corpus, until: float, progress: bool
 ) -> list[Removal]:
     """The greedy removal order down to ``until``; to a third if more, to serve other targets."""
-    shares = budget_shares(model, method.recipe.length, method.recipe.budget)
+    shares = budget_shares(model, window_length(method, model), method.recipe.budget)
     windows = _removal_windows(method, model, corpus)
     return cached_order(model, windows, shares, min(_LEAST_EXECUTED, until), progress=progress)
 
@@ -170,7 +175,7 @@ def _gains(
 ) -> tuple[Tensor, Tensor, Curve]:
     """Weights and biases by regression over the sublayers that removal would take first."""
     recipe = method.recipe
-    shares = budget_shares(model, recipe.length, recipe.budget)
+    shares = budget_shares(model, window_length(method, model), recipe.budget)
     executed = 1 / method.target_speedup
     # Beyond the usual targets, a tenth more than is asked.
     least = min(_LEAST_EXECUTED, 0.9 * executed)
@@ -186,7 +191,9 @@ def _gains(
         constant=method.reads == "constant",
         phases=method.phases,
     )
-    windows = corpus.windows(recipe.length, recipe.windows * recipe.rounds, method.seed)
+    windows = corpus.windows(
+        window_length(method, model), recipe.windows * recipe.rounds, method.seed, model=model
+    )
     return regress_gains(
         model,
         windows,
@@ -205,9 +212,10 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
 
     Where the recipe fixes the threshold at zero, the speedup is measured only.
     """
-    length = min(2 * method.recipe.length, _CALIBRATION_LENGTH)
+    own = window_length(method, model)
+    length = fitting(model, min(2 * own, _CALIBRATION_LENGTH))
     windows = _required(corpus).windows(
-        length, _CALIBRATION_WINDOWS, method.seed, split="calibration"
+        length, _CALIBRATION_WINDOWS, method.seed, split="calibration", model=model
     )
     if method.recipe.threshold == "zero":
         method.facts["threshold"] = 0.0
@@ -215,8 +223,13 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
         return
     steps = None
     if method.reads == "constant":
-        steps = method.tensors["bias"].cpu(), budget_shares(model, method.recipe.length)
+        steps = method.tensors["bias"].cpu(), budget_shares(model, own)
     meet_target(model, method, windows, span=5.0 if method.recipe.normalise else 50.0, steps=steps)
+
+
+def window_length(method: SkipGPT, model: torch.nn.Module) -> int:
+    """Tokens of a window: those asked for, else the preset's or as many as fit."""
+    return method.length or fitting(model, method.recipe.length)
 
 
 def _required(corpus: Corpus | None) -> Corpus:

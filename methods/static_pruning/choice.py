@@ -36,7 +36,7 @@ def choose(
     Facts: ``criterion``, ``unit``, ``order`` (what was removed, in order: block, counted from 0,
     and ``block`` or the sublayer), ``achieved_speedup``. Raises UserError as ``removed_units``.
     """
-    shares = budget_shares(model, settings.text[1])
+    shares = budget_shares(model, settings.text_for(model)[1])
     removed = removed_units(model, corpus, settings, shares, executed, progress=progress)
     plan = plan_without(len(shares), removed)
     blockwise = settings.kind == "block"
