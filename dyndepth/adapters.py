@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import causal_lm, projections
 from dyndepth.errors import UserError
-from dyndepth.models import fingerprint
+from dyndepth.fingerprints import fingerprint, known_as, values_digest
 from dyndepth.recipe import Recipe, parse_recovery
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "recovery.json"
@@ -147,13 +147,16 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
         raise UserError(f"the adapter in {str(adapter.folder)!r} was made for another model")
     linears = {n: linear(n, causal_lm(model).get_submodule(n)) for n in adapter.factors}
     kept = {name: module.weight.data for name, module in linears.items()}
+    # Merged values depend on the model's type; what was merged does not.
+    merged = f"{values_digest(model)} {adapter.card['sha256']}"
     try:
         for name, module in linears.items():
             first, second = (f.to(module.weight.device).float() for f in adapter.factors[name])
             change = adapter.scale * (second @ first)
             module.weight.data = (kept[name].float() + change).to(kept[name].dtype)
         setattr(model, _MARK, adapter.card["sha256"])
-        yield
+        with known_as(model, merged):
+            yield
     finally:
         for name, module in linears.items():
             module.weight.data = kept[name]

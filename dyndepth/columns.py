@@ -90,7 +90,11 @@ _STATUS = _text(
 IDENTITY = {
     "cell": _text("Name of the cell: 12 hex digits of SHA-256 over what changes its numbers."),
     "model": _text("Model as it was asked for: `embedded`, a hub id or a path; not hashed."),
-    "model_fingerprint": _text("Digest of the model's weights and configuration."),
+    "model_fingerprint": _text("Digest of the model's weights, configuration and settings."),
+    "tokenizer_fingerprint": _text(
+        "Digest of what the tokenizer does; empty in cells of before it was recorded.",
+        nullable=True,
+    ),
     "revision": _text("Revision of the model where it came from; empty if none.", nullable=True),
     "method": _text("Name of the method."),
     "parameters": _text(

@@ -165,7 +165,7 @@ def _quality(task: Task, metric: str, item: Any) -> tuple[float, float]:
 
 def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
     """24 hex digits over everything that decides outcomes."""
-    from dyndepth.models import fingerprint
+    from dyndepth.fingerprints import fingerprint
     from dyndepth.provenance import harness_code, versions
 
     parameter = next(reader.model.parameters())

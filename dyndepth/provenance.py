@@ -55,6 +55,7 @@ FRONT = frozenset(
         "errors.py",
         "estimate.py",
         "executors.py",
+        "fingerprints.py",
         "fits.py",
         "grid.py",
         "importance_command.py",

@@ -68,6 +68,7 @@ class Workbench:
         return {
             "model": self.settings.model,
             "model_fingerprint": self.fingerprint,
+            "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
             "revision": self.model.dyndepth.revision or "",
             "dtype": self.settings.dtype,
             "device": self.device.partition(":")[0],
