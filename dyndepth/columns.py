@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dyndepth.records import LEADING
+from dyndepth.records import ADDED, LEADING
 
 
 class Column(NamedTuple):
@@ -46,6 +46,10 @@ class Table:
     key: tuple[str, ...] = ()
     ordered: tuple[tuple[str, str, str], ...] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
+
+    def may_lack(self, column: str) -> bool:
+        """Whether a file may be without ``column``: an optional one, or one that is new."""
+        return column in self.optional or column in ADDED
 
     @property
     def own(self) -> tuple[str, ...]:

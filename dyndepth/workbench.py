@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from typing import Any
 from dyndepth.errors import UserError
 from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
-from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
+from dyndepth.provenance import (
+    conditions,
+    git_commit,
+    harness_code,
+    task_content,
+    task_files,
+    versions,
+)
 from dyndepth.records import Row
 from dyndepth.worker import free_memory
 
@@ -43,8 +51,8 @@ class Workbench:
             settings.model, settings.revision, settings.trust_remote_code
         )
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
-        bring_tasks(settings, self.tasks)
-        self.data_fingerprint = data_fingerprint(settings, self.tasks)
+        contents = bring_tasks(settings, self.tasks)
+        self.data_fingerprint = data_fingerprint(settings, self.tasks, contents)
         self.model = load_model(
             settings.model,
             dtype=settings.dtype,
@@ -259,8 +267,9 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
-    """Get the evaluation data here before the first cell needs it.
+def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, str]:
+    """Get the evaluation data here before the first cell needs it; returns digests of those tasks
+    that are not of the offline suite.
 
     Raises:
         UserError: it cannot be had.
@@ -270,21 +279,23 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> None:
 
     if set(tasks) & set(OFFLINE):
         assets.asset("data")
+    found = {}
     for name in tasks:
         if name in OFFLINE:
             continue
         try:
-            task_manager([name], settings.include_path).load([name])
+            loaded = task_manager([name], settings.include_path).load([name])["tasks"]
+            for own, task in loaded.items():
+                found[own] = task_content(task, settings.num_fewshot)
         except Exception as fault:
             reason = " ".join(str(fault).split())
             raise UserError(f"task {name} cannot be loaded: {reason}") from fault
+    return found
 
 
-def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
-    """What pins the evaluation data: that of the offline suite, that of own task files.
-
-    Tasks of the hub are pinned by their task version, which stands in accuracy.csv.
-    """
+def data_fingerprint(settings: Settings, tasks: Sequence[str], contents: dict[str, str]) -> str:
+    """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
+    and the ``contents`` of all other tasks, as ``bring_tasks`` found them."""
     from dyndepth import assets
     from dyndepth.tasks import OFFLINE
 
@@ -293,4 +304,6 @@ def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
         parts.append(assets.data_fingerprint("data"))
     if settings.include_path:
         parts.append(task_files(settings.include_path))
+    if contents:
+        parts.append(hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:12])
     return "+".join(parts)

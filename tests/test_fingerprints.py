@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -412,3 +413,158 @@ def test_the_embedded_model_is_the_one_that_results_were_made_with(embedded_mode
         digest.hexdigest()[:16]: embedded_model.dyndepth.fingerprint,
         hashlib.sha256(text.encode()).hexdigest()[:16]: corpus.fingerprint,
     } == FORMER
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer, a corpus, and a task of one's own whose settings
+    and documents lie elsewhere."""
+    from folders import tiny_folder
+
+    folder = tiny_folder(tmp_path_factory.mktemp("cells"))
+    (folder / "elsewhere").mkdir()
+    rows = [{"question": f"to be {n}", "answer": "or not"} for n in range(4)]
+    text = "\n".join(map(json.dumps, rows))
+    (folder / "elsewhere" / "rows.jsonl").write_text(text)
+    (folder / "elsewhere" / "base.yaml").write_text(
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/elsewhere/rows.jsonl}}}}\n"
+        "test_split: test\n"
+        "output_type: loglikelihood\n"
+        "doc_to_text: '{{question}}'\n"
+        "doc_to_target: ' {{answer}}'\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "own.yaml").write_text(
+        f"task: own\ninclude: {folder}/elsewhere/base.yaml\n"
+    )
+    return folder
+
+
+def identity(place):
+    """What all cells of a sweep there share."""
+    from dyndepth import tasks
+    from dyndepth.options import settings
+    from dyndepth.workbench import Workbench
+
+    tasks._manager.cache_clear()
+    given = {"model": str(place / "model"), "corpus": str(place / "corpus.txt"), "methods": "uls"}
+    given |= {"tasks": "own", "include_path": str(place / "tasks"), "device": "cpu"}
+    return Workbench(settings(given), ["own"]).shared_identity
+
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "key"),
+    [
+        ("model/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1', "model_fingerprint"),
+        ("model/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "Lowercase"}',
+         "tokenizer_fingerprint"),
+        ("model/tokenizer_config.json", "{", '{"chat_template": "{{ messages }}",',
+         "tokenizer_fingerprint"),
+        ("elsewhere/rows.jsonl", "to be 3", "to be 4", "data_fingerprint"),
+        ("elsewhere/base.yaml", "'{{question}}'", "'Q: {{question}}'", "data_fingerprint"),
+        ("corpus.txt", "text 7: to", "text 7:  to", "corpus_fingerprint"),
+    ],
+)  # fmt: skip
+def test_an_edited_file_makes_other_cells(place, file, old, new, key, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
+    before = identity(place)
+    kept = (place / file).read_text()
+    edit(place / file, old, new)
+    try:
+        after = identity(place)
+    finally:
+        (place / file).write_text(kept)
+    assert {name for name in before if before[name] != after[name]} == {key}
+    again = identity(place)
+    assert again == before
+
+
+def test_cells_of_before_are_read_as_they_were_written(tmp_path):
+    from cells import cell
+
+    from dyndepth.records import cell_hash, setting
+    from dyndepth.store import Store
+
+    store = Store(tmp_path)
+    old, new = cell(tokenizer_fingerprint=""), cell(tokenizer_fingerprint="abc")
+    without = {k: v for k, v in old.identity.items() if k != "tokenizer_fingerprint"}
+    assert cell_hash(without) == old.key != new.key
+    assert setting(without) == setting(old.identity) != setting(new.identity)
+    file = store.file(store.write(old).identity)
+    body = json.loads(file.read_text())
+    del body["identity"]["tokenizer_fingerprint"]
+    file.write_text(json.dumps(body))
+    (found,) = store.all()
+    assert (found.key, found.identity["tokenizer_fingerprint"]) == (old.key, "")
+    former, today = next(iter(FORMER.items()))
+    store.write(cell(model_fingerprint=former))
+    file.unlink()
+    store.check_model("tiny", today)  # that is the same model
+
+
+# --- what comes with a method -------------------------------------------------------------------
+
+
+def test_what_is_not_shipped_is_said_before_training(tiny_corpus, monkeypatch, capsys, tmp_path):
+    from dyndepth import load_method
+    from dyndepth.methods.skipgpt import tuning
+    from dyndepth.recipe import Recipe
+    from dyndepth.recovered import recover_cached
+
+    monkeypatch.setattr(tuning, "train", lambda *_: print("training", file=sys.stderr))
+    model = make_tiny()
+    load_method("skipgpt", target_speedup=1.5).fit(model, tiny_corpus)
+    said, training = capsys.readouterr().err.splitlines()
+    assert training == "training"
+    assert said == (
+        "dyndepth: skipgpt trains routers for 1.5x, which can take minutes: "
+        f"none are shipped for this model (fingerprint {fingerprint(model)})"
+    )
+    load_method("skipgpt", target_speedup=1.5, steps=3).fit(model, tiny_corpus)
+    assert "none are shipped for steps=3" in capsys.readouterr().err
+    monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
+    method = load_method("uls", target_speedup=2.0)
+    monkeypatch.setattr(type(method), "shipped_adapters", tmp_path / "shipped")
+    recipe = Recipe(rank=2, steps=1, batch=1, length=24)
+    recover_cached(method, model, tiny_corpus, recipe, progress=False)
+    assert (
+        "uls trains an adapter for 2x, which can take minutes: none is" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_shipped_is_found_in_each_type(dtype, corpus, monkeypatch):
+    from dyndepth import load_method
+    from dyndepth.adapters import adapted, load_adapter
+    from dyndepth.methods.skipgpt import tuning
+    from dyndepth.recipe import parse_recovery
+    from dyndepth.recovered import find_shipped
+
+    monkeypatch.setattr(tuning, "train", None)
+    model = load_model("embedded", dtype=dtype)
+    for target in (1.1, 1.25, 1.5, 2.0):
+        method = load_method("skipgpt", target_speedup=target).fit(model, corpus)
+        assert method.tensors
+        folder = find_shipped(method, model, corpus, parse_recovery("lora"), 0)
+        assert folder is not None
+    adapter = load_adapter(folder, model)
+    assert adapter.card["model"] == fingerprint(model) == model.dyndepth.fingerprint
+    with adapted(model, adapter):
+        inside = fingerprint(model)
+    assert inside != fingerprint(model) == model.dyndepth.fingerprint
+    other_type = load_model("embedded")
+    with adapted(other_type, load_adapter(folder, other_type)):
+        assert fingerprint(other_type) == inside
