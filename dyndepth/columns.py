@@ -127,7 +127,7 @@ IDENTITY = {
         "any", True, "Examples before each question; empty: as each task's own file says."
     ),
     "batch_size": Column("any", False, "Most contexts in one forward while scoring."),
-    "data_fingerprint": _text("Digest of the evaluation data."),
+    "data_fingerprint": _text("Digest of the evaluation data, and of own tasks."),
     "corpus_fingerprint": _text(
         "Digest of the text that the method was fitted on; empty if there was none.", nullable=True
     ),
