@@ -83,7 +83,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     facts = {
         "config": _facts(model.config),
         "generation": _facts(getattr(model, "generation_config", None)),
-        "code": _brought_code(model),
+        "code": [_brought_code(model), _brought_code(model.config)],
         "values": values_digest(model),
     }
     return _digest(facts)[:16]
@@ -204,11 +204,18 @@ def _checksum(model: torch.nn.Module) -> str:
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers as a checkpoint holds them, each once, by name. Other buffers follow
     from the configuration, and some change with the longest text that was read."""
+    from accelerate.utils import align_module_device
+
     kept = model.state_dict().keys()
     tensors = dict(model.named_parameters())
     tensors |= {name: each for name, each in model.named_buffers() if name in kept}
     for name, tensor in sorted(tensors.items()):
-        yield name, _plain(tensor.detach())
+        if tensor.is_meta:  # offloaded: it is brought for as long as it is read
+            owner, _, own = name.rpartition(".")
+            with align_module_device(model.get_submodule(owner), "cpu"):
+                yield name, _plain(getattr(model.get_submodule(owner), own).detach())
+        else:
+            yield name, _plain(tensor.detach())
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:

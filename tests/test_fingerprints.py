@@ -223,6 +223,37 @@ def test_values_known_by_another_digest():
     assert fingerprint(copy.deepcopy(model)) == before
 
 
+def test_an_offloaded_model_is_the_same_model():
+    from accelerate import cpu_offload
+
+    model = make_tiny()
+    before = fingerprint(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    assert fingerprint(model) == before
+
+
+def test_code_that_comes_along_counts(tmp_path, monkeypatch):
+    """As transformers lays it into a package of its own: whatever class uses it."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    found = set()
+    for content in ("FIRST = 1", "FIRST = 2"):
+        (tmp_path / "modeling_own.py").write_text("class Own: pass\n")
+        (tmp_path / "parts.py").write_text(content)
+        name = "transformers_modules.own.modeling_own"
+        spec = spec_from_file_location(name, tmp_path / "modeling_own.py")
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        for owner in ("model", "config"):
+            model = make_tiny()
+            brought = model if owner == "model" else model.config
+            brought.__class__ = type("Own", (type(brought),), {"__module__": name})
+            found.add(fingerprint(model))
+    assert len({*found, fingerprint(make_tiny())}) == 5
+
+
 # --- one model in each type ---------------------------------------------------------------------
 
 TYPES = ("float32", "bfloat16", "float16")

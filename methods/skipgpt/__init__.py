@@ -224,13 +224,15 @@ def with_digest(path: str) -> str:
         folder, given = path, ""
     place = Path(folder).expanduser()
     place = place / "fit" if (place / "fit").is_dir() else place
-    file = place / "tensors.safetensors"
-    try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    except OSError:
-        raise ValueError(
-            f"routers={folder!r} is no folder with fitted routers (no {file.name} in it)"
-        ) from None
+    digest = hashlib.sha256()
+    for name in ("tensors.safetensors", "facts.json"):  # how they read the stream is a fact
+        try:
+            digest.update((place / name).read_bytes())
+        except OSError:
+            raise ValueError(
+                f"routers={folder!r} is no folder with fitted routers (no {name} in it)"
+            ) from None
+    found = digest.hexdigest()[:12]
     if given and given != found:
         raise ValueError(f"the routers in {folder!r} have changed: {found} now, {given} asked for")
     return f"{place}@{found}"
