@@ -60,7 +60,7 @@ PROBE = (
 )
 """Texts that tokenizers with other rules read otherwise."""
 
-_KNOWN = "dyndepth_values"
+_STAND_IN = "dyndepth_known_as"
 _CHUNK = 1 << 22
 _WORDS = ("int64", "int32", "int16", "int8")
 
@@ -83,42 +83,37 @@ def fingerprint(model: torch.nn.Module) -> str:
     facts = {
         "config": _facts(model.config),
         "generation": _facts(getattr(model, "generation_config", None)),
-        "code": [_brought_code(model), _brought_code(model.config)],
+        "code": _brought_code(model) + _brought_code(model.config),
         "values": values_digest(model),
     }
     return _digest(facts)[:16]
 
 
+_digests: dict[str, str] = {}
+"""Checksum -> digest of all values, so that a second look at the same values is cheap."""
+
+
 def values_digest(model: torch.nn.Module) -> str:
-    """Digest of a model's stored values; the one they are ``known_as``, if there is one.
-
-    It is kept on the model under a checksum of all bits, so that a second call is cheap and sees
-    each change.
-    """
-    known, state = _known(model), _checksum(model)
-    if state not in known:
-        known[state] = _hashed_values(model)
-    return known[state]
-
-
-def set_values_digest(model: torch.nn.Module, digest: str) -> None:
-    """Have the values that ``model`` holds now go by ``digest``: of the file that they were
-    rounded from."""
-    _known(model)[_checksum(model)] = digest
+    """Digest of a model's stored values; or what the values that it has go by: those that
+    ``load_model`` rounded to float16 by those of the file, merged ones by what was merged."""
+    state = checksum(model)
+    rounded = getattr(getattr(model, "dyndepth", None), "rounded", None)
+    for known in (getattr(model, _STAND_IN, None), rounded):
+        if known is not None and known[0] == state:
+            return str(known[1])
+    if state not in _digests:
+        _digests[state] = _hashed_values(model)
+    return _digests[state]
 
 
 @contextmanager
 def known_as(model: torch.nn.Module, digest: str) -> Iterator[None]:
     """The values that ``model`` holds now go by ``digest`` inside the ``with`` block."""
-    known, state = _known(model), _checksum(model)
-    before = known.get(state)
-    known[state] = digest
+    setattr(model, _STAND_IN, (checksum(model), digest))
     try:
         yield
     finally:
-        del known[state]
-        if before is not None:
-            known[state] = before
+        delattr(model, _STAND_IN)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -141,7 +136,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         "longest": getattr(tokenizer, "model_max_length", None),
         "named": {name: getattr(tokenizer, name, None) for name in names},
         "read": ids,
-        "written": [tokenizer.decode(row) for row in ids[0]]
+        "written": [tokenizer.decode(row) if row else "" for row in ids[0]]
         if hasattr(tokenizer, "decode")
         else [],
         "code": _brought_code(tokenizer),
@@ -180,7 +175,7 @@ def _hashed_values(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _checksum(model: torch.nn.Module) -> str:
+def checksum(model: torch.nn.Module) -> str:
     """Digest over the sums of the bits in each row and column: many times as fast as one over all
     values, and another one whenever a value changes or moves."""
     import torch
@@ -207,7 +202,7 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     from accelerate.utils import align_module_device
 
     kept = model.state_dict().keys()
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: each for name, each in model.named_buffers() if name in kept}
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:  # offloaded: it is brought for as long as it is read
@@ -230,14 +225,6 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     import torch
 
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _known(model: torch.nn.Module) -> dict[str, str]:
-    """Checksum -> digest of the values, as far as they were asked for; kept on the model."""
-    if not hasattr(model, _KNOWN):
-        setattr(model, _KNOWN, {})
-    known: dict[str, str] = getattr(model, _KNOWN)
-    return known
 
 
 def _rules(tokenizer: Any) -> Any:

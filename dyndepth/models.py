@@ -10,13 +10,13 @@ import gc
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dyndepth import assets
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint, set_values_digest, values_digest
+from dyndepth.fingerprints import checksum, fingerprint, values_digest
 
 EMBEDDED = "embedded"
 EMBEDDED_LAYERS = 30
@@ -28,11 +28,15 @@ _COPY_VERSION = 2
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table."""
+    """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table.
+
+    ``rounded``, of a model in float16: checksum of its values, and digest of those in its file.
+    """
 
     name: str
     fingerprint: str
     revision: str | None
+    rounded: tuple[str, str] | None = None
 
 
 def load_model(
@@ -105,9 +109,9 @@ def load_model(
     if device != "auto":
         model.to(device)
     model.eval().requires_grad_(False)
-    if values is not None:
-        set_values_digest(model, values)
-    model.dyndepth = ModelInfo(name, fingerprint(model), _revision(name, revision, config))
+    rounded = None if values is None else (checksum(model), values)
+    model.dyndepth = ModelInfo(name, "", _revision(name, revision, config), rounded)
+    model.dyndepth = replace(model.dyndepth, fingerprint=fingerprint(model))
     return model
 
 

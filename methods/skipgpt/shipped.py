@@ -61,9 +61,11 @@ def missing(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = Non
         return f"none are shipped for this model (fingerprint {fingerprint(model)})"
     if not (tensors.is_file() and card.is_file()):
         return f"none are shipped for a target of {method.target_speedup:g}"
+    if corpus is None:
+        return ""
     kept = json.loads(card.read_text(encoding="utf-8"))
-    for key in ("corpus", "tokenizer") if corpus is not None else ():
-        found = corpus.fingerprint if key == "corpus" else corpus.tokenizer_fingerprint
+    here = {"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint}
+    for key, found in here.items():
         if kept[key] != found:
             return f"those shipped were trained with another {key} ({kept[key]}, not {found})"
     return ""
