@@ -83,7 +83,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     facts = {
         "config": _facts(model.config),
         "generation": _facts(getattr(model, "generation_config", None)),
-        "code": _brought_code(model) + _brought_code(model.config),
+        "code": _brought_code(model, model.config),
         "values": values_digest(model),
     }
     return _digest(facts)[:16]
@@ -241,13 +241,16 @@ def _rules(tokenizer: Any) -> Any:
     return [type(tokenizer).__name__, tokenizer.get_vocab(), contents]
 
 
-def _brought_code(brought: Any) -> str:
-    """Digest of the source files that a model or a tokenizer brought along; empty if none."""
-    module = inspect.getmodule(type(brought))
-    if module is None or not module.__name__.startswith("transformers_modules."):
-        return ""
-    files = sorted(Path(str(module.__file__)).parent.glob("*.py"))
-    return _digest({each.name: each.read_text(encoding="utf-8") for each in files})
+def _brought_code(*owners: Any) -> str:
+    """Digest of the source files that came along with the classes of ``owners``; empty if none."""
+    found: list[dict[str, str]] = []
+    for owner in owners:
+        module = inspect.getmodule(type(owner))
+        files: list[Path] = []
+        if module is not None and module.__name__.startswith("transformers_modules."):
+            files = sorted(Path(str(module.__file__)).parent.glob("*.py"))
+        found.append({each.name: each.read_text(encoding="utf-8") for each in files})
+    return _digest({"files": found}) if any(found) else ""
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
