@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyndepth.blocks import causal_lm, projections
 from dyndepth.errors import UserError
-from dyndepth.models import fingerprint
+from dyndepth.fingerprints import fingerprint, known_as, values_digest
 from dyndepth.paths import path_of
 from dyndepth.recipe import Recipe, parse_recovery
 from dyndepth.text_files import read_text
@@ -159,6 +159,8 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
         raise UserError(f"the adapter in {str(adapter.folder)!r} was made for another model")
     linears = {n: linear(n, causal_lm(model).get_submodule(n)) for n in adapter.factors}
     kept = {name: module.weight.data for name, module in linears.items()}
+    # Merged values depend on the model's type; what was merged does not.
+    merged = f"{values_digest(model)} {adapter.card['sha256']}"
     try:
         for name, module in linears.items():
             first, second = (f.to(module.weight.device).float() for f in adapter.factors[name])
@@ -166,7 +168,8 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             change = change.T if transposed(module) else change
             module.weight.data = (kept[name].float() + change).to(kept[name].dtype)
         setattr(model, _MARK, adapter.card["sha256"])
-        yield
+        with known_as(model, merged):
+            yield
     finally:
         for name, module in linears.items():
             module.weight.data = kept[name]

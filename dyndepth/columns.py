@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dyndepth.records import LEADING
+from dyndepth.records import ADDED, LEADING
 
 
 class Column(NamedTuple):
@@ -46,6 +46,10 @@ class Table:
     key: tuple[str, ...] = ()
     ordered: tuple[tuple[str, str, str], ...] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
+
+    def may_lack(self, column: str) -> bool:
+        """Whether a file may be without ``column``: an optional one, or one that is new."""
+        return column in self.optional or column in ADDED
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -90,7 +94,11 @@ _STATUS = _text(
 IDENTITY = {
     "cell": _text("Name of the cell: 12 hex digits of SHA-256 over what changes its numbers."),
     "model": _text("Model as it was asked for: `embedded`, a hub id or a path; not hashed."),
-    "model_fingerprint": _text("Digest of the model's weights and configuration."),
+    "model_fingerprint": _text("Digest of the model's weights, configuration and settings."),
+    "tokenizer_fingerprint": _text(
+        "Digest of what the tokenizer does; empty in cells of before it was recorded.",
+        nullable=True,
+    ),
     "revision": _text("Revision of the model where it came from; empty if none.", nullable=True),
     "method": _text("Name of the method."),
     "parameters": _text(
@@ -119,7 +127,7 @@ IDENTITY = {
         "any", True, "Examples before each question; empty: as each task's own file says."
     ),
     "batch_size": Column("any", False, "Most contexts in one forward while scoring."),
-    "data_fingerprint": _text("Digest of the evaluation data."),
+    "data_fingerprint": _text("Digest of the evaluation data, and of own tasks."),
     "corpus_fingerprint": _text(
         "Digest of the text that the method was fitted on; empty if there was none.", nullable=True
     ),

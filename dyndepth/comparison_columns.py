@@ -45,7 +45,8 @@ CURVE = {
     **{
         name: IDENTITY[name].description
         for name in (
-            *("model", "model_fingerprint", "method", "parameters", "phases", "recovery"),
+            *("model", "model_fingerprint", "tokenizer_fingerprint", "method", "parameters"),
+            *("phases", "recovery"),
             *("bound", "dtype", "device", "num_fewshot", "data_fingerprint", "dyndepth"),
             *("harness_code", "method_code"),
         )

@@ -19,7 +19,8 @@ MARKS = {
 }
 
 _SETTING = (
-    *("model_fingerprint", "dtype", "device", "attn_implementation", "limit", "sample_seed"),
+    *("model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "attn_implementation"),
+    *("limit", "sample_seed"),
     *("num_fewshot", "batch_size", "harness_code", "torch", "transformers", "lm_eval", "dyndepth"),
 )
 """Columns of the leading ones that tell settings apart."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dyndepth import assets
 from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import tokenizer_fingerprint
 from dyndepth.paths import expanded
 from dyndepth.text_files import paragraphs, read_text
 
@@ -51,10 +52,17 @@ class Corpus:
             )
         self.texts = [by_hash[key] for key in sorted(by_hash)]
         self.tokenizer = tokenizer
-        self.fingerprint = _digest(f"{_WINDOWS_VERSION} " + " ".join(sorted(by_hash)))[:16]
+        # Of the very texts: those that differ in white space alone give other tokens.
+        exact = " ".join(map(_digest, self.texts))
+        self.fingerprint = _digest(f"{_WINDOWS_VERSION} {exact}")[:16]
 
     def __repr__(self) -> str:
         return f"Corpus({len(self.texts)} texts, {self.fingerprint})"
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """16 hex digits over what the tokenizer does; see ``dyndepth.fingerprints``."""
+        return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, split: Split) -> list[str]:
         """The documents of one split; a quarter of all is kept for calibration."""

@@ -4,8 +4,8 @@ A fit that trained keeps its curve beside it, as a CSV. Training inside ``fit_ca
 killed goes on from its last checkpoint.
 
 A cached fit is addressed by what decides it: method, its code and shipped files, the shared code of
-training and calibration, parameters, fit version, model, dtype, kind of device and corpus. Nothing
-is ever unpickled.
+training and calibration, torch and transformers, parameters, fit version, model, dtype, kind of
+device, attention implementation, corpus and tokenizer. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def _fit_together(
 
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
-    from dyndepth.models import fingerprint
-    from dyndepth.provenance import fitting_code, method_code
+    from dyndepth.blocks import causal_lm
+    from dyndepth.fingerprints import fingerprint
+    from dyndepth.provenance import fitting_code, method_code, versions
 
     facts = {
         "layout": _LAYOUT,
@@ -112,10 +113,13 @@ def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus |
         "method": repr(method),
         "fit_version": method.fit_version,
         "code": [method_code(type(method)), fitting_code()],
+        "libraries": [versions()[name] for name in ("torch", "transformers")],
         "device": next(model.parameters()).device.type,
         "model": fingerprint(model),
         "dtype": str(next(model.parameters()).dtype),
+        "attention": causal_lm(model).config._attn_implementation,
         "corpus": corpus.fingerprint if corpus is not None else None,
+        "tokenizer": corpus.tokenizer_fingerprint if corpus is not None else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -146,7 +150,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     CPU. Raises UserError if files are missing or garbled, or if the fit belongs to another
     model, method, fit version or parameters.
     """
-    from dyndepth.models import fingerprint
+    from dyndepth.fingerprints import fingerprint
 
     record, tensors = read_fit(path)
     _check_same(path, "model", record["model"], fingerprint(model))
@@ -171,7 +175,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
 def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from dyndepth.models import fingerprint
+    from dyndepth.fingerprints import fingerprint
 
     if json.loads(json.dumps(method.facts, default=repr)) != method.facts:
         raise TypeError(f"{method.name}: facts must be plain JSON values, not {method.facts!r}")

@@ -29,7 +29,8 @@ SCORES = (
 """Scores over all tasks: column, label, factor for people, digits, whether larger is better."""
 
 CONDITIONS = (
-    *("model", "model_fingerprint", "dtype", "device", "device_name", "threads"),
+    *("model", "model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "device_name"),
+    "threads",
     *("attn_implementation", "batch_size", "tasks", "num_fewshot", "limit", "sample_seed"),
     *("data_fingerprint", "dyndepth", "harness_code", "git_commit"),
     *("torch", "transformers", "lm_eval"),

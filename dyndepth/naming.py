@@ -27,9 +27,10 @@ SETTING = tuple(key for key in IDENTITY if key not in METHOD_KEYS | UNHASHED)
 FITTED = ("fit_version", "corpus_fingerprint", "method_code")
 """Columns that tell two fits of one method apart; other methods differ in them anyway."""
 
-MODEL = ("model", "model_fingerprint", "revision")
+MODEL = ("model", "model_fingerprint", "tokenizer_fingerprint", "revision")
 _WORDS = {
     "model_fingerprint": "weights",
+    "tokenizer_fingerprint": "tokenizer",
     "attn_implementation": "attention",
     "data_fingerprint": "data",
     "corpus_fingerprint": "corpus",

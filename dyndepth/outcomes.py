@@ -166,7 +166,7 @@ def _quality(task: Task, metric: str, item: Any) -> tuple[float, float]:
 
 def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
     """24 hex digits over everything that decides outcomes."""
-    from dyndepth.models import fingerprint
+    from dyndepth.fingerprints import fingerprint, tokenizer_fingerprint
     from dyndepth.provenance import harness_code, versions
 
     parameter = next(reader.model.parameters())
@@ -175,6 +175,7 @@ def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
         "code": harness_code(),
         "versions": versions(),
         "model": fingerprint(reader.model),
+        "tokenizer": tokenizer_fingerprint(reader.tokenizer),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "attention": reader.model.config._attn_implementation,

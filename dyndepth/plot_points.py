@@ -42,7 +42,8 @@ MAIN = ("acc", "bits_per_byte", "rougeL")
 """Metrics that stand for a task, the first that it has."""
 _NORMAL = 1.96  # standard errors to either side of a 95% interval
 _TEXT = dict.fromkeys(("cell", "parameters", "recovery", "phases"), str)
-_SETTING = ("model", "data_fingerprint", "dtype")
+SETTING = (*("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "dtype"),)
+"""Columns whose values one figure does not mix."""
 
 
 def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
@@ -233,7 +234,7 @@ def reference(table: pd.DataFrame) -> pd.Series:
 
 def check_one_setting(table: pd.DataFrame) -> None:
     """Raise UserError if rows of several models or of different data would stand together."""
-    for column in _SETTING:
+    for column in SETTING:
         if column in table and table[column].nunique() > 1:
             there = ", ".join(map(str, sorted(table[column].dropna().unique())))
             raise UserError(f"rows of several values of {column} ({there}) need a figure each")

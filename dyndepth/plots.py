@@ -20,7 +20,15 @@ from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock
 from dyndepth.plot_fits import importance, training_curve
 from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
 from dyndepth.plot_parts import readable, written
-from dyndepth.plot_points import main_metric, on_front, points, read_tables, reference, task_table
+from dyndepth.plot_points import (
+    SETTING,
+    main_metric,
+    on_front,
+    points,
+    read_tables,
+    reference,
+    task_table,
+)
 from dyndepth.plot_routes import (
     executed_by_layer,
     executed_by_position,
@@ -75,7 +83,7 @@ def figures(
     """
     tables = read_tables(run) if tables is None else tables
     board = tables["leaderboard"]
-    keys = ["model", "data_fingerprint", "dtype"]
+    keys = [key for key in SETTING if key in board]
     settings = board.groupby(keys, sort=False, dropna=False)["cell"].apply(set).tolist()
     for number, cells in enumerate(settings, start=1):
         own = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import cache
@@ -56,6 +58,7 @@ FRONT = frozenset(
         "errors.py",
         "estimate.py",
         "executors.py",
+        "fingerprints.py",
         "fits.py",
         "grid.py",
         "importance_command.py",
@@ -219,10 +222,27 @@ def recovery_code() -> str:
 
 
 def task_files(folder: str) -> str:
-    """12 hex digits over the task and data files of a folder given by ``--include_path``."""
+    """12 hex digits over all files of a folder given by ``--include_path``, data of any kind
+    included, but for hidden ones and what Python compiles."""
     root = path_of(folder)
-    suffixes = {".py", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt"}
-    return _digest([path for path in root.rglob("*") if path.suffix in suffixes], root)
+
+    def counts(path: Path) -> bool:
+        parts = path.relative_to(root).parts
+        return path.is_file() and not any(x.startswith((".", "__pycache__")) for x in parts)
+
+    return _digest([path for path in root.rglob("*") if counts(path)], root)
+
+
+def task_content(task: Any, num_fewshot: int | None) -> str:
+    """12 hex digits over a loaded lm-eval task: its settings, wherever they were included from,
+    and its documents, wherever they lie, those that examples are drawn from among them."""
+    settings = task.dump_config()
+    settings["metadata"] = {**(settings.get("metadata") or {}), "config_source": None}
+    shots = task.fewshot_docs() if num_fewshot or task.config.num_fewshot else None
+    facts = [settings, list(task.eval_docs), list(shots or ())]
+    # What is no plain value is shown with its place in memory.
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(facts, sort_keys=True, default=str))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def method_code(cls: type) -> str:

@@ -19,6 +19,7 @@ from dyndepth.recipe import NONE, shortened
 IDENTITY = (
     "model",
     "model_fingerprint",
+    "tokenizer_fingerprint",
     "revision",
     "method",
     "parameters",
@@ -56,6 +57,10 @@ UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values
 (``model_fingerprint`` is), and a commit that touches no hashed code changes no number."""
 
+ADDED = {"tokenizer_fingerprint": ""}
+"""Keys that cells recorded before do not have, and as what they are read there. As long as a key
+says no more than that, it is no part of a hash."""
+
 VERSIONS = ("torch", "transformers", "lm_eval", "dyndepth")
 """Packages whose version is a part of the identity, by the name they are installed by."""
 
@@ -84,19 +89,23 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 def cell_hash(identity: Row) -> str:
     """12 hex digits of SHA-256 over the canonical JSON of the hashed part of ``identity``."""
-    hashed = {key: value for key, value in identity.items() if key not in UNHASHED}
-    text = json.dumps(plain(hashed), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plain(_hashed(identity)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def setting(identity: Row) -> str:
     """What a cell shares with the dense cell it is compared to, as one canonical string."""
-    shared = {
+    shared = {key: value for key, value in _hashed(identity).items() if key not in METHOD_KEYS}
+    return json.dumps(plain(shared), sort_keys=True, separators=(",", ":"))
+
+
+def _hashed(identity: Row) -> Row:
+    """What of an identity changes numbers."""
+    return {
         key: value
         for key, value in identity.items()
-        if key not in UNHASHED and key not in METHOD_KEYS
+        if key not in UNHASHED and not (key in ADDED and value == ADDED[key])
     }
-    return json.dumps(plain(shared), sort_keys=True, separators=(",", ":"))
 
 
 @dataclass

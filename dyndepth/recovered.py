@@ -17,8 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dyndepth.assets import build_once, cache_root
+from dyndepth.assets import build_once, cache_root, say
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import fingerprint
 from dyndepth.options import Parser
 from dyndepth.recipe import Recipe, parse_recovery
 from dyndepth.records import file_part
@@ -79,6 +80,11 @@ def recover_cached(
         from dyndepth.recovery import recover
 
         method.anew = refresh
+        if not refresh and method.shipped_adapters is not None:
+            say(
+                f"{method.name} trains an adapter for {method.target_speedup:g}x, which can take "
+                f"minutes: {_why_none(method, model)}"
+            )
         if recipe.kind == "lora":
             fit_cached(method, model, corpus)
         with checkpoints(unfinished):
@@ -137,7 +143,6 @@ def find_shipped(
     Looked for under ``<method.shipped_adapters>/<model's fingerprint>/``, whatever its name.
     """
     from dyndepth.adapters import read_card
-    from dyndepth.models import fingerprint
 
     if method.shipped_adapters is None:
         return None
@@ -145,6 +150,7 @@ def find_shipped(
     wanted = {
         "model": model_print,
         "corpus": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer_fingerprint,
         "recipe": str(recipe),
         "method": repr(method),
         "fit_version": method.fit_version,
@@ -155,6 +161,14 @@ def find_shipped(
         if all(card.get(key) == value for key, value in wanted.items()):
             return folder
     return None
+
+
+def _why_none(method: DynamicDepthMethod, model: torch.nn.Module) -> str:
+    """Why ``find_shipped`` finds nothing, for people."""
+    model_print = fingerprint(model)
+    if method.shipped_adapters is None or not (method.shipped_adapters / model_print).is_dir():
+        return f"none is shipped for this model (fingerprint {model_print})"
+    return "those shipped for this model are of other settings, text or tokenizer"
 
 
 def ship(method: DynamicDepthMethod, adapter: Adapter, name: str) -> Path:
@@ -199,7 +213,6 @@ def _card(
     seed: int,
     found: Recovered,
 ) -> dict[str, Any]:
-    from dyndepth.models import fingerprint
 
     last = found.curve[-10:]
     return {
@@ -208,6 +221,7 @@ def _card(
         "method": repr(method),
         "fit_version": method.fit_version,
         "corpus": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer_fingerprint,
         "tokens": found.tokens,
         "seconds": round(found.seconds, 1),
         "seed": seed,

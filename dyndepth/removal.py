@@ -268,7 +268,7 @@ def greedy_kept(
 def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
     """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
     and the code and libraries that measure."""
-    from dyndepth.models import fingerprint
+    from dyndepth.fingerprints import fingerprint
     from dyndepth.provenance import fitting_code, versions
 
     parameter = next(model.parameters())

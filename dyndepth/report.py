@@ -20,7 +20,8 @@ HEADINGS = (
 )
 
 CONDITIONS = (
-    *("model", "model_fingerprint", "limit", "sample_seed", "num_fewshot", "device", "dtype"),
+    *("model", "model_fingerprint", "tokenizer_fingerprint", "limit", "sample_seed"),
+    *("num_fewshot", "device", "dtype"),
     *("data_fingerprint", "dyndepth", "torch", "transformers", "git_commit"),
 )
 """What all cells of a report share, from their identity."""

@@ -237,7 +237,7 @@ def record(
             n if prompt_length is None else min(prompt_length, n) for n in lengths
         ),
         vocabulary={token: tokenizer.decode([token]) for token in np.unique(ids).tolist()},
-        identity={**(identity or _identity(model, method)), "spec": _spec(method)},
+        identity={**(identity or _identity(model, tokenizer, method)), "spec": _spec(method)},
     )
 
 
@@ -278,16 +278,17 @@ def _spec(method: DynamicDepthMethod) -> str:
     return f"{method.name}({', '.join(changed)})" if changed else method.name
 
 
-def _identity(model: Any, method: DynamicDepthMethod) -> dict[str, Any]:
+def _identity(model: Any, tokenizer: Any, method: DynamicDepthMethod) -> dict[str, Any]:
     """What a record without a sweep can say of its origin."""
+    from dyndepth.fingerprints import fingerprint, tokenizer_fingerprint
     from dyndepth.grid import method_identity
-    from dyndepth.models import fingerprint
     from dyndepth.provenance import harness_code, versions
 
     info = getattr(model, "dyndepth", None)
     return method_identity(method) | {
         "model": info.name if info else "",
         "model_fingerprint": fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
         **versions(),

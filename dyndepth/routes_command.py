@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import agrees
 from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
@@ -199,13 +200,15 @@ class Bench:
             return
         found = {
             "model_fingerprint": self.model.dyndepth.fingerprint,
+            "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
             "corpus_fingerprint": self.corpus.fingerprint,
         }
         for name, remedy in (
             ("model_fingerprint", f"{wanted.model} is another model now"),
+            ("tokenizer_fingerprint", f"{wanted.model} has another tokenizer now"),
             ("corpus_fingerprint", "it was fitted on other text; name that by --corpus"),
         ):
-            if identity[name] != found[name]:
+            if not agrees(name, identity[name], found[name]):
                 raise UserError(f"{remedy} ({name} {found[name]}, recorded {identity[name]})")
 
 

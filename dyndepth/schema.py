@@ -150,7 +150,7 @@ def _check_names(name: str, described: Table, columns: Sequence[str]) -> None:
         if columns.count(column) > 1:
             raise UserError(f"{name}: column {column!r} stands there twice")
     for column in described.columns:
-        if column not in columns and column not in described.optional:
+        if column not in columns and not described.may_lack(column):
             raise UserError(f"{name}: column {column!r} is missing")
     wanted = [column for column in described.columns if column in columns]
     for column, other in zip(columns, wanted, strict=True):
@@ -204,7 +204,7 @@ def _pandera(name: str) -> pandera.pandas.DataFrameSchema:
             None if column.dtype == "any" else DTYPES[column.dtype],
             checks=[bounds[check](bound) for check, bound in column.checks.items()],
             nullable=column.nullable,
-            required=key not in described.optional,
+            required=not described.may_lack(key),
             description=column.description,
         )
         for key, column in described.columns.items()

@@ -20,9 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dyndepth.errors import RunFailed, UserError
+from dyndepth.fingerprints import agrees
 from dyndepth.mirror import mirror_of
 from dyndepth.paths import path_of
 from dyndepth.records import (
+    ADDED,
     IDENTITY,
     ROWS,
     TIMING_LEVELS,
@@ -113,7 +115,10 @@ class Store:
         """
         for cell in self.all():
             recorded, other = cell.identity["model"], cell.identity["model_fingerprint"]
-            same = same_model(name, recorded) if fingerprint is None else fingerprint == other
+            if fingerprint is None:
+                same = same_model(name, recorded)
+            else:
+                same = agrees("model_fingerprint", other, fingerprint)
             if not same:
                 raise UserError(
                     f"{self.path} holds cells of the model {recorded} (fingerprint {other}), not "
@@ -128,6 +133,7 @@ class Store:
             if body["format"] != FORMAT:
                 raise ValueError(f"it has format {body['format']}, not {FORMAT}")
             cell = _cell(body)
+            cell.identity = ADDED | cell.identity
             if set(cell.identity) != set(IDENTITY):
                 raise ValueError("its identity has other keys than this version's")
             name = path.name.removesuffix(".gz").removesuffix(".json")

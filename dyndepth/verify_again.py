@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import agrees
 from dyndepth.grid import Plan
 from dyndepth.options import Settings
 from dyndepth.recipe import NONE
@@ -33,7 +34,9 @@ from dyndepth.verify_rows import COARSE, EXACT, KEYS, differences, differs
 from dyndepth.verify_stored import Finding
 from dyndepth.worker import free_memory, in_one_line
 
-SAME_THING = ("model_fingerprint", "data_fingerprint", "corpus_fingerprint")
+SAME_THING = (
+    *("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "corpus_fingerprint"),
+)
 """Without these there is nothing to compare."""
 SAME_CODE = ("harness_code", "method_code", "fit_version", "torch", "transformers", "lm_eval")
 
@@ -112,7 +115,7 @@ def _shared(wanted: Settings) -> Settings:
 
 def _of_cell(cell: Cell, plan: Plan, bench: Any, how: How) -> list[Finding]:
     mine = bench.identity(plan)
-    apart = [key for key in SAME_THING if mine[key] != cell.identity[key]]
+    apart = [key for key in SAME_THING if not agrees(key, cell.identity[key], mine[key])]
     if apart:
         return [Finding(cell.key, key, str(cell.identity[key]), str(mine[key])) for key in apart]
     why = excuse(cell, mine, bench.provenance(plan))

@@ -27,7 +27,10 @@ SAME = 1e-6
 
 HERE = ("harness_code", "torch", "transformers", "lm_eval", "dyndepth")
 """What may differ between the cells and the program that verifies them: it is noted."""
-ONE = ("model_fingerprint", "data_fingerprint", "corpus_fingerprint", *HERE)
+ONE = (
+    *("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "corpus_fingerprint"),
+    *HERE,
+)
 """Keys of the identity that must be the same in all cells of a run."""
 ONE_A_METHOD = ("method_code", "fit_version")
 """And in all cells of one method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from dyndepth.errors import UserError
 from dyndepth.grid import Plan, cell_identity, limits
 from dyndepth.options import EMBEDDED, Settings
 from dyndepth.paths import expanded
-from dyndepth.provenance import conditions, git_commit, harness_code, task_files, versions
+from dyndepth.provenance import (
+    conditions,
+    git_commit,
+    harness_code,
+    task_content,
+    task_files,
+    versions,
+)
 from dyndepth.recipe import parse_recovery
 from dyndepth.records import Row
 from dyndepth.worker import free_memory
@@ -50,7 +58,7 @@ class Workbench:
         check_room(loaded, supported_config(settings), self.tokenizer)
         own = {task.get_config("num_fewshot") or 0 for task in loaded.values()}
         self.num_fewshot = shots(settings, own)
-        self.data_fingerprint = data_fingerprint(settings, self.tasks)
+        self.data_fingerprint = data_fingerprint(settings, loaded)
         self.model = load_model(
             settings.model,
             dtype=settings.dtype,
@@ -76,6 +84,7 @@ class Workbench:
         return {
             "model": self.settings.model,
             "model_fingerprint": self.fingerprint,
+            "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
             "revision": self.model.dyndepth.revision or "",
             "dtype": self.settings.dtype,
             "device": self.device.partition(":")[0],
@@ -313,11 +322,9 @@ def check_room(tasks: Mapping[str, Any], config: Any, tokenizer: Any) -> None:
             )
 
 
-def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
-    """What pins the evaluation data: that of the offline suite, that of own task files.
-
-    Tasks of the hub are pinned by their task version, which stands in accuracy.csv.
-    """
+def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
+    """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
+    and the contents of all other ``tasks``, which are those of ``bring_tasks``."""
     from dyndepth import assets
     from dyndepth.tasks import OFFLINE
 
@@ -326,4 +333,11 @@ def data_fingerprint(settings: Settings, tasks: Sequence[str]) -> str:
         parts.append(assets.data_fingerprint("data"))
     if settings.include_path:
         parts.append(task_files(settings.include_path))
+    contents = {
+        name: task_content(task, settings.num_fewshot)
+        for name, task in tasks.items()
+        if name not in OFFLINE
+    }
+    if contents:
+        parts.append(hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:12])
     return "+".join(parts)

@@ -504,8 +504,9 @@ def _routers(folder: Path) -> None:
     import torch
     from conftest import make_tiny
 
+    from dyndepth.fingerprints import fingerprint
     from dyndepth.fits import save_fit
-    from dyndepth.models import ModelInfo, fingerprint, load_model
+    from dyndepth.models import ModelInfo, load_model
     from dyndepth.registry import load_method
 
     model = load_model(str(folder / "model"))

@@ -8,7 +8,8 @@ import torch
 
 from dyndepth import assets
 from dyndepth.errors import UserError
-from dyndepth.models import fingerprint, layer_count, load_model, load_tokenizer, prepare_embedded
+from dyndepth.fingerprints import fingerprint
+from dyndepth.models import layer_count, load_model, load_tokenizer, prepare_embedded
 
 
 @pytest.fixture

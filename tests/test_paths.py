@@ -15,8 +15,9 @@ from folders import tiny_folder
 from dyndepth import adapters, fits, manifest, routes, sweep
 from dyndepth.corpus import load_corpus
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import fingerprint
 from dyndepth.json_log import JsonLog
-from dyndepth.models import ModelInfo, fingerprint, layer_count, load_model, load_tokenizer
+from dyndepth.models import ModelInfo, layer_count, load_model, load_tokenizer
 from dyndepth.options import PATHS, Settings, read, slug
 from dyndepth.paths import expanded, path_of
 from dyndepth.provenance import task_files

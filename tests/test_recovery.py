@@ -17,8 +17,8 @@ from dyndepth import loop, recovery
 from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adaptable, adapted, load_adapter, write_adapter
 from dyndepth.blocks import FAMILIES
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import CURVE
-from dyndepth.models import fingerprint
 from dyndepth.recipe import NONE, PRESETS, Recipe, parse_recoveries, parse_recovery, shortened
 from dyndepth.recovered import find_shipped, recover_cached, recovery_key, ship
 from dyndepth.recovery import injected, recover, window_loss

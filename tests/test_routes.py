@@ -267,6 +267,7 @@ class TestCommand:
         common = {
             "model": str(folder / "model"),
             "model_fingerprint": model.dyndepth.fingerprint,
+            "tokenizer_fingerprint": corpus.tokenizer_fingerprint,
             "corpus_fingerprint": corpus.fingerprint,
             "dtype": "float32",
             "attn_implementation": "sdpa",

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from dyndepth.assets import say
 from dyndepth.errors import UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.paths import path_of
@@ -148,7 +149,7 @@ class SkipGPT(DynamicDepthMethod):
         """
         from dyndepth.training import trained_along
 
-        from .shipped import load_named, load_shipped
+        from .shipped import load_named, load_shipped, missing
         from .tuning import train
 
         if self.target_speedup == 1.0:
@@ -160,9 +161,13 @@ class SkipGPT(DynamicDepthMethod):
             self.tensors, self.facts = load_named(self, model)
             self.calibrate(model, corpus)
             return self
-        shipped = None if self.anew else load_shipped(self, model)
-        other_text = corpus is not None and shipped and shipped[1]["corpus"] != corpus.fingerprint
-        if shipped is None or other_text or along:
+        shipped = None if self.anew or along else load_shipped(self, model, corpus)
+        if shipped is None:
+            if not (self.anew or along):
+                say(
+                    f"{self.name} trains routers for {self.target_speedup:g}x, which can take "
+                    f"minutes: {missing(self, model, corpus)}"
+                )
             train(self, model, corpus)
             return self
         self.tensors, self.facts = shipped
@@ -220,13 +225,15 @@ def with_digest(path: str) -> str:
         folder, given = path, ""
     place = path_of(folder)
     place = place / "fit" if (place / "fit").is_dir() else place
-    file = place / "tensors.safetensors"
-    try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    except OSError:
-        raise ValueError(
-            f"routers={folder!r} is no folder with fitted routers (no {file.name} in it)"
-        ) from None
+    digest = hashlib.sha256()
+    for name in ("tensors.safetensors", "facts.json"):  # how they read the stream is a fact
+        try:
+            digest.update((place / name).read_bytes())
+        except OSError:
+            raise ValueError(
+                f"routers={folder!r} is no folder with fitted routers (no {name} in it)"
+            ) from None
+    found = digest.hexdigest()[:12]
     if given and given != found:
         raise ValueError(f"the routers in {folder!r} have changed: {found} now, {given} asked for")
     return f"{place}@{found}"

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dyndepth.assets import cache_root
     from dyndepth.capacity import fitting
     from dyndepth.corpus import load_corpus
+    from dyndepth.fingerprints import fingerprint
     from dyndepth.loop import checkpoints
     from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         method = SkipGPT(target_speedup=target, seed=options.seed)
         began = time.perf_counter()
         # Not the fit's key: that covers the shipped files, which change as targets are done.
-        facts = [repr(method), options.model, corpus.fingerprint, fitting_code()]
+        facts = [repr(method), fingerprint(model), corpus.fingerprint, fitting_code()]
+        facts += [corpus.tokenizer_fingerprint]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
         unfinished = cache_root() / "ship" / key
         with checkpoints(unfinished):
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "command": f"python -m dyndepth.methods.skipgpt.ship {given}".strip(),
             "method": repr(method),
             "corpus": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer_fingerprint,
             "seconds": round(time.perf_counter() - began),
             "threads": torch.get_num_threads(),
             "training_loss": mean(row["loss"] for row in method.curve[-10:]),

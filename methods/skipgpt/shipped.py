@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import read_fit
-from dyndepth.models import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dyndepth.corpus import Corpus
 
     from . import SkipGPT
 
@@ -37,16 +39,36 @@ def router_files(model: torch.nn.Module, target_speedup: float) -> tuple[Path, P
 
 
 def load_shipped(
-    method: SkipGPT, model: torch.nn.Module
+    method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts shipped for this model and target; None if there are none that fit."""
-    given = {f.name: (getattr(method, f.name), f.default) for f in fields(method)}
-    if any(value != default for name, (value, default) in given.items() if name not in _FREE):
+    """Tensors and facts shipped for just this; None where ``missing`` has a reason."""
+    if missing(method, model, corpus):
         return None
     tensors, card = router_files(model, method.target_speedup)
-    if not (tensors.is_file() and card.is_file()):
-        return None
     return load_file(tensors), json.loads(card.read_text(encoding="utf-8"))
+
+
+def missing(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = None) -> str:
+    """Why no shipped routers serve, for people; empty where some do."""
+    own = [f for f in fields(method) if f.repr and f.name not in _FREE]
+    set_here = [
+        f"{f.name}={getattr(method, f.name)}" for f in own if getattr(method, f.name) != f.default
+    ]
+    if set_here:
+        return f"none are shipped for {', '.join(set_here)}"
+    tensors, card = router_files(model, method.target_speedup)
+    if not tensors.parent.is_dir():
+        return f"none are shipped for this model (fingerprint {fingerprint(model)})"
+    if not (tensors.is_file() and card.is_file()):
+        return f"none are shipped for a target of {method.target_speedup:g}"
+    if corpus is None:
+        return ""
+    kept = json.loads(card.read_text(encoding="utf-8"))
+    here = {"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint}
+    for key, found in here.items():
+        if kept[key] != found:
+            return f"those shipped were trained with another {key} ({kept[key]}, not {found})"
+    return ""
 
 
 def save_shipped(method: SkipGPT, model: torch.nn.Module, card: dict[str, Any]) -> Path:

@@ -1,0 +1,258 @@
+"""Digests that say what a model computes and what a tokenizer makes of a text.
+
+Cells, fits and what is shipped are bound to them, so they cover all that can change a number:
+everything in a configuration but for the short list ``IMMATERIAL``, every stored value, and the
+settings that a model ships for generation. Names and places are no part of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.records import ADDED
+
+if TYPE_CHECKING:
+    import torch
+
+IMMATERIAL = {
+    "_name_or_path": "where it lay",
+    "_model_name_or_path": "where it lay, as converters name it",
+    "_commit_hash": "the hub's name of that place",
+    "architectures": "the class follows from model_type",
+    "auto_map": "where a model's own code lies; the code itself is hashed",
+    "transformers_version": "what wrote the file; the version that runs is recorded beside",
+    "dtype": "the type that is asked for is recorded beside",
+    "torch_dtype": "dtype by its old name",
+    "_from_model_config": "where generation settings came from",
+    "initializer_range": "random weights before training",
+    "init_std": "random weights before training",
+    "pad_token_id": "padding is masked",
+    "id2label": "names of a classifier's classes",
+    "label2id": "names of a classifier's classes",
+    "problem_type": "loss of a classifier",
+    "use_cache": "whether a forward returns its cache",
+    "output_attentions": "what a forward returns beside its logits",
+    "output_hidden_states": "what a forward returns beside its logits",
+    "return_dict": "in which form a forward returns them",
+}
+"""Names in a configuration that cannot change a number, and why."""
+
+FORMER = {
+    "b779a8c7124b0a85": "f4a0f9de1bbb944f",
+    "2588359b2a4d041a": "549a0f3b3403f6da",
+}
+"""Digests by an earlier definition that committed results were recorded with, and what they are
+today: the embedded model's, and its corpus's. Neither a weight nor a text has changed."""
+
+PROBE = (
+    "Hello world, it's 2018!",
+    " a  b\n\n\tc \n",
+    "Zürich e\u0301 ﬁ 中文 \U0001f600",
+    "<s></s><|im_end|><|endoftext|>",
+    "",
+)
+"""Texts that tokenizers with other rules read otherwise."""
+
+_STAND_IN = "dyndepth_known_as"
+_CHUNK = 1 << 22
+_WORDS = ("int64", "int32", "int16", "int8")
+
+
+def agrees(key: str, recorded: str, here: str) -> bool:
+    """Whether an identity's digest, perhaps ``recorded`` by an earlier definition or before there
+    was such a ``key``, is of the very thing that is found ``here``."""
+    return recorded == ADDED.get(key, here) or FORMER.get(recorded, recorded) == here
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that identify the function a model computes.
+
+    A hash over its configuration and generation settings, but for ``IMMATERIAL``, over the code
+    that it brought along, and over each stored tensor's name, shape and values as bfloat16: loads
+    in float32 and bfloat16 agree, whatever the device, and so do those in float16 that
+    ``load_model`` made. A fine-tuned or differently configured model differs. Inside
+    ``dyndepth.adapters.adapted`` it is another one, however little the adapter changes.
+    """
+    facts = {
+        "config": _facts(model.config),
+        "generation": _facts(getattr(model, "generation_config", None)),
+        "code": _brought_code(model, model.config),
+        "values": values_digest(model),
+    }
+    return _digest(facts)[:16]
+
+
+_digests: dict[str, str] = {}
+"""Checksum -> digest of all values, so that a second look at the same values is cheap."""
+
+
+def values_digest(model: torch.nn.Module) -> str:
+    """Digest of a model's stored values; or what the values that it has go by: those that
+    ``load_model`` rounded to float16 by those of the file, merged ones by what was merged."""
+    state = checksum(model)
+    rounded = getattr(getattr(model, "dyndepth", None), "rounded", None)
+    for known in (getattr(model, _STAND_IN, None), rounded):
+        if known is not None and known[0] == state:
+            return str(known[1])
+    if state not in _digests:
+        _digests[state] = _hashed_values(model)
+    return _digests[state]
+
+
+@contextmanager
+def known_as(model: torch.nn.Module, digest: str) -> Iterator[None]:
+    """The values that ``model`` holds now go by ``digest`` inside the ``with`` block."""
+    setattr(model, _STAND_IN, (checksum(model), digest))
+    try:
+        yield
+    finally:
+        delattr(model, _STAND_IN)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits that identify what a tokenizer makes of texts and chats, and of tokens.
+
+    A hash over its rules, vocabulary, special tokens and chat template, and over what it makes of
+    ``PROBE``. Where it lies does not count, nor do padding and truncation, which are asked for in
+    each call. Tokenizers of any class have one.
+    """
+    ids = [
+        tokenizer(list(PROBE), **how)["input_ids"] for how in ({}, {"add_special_tokens": False})
+    ]
+    names = ("bos_token_id", "eos_token_id", "unk_token_id", "add_bos_token", "add_eos_token")
+    special = dict(getattr(tokenizer, "special_tokens_map", {}))
+    special.pop("pad_token", None)
+    facts = {
+        "rules": _rules(tokenizer),
+        "special": special,
+        "template": getattr(tokenizer, "chat_template", None),
+        "longest": getattr(tokenizer, "model_max_length", None),
+        "named": {name: getattr(tokenizer, name, None) for name in names},
+        "read": ids,
+        "written": [tokenizer.decode(row) if row else "" for row in ids[0]]
+        if hasattr(tokenizer, "decode")
+        else [],
+        "code": _brought_code(tokenizer),
+    }
+    return _digest(facts)[:16]
+
+
+# --- what is hashed -----------------------------------------------------------------------------
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that can change a number, as far as they are not its class's
+    defaults: a setting that a later version adds says nothing until somebody sets it."""
+    if config is None:
+        return {}
+    defaults = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    given = config.to_dict()
+    missing = object()
+    return {
+        key: value
+        for key, value in given.items()
+        if key not in IMMATERIAL and (key == "model_type" or value != defaults.get(key, missing))
+    }
+
+
+def _hashed_values(model: torch.nn.Module) -> str:
+    """Digest over all values, floating ones as bfloat16."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in _stored(model):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        for part in tensor.reshape(-1).split(_CHUNK):
+            values = part.to(torch.bfloat16) if part.is_floating_point() else part
+            digest.update(_bytes(values))
+    return digest.hexdigest()
+
+
+def checksum(model: torch.nn.Module) -> str:
+    """Digest over the sums of the bits in each row and column: many times as fast as one over all
+    values, and another one whenever a value changes or moves."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in _stored(model):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.ndim < 2:
+            digest.update(_bytes(tensor))
+            continue
+        rows = tensor.flatten(1).contiguous()
+        rows = rows.clone() if rows.storage_offset() else rows
+        size = rows.shape[1] * rows.element_size()
+        words = next(w for w in _WORDS if size % getattr(torch, w).itemsize == 0)
+        bits = rows.view(getattr(torch, words))
+        for axis in (0, 1):
+            digest.update(_bytes(bits.sum(axis, dtype=torch.int64)))
+    return digest.hexdigest()
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers as a checkpoint holds them, each once, by name. Other buffers follow
+    from the configuration, and some change with the longest text that was read."""
+    from accelerate.utils import align_module_device
+
+    kept = model.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors |= {name: each for name, each in model.named_buffers() if name in kept}
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:  # offloaded: it is brought for as long as it is read
+            owner, _, own = name.rpartition(".")
+            with align_module_device(model.get_submodule(owner), "cpu"):
+                yield name, _plain(getattr(model.get_submodule(owner), own).detach())
+        else:
+            yield name, _plain(tensor.detach())
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as an ordinary tensor; a quantised one is a tensor of a kind of its own."""
+    import torch
+
+    ordinary = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return weight if ordinary else weight.dequantize()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _rules(tokenizer: Any) -> Any:
+    """What a tokenizer does by: the backend's own description, else its vocabulary and files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    if not hasattr(tokenizer, "get_vocab"):
+        return type(tokenizer).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(each) for each in tokenizer.save_vocabulary(folder) or () if each]
+        contents = [hashlib.sha256(each.read_bytes()).hexdigest() for each in files]
+    return [type(tokenizer).__name__, tokenizer.get_vocab(), contents]
+
+
+def _brought_code(*owners: Any) -> str:
+    """Digest of the source files that came along with the classes of ``owners``; empty if none."""
+    found: list[dict[str, str]] = []
+    for owner in owners:
+        module = inspect.getmodule(type(owner))
+        files: list[Path] = []
+        if module is not None and module.__name__.startswith("transformers_modules."):
+            files = sorted(Path(str(module.__file__)).parent.glob("*.py"))
+        found.append({each.name: each.read_text(encoding="utf-8") for each in files})
+    return _digest({"files": found}) if any(found) else ""
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
