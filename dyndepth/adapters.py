@@ -23,7 +23,6 @@ from dyndepth.errors import UserError
 from dyndepth.fingerprints import fingerprint, known_as, values_digest
 from dyndepth.paths import path_of
 from dyndepth.recipe import Recipe, parse_recovery
-from dyndepth.text_files import read_text
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "recovery.json"
 _LAYOUT = 1
@@ -100,7 +99,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").exists():
         raise _refused(path, f"its weights are a pickle; save them as {WEIGHTS}")
     try:
-        card = json.loads(read_text(path / CARD))
+        card = json.loads((path / CARD).read_text(encoding="utf-8-sig"))
         if card["layout"] != _LAYOUT:
             raise ValueError(f"its layout is {card['layout']}, this version reads {_LAYOUT}")
         for key in _CARD_KEYS:
@@ -135,7 +134,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         recipe = parse_recovery(card["recipe"])
         if recipe is None:
             raise ValueError("its card names no recipe")
-        _check_config(json.loads(read_text(path / CONFIG)), recipe)
+        _check_config(json.loads((path / CONFIG).read_text(encoding="utf-8-sig")), recipe)
         factors = _factors(load(content), model, recipe)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as fault:
         raise _refused(path, fault) from fault

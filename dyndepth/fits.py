@@ -215,7 +215,7 @@ def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")
 
     try:
-        record = json.loads(read_text(folder / _FACTS))
+        record = json.loads((folder / _FACTS).read_text(encoding="utf-8-sig"))
         content = (folder / _TENSORS).read_bytes()
         if record["layout"] != _LAYOUT:
             raise refuse(f"its layout is {record['layout']}, this version reads {_LAYOUT}")

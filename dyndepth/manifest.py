@@ -19,7 +19,6 @@ from dyndepth.records import Row
 from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.schema import COMPARED, TABLES
 from dyndepth.store import Store, write_atomically
-from dyndepth.text_files import read_text
 
 NAME = "manifest.json"
 PAGES = ("leaderboard.md", "leaderboard.html")
@@ -81,7 +80,7 @@ def read_manifest(path: str | Path) -> Manifest | None:
     if not place.is_file():
         return None
     try:
-        body: Any = json.loads(read_text(place))
+        body: Any = json.loads(place.read_text(encoding="utf-8-sig"))
         if body["format"] != FORMAT:
             raise ValueError(f"it has format {body['format']}, not {FORMAT}")
         cells = {
