@@ -80,6 +80,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 refused, but for None."""
 
 
+DEFAULT_LENGTH = 256
+"""Tokens that a task writes which says nothing, as in lm-eval."""
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How one request is completed.
@@ -102,7 +106,7 @@ class GenerationSettings:
 
     @classmethod
     def of(
-        cls, model: Any, arguments: Mapping[str, Any], who: str, default_limit: int
+        cls, model: Any, arguments: Mapping[str, Any], who: str, default_limit: int = DEFAULT_LENGTH
     ) -> GenerationSettings:
         """The settings of a request whose task gives ``arguments``.
 

@@ -30,6 +30,7 @@ from dyndepth.blocks import causal_lm, family
 from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import tokenizer_fingerprint
 from dyndepth.generation import Prompt
 from dyndepth.generation_settings import GenerationSettings
 from dyndepth.method import DynamicDepthMethod
@@ -40,7 +41,8 @@ ROWS = 32
 """Most rows in a forward unless told otherwise; the budget of tokens decides first."""
 
 _encoded: WeakKeyDictionary[Any, dict[Any, list[int]]] = WeakKeyDictionary()
-"""Token ids by tokenizer, text and how it is read: every cell of a sweep reads the same texts."""
+"""Token ids by tokenizer, text and how it is read (the tokenizer's fingerprint too: it may be
+changed): every cell of a sweep reads the same texts."""
 
 
 class DyndepthLM(HFLM):
@@ -141,6 +143,11 @@ class DyndepthLM(HFLM):
                 "the tokenizer has neither a BOS nor an EOS token, one of which stands for an "
                 "empty context; give prefix_token_id, or set its eos_token"
             )
+        self._reads = (
+            tokenizer_fingerprint(self.tokenizer),
+            self.add_bos_token,
+            self.prefix_token_id,
+        )
         check_vocabulary(model, self.tokenizer)
         record = family(causal_lm(model))
         if not record.rotary and record.bias is None:  # learned: there is none beyond the last one
@@ -156,7 +163,7 @@ class DyndepthLM(HFLM):
     ) -> list[int]:
         """Token ids of a text, lm-eval's own; kept, because every cell reads the same texts."""
         kept = _encoded.setdefault(self.tokenizer, {})
-        how = (add_special_tokens, self.add_bos_token, self.prefix_token_id, *settings.items())
+        how = (*self._reads, add_special_tokens, *settings.items())
         if (string, how) not in kept:
             kept[string, how] = super().tok_encode(string, add_special_tokens, **settings)
         return list(kept[string, how])

@@ -67,6 +67,7 @@ class Workbench:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+        check_generation(loaded, self.model)
         for recipe in filter(None, map(parse_recovery, settings.recovery)):
             adaptable(self.model, recipe)
         self.batch_size = settings.batch_size
@@ -307,19 +308,32 @@ def shots(settings: Settings, own: set[int]) -> int | None:
 def check_room(tasks: Mapping[str, Any], config: Any, tokenizer: Any) -> None:
     """Raises UserError for a task that generates as many tokens as the model takes, or more: there
     would be no room for a prompt."""
-    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+    from lm_eval.models.utils import resolve_max_length
 
     most = resolve_max_length(config, tokenizer)
-    for name, task in tasks.items():
-        if task.OUTPUT_TYPE != "generate_until":
-            continue
-        given = task.get_config("generation_kwargs") or {}
-        length = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)["max_gen_toks"]
-        if length >= most:
+    for name, asked in _generating(tasks, None):
+        if asked.limit >= most:
             raise UserError(
-                f"task {name} generates {length} tokens, which leaves no room in the {most} that "
-                "the model takes; leave the task out"
+                f"task {name} generates {asked.limit} tokens, which leaves no room in the {most} "
+                "that the model takes; leave the task out"
             )
+
+
+def check_generation(tasks: Mapping[str, Any], model: Any) -> None:
+    """Raises UserError for a task that asks for more than greedy generation by ``model`` can do,
+    or a model that does by itself; see ``GenerationSettings``."""
+    for _, asked in _generating(tasks, model):
+        asked.rules([0], asked.limit, model.device)
+
+
+def _generating(tasks: Mapping[str, Any], model: Any) -> Iterator[tuple[str, Any]]:
+    """The tasks that are answered by writing, by name, each with its ``GenerationSettings``."""
+    from dyndepth.generation_settings import GenerationSettings
+
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            given = task.get_config("generation_kwargs") or {}
+            yield name, GenerationSettings.of(model, given, f"task {name}")
 
 
 def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
