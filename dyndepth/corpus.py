@@ -88,6 +88,10 @@ class Corpus:
         """
         import torch
 
+        if length < 1 or count < 1:
+            raise UserError(
+                f"{count} windows of {length} tokens hold no text; give at least one of each"
+            )
         if model is not None:
             check_length(model, length, "the windows of text")
             check_vocabulary(model, self.tokenizer)

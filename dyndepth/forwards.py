@@ -126,7 +126,12 @@ def _stacked(tensors: Sequence[Any], dim: int) -> Tensor:
 def padded(
     sequences: Sequence[Sequence[int]], side: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, int64 ``[batch, longest]``; padding has id 0."""
+    """Token ids and mask, int64 ``[batch, longest]``; padding has id 0.
+
+    Raises ValueError for a sequence without a token, whose states would be those of padding.
+    """
+    if not all(map(len, sequences)):
+        raise ValueError("a sequence without a token can't be read")
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

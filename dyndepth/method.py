@@ -12,6 +12,7 @@ This module imports nothing of the project, so a method can be written against i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,6 +124,10 @@ class Outcomes:
     dense_flops: Tensor
 
 
+_TAKEN = {"tensors", "facts", "curve", "anew", "context"}
+"""What every method has beside its fields: a field of such a name would be overwritten."""
+
+
 @dataclass(kw_only=True)
 class DynamicDepthMethod:
     """Base of every method. Subclasses are dataclasses with ``@dataclass(kw_only=True)``.
@@ -174,6 +179,15 @@ class DynamicDepthMethod:
 
     target_speedup: float = 1.0
     seed: int = 0
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        taken = _TAKEN & inspect.get_annotations(cls).keys()
+        if taken:
+            raise TypeError(
+                f"{cls.__name__}: {', '.join(sorted(taken))} is what the contract keeps on a "
+                "method; call the parameter something else"
+            )
 
     @property
     def kv_policy(self) -> KVPolicy:

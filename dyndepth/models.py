@@ -230,9 +230,13 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
     from transformers import AutoConfig
 
     name = expanded(name)
+    path = Path(name)
+    if revision is not None and (name == EMBEDDED or path.is_dir()):
+        raise UserError(
+            f"model {name!r} has no revisions, which are the hub's; leave revision={revision!r} out"
+        )
     if name == EMBEDDED:
         return AutoConfig.from_pretrained(_source(name))
-    path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_local:
         if not path.is_dir():

@@ -182,3 +182,9 @@ def test_the_embedded_corpus_is_long_enough_for_the_methods(corpus):
 
 def test_the_embedded_corpus_is_known_by_its_fingerprint(corpus):
     assert corpus.fingerprint == EMBEDDED_TEXT
+
+
+@pytest.mark.parametrize(("length", "count"), [(0, 4), (8, 0), (-1, 2)])
+def test_windows_without_text_are_refused(tiny_corpus, length, count):
+    with pytest.raises(UserError, match="hold no text; give at least one of each"):
+        tiny_corpus.windows(length, count, seed=0)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_tiny
 
 from dyndepth import assets
 from dyndepth.errors import UserError
@@ -206,3 +207,10 @@ def test_the_fingerprint_of_a_quantised_model_is_of_its_values(tiny):
         packed = (weight.detach() * factor).as_subclass(Quantised)
         module.weight = torch.nn.Parameter(packed, requires_grad=False)
         assert (fingerprint(model) == before) is same
+
+
+def test_a_revision_is_of_a_hub_model_alone(tmp_path):
+    make_tiny().save_pretrained(tmp_path / "own")
+    for name in ("embedded", str(tmp_path / "own")):
+        with pytest.raises(UserError, match="no revisions, which are the hub.s; leave"):
+            load_model(name, revision="main")

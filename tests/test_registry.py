@@ -10,6 +10,7 @@ from toys import Toy
 from dyndepth import registry
 from dyndepth.errors import UserError
 from dyndepth.grid import parameters_text
+from dyndepth.method import DynamicDepthMethod
 from dyndepth.spec import parameters_of, split
 
 
@@ -140,3 +141,10 @@ def test_parameters_in_a_table_are_read_back(label, layer, threshold, strict):
     method = Toy(label=label, layer=layer, threshold=threshold, strict=strict)
     (spec,) = split(f"toy({parameters_text(method)})")
     assert Toy(**parameters_of(spec, "method")) == method
+
+
+@pytest.mark.parametrize("name", ["facts", "tensors", "curve", "anew", "context"])
+def test_a_parameter_is_not_called_what_the_contract_keeps(name):
+    """It would be overwritten: the user's value would be accepted and not applied."""
+    with pytest.raises(TypeError, match=f"Taken: {name} is what the contract keeps on"):
+        type("Taken", (DynamicDepthMethod,), {"__annotations__": {name: int}, name: 3})

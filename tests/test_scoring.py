@@ -13,7 +13,7 @@ from test_flops import counted
 from test_foresight import LAYERS
 
 from dyndepth.agreement import MOST, agree, spread
-from dyndepth.forwards import rows_of
+from dyndepth.forwards import padded, rows_of
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.methods.exit_oracle import ExitOracle
 from dyndepth.methods.random_skip import RandomSkip
@@ -259,3 +259,8 @@ def test_windows_that_padding_would_exhaust_are_not_shared(tiny):
         alone = [score_alone(model, trace, group) for group in two]
         assert not list(score(model, trace, [], 8, sharing=True))
     torch.testing.assert_close(logs([found[0], found[1]]), logs(alone), atol=2e-4, rtol=0)
+
+
+def test_a_sequence_without_a_token_is_in_no_batch():
+    with pytest.raises(ValueError, match="a sequence without a token can't be read"):
+        padded([[5, 6], []], "left", torch.device("cpu"))
