@@ -45,20 +45,25 @@ def check_length(model_or_most: Any, length: int | None, what: str, remedy: str 
         )
 
 
-def embeddings(model_or_config: Any) -> int:
+def embeddings(model: Any) -> int:
     """How many tokens a model knows, those that only pad its vocabulary included."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _known(model_or_config: Any) -> int | None:
+    """``embeddings`` of a model, or as a configuration says; None where it does not."""
     if hasattr(model_or_config, "get_input_embeddings"):
-        return int(model_or_config.get_input_embeddings().weight.shape[0])
-    return int(_config(model_or_config).vocab_size)
+        return embeddings(model_or_config)
+    return getattr(_config(model_or_config), "vocab_size", None)
 
 
 def check_vocabulary(model_or_config: Any, tokenizer: Any, name: str = "") -> None:
     """Raises UserError for a tokenizer whose vocabulary, or a token that is put into texts (BOS,
     EOS), the model has no embeddings for. ``name`` is the model's, for the message."""
-    known = embeddings(model_or_config)
+    known = _known(model_or_config)
     put_in = (getattr(tokenizer, f"{each}_token_id", None) for each in ("bos", "eos"))
     most = max(getattr(tokenizer, "vocab_size", 0), *(1 + (token or 0) for token in put_in))
-    if most > known:
+    if known is not None and most > known:
         count = len(tokenizer) if hasattr(tokenizer, "__len__") else most
         raise UserError(
             f"the tokenizer has {max(most, count)} tokens, the model{f' {name}' if name else ''} "

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.records import ADDED
+from dyndepth.records import ADDED, same_data
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,8 @@ _WORDS = ("int64", "int32", "int16", "int8")
 def agrees(key: str, recorded: str, here: str) -> bool:
     """Whether an identity's digest, perhaps ``recorded`` by an earlier definition or before there
     was such a ``key``, is of the very thing that is found ``here``."""
+    if key == "data_fingerprint":
+        return same_data(recorded, here)
     return recorded == ADDED.get(key, here) or FORMER.get(recorded, recorded) == here
 
 

@@ -8,7 +8,7 @@ is taken, and what would make another search of it is refused. Nothing is droppe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,6 +80,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 refused, but for None."""
 
 
+_OF_NO_PROMPT = {"sequence_bias", "bad_words_ids", "suppress_tokens"}
+"""Rules that are the same for each prompt of a task, and hold a number for each token."""
+
 DEFAULT_LENGTH = 256
 """Tokens that a task writes which says nothing, as in lm-eval."""
 
@@ -103,6 +106,7 @@ class GenerationSettings:
     ends: tuple[int, ...]
     obeyed: dict[str, Any]
     who: str
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -117,7 +121,7 @@ class GenerationSettings:
         except (TypeError, ValueError) as fault:
             raise UserError(f"{who}: its generation settings can't be read: {fault}") from fault
         until = [word for word in given.pop("until") if word is not None]
-        wrong = [word for word in until if not isinstance(word, str)]
+        wrong = [word for word in until if not isinstance(word, str) or not word]
         if wrong:
             raise UserError(f"{who}: 'until' takes texts to stop at, not {wrong[0]!r}")
         own = _shipped(model)
@@ -128,21 +132,54 @@ class GenerationSettings:
                 _refuse(name, value, "the model's generation_config")
         asked = own | given
         ends = asked.get("eos_token_id")
-        found = cls(
-            limit=given["max_gen_toks"],
-            total=given.get("max_length"),
-            until=until,
-            ends=tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,),
-            obeyed={
-                name: asked[name]
-                for name, neutral in OBEYED.items()
-                if asked.get(name) not in (None, neutral)
-            },
-            who=who,
-        )
+        ends = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+        for name, values in {"eos_token_id": ends, "max_length": [given.get("max_length")]}.items():
+            for value in values:
+                if value is not None and type(value) is not int:
+                    raise UserError(f"{who}: {name} takes whole numbers, not {value!r}")
+        obeyed = {
+            name: asked[name]
+            for name, neutral in OBEYED.items()
+            if asked.get(name) not in (None, neutral)
+        }
+        if asked.get("min_new_tokens") is not None:
+            obeyed.pop("min_length", None)  # the former goes first, even where it is 0
+        found = cls(given["max_gen_toks"], given.get("max_length"), until, tuple(ends), obeyed, who)
         if found.limit < 1:
             raise UserError(f"{who} generates {found.limit} tokens; it must be at least one")
         return found
+
+    def check_room(self, most: int) -> None:
+        """Raises UserError if a model of ``most`` positions has no room for what is written, or
+        less than the task counts on."""
+        if self.limit >= most:
+            raise UserError(
+                f"{self.who} generates {self.limit} tokens, which leaves no room in the {most} "
+                "that the model takes; leave the task out"
+            )
+        if self.total is not None and self.total > most:
+            raise UserError(
+                f"{self.who} stops at {self.total} tokens with the prompt (max_length), and the "
+                f"model takes {most}; give max_gen_toks"
+            )
+
+    def check_rules(self, vocabulary: int, device: torch.device) -> None:
+        """Raises UserError for a rule that can't be applied to logits of so many tokens."""
+        out = [end for end in self.ends if not 0 <= end < vocabulary]
+        if out:
+            raise UserError(
+                f"{self.who}: eos_token_id holds {out[0]}, and the model knows {vocabulary} tokens"
+            )
+        found = self.rules([0], self.limit, device)
+        try:
+            if found is not None:
+                for written in ([], [0] * (self.limit - 1)):
+                    found(written, torch.zeros(vocabulary, device=device))
+        except (TypeError, ValueError, IndexError, RuntimeError) as fault:
+            raise UserError(
+                f"{self.who}: its rules on the logits ({', '.join(self.obeyed)}) can't be applied "
+                f"to the model's {vocabulary} tokens: {fault}"
+            ) from fault
 
     def rules(self, prompt: Sequence[int], limit: int, device: torch.device) -> Rules | None:
         """What changes the logits after ``prompt`` (token ids), of which at most ``limit`` follow;
@@ -150,12 +187,14 @@ class GenerationSettings:
         found = []
         for name in self.obeyed:
             try:
-                rule = self._rule(name, prompt, limit, device)
+                rule = self._kept.get(name) or self._rule(name, prompt, limit, device)
             except (TypeError, ValueError) as fault:
                 raise UserError(
                     f"{self.who}: {name} can't be {self.obeyed[name]!r}: {fault}"
                 ) from fault
             found += [] if rule is None else [rule]
+            if name in _OF_NO_PROMPT:
+                self._kept[name] = rule
         return Rules(LogitsProcessorList(found), torch.tensor(prompt)) if found else None
 
     def _rule(self, name: str, prompt: Sequence[int], limit: int, device: torch.device) -> Any:
@@ -176,7 +215,7 @@ class GenerationSettings:
                 return rules.EncoderNoRepeatNGramLogitsProcessor(value, ids)
             case "bad_words_ids":
                 return rules.NoBadWordsLogitsProcessor(value, ends)
-            case "min_length" if ends is not None and "min_new_tokens" not in self.obeyed:
+            case "min_length" if ends is not None:
                 return rules.MinLengthLogitsProcessor(value, ends, **on)
             case "min_new_tokens" if ends is not None:
                 return rules.MinNewTokensLengthLogitsProcessor(length, value, ends, **on)

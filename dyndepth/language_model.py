@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from dyndepth import generation, scoring
 from dyndepth.agreement import agree
@@ -30,7 +31,7 @@ from dyndepth.blocks import causal_lm, family
 from dyndepth.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.costs import Cost
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import tokenizer_fingerprint
+from dyndepth.fingerprints import PROBE
 from dyndepth.generation import Prompt
 from dyndepth.generation_settings import GenerationSettings
 from dyndepth.method import DynamicDepthMethod
@@ -41,8 +42,8 @@ ROWS = 32
 """Most rows in a forward unless told otherwise; the budget of tokens decides first."""
 
 _encoded: WeakKeyDictionary[Any, dict[Any, list[int]]] = WeakKeyDictionary()
-"""Token ids by tokenizer, text and how it is read (the tokenizer's fingerprint too: it may be
-changed): every cell of a sweep reads the same texts."""
+"""Token ids by tokenizer, text and how it is read (what the tokenizer makes of a probe included: it
+may have been changed): every cell of a sweep reads the same texts."""
 
 
 class DyndepthLM(HFLM):
@@ -124,8 +125,15 @@ class DyndepthLM(HFLM):
             name = tokenizer or pretrained
             if not isinstance(name, str):
                 name = model.dyndepth.name
-            tokenizer = load_tokenizer(name, revision, trust_remote_code)
-        with _without_advice():
+            tokenizer = load_tokenizer(
+                name, revision, trust_remote_code, add_bos_token=add_bos_token
+            )
+        if not isinstance(tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast):
+            raise UserError(
+                f"the tokenizer is a {type(tokenizer).__name__}, and lm-eval reads texts with "
+                "those of transformers; give a PreTrainedTokenizerFast"
+            )
+        with _without_advice(), _as_it_is(model):
             super().__init__(
                 model,
                 tokenizer=tokenizer,
@@ -143,11 +151,8 @@ class DyndepthLM(HFLM):
                 "the tokenizer has neither a BOS nor an EOS token, one of which stands for an "
                 "empty context; give prefix_token_id, or set its eos_token"
             )
-        self._reads = (
-            tokenizer_fingerprint(self.tokenizer),
-            self.add_bos_token,
-            self.prefix_token_id,
-        )
+        probed = repr(self.tokenizer(list(PROBE))["input_ids"])
+        self._reads = (probed, self.add_bos_token, self.prefix_token_id)
         check_vocabulary(model, self.tokenizer)
         record = family(causal_lm(model))
         if not record.rotary and record.bias is None:  # learned: there is none beyond the last one
@@ -222,15 +227,15 @@ class DyndepthLM(HFLM):
 
         As lm-eval reads them: white space at the end of the context goes to the continuation, and
         where a token spans the join, the context keeps its own tokens and the continuation is what
-        the whole text has from that place on. A context without a token is the prefix token, unless
-        the continuation begins with it. Raises UserError for a continuation without a token.
+        the whole text has from that place on. An empty context is the prefix token, unless the
+        continuation begins with it, and so is a blank one, whose white space goes to the
+        continuation. Raises UserError for a continuation without a token.
         """
         context, continuation = request.args
-        if context:
+        if context.strip():
             before, after = self._encode_pair(context, continuation)
         else:
-            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
-        if not before:
+            after = self.tok_encode(context + continuation, add_special_tokens=False)
             own = after[:1] == [self.prefix_token_id]
             before, after = ([self.prefix_token_id], after[1:] if own else after)
         if not after:
@@ -298,16 +303,16 @@ class DyndepthLM(HFLM):
         if end is not None:
             end = self.tok_decode(end, skip_special_tokens=False)
         prompts, stops = [], []
+        known: dict[tuple[str, str], GenerationSettings] = {}
         for request in requests:
             context, arguments = request.args
             who = f"task {request.task_name}"
-            settings = GenerationSettings.of(self.model, arguments, who, self.max_gen_toks)
+            key = (who, repr(arguments))
+            if key not in known:
+                known[key] = GenerationSettings.of(self.model, arguments, who, self.max_gen_toks)
+                known[key].check_room(self.max_length)
+            settings = known[key]
             room = self.max_length - settings.limit
-            if room < 1:
-                raise UserError(
-                    f"{who} generates {settings.limit} tokens, which leaves no room in the model's "
-                    f"{self.max_length}"
-                )
             until = handle_stop_sequences(list(settings.until), eos=end)
             stops.append(until)
             tokens = self._prompt(context)[-room:]
@@ -327,18 +332,22 @@ class DyndepthLM(HFLM):
 
     def _prompt(self, context: str) -> list[int]:
         """Token ids of what is to be completed: those of a batch of one, and at least one."""
-        ids, _ = self.tok_batch_encode([context])
-        return [int(token) for token in ids[0]] or [self.prefix_token_id]
+        kept = _encoded.setdefault(self.tokenizer, {})
+        key = (context, (*self._reads, "prompt"))
+        if key not in kept:
+            ids, _ = self.tok_batch_encode([context])
+            kept[key] = [int(token) for token in ids[0]] or [self.prefix_token_id]
+        return list(kept[key])
 
     def completion(self, tokens: Sequence[int], until: list[str]) -> str:
         """The text of generated tokens: what follows the last end of thinking, if one was named,
         cut at the first of its stop sequences."""
         think = self.think_end_token
         if isinstance(think, int) and think in tokens:
-            after = len(tokens) - list(tokens)[::-1].index(think)
-            text = self.tok_decode(tokens[after:]).lstrip()
-        else:
-            text = self.tok_decode(tokens)
+            tokens = tokens[len(tokens) - list(tokens)[::-1].index(think) :]
+        text = self.tok_decode(tokens)
+        if isinstance(think, int):
+            text = text.lstrip()
         return postprocess_generated_text(text, until, think if isinstance(think, str) else None)
 
     def document(self, request: Instance) -> str:
@@ -471,6 +480,17 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[None]:
+    """Without lm-eval's tying of the model's weights: one that was saved with a head of its own
+    beside a configuration that says otherwise would become another model here."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def _named(spec: str, parameters: dict[str, Any]) -> DynamicDepthMethod:

@@ -10,6 +10,7 @@ from the others (``naming.apart``).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from dyndepth.naming import apart
 from dyndepth.options import Parser, underscored
 from dyndepth.paths import check_folder, path_of
 from dyndepth.recipe import NONE, shortened
-from dyndepth.records import Cell, Row, identity_columns, setting
+from dyndepth.records import Cell, Row, identity_columns, same_data, setting
 from dyndepth.schema import TABLES, validate
 from dyndepth.store import write_atomically
 from dyndepth.tables import as_csv
@@ -186,12 +187,12 @@ def check_comparable(cells: Sequence[Cell]) -> None:
                 f"task {task} has version {one} in cell {first} and {other} in cell {second}: "
                 "rows of different task versions belong in separate leaderboards"
             )
-    if len(data) > 1:
-        (one, first), (other, second) = list(data.items())[:2]
-        raise UserError(
-            f"cell {first} was scored on evaluation data {one} and cell {second} on {other}: "
-            "rows of different data belong in separate leaderboards"
-        )
+    for (one, first), (other, second) in itertools.combinations(data.items(), 2):
+        if not same_data(one, other):
+            raise UserError(
+                f"cell {first} was scored on evaluation data {one} and cell {second} on {other}: "
+                "rows of different data belong in separate leaderboards"
+            )
 
 
 def merged(runs: Sequence[Path]) -> list[Cell]:

@@ -132,11 +132,16 @@ def _values_of_the_file(name: str, how: dict[str, Any]) -> str:
 
 
 def load_tokenizer(
-    name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
+    name: str = EMBEDDED,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    add_bos_token: bool | None = None,
 ) -> Any:
     """The tokenizer of ``name`` (as in load_model), with a padding token: its own or the EOS.
 
-    The embedded one adds no special token by itself. Raises UserError if it can't be found, or has
+    ``add_bos_token`` is what transformers takes under this name; None: as the tokenizer says. The
+    embedded one adds no special token by itself. Raises UserError if it can't be found, or has
     tokens that the model of this name does not know.
     """
     from transformers import AutoTokenizer
@@ -148,6 +153,7 @@ def load_tokenizer(
             revision=None if name == EMBEDDED else revision,
             # Not given, transformers would ask on the terminal.
             trust_remote_code=trust_remote_code,
+            **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
         )
     except (OSError, ValueError) as error:
         raise UserError(
@@ -236,7 +242,7 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
             f"model {name!r} has no revisions, which are the hub's; leave revision={revision!r} out"
         )
     if name == EMBEDDED:
-        return AutoConfig.from_pretrained(_source(name))
+        return AutoConfig.from_pretrained(prepare_embedded())
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_local:
         if not path.is_dir():
@@ -250,7 +256,7 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
         return AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if path.is_dir():
             known = "can't be read: " + _first_line(error)
         else:

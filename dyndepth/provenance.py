@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -238,11 +239,16 @@ def task_content(task: Any, num_fewshot: int | None) -> str:
     and its documents, wherever they lie, those that examples are drawn from among them."""
     settings = task.dump_config()
     settings["metadata"] = {**(settings.get("metadata") or {}), "config_source": None}
-    shots = task.fewshot_docs() if num_fewshot or task.config.num_fewshot else None
-    facts = [settings, list(task.eval_docs), list(shots or ())]
-    # What is no plain value is shown with its place in memory.
-    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(facts, sort_keys=True, default=str))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    own = settings.pop("num_fewshot", None)
+    digest = hashlib.sha256()
+    # lm-eval's rule: a task that fixes 0 examples keeps 0.
+    shots = own != 0 and (own if num_fewshot is None else num_fewshot)
+    for each in itertools.chain([settings], task.eval_docs, task.fewshot_docs() if shots else ()):
+        text = json.dumps(each, sort_keys=True, default=str)
+        # What is no plain value is shown with its place in memory.
+        text = re.sub(r" at 0x[0-9a-f]+", "", text) + "\n"
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:12]
 
 
 def method_code(cls: type) -> str:

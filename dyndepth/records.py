@@ -93,6 +93,24 @@ def cell_hash(identity: Row) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def same_data(one: str, other: str) -> bool:
+    """Whether two data fingerprints are of the same data, as far as they share tasks.
+
+    Their parts are joined by ``+``: digests of what serves many tasks, which must be equal, and
+    last, perhaps, ``task=digest,task=digest``. Recorded before there were such, a task's is not
+    known.
+    """
+    (pinned, tasks), (others, theirs) = _data_parts(one), _data_parts(other)
+    return pinned == others and all(tasks[each] == theirs[each] for each in tasks.keys() & theirs)
+
+
+def _data_parts(fingerprint: str) -> tuple[list[str], dict[str, str]]:
+    parts = [part for part in fingerprint.split("+") if part]
+    pinned = [part for part in parts if "=" not in part]
+    tasks = [each.rpartition("=") for part in parts if "=" in part for each in part.split(",")]
+    return pinned, {task: digest for task, _, digest in tasks}
+
+
 def setting(identity: Row) -> str:
     """What a cell shares with the dense cell it is compared to, as one canonical string."""
     shared = {key: value for key, value in _hashed(identity).items() if key not in METHOD_KEYS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -311,34 +310,32 @@ def check_room(tasks: Mapping[str, Any], config: Any, tokenizer: Any) -> None:
     from lm_eval.models.utils import resolve_max_length
 
     most = resolve_max_length(config, tokenizer)
-    for name, asked in _generating(tasks, None):
-        if asked.limit >= most:
-            raise UserError(
-                f"task {name} generates {asked.limit} tokens, which leaves no room in the {most} "
-                "that the model takes; leave the task out"
-            )
+    for asked in _generating(tasks, None):
+        asked.check_room(most)
 
 
 def check_generation(tasks: Mapping[str, Any], model: Any) -> None:
     """Raises UserError for a task that asks for more than greedy generation by ``model`` can do,
     or a model that does by itself; see ``GenerationSettings``."""
-    for _, asked in _generating(tasks, model):
-        asked.rules([0], asked.limit, model.device)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    for asked in _generating(tasks, model):
+        asked.check_rules(vocabulary, model.device)
 
 
-def _generating(tasks: Mapping[str, Any], model: Any) -> Iterator[tuple[str, Any]]:
-    """The tasks that are answered by writing, by name, each with its ``GenerationSettings``."""
+def _generating(tasks: Mapping[str, Any], model: Any) -> Iterator[Any]:
+    """The ``GenerationSettings`` of the tasks that are answered by writing."""
     from dyndepth.generation_settings import GenerationSettings
 
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             given = task.get_config("generation_kwargs") or {}
-            yield name, GenerationSettings.of(model, given, f"task {name}")
+            yield GenerationSettings.of(model, given, f"task {name}")
 
 
 def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
     """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
-    and the contents of all other ``tasks``, which are those of ``bring_tasks``."""
+    and the contents of all other ``tasks``, which are those of ``bring_tasks``, one by one; see
+    ``records.same_data``."""
     from dyndepth import assets
     from dyndepth.tasks import OFFLINE
 
@@ -353,5 +350,5 @@ def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
         if name not in OFFLINE
     }
     if contents:
-        parts.append(hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:12])
+        parts.append(",".join(f"{name}={digest}" for name, digest in sorted(contents.items())))
     return "+".join(parts)

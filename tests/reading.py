@@ -126,6 +126,18 @@ def tokenizer(kind: str, bos: bool = False, eos: bool = False, template: str = C
     return found
 
 
+def letters() -> Any:
+    """One token a character, as many as the tiny models know."""
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(32 + n): 3 + n for n in range(93)}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
 def byte_tokenizer() -> Any:
     """One token a byte, without special tokens in texts."""
     from transformers import PreTrainedTokenizerFast

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
+from reading import letters
 
 from dyndepth import capacity
 from dyndepth.blocks import FAMILIES
@@ -149,8 +150,8 @@ def test_a_tokenizer_of_another_model_is_told_by_whoever_reads(text):
             read()
     with pytest.raises(UserError, match="document 'a' holds the token"):
         record(model, Reader(), load_method("dense"), {"a": "TEXT"})
-    with pytest.raises(UserError, match="the tokenizer has 97 tokens, the model 40"):
-        DyndepthLM(model, load_method("dense"), Vocabulary(97))
+    with pytest.raises(UserError, match="the tokenizer has 96 tokens, the model 40"):
+        DyndepthLM(model, load_method("dense"), letters())
 
 
 def test_recovery_and_routes_keep_to_the_model(text):
@@ -164,7 +165,7 @@ def test_recovery_and_routes_keep_to_the_model(text):
 def test_a_longer_window_is_refused_where_there_is_no_position():
     for family, fine in (("llama", True), ("bloom", True), ("gpt2", False), ("opt", False)):
         model = make_tiny(family, max_position_embeddings=SHORT)
-        tokenizer = Vocabulary(96)
+        tokenizer = letters()
         if fine:
             assert (
                 DyndepthLM(model, load_method("dense"), tokenizer, max_length=64).max_length == 64

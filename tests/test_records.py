@@ -17,7 +17,16 @@ from cells import cell, identity
 
 from dyndepth.errors import UserError
 from dyndepth.recipe import Recipe
-from dyndepth.records import TIMING_LEVELS, UNHASHED, Cell, cell_hash, order, plain, setting
+from dyndepth.records import (
+    TIMING_LEVELS,
+    UNHASHED,
+    Cell,
+    cell_hash,
+    order,
+    plain,
+    same_data,
+    setting,
+)
 from dyndepth.store import Store, write_atomically
 from dyndepth.tables import NAMES, as_csv, write_tables
 
@@ -260,3 +269,14 @@ def test_second_sweep_on_one_path_is_refused(tmp_path):
     Store(tmp_path).check_free()
     with Store(tmp_path).locked():
         pass
+
+
+def test_data_are_the_same_as_far_as_tasks_are_shared():
+    one, other = "aa+bbbbbbbbbbbb+gsm8k=01,piqa=02", "aa+bbbbbbbbbbbb+hellaswag=09,piqa=02"
+    assert same_data(one, one)
+    assert same_data(one, other)
+    assert same_data("aa+bbbbbbbbbbbb", one), "recorded before there were digests of tasks"
+    assert not same_data(one, other.replace("piqa=02", "piqa=03"))
+    assert not same_data("aa", one)
+    assert not same_data("", "aa")
+    assert same_data("", "gsm8k=01")

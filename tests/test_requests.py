@@ -20,7 +20,13 @@ from reading import CHAT, KINDS, NO_SYSTEM, tokenizer
 from dyndepth import generation_settings
 from dyndepth.errors import UserError
 from dyndepth.evaluate import DyndepthLM, evaluate
-from dyndepth.generation_settings import ENDINGS, NEUTRAL, OBEYED, WITHOUT_EFFECT
+from dyndepth.generation_settings import (
+    ENDINGS,
+    NEUTRAL,
+    OBEYED,
+    WITHOUT_EFFECT,
+    GenerationSettings,
+)
 from dyndepth.methods.dense import Dense
 
 BOUNDS = [(False, False), (True, False), (False, True), (True, True)]
@@ -62,15 +68,26 @@ def requests(kind, arguments):
 
 @pytest.fixture(scope="module")
 def model():
-    # Tied, so that it likes to write what it read: rules against that show.
-    return make_tiny(vocab_size=400, max_position_embeddings=WINDOW, tie_word_embeddings=True)
+    return make_tiny(vocab_size=400, max_position_embeddings=WINDOW, bos_token_id=2, eos_token_id=3)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A model that likes to write what it has read: rules against that show."""
+    return make_tiny(
+        vocab_size=400,
+        max_position_embeddings=WINDOW,
+        bos_token_id=2,
+        eos_token_id=3,
+        tie_word_embeddings=True,
+    )
 
 
 @pytest.fixture
 def both(model):
     """``both(tokenizer, batch_size, **settings)``: lm-eval's model and ours on the same weights."""
 
-    def both(reads, batch_size=1, **settings):
+    def both(reads, batch_size=1, model=model, **settings):
         stock = HFLM(pretrained=model, tokenizer=reads, batch_size=batch_size, **settings)
         ours = DyndepthLM(model, Dense(), reads, batch_size, progress=False, **settings)
         return stock, ours
@@ -327,21 +344,19 @@ def test_the_whole_matrix_is_scored_as_by_lm_eval(both, tasks, kind, batch_size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bos", [False, True])
-def test_a_context_without_a_token_is_the_prefix_in_every_batch(both, kind, bos):
+@pytest.mark.parametrize(("bos", "eos"), BOUNDS)
+def test_a_context_without_a_token_is_the_prefix_in_every_batch(both, kind, bos, eos):
     """Blank contexts, of which lm-eval makes the continuation's beginning and then asserts."""
     blank = [(" ", "yes it"), ("\n", "yes"), ("  \n ", "no"), ("", "yes")]
     others = [(f"question {n} answer", " yes no") for n in range(5)]
     results = []
     for batch_size in (1, 2, 32):
-        stock, ours = both(tokenizer(kind, bos), batch_size)
+        stock, ours = both(tokenizer(kind, bos, eos), batch_size)
         results.append(scored(ours, "loglikelihood", blank + others))
     for found in results[1:]:
         same(found, results[0])
     for (context, continuation), (log, _) in zip(blank, results[0], strict=False):
-        text = context + continuation
-        ids = stock.tok_encode(text, add_special_tokens=False if not bos else None)
-        expected = ids[1:] if bos else ids
+        expected = stock.tok_encode(context + continuation, add_special_tokens=False)
         with torch.no_grad():
             logits = ours.model(torch.tensor([[stock.prefix_token_id, *expected]])).logits[0, :-1]
         exact = logits.log_softmax(-1).gather(1, torch.tensor(expected)[:, None]).sum()
@@ -399,6 +414,43 @@ def test_an_empty_text_costs_and_scores_nothing(model, tmp_path, tasks):
         evaluate(model, tokenizer("byte-level"), Dense(), "none", **how)
 
 
+def test_a_model_is_scored_as_it_was_loaded():
+    """lm-eval's class would tie a head that was saved beside a configuration that ties it."""
+    loose = make_tiny(vocab_size=400, tie_word_embeddings=True)
+    loose.lm_head.weight = torch.nn.Parameter(loose.lm_head.weight.detach() + 1.0)
+    loose.requires_grad_(False)
+    before = loose(torch.arange(3, 20)[None]).logits
+    DyndepthLM(loose, Dense(), tokenizer("byte-level"))
+    assert torch.equal(loose(torch.arange(3, 20)[None]).logits, before)
+    assert "tie_weights" not in vars(loose)
+
+
+def test_add_bos_token_reaches_a_tokenizer_that_comes_by_name(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer("byte-level").save_pretrained(tmp_path)
+    for add in (None, True, False):
+        stock = HFLM(str(tmp_path), device="cpu", add_bos_token=add)
+        ours = DyndepthLM(str(tmp_path), Dense(), add_bos_token=add, progress=False)
+        for text in ("hello there", "<s>hello"):
+            assert ours.tok_encode(text) == stock.tok_encode(text)
+        (request,) = requests("loglikelihood", [("hello", " there")])
+        assert ours.pair(request) == stock._encode_pair(*request.args)
+
+
+def test_a_tokenizer_of_another_kind_is_named(model):
+    with pytest.raises(UserError, match="the tokenizer is a object, and lm-eval reads texts with"):
+        DyndepthLM(model, Dense(), object())
+
+
+def test_completions_do_not_depend_on_who_else_is_written(both):
+    """lm-eval's go on after a tokenizer's EOS that is not the model's, until the batch is done."""
+    stopped = make_tiny(vocab_size=400, max_position_embeddings=WINDOW)
+    assert stopped.generation_config.eos_token_id == 2
+    stock, _ = both(tokenizer("byte-level", eos=True), 1, model=stopped)
+    _, ours = both(tokenizer("byte-level", eos=True), 8, model=stopped)
+    assert written(ours, {}) == written(stock, {})
+
+
 def test_a_tokenizer_without_any_prefix_is_refused(model):
     bare = tokenizer("byte-level")
     bare.bos_token = bare.eos_token = None
@@ -419,6 +471,7 @@ RULES = [
     {"min_new_tokens": 6, "eos_token_id": list(range(2, 200))},
     {"min_length": 12, "eos_token_id": list(range(2, 200))},
     {"min_length": 90, "min_new_tokens": 3, "eos_token_id": list(range(2, 200))},
+    {"min_length": 90, "min_new_tokens": 0, "eos_token_id": list(range(2, 200))},
     {"forced_eos_token_id": 17},
     {"forced_bos_token_id": 19},
     {"exponential_decay_length_penalty": (2, 3.0), "eos_token_id": [2, 9]},
@@ -443,38 +496,38 @@ def written(lm, settings, prompts=PROMPTS[:3]):
 
 
 @pytest.mark.parametrize("settings", RULES, ids="-".join)
-def test_a_tasks_settings_of_generation_are_obeyed(both, settings):
-    stock, ours = both(tokenizer("byte-level"))
+def test_a_tasks_settings_of_generation_are_obeyed(both, settings, writer):
+    stock, ours = both(tokenizer("byte-level"), model=writer)
     theirs = settings if settings.get("until", "") is not None else {"until": []}
     prompts = [*PROMPTS[:3], "y"]  # one of a single token
     expected = written(stock, theirs, prompts)
     assert written(ours, settings, prompts) == expected
-    _, batched = both(tokenizer("byte-level"), 8)
+    _, batched = both(tokenizer("byte-level"), 8, model=writer)
     assert written(batched, settings, prompts) == expected
-    idle = {"temperature", "until", "max_new_tokens", "max_length"}
+    idle = {"temperature", "until", "max_new_tokens", "max_length", "min_length"}
     if settings and not idle & settings.keys():
         assert expected != written(stock, {}, prompts), "the setting shows in no text"
 
 
-@pytest.mark.parametrize("settings", RULES[:13], ids="-".join)
-def test_what_a_model_ships_for_generation_is_obeyed(both, settings, model, monkeypatch):
-    own = copy.deepcopy(model.generation_config)
+@pytest.mark.parametrize("settings", RULES[:14], ids="-".join)
+def test_what_a_model_ships_for_generation_is_obeyed(both, settings, writer, monkeypatch):
+    own = copy.deepcopy(writer.generation_config)
     own.update(**settings, do_sample=True, temperature=0.6, top_p=0.9)
-    monkeypatch.setattr(model, "generation_config", own)
-    stock, ours = both(tokenizer("byte-level"))
+    monkeypatch.setattr(writer, "generation_config", own)
+    stock, ours = both(tokenizer("byte-level"), model=writer)
     assert written(ours, {}) == written(stock, {})
     # The task goes first.
     neutral = {name: OBEYED[name] for name in settings if OBEYED.get(name) is not None}
     assert written(ours, neutral) == written(stock, neutral)
 
 
-def test_a_models_own_length_gives_way_to_the_tasks(both, model, monkeypatch):
-    own = copy.deepcopy(model.generation_config)
+def test_a_models_own_length_gives_way_to_the_tasks(both, writer, monkeypatch):
+    own = copy.deepcopy(writer.generation_config)
     own.update(max_new_tokens=3, max_length=5)
-    monkeypatch.setattr(model, "generation_config", own)
-    _, ours = both(tokenizer("byte-level"))
+    monkeypatch.setattr(writer, "generation_config", own)
+    _, ours = both(tokenizer("byte-level"), model=writer)
     monkeypatch.undo()
-    stock, _ = both(tokenizer("byte-level"))
+    stock, _ = both(tokenizer("byte-level"), model=writer)
     assert written(ours, {}) == written(stock, {})
 
 
@@ -499,21 +552,42 @@ def test_a_models_own_length_gives_way_to_the_tasks(both, model, monkeypatch):
         ({"max_gen_toks": "many"}, "task t: its generation settings can't be read"),
         ({"temperature": "warm"}, "task t: its generation settings can't be read"),
         ({"until": [1]}, "task t: 'until' takes texts to stop at, not 1"),
+        ({"until": ["a", ""]}, "task t: 'until' takes texts to stop at, not ''"),
+        ({"eos_token_id": "</s>"}, "task t: eos_token_id takes whole numbers, not '</s>'"),
+        ({"max_length": "20"}, "task t: max_length takes whole numbers, not '20'"),
+        ({"max_length": 100}, r"task t stops at 100 tokens with the prompt .*, and the model ta"),
         ({"max_length": 2}, r"document t/0: its prompt has \d+ tokens, and the task stops at 2"),
     ],
     ids=str,
 )
-def test_what_greedy_generation_has_no_place_for_is_refused(both, settings, told):
-    _, ours = both(tokenizer("byte-level"))
+def test_what_greedy_generation_has_no_place_for_is_refused(both, settings, told, writer):
+    _, ours = both(tokenizer("byte-level"), model=writer)
     with pytest.raises(UserError, match=told):
         written(ours, settings)
 
 
-def test_a_model_that_ships_another_search_is_refused(both, model, monkeypatch):
-    own = copy.deepcopy(model.generation_config)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bad_words_ids": [[999]]}, "bad_words_ids"),
+        ({"suppress_tokens": [4000]}, "suppress_tokens"),
+        ({"forced_eos_token_id": 99999}, "forced_eos_token_id"),
+        ({"eos_token_id": 400}, "eos_token_id holds 400, and the model knows 400 tokens"),
+        ({"repetition_penalty": "x"}, "repetition_penalty can't be 'x'"),
+    ],
+    ids=str,
+)
+def test_rules_that_can_not_be_applied_are_told_before_the_first_cell(settings, told, model):
+    asked = GenerationSettings.of(model, settings, "task t")
+    with pytest.raises(UserError, match=told):
+        asked.check_rules(400, model.device)
+
+
+def test_a_model_that_ships_another_search_is_refused(both, writer, monkeypatch):
+    own = copy.deepcopy(writer.generation_config)
     own.update(num_beams=4)
-    monkeypatch.setattr(model, "generation_config", own)
-    stock, ours = both(tokenizer("byte-level"))
+    monkeypatch.setattr(writer, "generation_config", own)
+    stock, ours = both(tokenizer("byte-level"), model=writer)
     with pytest.raises(UserError, match="the model's generation_config generates by sampling or b"):
         written(ours, {})
     assert written(ours, {"num_beams": 1}) == written(stock, {"num_beams": 1})
@@ -538,10 +612,14 @@ def test_every_setting_of_transformers_is_one_kind():
 
 
 def test_thinking_is_cut_off_as_by_lm_eval(both):
-    for end in (9, 40, "re", "e"):
+    plain = written(both(tokenizer("byte-level"))[0], {"max_gen_toks": 24})
+    led = [text for text in plain if text != text.lstrip()]
+    inside = tokenizer("byte-level").encode(plain[0], add_special_tokens=False)[2]
+    for end in (5, inside, "re", "e"):
         stock, ours = both(tokenizer("byte-level"), think_end_token=end)
         found = written(ours, {"max_gen_toks": 24})
         assert found == written(stock, {"max_gen_toks": 24})
+        assert not led or isinstance(end, str) or found != plain
 
 
 def test_settings_of_lm_evals_hf_that_have_no_counterpart_are_named(model):

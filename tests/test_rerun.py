@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndepth import rerun
-from dyndepth.corpus import EMBEDDED_TEXT
 from dyndepth.errors import UserError
 from dyndepth.grid import HIDDEN, Plan, limits, method_identity, plans
 from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, Settings, read
@@ -240,10 +239,15 @@ def test_what_an_identity_cannot_hold_has_a_placeholder_and_a_sentence(changes, 
     assert rerun.command(identity, **{flag: "mine"})[-2:] == [f"--{flag}", "mine"]
 
 
-def test_a_run_of_the_project_s_own_tasks_and_text_needs_nothing():
+@pytest.mark.parametrize("text", [None, "2588359b2a4d041a"], ids=["here", "as committed"])
+@pytest.mark.parametrize("more", ["", "+gsm8k=0123456789ab,piqa=ba9876543210"])
+def test_a_run_of_the_project_s_own_tasks_and_text_needs_nothing(corpus, text, more):
     from dyndepth.assets import data_fingerprint
 
-    own = {"data_fingerprint": data_fingerprint("data"), "corpus_fingerprint": EMBEDDED_TEXT}
+    own = {
+        "data_fingerprint": data_fingerprint("data") + more,
+        "corpus_fingerprint": text or corpus.fingerprint,
+    }
     assert rerun.missing(_identity(Plan("dense"), **own), {}) == []
     assert "--corpus" not in rerun.command(_identity(Plan("dense"), **own))
 

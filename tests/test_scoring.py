@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gating import GivenPlan, RandomMask, plan_without
-from reading import byte_tokenizer
+from reading import letters
 from test_flops import counted
 from test_foresight import LAYERS
 
@@ -190,7 +190,7 @@ def reader(tiny):
 
     def read(method, model=None):
         model = model or tiny()
-        own = DyndepthLM(model, method, tokenizer=byte_tokenizer(), progress=False)
+        own = DyndepthLM(model, method, tokenizer=letters(), progress=False)
         own._check("t", groups())
         with own._attached("t") as trace:
             found = dict(own._results(trace, groups()))
@@ -234,7 +234,7 @@ def test_the_gate_is_not_billed(tiny, reader):
 def test_a_text_is_tokenised_once(tiny, monkeypatch):
     from dyndepth.language_model import DyndepthLM
 
-    tokenizer, read = byte_tokenizer(), []
+    tokenizer, read = letters(), []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda *a, **k: read.append(a) or encode(*a, **k))
     requests = [SimpleNamespace(args=("one context", choice)) for choice in (" choice", " other")]
