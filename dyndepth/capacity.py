@@ -45,15 +45,18 @@ def check_length(model_or_most: Any, length: int | None, what: str, remedy: str 
         )
 
 
-def embeddings(model: Any) -> int:
-    """How many tokens a model knows, those that only pad its vocabulary included."""
-    return int(model.get_input_embeddings().weight.shape[0])
+def embeddings(model_or_config: Any) -> int:
+    """How many tokens a model knows, those that only pad its vocabulary included. Raises UserError
+    for a configuration that does not say."""
+    known = _known(model_or_config)
+    if known is None:
+        raise UserError("the model's configuration has no vocab_size; give that of a text model")
+    return known
 
 
 def _known(model_or_config: Any) -> int | None:
-    """``embeddings`` of a model, or as a configuration says; None where it does not."""
     if hasattr(model_or_config, "get_input_embeddings"):
-        return embeddings(model_or_config)
+        return int(model_or_config.get_input_embeddings().weight.shape[0])
     return getattr(_config(model_or_config), "vocab_size", None)
 
 

@@ -570,7 +570,6 @@ def test_what_greedy_generation_has_no_place_for_is_refused(both, settings, told
     ("settings", "told"),
     [
         ({"bad_words_ids": [[999]]}, "bad_words_ids"),
-        ({"suppress_tokens": [4000]}, "suppress_tokens"),
         ({"forced_eos_token_id": 99999}, "forced_eos_token_id"),
         ({"eos_token_id": 400}, "eos_token_id holds 400, and the model knows 400 tokens"),
         ({"repetition_penalty": "x"}, "repetition_penalty can't be 'x'"),
@@ -612,13 +611,13 @@ def test_every_setting_of_transformers_is_one_kind():
 
 
 def test_thinking_is_cut_off_as_by_lm_eval(both):
-    plain = written(both(tokenizer("byte-level"))[0], {"max_gen_toks": 24})
+    plain = written(both(tokenizer("byte-level"))[0], {"max_gen_toks": 12})
     led = [text for text in plain if text != text.lstrip()]
     inside = tokenizer("byte-level").encode(plain[0], add_special_tokens=False)[2]
-    for end in (5, inside, "re", "e"):
+    for end in (5, inside, "e"):
         stock, ours = both(tokenizer("byte-level"), think_end_token=end)
-        found = written(ours, {"max_gen_toks": 24})
-        assert found == written(stock, {"max_gen_toks": 24})
+        found = written(ours, {"max_gen_toks": 12})
+        assert found == written(stock, {"max_gen_toks": 12})
         assert not led or isinstance(end, str) or found != plain
 
 
