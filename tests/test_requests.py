@@ -317,9 +317,7 @@ def compare_tasks(both, folder, kind, bos, batch_size, chat):
     ("kind", "bos", "batch_size", "chat"),
     [
         ("metaspace", True, 4, ""),
-        ("byte-level", False, 1, ""),
-        ("prepended", True, 32, "turns"),
-        ("unigram", False, 3, "one text"),
+        ("prepended", False, 3, "turns"),
     ],
 )
 def test_tasks_are_scored_as_by_lm_eval(both, tasks, kind, bos, batch_size, chat):
