@@ -332,10 +332,10 @@ def test_the_whole_matrix_is_scored_as_by_lm_eval(both, tasks, kind, batch_size)
     count = 0
     for bos, eos in BOUNDS:
         count += compare(both, kind, bos, eos, batch_size)
-        for chat in () if eos else ("", "turns", "one text"):
+        for chat in () if eos else ("", "turns", "one text") if batch_size == 3 else ("",):
             count += compare_tasks(both, tasks, kind, bos, batch_size, chat)
     print(f"{count} requests of {kind} in batches of {batch_size} are as with lm-eval")
-    assert count > 900
+    assert count > 380
 
 
 # --- requests without a token ---------------------------------------------------------------------
