@@ -42,7 +42,7 @@ MAIN = ("acc", "bits_per_byte", "rougeL")
 """Metrics that stand for a task, the first that it has."""
 _NORMAL = 1.96  # standard errors to either side of a 95% interval
 _TEXT = dict.fromkeys(("cell", "parameters", "recovery", "phases"), str)
-SETTING = (*("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "dtype"),)
+SETTING = ("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "dtype")
 """Columns whose values one figure does not mix."""
 
 

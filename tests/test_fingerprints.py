@@ -523,6 +523,34 @@ def test_an_edited_file_makes_other_cells(place, file, old, new, key, monkeypatc
     assert again == before
 
 
+def test_what_a_run_leaves_beside_its_tasks_makes_no_other_cells(place, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
+    tasks = place / "tasks"
+    before = identity(place)
+    for name in (
+        *("runs/first/cells/uls-1.json", "runs/first/config.yaml", "runs/first/wandb/meta.yaml"),
+        *("runs/sweep.log", "models/tiny/config.json", "models/tiny/model.safetensors"),
+        *("fits.training/step.safetensors", ".venv/lib/some.py", ".git/config.yaml", "notes.md"),
+    ):
+        (tasks / name).parent.mkdir(parents=True, exist_ok=True)
+        (tasks / name).write_text("learning_rate: 1\n")
+    assert identity(place) == before
+    found = {before["data_fingerprint"]}
+    for name in ("utils.py", "deep/er/utils.py", "shared.yml"):
+        (tasks / name).parent.mkdir(parents=True, exist_ok=True)
+        (tasks / name).write_text("")
+        found.add(identity(place)["data_fingerprint"])
+    edit(tasks / "own.yaml", "task: own", "task: own\ndescription: Answer.")
+    found.add(identity(place)["data_fingerprint"])
+    edit(tasks / "own.yaml", "\ndescription: Answer.", "")
+    assert len(found) == 5
+    for name in ("utils.py", "deep/er/utils.py", "shared.yml"):
+        (tasks / name).unlink()
+    assert identity(place) == before
+
+
 def test_cells_of_before_are_read_as_they_were_written(tmp_path):
     from cells import cell
 
