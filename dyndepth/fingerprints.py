@@ -61,7 +61,7 @@ PROBE = (
 """Texts that tokenizers with other rules read otherwise."""
 
 _STAND_IN = "dyndepth_known_as"
-_CHUNK = 1 << 22
+_CHUNK, _PART = 1 << 22, 1 << 18
 _WORDS = ("int64", "int32", "int16", "int8")
 
 
@@ -176,8 +176,9 @@ def _hashed_values(model: torch.nn.Module) -> str:
 
 
 def checksum(model: torch.nn.Module) -> str:
-    """Digest over the sums of the bits in each row and column: many times as fast as one over all
-    values, and another one whenever a value changes or moves."""
+    """Digest over sums of the bits in each row and column, each word times an odd number of its
+    place: many times as fast as one over all values, and another one whenever values change or
+    move."""
     import torch
 
     digest = hashlib.sha256()
@@ -191,9 +192,33 @@ def checksum(model: torch.nn.Module) -> str:
         size = rows.shape[1] * rows.element_size()
         words = next(w for w in _WORDS if size % getattr(torch, w).itemsize == 0)
         bits = rows.view(getattr(torch, words))
-        for axis in (0, 1):
-            digest.update(_bytes(bits.sum(axis, dtype=torch.int64)))
+        across, down = (_odd(count, bits.device) for count in reversed(bits.shape))
+        sums = [torch.zeros(count, dtype=torch.int64, device=bits.device) for count in bits.shape]
+        step = max(1, _PART // max(1, bits.shape[1]))
+        for start in range(0, bits.shape[0], step):
+            part = slice(start, start + step)
+            own = bits[part].long()
+            own = own ^ _shifted(own, 32)  # the low half of a product is of low bits alone
+            sums[0][part] = (own * across).sum(1)
+            sums[1] += (own * down[part, None]).sum(0)
+        for each in sums:
+            digest.update(_bytes(each))
     return digest.hexdigest()
+
+
+def _odd(count: int, device: torch.device) -> torch.Tensor:
+    """The first ``count`` of a fixed row of odd numbers that look random (splitmix64)."""
+    import torch
+
+    found = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
+    found = (found ^ _shifted(found, 30)) * -0x40A7B892E31B1A47
+    found = (found ^ _shifted(found, 27)) * -0x6B2FB644ECCEEE15
+    return (found ^ _shifted(found, 31)) | 1
+
+
+def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
+    """Words of 64 bits moved down, zeros coming from above."""
+    return (words >> by) & ((1 << (64 - by)) - 1)
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from dyndepth.fingerprints import (
     FORMER,
     IMMATERIAL,
     agrees,
+    checksum,
     fingerprint,
     known_as,
     tokenizer_fingerprint,
@@ -209,6 +210,50 @@ def test_a_change_of_one_value_anywhere_counts(dtype):
                 rolled, parameter.data = parameter.data, rolled
                 assert fingerprint(model) != before, (name, axis)
                 parameter.data = rolled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_trade_places_are_others(dtype):
+    """Their sums by row and by column stay."""
+    model = make_tiny(hidden_size=32, num_hidden_layers=2).to(dtype)
+    first, second = (model.model.layers[n].self_attn.q_proj.weight for n in (0, 1))
+    eye = torch.eye(32, dtype=dtype)
+    rectangle = eye + 1
+    rectangle[3, 4] += 0.5
+    rectangle[9, 20] += 0.5
+    swapped = eye + 1
+    swapped[3, 20] += 0.5
+    swapped[9, 4] += 0.5
+    summed = [each.float().sum(axis) for axis in (0, 1) for each in (rectangle, swapped)]
+    assert torch.equal(summed[0], summed[1])
+    assert torch.equal(summed[2], summed[3])
+    signs = torch.ones(32, 32, dtype=dtype)
+    signs[0, 0] = signs[4, 8] = -1
+    turned = torch.ones(32, 32, dtype=dtype)
+    turned[0, 8] = turned[4, 0] = -1
+    found, logits = [], []
+    for one, two in (
+        *((eye, eye.roll(k, 0)) for k in range(4)),
+        *((eye.roll(k, 0), eye) for k in range(1, 4)),
+        *((eye, each) for each in (rectangle, swapped, signs, turned)),
+        (eye, eye.flip(0)),
+        (eye.flip(0), eye),
+    ):
+        first.data, second.data = one.clone(), two.clone()
+        found.append((checksum(model), fingerprint(model)))
+        logits.append(model(TEXT).logits)
+    for position in (0, 1):
+        assert len({each[position] for each in found}) == len(found)
+    assert len({each.float().numpy().tobytes() for each in logits}) > len(found) // 2
+
+
+def test_the_checksum_of_a_large_tensor_is_of_all_its_parts(monkeypatch):
+    from dyndepth import fingerprints
+
+    model = make_tiny()
+    before = checksum(model)
+    monkeypatch.setattr(fingerprints, "_PART", 70)
+    assert checksum(model) == before
 
 
 def test_values_known_by_another_digest():
