@@ -65,10 +65,15 @@ _CHUNK, _PART = 1 << 22, 1 << 18
 _WORDS = ("int64", "int32", "int16", "int8")
 
 
+def today(recorded: str) -> str:
+    """A digest, perhaps ``recorded`` by an earlier definition, as it is by that of today."""
+    return FORMER.get(str(recorded), recorded)
+
+
 def agrees(key: str, recorded: str, here: str) -> bool:
     """Whether an identity's digest, perhaps ``recorded`` by an earlier definition or before there
     was such a ``key``, is of the very thing that is found ``here``."""
-    return recorded == ADDED.get(key, here) or FORMER.get(recorded, recorded) == here
+    return recorded == ADDED.get(key, here) or today(recorded) == here
 
 
 def fingerprint(model: torch.nn.Module) -> str:

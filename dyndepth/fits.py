@@ -4,8 +4,9 @@ A fit that trained keeps its curve beside it, as a CSV. Training inside ``fit_ca
 killed goes on from its last checkpoint.
 
 A cached fit is addressed by what decides it: method, its code and shipped files, the shared code of
-training and calibration, torch and transformers, parameters, fit version, model, dtype, kind of
-device, attention implementation, corpus and tokenizer. Nothing is ever unpickled.
+training and calibration, torch and transformers, parameters, fit version, model, its values to the
+last bit, dtype, kind of device, attention implementation, corpus and tokenizer. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _fit_together(
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
     from dyndepth.blocks import causal_lm
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.fingerprints import checksum, fingerprint
     from dyndepth.provenance import fitting_code, method_code, versions
 
     facts = {
@@ -116,6 +117,7 @@ def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus |
         "libraries": [versions()[name] for name in ("torch", "transformers")],
         "device": next(model.parameters()).device.type,
         "model": fingerprint(model),
+        "values": checksum(model),
         "dtype": str(next(model.parameters()).dtype),
         "attention": causal_lm(model).config._attn_implementation,
         "corpus": corpus.fingerprint if corpus is not None else None,
@@ -150,10 +152,10 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     CPU. Raises UserError if files are missing or garbled, or if the fit belongs to another
     model, method, fit version or parameters.
     """
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.fingerprints import fingerprint, today
 
     record, tensors = read_fit(path)
-    _check_same(path, "model", record["model"], fingerprint(model))
+    _check_same(path, "model", today(record["model"]), fingerprint(model))
     _check_same(path, "method", record["name"], method.name)
     _check_same(path, "fit version", record["fit_version"], method.fit_version)
     kept, current = record["parameters"], _parameters(method)

@@ -227,9 +227,7 @@ def task_files(folder: str) -> str:
     files: list[Path] = []
     for place, inner, names in os.walk(root):
         own = Path(place)
-        inner[:] = [
-            x for x in inner if not x.startswith(".") and not (own / x / "cells").is_dir()
-        ]
+        inner[:] = [x for x in inner if not x.startswith(".") and not (own / x / "cells").is_dir()]
         files += [own / x for x in names if Path(x).suffix in {".py", ".yaml", ".yml"}]
     return _digest(files, root)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root, say
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint
+from dyndepth.fingerprints import fingerprint, today
 from dyndepth.options import Parser
 from dyndepth.recipe import Recipe, parse_recovery
 from dyndepth.records import file_part
@@ -178,7 +178,7 @@ def ship(method: DynamicDepthMethod, adapter: Adapter, name: str) -> Path:
     """
     if method.shipped_adapters is None:
         raise UserError(f"{method.name} ships no adapters; give its class shipped_adapters")
-    folder = method.shipped_adapters / str(adapter.card["model"]) / name
+    folder = method.shipped_adapters / today(str(adapter.card["model"])) / name
     if folder == adapter.folder:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
