@@ -2,7 +2,9 @@
 
 Cells, fits and what is shipped are bound to them, so they cover all that can change a number:
 everything in a configuration but for the short list ``IMMATERIAL``, every stored value, and the
-settings that a model ships for generation. Names and places are no part of them.
+settings that a model ships for generation. Names and places are no part of them. One model has one
+digest in every type, so values count as bfloat16; what lies below that, cells tell apart by the
+``revision`` beside, and cached fits by ``checksum``.
 """
 
 from __future__ import annotations
@@ -82,8 +84,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     A hash over its configuration and generation settings, but for ``IMMATERIAL``, over the code
     that it brought along, and over each stored tensor's name, shape and values as bfloat16: loads
     in float32 and bfloat16 agree, whatever the device, and so do those in float16 that
-    ``load_model`` made. A fine-tuned or differently configured model differs. Inside
-    ``dyndepth.adapters.adapted`` it is another one, however little the adapter changes.
+    ``load_model`` made. A fine-tuned or differently configured model differs, unless no value
+    changed by as much as bfloat16 shows. Inside ``dyndepth.adapters.adapted`` it is another one,
+    however little the adapter changes.
     """
     facts = {
         "config": _facts(model.config),

@@ -568,6 +568,31 @@ def test_an_edited_file_makes_other_cells(place, file, old, new, key, monkeypatc
     assert again == before
 
 
+def test_a_change_that_bfloat16_does_not_show_makes_other_cells(place, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    before = identity(place)
+    for name in ("model", "corpus.txt", "tasks"):
+        copied = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copied(place / name, tmp_path / name)
+    file = tmp_path / "model" / "model.safetensors"
+    same = identity(tmp_path)
+    assert {name for name in before if before[name] != same[name]} == {"model"}
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16().float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    rounded = identity(tmp_path)
+    tensors["model.norm.weight"] *= 1.0001
+    save_file(tensors, file, metadata={"format": "pt"})
+    nudged = identity(tmp_path)
+    assert {name for name in rounded if rounded[name] != nudged[name]} == {"revision"}
+    for dtype in TYPES:
+        own = load_model(str(tmp_path / "model"), dtype=dtype).dyndepth
+        assert own.revision == nudged["revision"]
+
+
 def test_what_a_run_leaves_beside_its_tasks_makes_no_other_cells(place, monkeypatch):
     import datasets
 
