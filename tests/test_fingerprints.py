@@ -268,6 +268,40 @@ def test_values_known_by_another_digest():
     assert fingerprint(copy.deepcopy(model)) == before
 
 
+def test_what_is_kept_is_taken_with_one_look_at_the_values(tiny_corpus, tmp_path, monkeypatch):
+    from dyndepth import fingerprints, load_method
+    from dyndepth.adapters import adapted
+    from dyndepth.fits import fit_cached
+    from dyndepth.recipe import Recipe
+    from dyndepth.recovered import recover_cached
+
+    looks, read = [], fingerprints._stored
+
+    def stored(model):
+        looks.append(model)
+        return read(model)
+
+    def kept(function, *given):
+        function(*given)
+        looks.clear()
+        found = function(*given)
+        return found, len(looks)
+
+    monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
+    model, recipe = make_tiny(), Recipe(rank=2, steps=1, batch=1, length=24)
+    method = load_method("uls", target_speedup=2.0)
+    monkeypatch.setattr(fingerprints, "_stored", stored)
+    assert kept(fit_cached, method, model, tiny_corpus)[1] == 1
+    (_, adapter), count = kept(recover_cached, method, model, tiny_corpus, recipe)
+    assert count == 1
+    looks.clear()
+    with adapted(model, adapter):
+        assert len(looks) == 2  # before and after
+        inside = fingerprint(model)
+    model.lm_head.weight.data[0, 0] += 1
+    assert len({fingerprint(model), inside, adapter.card["model"]}) == 3
+
+
 def test_an_offloaded_model_is_the_same_model():
     from accelerate import cpu_offload
 
