@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyndepth.blocks import causal_lm, projections
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint, known_as, values_digest
+from dyndepth.fingerprints import at_rest, fingerprint, known_as, today, values_digest
 from dyndepth.paths import path_of
 from dyndepth.recipe import Recipe, parse_recovery
 
@@ -122,10 +122,10 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
 
     path = path_of(folder)
     card = read_card(path)
-    if card["model"] != fingerprint(model):
+    if today(card["model"]) != (here := fingerprint(model)):
         raise UserError(
             f"the adapter in {str(path)!r} was made for another model ({card['model']}, not "
-            f"{fingerprint(model)}); recover this one"
+            f"{here}); recover this one"
         )
     try:
         content = (path / WEIGHTS).read_bytes()
@@ -154,12 +154,13 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
         return
     if hasattr(model, _MARK):
         raise UserError("the model is adapted already; leave that adapter first")
-    if adapter.card["model"] != fingerprint(model):
+    with at_rest(model):
+        # Merged values depend on the model's type; what was merged does not.
+        here, merged = fingerprint(model), f"{values_digest(model)} {adapter.card['sha256']}"
+    if today(adapter.card["model"]) != here:
         raise UserError(f"the adapter in {str(adapter.folder)!r} was made for another model")
     linears = {n: linear(n, causal_lm(model).get_submodule(n)) for n in adapter.factors}
     kept = {name: module.weight.data for name, module in linears.items()}
-    # Merged values depend on the model's type; what was merged does not.
-    merged = f"{values_digest(model)} {adapter.card['sha256']}"
     try:
         for name, module in linears.items():
             first, second = (f.to(module.weight.device).float() for f in adapter.factors[name])

@@ -99,7 +99,10 @@ IDENTITY = {
         "Digest of what the tokenizer does; empty in cells of before it was recorded.",
         nullable=True,
     ),
-    "revision": _text("Revision of the model where it came from; empty if none.", nullable=True),
+    "revision": _text(
+        "Revision of the model where it came from, or digest of a folder's weights; empty if none.",
+        nullable=True,
+    ),
     "method": _text("Name of the method."),
     "parameters": _text(
         "The method's parameters as `name=value`; empty if it has none.", nullable=True

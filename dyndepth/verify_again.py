@@ -35,7 +35,10 @@ from dyndepth.verify_stored import Finding
 from dyndepth.worker import free_memory, in_one_line
 
 SAME_THING = (
-    *("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "corpus_fingerprint"),
+    "model_fingerprint",
+    "tokenizer_fingerprint",
+    "data_fingerprint",
+    "corpus_fingerprint",
 )
 """Without these there is nothing to compare."""
 SAME_CODE = ("harness_code", "method_code", "fit_version", "torch", "transformers", "lm_eval")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.errors import UserError
+from dyndepth.fingerprints import today
 from dyndepth.manifest import read_manifest, sha256
 from dyndepth.records import ROWS, Cell, Row
 from dyndepth.schema import TABLES
@@ -123,7 +124,7 @@ def _against_manifest(run: Path, store: Store) -> Iterator[Finding]:
 def mixed(cells: Sequence[Cell]) -> Iterator[Finding]:
     """Cells that are of another version than most of the run, or of another task version."""
     for key in ONE:
-        yield from _odd(key, {cell.key: cell.identity[key] for cell in cells})
+        yield from _odd(key, {cell.key: today(cell.identity[key]) for cell in cells})
     by_method: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_method[cell.identity["method"]].append(cell)

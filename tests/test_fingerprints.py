@@ -15,6 +15,7 @@ from dyndepth.fingerprints import (
     FORMER,
     IMMATERIAL,
     agrees,
+    checksum,
     fingerprint,
     known_as,
     tokenizer_fingerprint,
@@ -211,6 +212,50 @@ def test_a_change_of_one_value_anywhere_counts(dtype):
                 parameter.data = rolled
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_trade_places_are_others(dtype):
+    """Their sums by row and by column stay."""
+    model = make_tiny(hidden_size=32, num_hidden_layers=2).to(dtype)
+    first, second = (model.model.layers[n].self_attn.q_proj.weight for n in (0, 1))
+    eye = torch.eye(32, dtype=dtype)
+    rectangle = eye + 1
+    rectangle[3, 4] += 0.5
+    rectangle[9, 20] += 0.5
+    swapped = eye + 1
+    swapped[3, 20] += 0.5
+    swapped[9, 4] += 0.5
+    summed = [each.float().sum(axis) for axis in (0, 1) for each in (rectangle, swapped)]
+    assert torch.equal(summed[0], summed[1])
+    assert torch.equal(summed[2], summed[3])
+    signs = torch.ones(32, 32, dtype=dtype)
+    signs[0, 0] = signs[4, 8] = -1
+    turned = torch.ones(32, 32, dtype=dtype)
+    turned[0, 8] = turned[4, 0] = -1
+    found, logits = [], []
+    for one, two in (
+        *((eye, eye.roll(k, 0)) for k in range(4)),
+        *((eye.roll(k, 0), eye) for k in range(1, 4)),
+        *((eye, each) for each in (rectangle, swapped, signs, turned)),
+        (eye, eye.flip(0)),
+        (eye.flip(0), eye),
+    ):
+        first.data, second.data = one.clone(), two.clone()
+        found.append((checksum(model), fingerprint(model)))
+        logits.append(model(TEXT).logits)
+    for position in (0, 1):
+        assert len({each[position] for each in found}) == len(found)
+    assert len({each.float().numpy().tobytes() for each in logits}) > len(found) // 2
+
+
+def test_the_checksum_of_a_large_tensor_is_of_all_its_parts(monkeypatch):
+    from dyndepth import fingerprints
+
+    model = make_tiny()
+    before = checksum(model)
+    monkeypatch.setattr(fingerprints, "_PART", 70)
+    assert checksum(model) == before
+
+
 def test_values_known_by_another_digest():
     model = make_tiny()
     before, digest = fingerprint(model), values_digest(model)
@@ -221,6 +266,40 @@ def test_values_known_by_another_digest():
         model.lm_head.weight.data[0, 0] -= 1
     assert values_digest(model) == digest
     assert fingerprint(copy.deepcopy(model)) == before
+
+
+def test_what_is_kept_is_taken_with_one_look_at_the_values(tiny_corpus, tmp_path, monkeypatch):
+    from dyndepth import fingerprints, load_method
+    from dyndepth.adapters import adapted
+    from dyndepth.fits import fit_cached
+    from dyndepth.recipe import Recipe
+    from dyndepth.recovered import recover_cached
+
+    looks, read = [], fingerprints._stored
+
+    def stored(model):
+        looks.append(model)
+        return read(model)
+
+    def kept(function, *given):
+        function(*given)
+        looks.clear()
+        found = function(*given)
+        return found, len(looks)
+
+    monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
+    model, recipe = make_tiny(), Recipe(rank=2, steps=1, batch=1, length=24)
+    method = load_method("uls", target_speedup=2.0)
+    monkeypatch.setattr(fingerprints, "_stored", stored)
+    assert kept(fit_cached, method, model, tiny_corpus)[1] == 1
+    (_, adapter), count = kept(recover_cached, method, model, tiny_corpus, recipe)
+    assert count == 1
+    looks.clear()
+    with adapted(model, adapter):
+        assert len(looks) == 2  # before and after
+        inside = fingerprint(model)
+    model.lm_head.weight.data[0, 0] += 1
+    assert len({fingerprint(model), inside, adapter.card["model"]}) == 3
 
 
 def test_an_offloaded_model_is_the_same_model():
@@ -521,6 +600,59 @@ def test_an_edited_file_makes_other_cells(place, file, old, new, key, monkeypatc
     assert {name for name in before if before[name] != after[name]} == {key}
     again = identity(place)
     assert again == before
+
+
+def test_a_change_that_bfloat16_does_not_show_makes_other_cells(place, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    before = identity(place)
+    for name in ("model", "corpus.txt", "tasks"):
+        copied = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copied(place / name, tmp_path / name)
+    file = tmp_path / "model" / "model.safetensors"
+    same = identity(tmp_path)
+    assert {name for name in before if before[name] != same[name]} == {"model"}
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16().float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    rounded = identity(tmp_path)
+    tensors["model.norm.weight"] *= 1.0001
+    save_file(tensors, file, metadata={"format": "pt"})
+    nudged = identity(tmp_path)
+    assert {name for name in rounded if rounded[name] != nudged[name]} == {"revision"}
+    for dtype in TYPES:
+        own = load_model(str(tmp_path / "model"), dtype=dtype).dyndepth
+        assert own.revision == nudged["revision"]
+
+
+def test_what_a_run_leaves_beside_its_tasks_makes_no_other_cells(place, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
+    tasks = place / "tasks"
+    before = identity(place)
+    for name in (
+        *("runs/first/cells/uls-1.json", "runs/first/config.yaml", "runs/first/wandb/meta.yaml"),
+        *("runs/sweep.log", "models/tiny/config.json", "models/tiny/model.safetensors"),
+        *("fits.training/step.safetensors", ".venv/lib/some.py", ".git/config.yaml", "notes.md"),
+    ):
+        (tasks / name).parent.mkdir(parents=True, exist_ok=True)
+        (tasks / name).write_text("learning_rate: 1\n")
+    assert identity(place) == before
+    found = {before["data_fingerprint"]}
+    for name in ("utils.py", "deep/er/utils.py", "shared.yml"):
+        (tasks / name).parent.mkdir(parents=True, exist_ok=True)
+        (tasks / name).write_text("")
+        found.add(identity(place)["data_fingerprint"])
+    edit(tasks / "own.yaml", "task: own", "task: own\ndescription: Answer.")
+    found.add(identity(place)["data_fingerprint"])
+    edit(tasks / "own.yaml", "\ndescription: Answer.", "")
+    assert len(found) == 5
+    for name in ("utils.py", "deep/er/utils.py", "shared.yml"):
+        (tasks / name).unlink()
+    assert identity(place) == before
 
 
 def test_cells_of_before_are_read_as_they_were_written(tmp_path):

@@ -55,6 +55,34 @@ def test_whatever_decides_the_fit_changes_its_address(tiny, tiny_corpus, monkeyp
     assert len(set(keys)) == len(keys)
 
 
+def test_values_that_bfloat16_does_not_tell_apart_are_fitted_apart(tiny):
+    from dyndepth.fingerprints import fingerprint
+
+    model, same, other = tiny(), tiny(), tiny()
+    for each, value in ((model, 1.0), (same, 1.0), (other, 1.003)):
+        each.model.norm.weight.data.fill_(value)
+    assert fingerprint(model) == fingerprint(other)
+    assert fit_key(Toy(), model, None) == fit_key(Toy(), same, None)
+    assert fit_key(Toy(), model, None) != fit_key(Toy(), other, None)
+
+
+def test_a_fit_from_before_digests_were_as_today_is_taken(tiny, tmp_path, monkeypatch):
+    from dyndepth import fingerprints
+
+    model = tiny()
+    save_fit(Toy().fit(model, None), model, tmp_path / "fit")
+    file = tmp_path / "fit" / "facts.json"
+    now = fingerprints.fingerprint(model)
+    file.write_text(file.read_text().replace(now, "0123456789abcdef"))
+    with pytest.raises(UserError, match="another model"):
+        load_fit(Toy(), model, tmp_path / "fit")
+    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", now)
+    assert load_fit(Toy(), model, tmp_path / "fit").facts
+    file.write_text(file.read_text().replace('"0123456789abcdef"', '["0123456789abcdef"]'))
+    with pytest.raises(UserError, match="another model"):
+        load_fit(Toy(), model, tmp_path / "fit")
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "facts.json"])
 @pytest.mark.parametrize("harm", ["cut", "flip", "delete"])
 def test_a_garbled_cached_fit_is_made_again(tiny, tiny_corpus, own_cache, name, harm):

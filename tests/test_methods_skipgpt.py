@@ -167,6 +167,31 @@ def test_named_routers_are_used_and_bound_to_content(tiny, tiny_corpus, trained,
         load_method("skipgpt", routers=str(tmp_path / "nowhere"))
 
 
+def test_routers_named_by_what_earlier_versions_wrote(
+    tiny, tiny_corpus, trained, tmp_path, monkeypatch
+):
+    """By a digest of the tensors alone, and for a model by its digest of then."""
+    import hashlib
+
+    from dyndepth import fingerprints
+
+    model, folder = tiny(), tmp_path / "fit"
+    save_fit(trained, model, folder)
+    facts, now = folder / "facts.json", fingerprints.fingerprint(model)
+    facts.write_text(facts.read_text().replace(now, "0123456789abcdef"))
+    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", now)
+    digest = hashlib.sha256((folder / "tensors.safetensors").read_bytes()).hexdigest()[:12]
+    asked = {"target_speedup": 1.4, "length": 24}
+    method = load_method("skipgpt", routers=f"{folder}@{digest}", **asked)
+    assert method.routers == load_method("skipgpt", routers=str(folder), **asked).routers
+    assert not method.routers.endswith(digest)
+    method.fit(model, tiny_corpus)
+    assert torch.equal(method.tensors["weight"], trained.tensors["weight"])
+    (folder / "tensors.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="have changed"):
+        load_method("skipgpt", routers=f"{folder}@{digest}")
+
+
 def test_routers_of_wrong_shapes_are_refused(tiny, tiny_corpus, trained, tmp_path):
     model = tiny()
     trained.tensors["weight"] = trained.tensors["weight"][:, :, :16]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_local_folder_loads_ready_to_use(tiny, saved):
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
     assert model.dyndepth.name == str(saved)
-    assert model.dyndepth.revision is None
+    assert re.fullmatch(r"sha256:[0-9a-f]{16}", model.dyndepth.revision)
     assert model.dyndepth.fingerprint == fingerprint(tiny())
     tokens = torch.arange(3, 20)[None]
     assert torch.equal(load_model(str(saved))(tokens).logits, tiny()(tokens).logits)

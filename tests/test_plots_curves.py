@@ -202,6 +202,21 @@ class TestPoints:
         with pytest.raises(UserError, match="no values of rouge_l"):
             plots.points(board, "rouge_l", "block_speedup")
 
+    def test_digests_of_before_are_no_other_setting(self, tmp_path):
+        from dyndepth.fingerprints import FORMER
+
+        run = make_run(tmp_path)
+        file = run / "leaderboard.csv"
+        board = pd.read_csv(file, dtype=str, keep_default_na=False)
+        names = [name for name, _ in plots.figures(run)]
+        former, today = next(iter(FORMER.items()))
+        board["model_fingerprint"] = [former, *[today] * (len(board) - 1)]
+        board.to_csv(file, index=False)
+        assert [name for name, _ in plots.figures(run)] == names
+        found = plots.read_tables(run)["leaderboard"]
+        assert set(found["model_fingerprint"]) == {today}
+        assert not found["label"].astype(str).str.contains("weights").any()
+
     def test_front_is_of_competitors_that_none_beats(self):
         found = pd.DataFrame(
             {

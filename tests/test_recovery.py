@@ -465,6 +465,24 @@ def test_merged_equals_peft(tmp_path, family):
     assert (merged - plain).abs().max() > 0.1
 
 
+def test_an_adapter_from_before_digests_were_as_today_is_taken(tmp_path, monkeypatch):
+    from dyndepth import fingerprints
+
+    model = make_tiny()
+    before = fingerprint(model)
+    adapter = random_adapter(tmp_path / "a", model)
+    card = tmp_path / "a" / "recovery.json"
+    card.write_text(card.read_text().replace(before, "0123456789abcdef"))
+    with pytest.raises(UserError, match="another model"):
+        load_adapter(tmp_path / "a", model)
+    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", before)
+    older = load_adapter(tmp_path / "a", model)
+    with adapted(model, adapter):
+        inside = fingerprint(model)
+    with adapted(model, older):
+        assert fingerprint(model) == inside != before
+
+
 def test_half_precision_models_are_restored_bit_for_bit(tmp_path):
     model = make_tiny().bfloat16()
     before = snapshot(model)

@@ -140,6 +140,15 @@ def test_settings_come_back(limit, **changes):
     assert wanted.revision == (None if embedded else changes["revision"] or None)
 
 
+def test_the_content_of_a_folder_is_no_revision_to_ask_for():
+    from dyndepth.rerun import revision_of
+
+    assert revision_of({"model": "here/model", "revision": "sha256:0123456789abcdef"}) == ""
+    assert revision_of({"model": "org/model", "revision": "main"}) == "main"
+    assert revision_of({"model": "embedded", "revision": "wheel==1"}) == ""
+    assert revision_of({"model": "org/model", "revision": None}) == ""
+
+
 def test_what_is_default_is_left_out():
     usual = {task: DEFAULT_LIMIT[EMBEDDED].get(task, 24) for task in TASKS}
     plan = Plan("uls", 1.5, 0, {"phases": "both"})

@@ -326,6 +326,17 @@ def test_mixed_versions(run, key, told):
     assert f"mixed versions: {key}" in out
 
 
+def test_digests_of_before_are_no_other_version(run):
+    from dyndepth.fingerprints import FORMER
+
+    former, today = next(iter(FORMER.items()))
+    for number, path in enumerate(sorted((run / "cells").glob("*.json"))):
+        digest = today if number else former
+        _change(path, lambda body, own=digest: body["identity"].update(model_fingerprint=own))
+    _consistent(run)
+    assert not [what for _, what in _failures(run) if what.startswith("mixed versions")]
+
+
 def test_other_code_here_is_a_note(run, told):
     for path in sorted((run / "cells").glob("*.json")):
         _change(path, lambda body: body["identity"].update(harness_code="older"))

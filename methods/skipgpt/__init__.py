@@ -218,14 +218,15 @@ class SkipGPT(DynamicDepthMethod):
 def with_digest(path: str) -> str:
     """``folder@digest``: the routers' place and content, so that equal names are equal routers.
 
-    A digest that is given must be that of the file. Raises ValueError where there is no fit.
+    A digest that is given must be that of the files, or as earlier versions wrote it: of the
+    tensors alone. Raises ValueError where there is no fit.
     """
     folder, mark, given = path.rpartition("@")
     if not mark or "/" in given:
         folder, given = path, ""
     place = path_of(folder)
     place = place / "fit" if (place / "fit").is_dir() else place
-    digest = hashlib.sha256()
+    digest, found = hashlib.sha256(), []
     for name in ("tensors.safetensors", "facts.json"):  # how they read the stream is a fact
         try:
             digest.update((place / name).read_bytes())
@@ -233,7 +234,9 @@ def with_digest(path: str) -> str:
             raise ValueError(
                 f"routers={folder!r} is no folder with fitted routers (no {name} in it)"
             ) from None
-    found = digest.hexdigest()[:12]
-    if given and given != found:
-        raise ValueError(f"the routers in {folder!r} have changed: {found} now, {given} asked for")
-    return f"{place}@{found}"
+        found.append(digest.hexdigest()[:12])
+    if given and given not in found:
+        raise ValueError(
+            f"the routers in {folder!r} have changed: {found[-1]} now, {given} asked for"
+        )
+    return f"{place}@{found[-1]}"

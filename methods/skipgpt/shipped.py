@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint
+from dyndepth.fingerprints import fingerprint, today
 from dyndepth.fits import read_fit
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def load_named(method: SkipGPT, model: torch.nn.Module) -> tuple[dict[str, Tenso
     record, tensors = read_fit(folder)
     if record["name"] != method.name:
         raise UserError(f"{folder!r} holds a fit of {record['name']}, not of {method.name}")
-    if record["model"] != fingerprint(model):
+    if today(record["model"]) != (here := fingerprint(model)):
         raise UserError(
             f"the routers in {folder!r} are for another model (fingerprint {record['model']}, not "
-            f"{fingerprint(model)}); train them on this one"
+            f"{here}); train them on this one"
         )
     check_shapes(folder, tensors, len(blocks(model)), int(decoder(model).config.hidden_size))
     return tensors, record["facts"]
