@@ -310,12 +310,22 @@ def test_failed_forwards_are_left_out(tiny, error, method):
     with attach(model, method, documents=["a", "b"]) as trace:
         handle = decoder(model).layers[2].mlp.register_forward_hook(fail)
         with pytest.raises(error):
-            model(ids(2, 9))
+            model(ids(2, 9), output_attentions=True)
         assert trace.totals()["tokens"] == 0
+        kept = [len(block.attention._forward_hooks) for block in blocks(model)]
+        assert max(kept) <= 1  # transformers' own, which it leaves there
+        states, block = torch.randn(1, 4, 32), decoder(model).layers[0]
+        angles = model.model.rotary_emb(states, torch.arange(4)[None])
+        with pytest.warns(UserWarning, match="block 0 was called outside of a forward"):
+            found = block(states, position_embeddings=angles)
+        stock = type(block).__base__.forward
+        assert torch.equal(found, stock(block, states, position_embeddings=angles))
         with pytest.raises(RuntimeError, match="needs a forward"):
             trace.gates()
         handle.remove()
-        model(ids(2, 5))
+        thread = threading.Thread(target=model, args=(ids(2, 5),))
+        thread.start()
+        thread.join()
         want, gates = reads(trace), trace.gates()
         trace.reset()
         model(ids(2, 5))
@@ -721,6 +731,19 @@ def test_files_of_an_attached_model(tiny, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.architectures == ["LlamaForCausalLM"]
     assert torch.equal(again(ids(2, 5)).logits, want)
+
+
+def test_attributes_that_a_stock_model_lacks_are_lacking(tiny):
+    """Where no gradient checkpointing was ever asked for, while one or two run the blocks."""
+    first, second = tiny(), tiny(seed=1)
+    decoder(second).layers[1] = decoder(first).layers[1]
+    name = "_gradient_checkpointing_func"
+    with attach(first, PLAN):
+        assert not any(hasattr(layer, name) for layer in decoder(first).layers)
+        with attach(second, PLAN):
+            assert not any(hasattr(layer, name) for layer in decoder(second).layers)
+        first.gradient_checkpointing_enable()
+        assert all(hasattr(layer, name) for layer in decoder(first).layers)
 
 
 def test_a_model_may_change_its_precision_while_attached(tiny):
