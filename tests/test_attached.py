@@ -551,6 +551,30 @@ def test_the_ledger_counts_sublayers_that_run_whole_for_hooks(tiny):
     assert padding > 0
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_module_forward_hook",
+        "register_module_forward_pre_hook",
+        "register_module_full_backward_hook",
+        "register_module_full_backward_pre_hook",
+    ],
+)
+def test_hooks_on_all_modules_see_all_tokens(tiny, register):
+    model, calls = tiny("llama", "eager"), []
+    handle = getattr(nn.modules.module, register)(lambda m, *_: calls.append(m))
+    try:
+        with attach(model, RandomMask()) as trace:
+            states = model.get_input_embeddings()(ids(3, 9)).requires_grad_(True)
+            assert counted(lambda: model(inputs_embeds=states)) == sum(trace.flops.values())
+            assert trace.flops["padding"] > 0
+            model(inputs_embeds=states, return_dict=False)[0].mean().backward()
+    finally:
+        handle.remove()
+    want = [m for b in blocks(model) for m in (b.attention, b.mlp_modules[1])]
+    assert {id(m) for m in want} <= {id(m) for m in calls}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "phi3"])
 def test_hooks_on_projections_run(tiny, family):
     """On the maps of queries, keys and values, fused ones included: on the tokens that they see."""
