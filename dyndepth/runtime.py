@@ -57,11 +57,13 @@ class Trace:
         prompt_length: tokens of each sequence that belong to the prompt phase, an int or int64
             ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
             generation.
+        reading: whether ``readout`` is at work, whose rows are billed already.
     """
 
     def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
+        self.reading = False
         self._ledger = ledger
         self._head = head
         self.reset = ledger.reset
@@ -100,7 +102,11 @@ class Trace:
             raise RuntimeError("readout needs a forward through the attached model before it")
         counts = torch.bincount(rows, minlength=last.batch)
         last.heads.append((counts, hidden.shape[0]))
-        return self._head(hidden)
+        self.reading = True
+        try:
+            return self._head(hidden)
+        finally:
+            self.reading = False
 
 
 def attached(model: nn.Module) -> bool:
@@ -391,14 +397,18 @@ class _Runtime:
     ) -> None:
         """Forward hook of the LM head: bills calls with states of the last forward's batch.
 
-        Those are ``[batch, n, hidden]``, as the causal LM makes them. Readouts bill themselves.
+        Those are ``[batch, n, hidden]``, as the causal LM makes them, or rows of all its tokens.
+        Whose other rows are is not known: they are counted, for nobody. Readouts bill themselves.
         """
         last = self.ledger.last
         if module is not self.head or last is None or _in_backward():
             return
         hidden = args[0] if args else kwargs["input"]
+        rows = hidden.shape[:-1].numel()
         if hidden.ndim == 3 and hidden.shape[0] == last.batch:
-            last.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
+            last.heads.append((hidden.shape[1], rows))
+        elif not self.passes and not self.trace.reading:
+            last.heads.append((last.width if rows == last.batch * last.width else 0, rows))
 
     # --- one block ------------------------------------------------------------------------------
 
