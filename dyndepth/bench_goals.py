@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isnan
 
 from dyndepth.bench_shapes import MORE_WORKS, REFERENCE, WORKS, Lines
 
@@ -65,11 +66,12 @@ class Check:
 
 
 def check(lines: Lines, goals: Sequence[Goal] = GOALS) -> Iterator[Check]:
-    """Each goal on each measured line that it speaks of, in the order of the lines."""
+    """Each goal on each measured line that it speaks of, in the order of the lines; not where its
+    quantity is NaN, which was not measured."""
     for name, line in lines.items():
         for goal in goals:
-            if fnmatchcase(name, goal.lines):
-                value = line[goal.quantity]
+            value = line[goal.quantity]
+            if fnmatchcase(name, goal.lines) and not isnan(value):
                 yield Check(name, goal, value, _verdict(goal, value, line))
 
 

@@ -112,7 +112,7 @@ class Job:
         """What is timed."""
         self.shape.run(self.model, self.state)
 
-    def peak(self) -> int:
+    def peak(self) -> int | None:
         """Peak memory of one more run, in bytes; see ``dyndepth.memory.peak_bytes``."""
         with self.attached():
             return peak_bytes(

@@ -6,6 +6,7 @@ A part of ``python -m dyndepth.bench``.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ PHASES = {
 
 Lines = dict[str, dict[str, float]]
 """By ``work/phase/dtype``: ``speedup`` with its interval ``low`` to ``high``, ``flop_ideal``,
-``byte_ideal``, ``efficiency``, ``peak_ratio``."""
+``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN on devices whose memory is not measured)."""
 
 
 def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
@@ -89,7 +90,7 @@ def _measure(
         seed=0,
         device=options.device,
     )
-    dense_peak = jobs["dense"].peak()
+    dense_peak = jobs["dense"].peak() or math.nan
     for work in options.works:
         found = ratio(times["dense"], times[work])
         flop_ideal = jobs[work].flop_ideal
@@ -102,6 +103,6 @@ def _measure(
                 "efficiency": found.median / flop_ideal,
                 "low": found.low,
                 "high": found.high,
-                "peak_ratio": jobs[work].peak() / dense_peak,
+                "peak_ratio": (jobs[work].peak() or math.nan) / dense_peak,
             },
         )

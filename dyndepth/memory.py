@@ -14,15 +14,18 @@ def peak_bytes(
     function: Callable[[Any], Any],
     device: str | torch.device = "cpu",
     prepare: Callable[[], Any] = lambda: None,
-) -> int:
+) -> int | None:
     """Bytes that torch's allocator held at most during ``function(prepare())``, beyond those that
     it held when ``prepare`` was done.
 
     So weights, and a cache that ``prepare`` fills, do not count. On CUDA this is the allocator's
     own peak; on a CPU the running sum of all allocations and releases, as the profiler saw them.
-    Scratch memory that libraries take by themselves is in neither.
+    Scratch memory that libraries take by themselves is in neither. On any other device nothing is
+    measured, or run: None.
     """
     place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        return None
     gc.collect()
     if place.type == "cuda":
         state = prepare()

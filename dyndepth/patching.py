@@ -3,13 +3,14 @@
 The class of a block is swapped for a subclass, so that hooks, output capturing and gradient
 checkpointing, which look at the instance, go on working. A block may be run by several at once (two
 models that share it): the last to come is the first to be asked, and each may leave at any time.
+The class of a decoder is swapped likewise, so that the end of each of its calls is seen.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -73,6 +74,26 @@ def run_by(
             restore()
 
 
+@contextmanager
+def called_in(module: Any, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, each call of ``module``, its hooks included, is made in a ``context()``.
+
+    That ends however the call does; of torch's hooks none runs when a call is interrupted.
+    """
+    stock = type(module)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with context():
+            return stock.__call__(module, *args, **kwargs)
+
+    patched = _subclass(stock, {"__call__": call})
+    module.__class__ = patched
+    try:
+        yield
+    finally:
+        _leave(module, patched)
+
+
 def places(split: Sequence[Block]) -> dict[int, list[int]]:
     """Where each module stands among the blocks, by its ``id``; mostly in one place."""
     found: dict[int, list[int]] = {}
@@ -102,33 +123,36 @@ def _patched(
     index: int,
     checkpointed: Checkpointed | None,
 ) -> type[nn.Module]:
-    """A subclass of ``stock`` with this forward. Copies and pickles of its blocks are stock."""
-    plain = getattr(stock, _STOCK, stock)
-
-    def reduce(layer: nn.Module, protocol: Any) -> Any:
-        reduced: Any = object.__reduce_ex__(layer, protocol)
-        return object.__new__, (plain,), *reduced[2:]
-
-    def enable(layer: nn.Module, function: Any) -> None:
-        vars(layer)[_CHECKPOINT] = function
-
-    members: dict[str, Any] = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__reduce_ex__": reduce,
-        "forward": forward,
-        _STOCK: plain,
-        _GONE: False,
-    }
+    """A subclass of ``stock`` with this forward."""
+    members: dict[str, Any] = {"forward": forward}
     if checkpointed is not None:
         run_again = partial(partial, checkpointed, index)
         under = vars(stock).get(_CHECKPOINT)  # another's, who runs the block as well
 
         def checkpoint(layer: nn.Module) -> Any:
-            return run_again(under.__get__(layer) if under else vars(layer)[_CHECKPOINT])
+            own = vars(layer)
+            if not under and _CHECKPOINT not in own:
+                raise AttributeError(_CHECKPOINT)
+            return run_again(under.__get__(layer) if under else own[_CHECKPOINT])
+
+        def enable(layer: nn.Module, function: Any) -> None:
+            vars(layer)[_CHECKPOINT] = function
 
         members[_CHECKPOINT] = property(checkpoint, enable)
-    return type(stock.__name__, (stock,), members)
+    return _subclass(stock, members)
+
+
+def _subclass(stock: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of ``stock`` that looks like it. Copies and pickles of its modules are stock."""
+    plain = getattr(stock, _STOCK, stock)
+
+    def reduce(module: nn.Module, protocol: Any) -> Any:
+        reduced: Any = object.__reduce_ex__(module, protocol)
+        return object.__new__, (plain,), *reduced[2:]
+
+    looks = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    ours = {"__reduce_ex__": reduce, _STOCK: plain, _GONE: False}
+    return type(stock.__name__, (stock,), looks | ours | members)
 
 
 def _leave(layer: Any, patched: Any) -> None:

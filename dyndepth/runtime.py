@@ -38,7 +38,7 @@ from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.foresight import Foresight
 from dyndepth.gathering import Limits, limits_of
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
-from dyndepth.patching import Stock, places, run_by
+from dyndepth.patching import Stock, called_in, places, run_by
 from dyndepth.rotary import forget
 from dyndepth.selection import Selection
 from dyndepth.settling import Settled, Settler
@@ -57,11 +57,13 @@ class Trace:
         prompt_length: tokens of each sequence that belong to the prompt phase, an int or int64
             ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
             generation.
+        reading: whether ``readout`` is at work, whose rows are billed already.
     """
 
     def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
+        self.reading = False
         self._ledger = ledger
         self._head = head
         self.reset = ledger.reset
@@ -100,7 +102,11 @@ class Trace:
             raise RuntimeError("readout needs a forward through the attached model before it")
         counts = torch.bincount(rows, minlength=last.batch)
         last.heads.append((counts, hidden.shape[0]))
-        return self._head(hidden)
+        self.reading = True
+        try:
+            return self._head(hidden)
+        finally:
+            self.reading = False
 
 
 def attached(model: nn.Module) -> bool:
@@ -150,15 +156,17 @@ def attach(
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     handles = [
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
-        owner.register_forward_hook(runtime.end, always_call=True),
+        owner.register_forward_hook(runtime.end),
         runtime.head.register_forward_hook(runtime.bill_head, with_kwargs=True),
     ]
     setattr(owner, _MARK, runtime)
     try:
-        with run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True):
+        with (
+            called_in(owner, runtime.around),
+            run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
+        ):
             yield runtime.trace
     finally:
-        runtime.leave()
         for handle in handles:
             handle.remove()
         delattr(owner, _MARK)
@@ -225,6 +233,17 @@ class _Runtime:
         )
 
     # --- the start and the end of a forward -----------------------------------------------------
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Around a call of the decoder: the forward that began in it is over with it."""
+        before = len(self.passes)
+        try:
+            yield
+        finally:
+            while len(self.passes) > before and self.passes[-1].thread == get_ident():
+                for handle in self.passes.pop().handles:
+                    handle.remove()
 
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -308,7 +327,7 @@ class _Runtime:
         return args, kwargs
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the decoder: count what ran, if it came to its end.
+        """Forward hook of the decoder, which came to its end: count what ran.
 
         A forward inside a backward pass is one computed again, which was counted before. Returns
         the decoder's output where attentions were asked for: one entry a block, None where no
@@ -316,23 +335,13 @@ class _Runtime:
         """
         if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
             return None
-        now = self.passes.pop()
-        for handle in now.handles:
-            handle.remove()
-        if output is None:
-            return None
+        now = self.passes[-1]
         if not _in_backward():
             self.ledger.add(now.forward)
         if now.weights is None:
             return None
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
-
-    def leave(self) -> None:
-        """Forget forwards that were interrupted and never ended."""
-        while self.passes:
-            for handle in self.passes.pop().handles:
-                handle.remove()
 
     def _asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
@@ -388,14 +397,18 @@ class _Runtime:
     ) -> None:
         """Forward hook of the LM head: bills calls with states of the last forward's batch.
 
-        Those are ``[batch, n, hidden]``, as the causal LM makes them. Readouts bill themselves.
+        Those are ``[batch, n, hidden]``, as the causal LM makes them, or rows of all its tokens.
+        Whose other rows are is not known: they are counted, for nobody. Readouts bill themselves.
         """
         last = self.ledger.last
         if module is not self.head or last is None or _in_backward():
             return
         hidden = args[0] if args else kwargs["input"]
+        rows = hidden.shape[:-1].numel()
         if hidden.ndim == 3 and hidden.shape[0] == last.batch:
-            last.heads.append((hidden.shape[1], hidden.shape[0] * hidden.shape[1]))
+            last.heads.append((hidden.shape[1], rows))
+        elif not self.passes and not self.trace.reading:
+            last.heads.append((last.width if rows == last.batch * last.width else 0, rows))
 
     # --- one block ------------------------------------------------------------------------------
 

@@ -137,16 +137,21 @@ def _copied(source: Tensor, target: Tensor, non_blocking: bool = False) -> Any:
 
 
 class _Module(_DummyBackendModule):
-    """What torch asks of ``torch.standin``: its random numbers are the CPU's."""
+    """What torch asks of ``torch.standin``: numbers are drawn on the CPU; here is kept a state."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
 
     def get_rng_state(self, device: Any = None) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8)
+        return self.generator.get_state()
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
-        pass
+        self.generator.set_state(state)
 
     def manual_seed(self, seed: int) -> None:
-        pass
+        self.generator.manual_seed(seed)
+
+    manual_seed_all = manual_seed
 
 
 _setup_privateuseone_for_python_backend(NAME, _Module())

@@ -310,12 +310,22 @@ def test_failed_forwards_are_left_out(tiny, error, method):
     with attach(model, method, documents=["a", "b"]) as trace:
         handle = decoder(model).layers[2].mlp.register_forward_hook(fail)
         with pytest.raises(error):
-            model(ids(2, 9))
+            model(ids(2, 9), output_attentions=True)
         assert trace.totals()["tokens"] == 0
+        kept = [len(block.attention._forward_hooks) for block in blocks(model)]
+        assert max(kept) <= 1  # transformers' own, which it leaves there
+        states, block = torch.randn(1, 4, 32), decoder(model).layers[0]
+        angles = model.model.rotary_emb(states, torch.arange(4)[None])
+        with pytest.warns(UserWarning, match="block 0 was called outside of a forward"):
+            found = block(states, position_embeddings=angles)
+        stock = type(block).__base__.forward
+        assert torch.equal(found, stock(block, states, position_embeddings=angles))
         with pytest.raises(RuntimeError, match="needs a forward"):
             trace.gates()
         handle.remove()
-        model(ids(2, 5))
+        thread = threading.Thread(target=model, args=(ids(2, 5),))
+        thread.start()
+        thread.join()
         want, gates = reads(trace), trace.gates()
         trace.reset()
         model(ids(2, 5))
@@ -541,6 +551,30 @@ def test_the_ledger_counts_sublayers_that_run_whole_for_hooks(tiny):
     assert padding > 0
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_module_forward_hook",
+        "register_module_forward_pre_hook",
+        "register_module_full_backward_hook",
+        "register_module_full_backward_pre_hook",
+    ],
+)
+def test_hooks_on_all_modules_see_all_tokens(tiny, register):
+    model, calls = tiny("llama", "eager"), []
+    handle = getattr(nn.modules.module, register)(lambda m, *_: calls.append(m))
+    try:
+        with attach(model, RandomMask()) as trace:
+            states = model.get_input_embeddings()(ids(3, 9)).requires_grad_(True)
+            assert counted(lambda: model(inputs_embeds=states)) == sum(trace.flops.values())
+            assert trace.flops["padding"] > 0
+            model(inputs_embeds=states, return_dict=False)[0].mean().backward()
+    finally:
+        handle.remove()
+    want = [m for b in blocks(model) for m in (b.attention, b.mlp_modules[1])]
+    assert {id(m) for m in want} <= {id(m) for m in calls}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "phi3"])
 def test_hooks_on_projections_run(tiny, family):
     """On the maps of queries, keys and values, fused ones included: on the tokens that they see."""
@@ -721,6 +755,19 @@ def test_files_of_an_attached_model(tiny, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.architectures == ["LlamaForCausalLM"]
     assert torch.equal(again(ids(2, 5)).logits, want)
+
+
+def test_attributes_that_a_stock_model_lacks_are_lacking(tiny):
+    """Where no gradient checkpointing was ever asked for, while one or two run the blocks."""
+    first, second = tiny(), tiny(seed=1)
+    decoder(second).layers[1] = decoder(first).layers[1]
+    name = "_gradient_checkpointing_func"
+    with attach(first, PLAN):
+        assert not any(hasattr(layer, name) for layer in decoder(first).layers)
+        with attach(second, PLAN):
+            assert not any(hasattr(layer, name) for layer in decoder(second).layers)
+        first.gradient_checkpointing_enable()
+        assert all(hasattr(layer, name) for layer in decoder(first).layers)
 
 
 def test_a_model_may_change_its_precision_while_attached(tiny):

@@ -4,6 +4,7 @@ what the one-by-one scores are. No test asserts a speed."""
 from __future__ import annotations
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -91,6 +92,10 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
     assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
     assert capsys.readouterr().out.count("/float32") == len(lines)
+    monkeypatch.setattr("dyndepth.bench_jobs.peak_bytes", lambda *_, **__: None)
+    options.works, options.phases = ["all_execute"], ["decode_8"]
+    (line,) = bench_shapes.shapes(tiny_corpus, options).values()
+    assert math.isnan(line["peak_ratio"])
 
 
 @pytest.mark.parametrize(("work", "whole"), [("mask_50_attention", 1), ("mask_50_mlp", 0)])
@@ -111,6 +116,11 @@ def line(speedup=1.0, flop_ideal=1.0, high=None, peak_ratio=1.0):
         "high": speedup if high is None else high,
         "peak_ratio": peak_ratio,
     }
+
+
+def test_no_goal_speaks_of_what_was_not_measured():
+    measured = {"all_execute/decode_1/float32": line(peak_ratio=float("nan"))}
+    assert [each.goal.quantity for each in check(measured)] == ["speedup"]
 
 
 @pytest.mark.parametrize(

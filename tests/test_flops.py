@@ -87,6 +87,30 @@ def test_phases_and_documents_add_up(tiny):
     assert generation["block_flops"] < generation["dense_block_flops"]
 
 
+def test_heads_called_by_hand_are_counted(tiny):
+    """Rows of all tokens in order are their sequences', those of a part of them nobody's."""
+    model = tiny("llama", "eager")
+    head = BlockCosts.of(model).lm_head
+
+    def found(split):
+        with attach(model, RandomMask(), documents=["a", "b"]) as trace:
+            hidden = model.model(ids(2, 5)).last_hidden_state
+            before = trace.flops["padding"]
+            flops = counted(lambda: [model.lm_head(part) for part in split(hidden)])
+            assert flops == 10 * head
+            parts = [each["total_flops"] for each in trace.by_document().values()]
+            assert trace.flops["lm_head"] + trace.flops["padding"] - before == flops
+            return trace.flops["lm_head"], parts
+
+    whole, parts = found(lambda hidden: [hidden])
+    assert whole == 10 * head
+    assert len(parts) == 2
+    for same in (lambda hidden: [hidden.flatten(0, 1)], lambda hidden: hidden.view(1, 1, 10, -1)):
+        assert found(same) == (whole, parts)
+    assert found(lambda hidden: hidden.split(2, dim=1))[0] == whole
+    assert found(lambda hidden: hidden.flatten(0, 1).split(4))[0] == 0
+
+
 def test_routers_readouts_and_heads_are_billed(tiny):
     model = tiny("llama", "eager")
     costs = BlockCosts.of(model)
@@ -107,4 +131,5 @@ def test_routers_readouts_and_heads_are_billed(tiny):
     assert trace.flops["router"] == 10 * 14 * LAYERS
     assert trace.flops["readout"] == costs.lm_head * LAYERS
     assert trace.flops["lm_head"] == costs.lm_head * 2
+    assert trace.flops["padding"] == 0
     assert costs.lm_head == 2 * model.config.vocab_size * model.config.hidden_size

@@ -43,3 +43,10 @@ def test_a_gpu_tells_its_own_peak(monkeypatch):
     found = peak_bytes(told.append, "cuda:0", prepare=lambda: "prepared")
     assert found == 30
     assert told == ["drained", "reset", "prepared", "drained"]
+
+
+def test_other_devices_tell_none():
+    """They have memory of their own, which the CPU's allocator says nothing of."""
+    ran = []
+    assert peak_bytes(ran.append, "meta") is None
+    assert not ran
