@@ -17,7 +17,7 @@ from typing import Any
 
 from dyndepth.corpus import EMBEDDED_TEXT
 from dyndepth.errors import UserError
-from dyndepth.fingerprints import FORMER
+from dyndepth.fingerprints import today
 from dyndepth.grid import DENSE, Plan, method_identity, plans
 from dyndepth.options import CHOICES, EMBEDDED, OTHERS, Parser, Settings, limit_text, read, settings
 from dyndepth.paths import path_of
@@ -57,8 +57,7 @@ def command(identity: Row, **more: Any) -> list[str]:
 def missing(identity: Row, given: Mapping[str, Any]) -> list[str]:
     """Those of ``PLACEHOLDERS`` that the cell of ``identity`` needs and that are not ``given``."""
     parts = str(identity["data_fingerprint"]).split("+")
-    text = str(identity["corpus_fingerprint"])
-    text = FORMER.get(text, text)
+    text = today(identity["corpus_fingerprint"])
     own = {
         "include_path": any(re.fullmatch(r"[0-9a-f]{12}", part) for part in parts),
         "corpus": bool(re.fullmatch(r"[0-9a-f]{16}", text)) and text != EMBEDDED_TEXT,
