@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -233,16 +234,23 @@ def task_files(folder: str) -> str:
     return _digest(files, root)
 
 
-def task_content(task: Any, num_fewshot: int | None) -> str:
-    """12 hex digits over a loaded lm-eval task: its settings, wherever they were included from,
-    and its documents, wherever they lie, those that examples are drawn from among them."""
+def task_content(task: Any, num_fewshot: int | None) -> dict[str, str]:
+    """12 hex digits over a loaded lm-eval task, by its name: its settings, wherever they were
+    included from, and the documents that it is scored on, wherever they lie; and by its name and
+    ``/shots``, if there are any, those that its examples are drawn from."""
     settings = task.dump_config()
     settings["metadata"] = {**(settings.get("metadata") or {}), "config_source": None}
     own = settings.pop("num_fewshot", None)
-    digest = hashlib.sha256()
+    found = {task.task_name: _documents([settings], task.eval_docs)}
     # lm-eval's rule: a task that fixes 0 examples keeps 0.
-    shots = own != 0 and (own if num_fewshot is None else num_fewshot)
-    for each in itertools.chain([settings], task.eval_docs, task.fewshot_docs() if shots else ()):
+    if own != 0 and (own if num_fewshot is None else num_fewshot):
+        found[f"{task.task_name}/shots"] = _documents(task.fewshot_docs())
+    return found
+
+
+def _documents(*parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for each in itertools.chain(*parts):
         text = json.dumps(each, sort_keys=True, default=str)
         # What is no plain value is shown with its place in memory.
         text = re.sub(r" at 0x[0-9a-f]+", "", text) + "\n"

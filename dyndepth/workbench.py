@@ -344,11 +344,10 @@ def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
         parts.append(assets.data_fingerprint("data"))
     if settings.include_path:
         parts.append(task_files(settings.include_path))
-    contents = {
-        name: task_content(task, settings.num_fewshot)
-        for name, task in tasks.items()
-        if name not in OFFLINE
-    }
+    contents: dict[str, str] = {}
+    for name, task in tasks.items():
+        if name not in OFFLINE:
+            contents |= task_content(task, settings.num_fewshot)
     if contents:
         parts.append(",".join(f"{name}={digest}" for name, digest in sorted(contents.items())))
     return "+".join(parts)

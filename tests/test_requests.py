@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reading import CHAT, KINDS, NO_SYSTEM, tokenizer
 
-from dyndepth import generation_settings
+from dyndepth import generation_settings, options
 from dyndepth.errors import UserError
 from dyndepth.evaluate import DyndepthLM, evaluate
 from dyndepth.generation_settings import (
@@ -28,6 +28,8 @@ from dyndepth.generation_settings import (
     GenerationSettings,
 )
 from dyndepth.methods.dense import Dense
+from dyndepth.records import same_data
+from dyndepth.workbench import bring_tasks, data_fingerprint
 
 BOUNDS = [(False, False), (True, False), (False, True), (True, True)]
 """BOS before each text, EOS after it."""
@@ -647,3 +649,21 @@ def test_the_page_names_every_setting_that_is_obeyed_or_refused():
     assert set(OBEYED) <= named
     shown = {"do_sample", "num_beams", "num_return_sequences", "guidance_scale", "penalty_alpha"}
     assert shown <= set(NEUTRAL) & named
+
+
+def test_data_are_told_task_by_task_and_those_of_examples_apart(tasks):
+    def of(names, **given):
+        chosen = options.settings({"include_path": str(tasks), "tasks": names, **given})
+        return data_fingerprint(chosen, bring_tasks(chosen, names))
+
+    one, two = "loglikelihood_0_2", "multiple_choice_0_0"
+    alone, both_of_them = of([one]), of([two, one])
+    assert f"{one}/shots=" in alone
+    assert alone != both_of_them
+    assert same_data(alone, both_of_them)
+    bare = of([one], num_fewshot=0)
+    assert "/shots=" not in bare
+    assert same_data(alone, bare)
+    assert "/shots=" not in of([two], num_fewshot=2)
+    other = alone.replace(f"{one}=", f"{one}=f")
+    assert not same_data(alone, other)
