@@ -3,7 +3,7 @@
 transformers chooses the tables of a forward by its longest sequence. ``longrope`` has two, one up
 to ``original_max_position_embeddings`` tokens and one beyond. ``dynamic`` has one up to the model's
 ``max_position_embeddings``, and beyond one for each length, of which a model keeps the longest that
-it has seen. All other types have one.
+it has seen. The other types that transformers has for texts have one; any further type is refused.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import torch
 from torch import nn
 
 from dyndepth.blocks import causal_lm
+from dyndepth.errors import UserError
+
+_ONE = ("default", "linear", "yarn", "llama3", "proportional")
+"""Types with one table."""
 
 
 def tables(model: nn.Module, tokens: int) -> tuple[int, ...]:
     """Names of the tables that a text of ``tokens`` tokens is read by, one a kind of attention.
 
     Texts of equal names may be read together, and keys may be cached for a text while its names
-    stay. A name never becomes smaller as a text grows.
+    stay. A name never becomes smaller as a text grows. Raises UserError for a type of rotary
+    embedding that is not known.
     """
     return tuple(_table(model, one, tokens) for one in _parameters(model))
 
@@ -54,8 +59,14 @@ def _parameters(model: nn.Module) -> list[Mapping[str, Any]]:
 def _table(model: nn.Module, parameters: Mapping[str, Any], tokens: int) -> int:
     if _grows(parameters):
         return tokens if tokens > causal_lm(model).config.max_position_embeddings else 0
-    if parameters.get("rope_type") == "longrope":
+    kind = parameters.get("rope_type", "default")
+    if kind == "longrope":
         return int(tokens > parameters["original_max_position_embeddings"])
+    if kind not in _ONE:
+        raise UserError(
+            f"rotary embeddings of the type {kind!r} are not known here: what their tables depend "
+            "on is not known either"
+        )
     return 0
 
 

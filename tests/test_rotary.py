@@ -18,6 +18,7 @@ from dyndepth.agreement import agree
 from dyndepth.blocks import FAMILIES, blocks, decoder
 from dyndepth.calibration import measured
 from dyndepth.completions import completions
+from dyndepth.errors import UserError
 from dyndepth.forwards import forward
 from dyndepth.generation import Prompt, generate
 from dyndepth.influence import _dense_pass, _salience
@@ -488,3 +489,11 @@ def test_a_wrapped_model_has_the_tables_of_what_it_wraps():
     assert len(blocks(wrapped)) == LAYERS
     groups = some_groups()[:6]
     check(found(wrapped, groups), expected(model, groups))
+
+
+def test_types_that_are_not_known_are_refused():
+    """What their tables depend on is not known either."""
+    model = make_tiny()
+    model.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="'spiral'"):
+        tables(model, 4)
