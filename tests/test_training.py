@@ -34,7 +34,7 @@ def windows(tiny_corpus):
 
 def fresh(normalise: bool = True) -> LinearRouter:
     bias = torch.linspace(0.1, 1.5, 8).view(4, 2)
-    return LinearRouter(torch.zeros(4, 2, 32), bias, normalise=normalise)
+    return LinearRouter(torch.zeros(4, 2, 32), bias, normalise=normalise).to(DEVICE)
 
 
 def test_budget_alone_has_a_gradient_into_every_router(tiny, windows):
@@ -73,7 +73,7 @@ def test_loss_has_a_gradient_into_every_router_and_none_into_the_model(tiny, win
 
 
 def test_gates_are_hard_and_only_the_gradient_is_soft(tiny, windows):
-    router = fresh()
+    router = fresh().cpu()
     method = Routed(router, tuning())
     method.start(_context())
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_gumbel_samples_in_training_with_the_logits_odds():
     method.start(_context())
     torch.manual_seed(0)
     executed = torch.stack(method.gates(3, torch.zeros(8, 4000, 32)), -1).mean((0, 1))
-    torch.testing.assert_close(executed, fresh().bias[3].sigmoid(), atol=0.01, rtol=0)
+    torch.testing.assert_close(executed, fresh().bias[3].sigmoid().cpu(), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["ce", "kl"])
