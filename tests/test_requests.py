@@ -107,7 +107,7 @@ def scored(lm, kind, arguments):
 
 
 def same(found, expected):
-    """Within 1e-4, or the rounding of lm-eval's sums in float32: more than that beyond 1,000 nats."""
+    """Within 1e-4, or the rounding of lm-eval's sums in float32 where those are large."""
     wanted = pytest.approx([one for one, _ in expected], abs=1e-4, rel=2.5e-7)
     assert [one for one, _ in found] == wanted
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
