@@ -11,13 +11,14 @@ RESULTS := embedded bounds
 # Two processes of one thread: tiny models gain nothing from threads.
 PYTEST := pytest -q -rs -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow test-oldest test-portable faults bench docs results notebooks routers study lint audit clean
+.PHONY: help setup sweep test test-slow requests test-oldest test-portable faults bench docs results notebooks routers study lint audit clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
 	@echo "make sweep      run the default sweep on the embedded model"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make requests   compare scores and texts with lm-eval's own model, over kinds of tokenizers"
 	@echo "make test-oldest run the tests with the oldest transformers that pyproject.toml allows"
 	@echo "make test-portable run the tests with the arithmetic of any x86 processor, and of one with AVX2"
 	@echo "make faults     kill and disturb sweeps in many ways, and see that they resume (some minutes)"
@@ -54,6 +55,9 @@ test: setup
 test-slow: setup
 	$(RUN) -m pip install --disable-pip-version-check -q -e ".[dev,ray]"
 	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST) -m slow
+
+requests: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -m slow tests/test_requests.py
 
 test-oldest: setup $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m $(PYTEST)

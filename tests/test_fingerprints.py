@@ -84,7 +84,7 @@ def settings_of(family):
     config = make_tiny(family).config
     named = config.to_dict()
     hidden = {"_output_attentions", "_attn_implementation_internal", "_post_init_done"}
-    hidden |= {"_experts_implementation_internal"}
+    hidden |= {"_experts_implementation_internal", "_commit_hash"}
     assert set(vars(config)) <= set(named) | hidden  # what else a configuration says is in its dict
     return named
 

@@ -9,8 +9,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import attentions, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
+from packaging.version import Version
 from test_scoring import METHODS
 
 from dyndepth import trie
@@ -74,12 +76,17 @@ def made(family="llama", rope="longrope", attn="sdpa", **changes):
     return make_tiny(family, attn, **settings | changes)
 
 
+OLD = Version(transformers.__version__) < Version("5.24")
+
+
 def kinds(ropes, often=("llama", "phi3", "gemma3_text", "gpt_neox", "mistral")):
     """Every family, rope type and attention; of those that change, some families' are not slow."""
     found = []
     for family in ROTARY:
         for rope in [one for one in ropes if one in ONLY.get(family, ROPES)]:
             for attn in attentions(family):
+                if OLD and family == "gemma3_text" and rope == "longrope":
+                    continue  # its own forward raises there
                 quick = family in often and rope in CHANGING and attn == attentions(family)[0]
                 marks = () if quick else pytest.mark.slow
                 found.append(pytest.param(family, rope, attn, marks=marks))
@@ -272,6 +279,7 @@ def test_completions_are_those_of_whole_forwards(family, rope, attn):
     assert [again[number] for number in range(len(prompts))] == wanted[::-1]
 
 
+@pytest.mark.skipif(OLD, reason="its generate writes another token at the edge")
 def test_a_model_that_reads_anew_at_the_edge_writes_the_same():
     model, prompts = made("phi3"), some_prompts()
     with attach(model, Dense()) as trace:
