@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -155,7 +156,7 @@ class _Module(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend(NAME, _Module())
-_aten = torch.library.Library("aten", "IMPL")
+_aten = Library("aten", "IMPL")
 for _factory in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
     _aten.impl(_factory, partial(_run, _factory), "PrivateUse1")
 _aten.impl("_copy_from", _copied, "PrivateUse1")
