@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import load_corpus
+    from dyndepth.common.registry import load_method
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.registry import load_method
     from dyndepth.runtime import attach
 
 __version__ = "0.1.0"
@@ -33,8 +33,8 @@ __all__ = [
 _HOMES = {
     "DynamicDepthMethod": "dyndepth.method",
     "attach": "dyndepth.runtime",
-    "load_corpus": "dyndepth.corpus",
-    "load_method": "dyndepth.registry",
+    "load_corpus": "dyndepth.data.corpus",
+    "load_method": "dyndepth.common.registry",
     "load_model": "dyndepth.models",
     "load_tokenizer": "dyndepth.models",
 }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dyndepth.console import print_table
-from dyndepth.errors import UserError
-from dyndepth.options import Parser
+from dyndepth.common.commands import Parser, print_table
+from dyndepth.common.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def list_methods() -> None:
     """Print every registered method with its declared facts and parameters."""
     from dataclasses import fields
 
-    from dyndepth.registry import method_class, methods
+    from dyndepth.common.registry import method_class, methods
 
     rows = []
     for name in methods():

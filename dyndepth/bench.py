@@ -22,8 +22,8 @@ import sys
 from typing import Any
 
 from dyndepth.bench_shapes import MORE_WORKS, PHASES, WORKS, Lines, shapes
-from dyndepth.errors import UserError
-from dyndepth.options import Parser
+from dyndepth.common.commands import Parser
+from dyndepth.common.errors import UserError
 
 PARTS = ("shapes", "routes", "evaluation", "sweep")
 DTYPES = ("float32", "bfloat16")
@@ -80,8 +80,8 @@ def bench(options: argparse.Namespace) -> bool:
     """Run the chosen lines and print them. True if no goal that was checked is missed."""
     import torch
 
-    from dyndepth.corpus import load_corpus
-    from dyndepth.machine import steady_allocator
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.models import load_tokenizer
 
     for name in ("repeats", "threads", "documents"):

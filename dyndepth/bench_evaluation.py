@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dyndepth import language_model
+from dyndepth.cells.cell import DENSE
+from dyndepth.common.registry import load_method
 from dyndepth.evaluate import drawn_tasks, quiet_lm_eval
-from dyndepth.grid import DENSE
 from dyndepth.language_model import DyndepthLM
 from dyndepth.models import load_model, load_tokenizer
 from dyndepth.pairing import interleave, ratio
-from dyndepth.registry import load_method
 
 TASKS = {
     "socialiqa": ("socialiqa", 0),

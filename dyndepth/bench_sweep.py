@@ -18,14 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dyndepth.cells.cell import DENSE, CellSpec, cell_identity
+from dyndepth.cells.identity import IDENTITY, Row
+from dyndepth.cells.store import Store
+from dyndepth.common.registry import method_class, methods
 from dyndepth.driver import Driver
 from dyndepth.executors import Inline
-from dyndepth.grid import DENSE, Plan, cell_identity
 from dyndepth.options import Settings
 from dyndepth.progress import Lines
-from dyndepth.records import IDENTITY, Row
-from dyndepth.registry import method_class, methods
-from dyndepth.store import Store
 from dyndepth.tables import write_tables
 from dyndepth.workbench import Tables
 from dyndepth.worker import Worker
@@ -57,13 +57,13 @@ class _Bench:
         known = {"model": "none", "tasks": ["one"], "limit": {"one": DOCUMENTS}, "num_fewshot": 0}
         return {key: known.get(key, "x") for key in IDENTITY if key not in _OWN}
 
-    def identity(self, plan: Plan) -> Row:
+    def identity(self, plan: CellSpec) -> Row:
         return cell_identity(plan, self.shared_identity)
 
-    def provenance(self, plan: Plan) -> Row:
+    def provenance(self, plan: CellSpec) -> Row:
         return {"threads": 1}
 
-    def evaluate(self, plan: Plan) -> Tables:
+    def evaluate(self, plan: CellSpec) -> Tables:
         self.memory.append(_resident())
         hits = [(plan.seed >> document) % 2 for document in range(DOCUMENTS)]
         shared = {"task": "one", "metric": "acc", "filter": "none", "task_version": "1"}
@@ -80,7 +80,7 @@ class _Bench:
         place = {"task": "all", "phase": "all", "layer": 0, "sublayer": "mlp", "executed": 0.5}
         return Tables([shared | accuracy], [compute], [place], samples)
 
-    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
+    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
         return []
 
 
@@ -96,7 +96,7 @@ def overhead(cells: int = CELLS) -> dict[str, float]:
     first quarter of the cells to the last, medians, in MB.
     """
     bench = _Bench()
-    plans = [Plan(DENSE, seed=seed) for seed in range(cells)]
+    plans = [CellSpec(DENSE, seed=seed) for seed in range(cells)]
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(output_path=Path(folder), timing="off")
         store = Store(folder)

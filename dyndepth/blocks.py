@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.branches import CACHE_ARGUMENTS, Block, cache_argument, cache_of
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.projections import Layout
 
 __all__ = [

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from dyndepth.capacity import check_length, embeddings
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import check_length, embeddings
 from dyndepth.pairing import LEAST_PAIRS, Ratio, Times, interleave, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dyndepth.bench_jobs import Decode, Job, Prefill
+
 
 SUBLAYERS = ("both", "attention", "mlp")
 DENSE = 0.0

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
-from dyndepth.paths import path_of
+from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
+from dyndepth.options import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.break_even import Curve
+
 
 NAME = "break-even"
 PHASES = ("prefill", "decode")
@@ -107,9 +109,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from dyndepth.break_even import Regime, measure
-    from dyndepth.machine import conditions, steady_allocator
+    from dyndepth.common.files import write_atomically
+    from dyndepth.common.machine import conditions, steady_allocator
     from dyndepth.models import load_model
-    from dyndepth.store import write_atomically
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -163,7 +165,7 @@ def _show(curve: Curve, rows: Sequence[dict[str, Any]]) -> None:
     """The curve of one phase as a table, and what follows from it."""
     from rich.table import Table
 
-    from dyndepth.console import print_table
+    from dyndepth.common.commands import print_table
 
     one = rows[0]
     skipping = "both sublayers" if one["sublayers"] == "both" else f"{one['sublayers']} alone"

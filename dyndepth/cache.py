@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 
 def skip_tokens(past: Any, layer: int, tokens: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.blocks import decoder
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import attach
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.card_parameters import choices
-from dyndepth.errors import UserError
+from dyndepth.cells.identity import Row
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import parameters_of
 from dyndepth.markdown import Record, joined, read
-from dyndepth.records import Row
-from dyndepth.spec import parameters_of
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 STUDIES = "[studies](../studies.md)"
 """Where a card's reader finds the studies."""

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 
 from dyndepth.card_parameters import parameters, preset_table
 from dyndepth.card_status import STUDIES, row_count, status, who_has
+from dyndepth.cells.identity import Row
+from dyndepth.cells.naming import label
+from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.markdown import Record, layout, markup, number, spread, table
-from dyndepth.naming import label
 from dyndepth.published import kind_of, nearest
-from dyndepth.recipe import NONE, shortened
-from dyndepth.records import Row
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 _DECIDES = {
     "static": "one plan for all inputs",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 
-from dyndepth.records import Cell
+from dyndepth.cells.cell import Cell
 
 METRIC = "acc"
 """The accuracy that the leaderboard's mean is of."""

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth import routed, similarity
-from dyndepth.errors import UserError
-from dyndepth.grid import DENSE, limits, method_identity
-from dyndepth.leaderboard import check_comparable
+from dyndepth.cells.cell import DENSE, Cell, method_identity, order
+from dyndepth.cells.identity import Row, flat, plain, setting
+from dyndepth.cells.merging import check_comparable
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
+from dyndepth.common.provenance import harness_code, versions
+from dyndepth.grid import limits
 from dyndepth.method import SUBLAYERS
 from dyndepth.options import Settings, limit_text
-from dyndepth.provenance import harness_code, versions
-from dyndepth.records import Cell, Row, flat, order, plain, setting
 from dyndepth.stats import (
     LEAST,
     SAME,
@@ -33,7 +35,6 @@ from dyndepth.stats import (
     of_modules,
     reach,
 )
-from dyndepth.store import Store
 from dyndepth.studies import Claim, Pick, Study
 
 COLUMNS = (
@@ -101,7 +102,7 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
     Raises:
         UserError: an unknown method or parameter; cells of several versions of its code.
     """
-    from dyndepth.registry import load_method, parse_methods
+    from dyndepth.common.registry import load_method, parse_methods
 
     method = load_method(pick.method)
     ((_, given),) = parse_methods(pick.method)
@@ -123,7 +124,7 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
 
 def label(pick: Pick) -> str:
     """How rows call a pick: a bound says that it is one."""
-    from dyndepth.registry import load_method
+    from dyndepth.common.registry import load_method
 
     return pick.label + (" (bound)" if load_method(pick.method).uses_labels else "")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dyndepth.records import ADDED, LEADING
+from dyndepth.cells.identity import ADDED, LEADING
 
 
 class Column(NamedTuple):

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from dyndepth import sheets
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import LEADING, Row
+from dyndepth.cells.merging import check_rows, merged
+from dyndepth.common.commands import Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import check_folder, path_of
 from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
-from dyndepth.errors import UserError
-from dyndepth.leaderboard import merged
-from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder, path_of
-from dyndepth.readable_rows import check_rows
-from dyndepth.records import LEADING, Cell, Row
-from dyndepth.store import write_atomically
 
 __all__ = ["COMPARISON", "CURVES", "EQUAL_FLOPS", "compared", "left_out", "main", "texts"]
 

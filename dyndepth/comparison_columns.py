@@ -5,8 +5,8 @@ Each mapping is in the order of the table's columns.
 
 from __future__ import annotations
 
+from dyndepth.cells.identity import LEADING
 from dyndepth.columns import IDENTITY
-from dyndepth.records import LEADING
 
 COMPARISON = {name: IDENTITY[name].description for name in LEADING} | {
     "status": "Of the cell: done, or error.",

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dyndepth.console import print_table
-from dyndepth.naming import label
-from dyndepth.records import Row
+from dyndepth.cells.identity import Row
+from dyndepth.cells.naming import label
+from dyndepth.common.commands import print_table
 
 MARKS = {
     "better": "better",

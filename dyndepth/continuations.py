@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from dyndepth.blocks import Block, cache_argument, causal_lm, decoder, position_bias
-from dyndepth.errors import UserError
+from dyndepth.blocks import causal_lm, decoder, position_bias
+from dyndepth.branches import Block, cache_argument
+from dyndepth.common.errors import UserError
 from dyndepth.packing import Packed, Size, batches, table, tree_mask
 from dyndepth.rotary import forget, one_table, tables
 from dyndepth.scoring import Group

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dyndepth.records import Cell
+from dyndepth.cells.cell import Cell
 
 if TYPE_CHECKING:
     from dyndepth.progress import Job

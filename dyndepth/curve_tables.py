@@ -8,22 +8,15 @@ from dataclasses import replace
 
 from scipy.stats import rankdata
 
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row, flat
+from dyndepth.common.errors import UserError
 from dyndepth.comparison import BUDGETS
 from dyndepth.comparison_columns import CURVE
 from dyndepth.curves import area, degradation, overlap, span
-from dyndepth.errors import UserError
 from dyndepth.judging import Pending, adjust, verdict
 from dyndepth.peers import Peers, Score, Series, full_name, peers
-from dyndepth.records import Cell, Row, flat
-from dyndepth.stats import (
-    FLOPS,
-    LEAST,
-    SAME,
-    Point,
-    Vector,
-    check_paired,
-    interpolate,
-)
+from dyndepth.stats import FLOPS, LEAST, SAME, Point, Vector, check_paired, interpolate
 
 NO_DENSE = "there is no finished dense cell of the same setting"
 

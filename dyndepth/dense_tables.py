@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.identity import Row
+from dyndepth.common.errors import UserError
 from dyndepth.curve_tables import NO_DENSE, few, jobs
 from dyndepth.curves import pareto
-from dyndepth.errors import UserError
 from dyndepth.judging import Pending, adjust, verdict
 from dyndepth.peers import Peers, Score, curve_key, is_bound, peers
-from dyndepth.records import Cell, Row, identity_columns
 from dyndepth.resampling import ratios
 from dyndepth.stats import LEAST, Point, Vector, check_paired, is_binary, mcnemar
 

@@ -15,13 +15,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from itertools import count
 
+from dyndepth.cells.cell import Cell, CellSpec
+from dyndepth.cells.identity import Row
+from dyndepth.cells.merging import check_rows
+from dyndepth.cells.store import Store
 from dyndepth.executors import Executor, WorkerDied
-from dyndepth.grid import Plan
 from dyndepth.options import Settings
 from dyndepth.progress import Job, Listener
-from dyndepth.readable_rows import check_rows
-from dyndepth.records import Cell, Row
-from dyndepth.store import Store
 from dyndepth.worker import Work, failed, timeout_text
 
 TRIES = 3
@@ -58,7 +58,7 @@ class _Turn:
     """A cell on its way: its place in the sweep, and how often a worker died over it."""
 
     index: int
-    plan: Plan
+    plan: CellSpec
     identity: Row
     timing: bool = False
     deaths: int = 0
@@ -81,12 +81,12 @@ class Driver:
 
     def __init__(
         self,
-        cells: Sequence[Plan],
+        cells: Sequence[CellSpec],
         executor: Executor,
         store: Store,
         settings: Settings,
         listener: Listener,
-        identify: Callable[[Plan], Row],
+        identify: Callable[[CellSpec], Row],
     ) -> None:
         self.cells, self.executor, self.store = cells, executor, store
         self.settings, self.listener, self.identify = settings, listener, identify

@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dyndepth.console import print_table
-from dyndepth.grid import Plan, limits
+from dyndepth.cells.cell import CellSpec
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.commands import print_table
+from dyndepth.grid import limits
 from dyndepth.options import Settings
-from dyndepth.recipe import NONE
 
 TOKENS = 100
 """Assumed tokens of a document with all its choices."""
@@ -43,7 +44,7 @@ def skeleton(settings: Settings) -> Any:
         )
 
 
-def cell_flops(plan: Plan, settings: Settings, tasks: Sequence[str], model: Any) -> float:
+def cell_flops(plan: CellSpec, settings: Settings, tasks: Sequence[str], model: Any) -> float:
     """FLOPs of scoring one cell: blocks at the target speedup, LM head on every token."""
     from dyndepth.flops import BlockCosts
 
@@ -74,7 +75,7 @@ def measured_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     return 2 * size**3 * runs / (time.perf_counter() - started)
 
 
-def print_estimate(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) -> None:
+def print_estimate(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
     """Print the cells with FLOPs and rough seconds each, and what was assumed."""
     from rich.markup import escape
     from rich.table import Table

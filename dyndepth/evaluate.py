@@ -21,8 +21,8 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
 from dyndepth import lm_eval_plugin
+from dyndepth.common.errors import UserError
 from dyndepth.costs import NOTHING, Cost, Row, compute_rows, routing_rows
-from dyndepth.errors import UserError
 from dyndepth.language_model import ROWS, DyndepthLM
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.metrics import outcome, standard_error

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from dyndepth.errors import RunFailed, UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
+from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.options import Settings
 from dyndepth.progress import no_bars
-from dyndepth.records import Cell, Row
 from dyndepth.worker import Work, Worker, hired
 
 GRACE = 60.0

@@ -10,18 +10,15 @@ digest in every type, so values count as bfloat16; what lies below that, cells t
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.records import ADDED, same_data
+from dyndepth.common.provenance import brought_code, facts_digest
 
 if TYPE_CHECKING:
     import torch
+
 
 IMMATERIAL = {
     "_name_or_path": "where it lay",
@@ -46,38 +43,9 @@ IMMATERIAL = {
 }
 """Names in a configuration that cannot change a number, and why."""
 
-FORMER = {
-    "b779a8c7124b0a85": "f4a0f9de1bbb944f",
-    "2588359b2a4d041a": "549a0f3b3403f6da",
-}
-"""Digests by an earlier definition that committed results were recorded with, and what they are
-today: the embedded model's, and its corpus's. Neither a weight nor a text has changed."""
-
-PROBE = (
-    "Hello world, it's 2018!",
-    " a  b\n\n\tc \n",
-    "Zürich e\u0301 ﬁ 中文 \U0001f600",
-    "<s></s><|im_end|><|endoftext|>",
-    "",
-)
-"""Texts that tokenizers with other rules read otherwise."""
-
 _STAND_IN, _AT_REST = "dyndepth_known_as", "dyndepth_at_rest"
 _CHUNK, _PART = 1 << 22, 1 << 18
 _WORDS = ("int64", "int32", "int16", "int8")
-
-
-def today(recorded: str) -> str:
-    """A digest, perhaps ``recorded`` by an earlier definition, as it is by that of today."""
-    return FORMER.get(str(recorded), recorded)
-
-
-def agrees(key: str, recorded: str, here: str) -> bool:
-    """Whether an identity's digest, perhaps ``recorded`` by an earlier definition or before there
-    was such a ``key``, is of the very thing that is found ``here``."""
-    if key == "data_fingerprint":
-        return same_data(recorded, here)
-    return recorded == ADDED.get(key, here) or today(recorded) == here
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -93,10 +61,10 @@ def fingerprint(model: torch.nn.Module) -> str:
     facts = {
         "config": _facts(model.config),
         "generation": _facts(getattr(model, "generation_config", None)),
-        "code": _brought_code(model, model.config),
+        "code": brought_code(model, model.config),
         "values": values_digest(model),
     }
-    return _digest(facts)[:16]
+    return facts_digest(facts)[:16]
 
 
 _digests: dict[str, str] = {}
@@ -137,34 +105,6 @@ def at_rest(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         vars(model).pop(_AT_REST, None)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits that identify what a tokenizer makes of texts and chats, and of tokens.
-
-    A hash over its rules, vocabulary, special tokens and chat template, and over what it makes of
-    ``PROBE``. Where it lies does not count, nor do padding and truncation, which are asked for in
-    each call. Tokenizers of any class have one.
-    """
-    ids = [
-        tokenizer(list(PROBE), **how)["input_ids"] for how in ({}, {"add_special_tokens": False})
-    ]
-    names = ("bos_token_id", "eos_token_id", "unk_token_id", "add_bos_token", "add_eos_token")
-    special = dict(getattr(tokenizer, "special_tokens_map", {}))
-    special.pop("pad_token", None)
-    facts = {
-        "rules": _rules(tokenizer),
-        "special": special,
-        "template": getattr(tokenizer, "chat_template", None),
-        "longest": getattr(tokenizer, "model_max_length", None),
-        "named": {name: getattr(tokenizer, name, None) for name in names},
-        "read": ids,
-        "written": [tokenizer.decode(row) if row else "" for row in ids[0]]
-        if hasattr(tokenizer, "decode")
-        else [],
-        "code": _brought_code(tokenizer),
-    }
-    return _digest(facts)[:16]
 
 
 # --- what is hashed -----------------------------------------------------------------------------
@@ -275,34 +215,3 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     import torch
 
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _rules(tokenizer: Any) -> Any:
-    """What a tokenizer does by: the backend's own description, else its vocabulary and files."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    if not hasattr(tokenizer, "get_vocab"):
-        return type(tokenizer).__name__
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(each) for each in tokenizer.save_vocabulary(folder) or () if each]
-        contents = [hashlib.sha256(each.read_bytes()).hexdigest() for each in files]
-    return [type(tokenizer).__name__, tokenizer.get_vocab(), contents]
-
-
-def _brought_code(*owners: Any) -> str:
-    """Digest of the source files that came along with the classes of ``owners``; empty if none."""
-    found: list[dict[str, str]] = []
-    for owner in owners:
-        module = inspect.getmodule(type(owner))
-        files: list[Path] = []
-        if module is not None and module.__name__.startswith("transformers_modules."):
-            files = sorted(Path(str(module.__file__)).parent.glob("*.py"))
-        found.append({each.name: each.read_text(encoding="utf-8") for each in files})
-    return _digest({"files": found}) if any(found) else ""
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -19,16 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.capacity import check_length
-from dyndepth.errors import UserError
-from dyndepth.options import CHOICES, EMBEDDED, Parser, slug, underscored
-from dyndepth.paths import check_folder
-from dyndepth.recipe import parse_recovery
-from dyndepth.records import file_part
-from dyndepth.store import write_atomically
+from dyndepth.cells.recipe import parse_recovery
+from dyndepth.common.commands import CHOICES, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import check_folder, file_part, slug
+from dyndepth.data.capacity import check_length
+from dyndepth.options import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 INTERRUPTED = 130
 _COMMON = ("target_speedup", "seed")
@@ -91,7 +92,7 @@ def parser(given: Sequence[str]) -> argparse.ArgumentParser:
         help="fit again, whatever is kept or comes with the project",
     )
     add("--debug", action="store_true", help="print the whole traceback of every error")
-    from dyndepth.registry import method_class, methods
+    from dyndepth.common.registry import method_class, methods
 
     first = given[0] if given and not given[0].startswith("-") else None
     name = next((each for each in given if each in methods()), first)
@@ -109,8 +110,8 @@ def parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
 def build(options: dict[str, Any]) -> DynamicDepthMethod:
     """The method that the flags describe, checked but not fitted. Raises UserError."""
-    from dyndepth.registry import load_method
-    from dyndepth.spec import value
+    from dyndepth.common.registry import load_method
+    from dyndepth.common.spec import value
 
     parameters = {
         name.removeprefix("parameter "): value(given)
@@ -154,11 +155,11 @@ def run(options: dict[str, Any]) -> None:
     from accelerate import PartialState
 
     from dyndepth.adapters import adaptable
-    from dyndepth.corpus import load_corpus
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import fit_cached, save_fit
-    from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.plots import training_curve
+    from dyndepth.plot_fits import training_curve
     from dyndepth.workbench import resolve_device
 
     if options["threads"] is not None:

@@ -21,19 +21,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dyndepth.assets import build_once, cache_root, open_to_readers, replace_folder
-from dyndepth.errors import UserError
-from dyndepth.paths import path_of
-from dyndepth.records import file_part
-from dyndepth.text_files import read_text
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import build_once, cache_root, open_to_readers, read_text, replace_folder
+from dyndepth.common.paths import file_part, path_of
 
 if TYPE_CHECKING:
     import torch
 
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
     from dyndepth.method import DynamicDepthMethod
 
     Method = TypeVar("Method", bound=DynamicDepthMethod)
+
 
 _TENSORS, _FACTS, CURVE = "tensors.safetensors", "facts.json", "curve.csv"
 _LAYOUT = 1
@@ -110,8 +109,8 @@ def _fit_together(
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
     from dyndepth.blocks import causal_lm
+    from dyndepth.common.provenance import fitting_code, method_code, versions
     from dyndepth.fingerprints import at_rest, checksum, fingerprint
-    from dyndepth.provenance import fitting_code, method_code, versions
 
     with at_rest(model):
         digests = {"model": fingerprint(model), "values": checksum(model)}
@@ -158,7 +157,8 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     CPU. Raises UserError if files are missing or garbled, or if the fit belongs to another
     model, method, fit version or parameters.
     """
-    from dyndepth.fingerprints import fingerprint, today
+    from dyndepth.cells.identity import today
+    from dyndepth.fingerprints import fingerprint
 
     record, tensors = read_fit(path)
     _check_same(path, "model", today(record["model"]), fingerprint(model))

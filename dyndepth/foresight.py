@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import CACHE_ARGUMENTS, blocks, cache_argument, causal_lm, decoder, final_norm
+from dyndepth.blocks import blocks, causal_lm, decoder, final_norm
+from dyndepth.branches import CACHE_ARGUMENTS, cache_argument
 from dyndepth.cache import dense_lane, has_lane
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.flops import Forward
 
 _LOGITS = 2**24

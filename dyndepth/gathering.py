@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dyndepth.assets import cache_root
 from dyndepth.blocks import causal_lm
+from dyndepth.common.files import cache_root, write_atomically
 from dyndepth.method import ATTENTION
 from dyndepth.selection import Selection
-from dyndepth.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as rules
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 OBEYED: dict[str, Any] = {
     "sequence_bias": None,

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
-from dyndepth.capacity import check_length
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import DENSE, CellSpec
+from dyndepth.cells.recipe import NONE, parse_recovery
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import check_length
 from dyndepth.options import DEFAULT_LIMIT, OTHERS, Settings
-from dyndepth.recipe import NONE, parse_recovery, shortened
-from dyndepth.records import Row
-
-DENSE = "dense"
-"""Name of the entry point that executes everything: the yardstick of every comparison."""
-
-HIDDEN = ("target_speedup", "seed", "phases")
-"""Fields of a method that have columns of their own."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One cell before anything was loaded: which method, with which parameters, at what speedup.
-
-    ``recovery`` is the canonical text of a recipe, or ``none``.
-    """
-
-    method: str
-    target_speedup: float = 1.0
-    seed: int = 0
-    parameters: dict[str, Any] = field(default_factory=dict, hash=False)
-    recovery: str = NONE
-
-    def build(self) -> Any:
-        """The method, not fitted yet.
-
-        Raises:
-            UserError: a parameter has a value that the method refuses.
-        """
-        from dyndepth.registry import load_method
-
-        speedup, seed = self.target_speedup, self.seed
-        return load_method(self.method, **self.parameters, target_speedup=speedup, seed=seed)
-
-    def describe(self) -> str:
-        """The cell in a few words."""
-        inner = ", ".join(f"{key}={value}" for key, value in self.parameters.items())
-        return (
-            f"{self.method}{f'({inner})' if inner else ''} "
-            f"at {self.target_speedup:g}x, seed {self.seed}"
-            f"{'' if self.recovery == NONE else f', {shortened(self.recovery)}'}"
-        )
-
-
-def plans(settings: Settings, layers: int, longest: int | None = None) -> list[Plan]:
+def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:
     """The cells of a sweep on a model of ``layers`` blocks: dense first, each cell once.
 
     The model takes at most ``longest`` tokens in a row (None: any number). A method that executes
@@ -66,13 +26,13 @@ def plans(settings: Settings, layers: int, longest: int | None = None) -> list[P
             of text that are longer than the model takes, or ``joint`` for a method that trains
             nothing.
     """
-    from dyndepth.registry import method_class, parse_methods
+    from dyndepth.common.registry import method_class, parse_methods
 
     chosen = parse_methods(settings.methods) if settings.methods else []
-    found: dict[str, Plan] = {}
+    found: dict[str, CellSpec] = {}
     for name, parameters in [(DENSE, {}), *chosen]:
         with_phases = parameters | _phases(method_class(name), parameters, settings.phases)
-        base = Plan(name, parameters=with_phases)
+        base = CellSpec(name, parameters=with_phases)
         _refuse_own(name, parameters)
         method = base.build()
         reach = method.max_speedup(layers)
@@ -99,7 +59,7 @@ def _above_one(speedups: Sequence[float]) -> Sequence[float]:
     return above[:1] or speedups[:1]
 
 
-def _recoverable(plan: Plan, recovery: str, longest: int | None) -> bool:
+def _recoverable(plan: CellSpec, recovery: str, longest: int | None) -> bool:
     """False for dense with ``joint``. Raises UserError for another method that trains nothing, and
     for windows that do not fit."""
     recipe = parse_recovery(recovery)
@@ -129,7 +89,7 @@ def _refuse_own(name: str, parameters: dict[str, Any]) -> None:
             raise UserError(f"{name}: give {key} by {flag}, so that every method gets the same")
 
 
-def _check_reach(plan: Plan, reach: float, speedups: Sequence[float], layers: int) -> None:
+def _check_reach(plan: CellSpec, reach: float, speedups: Sequence[float], layers: int) -> None:
     beyond = [speedup for speedup in speedups if speedup > reach]
     if beyond:
         raise UserError(
@@ -152,37 +112,3 @@ def limits(settings: Settings, tasks: Sequence[str]) -> dict[str, int | None]:
                 f"the tasks are {', '.join(tasks)}"
             )
     return {task: settings.limit.get(task, settings.limit[OTHERS]) for task in tasks}
-
-
-def parameters_text(method: Any) -> str:
-    """The method's hyper-parameters as its repr gives them, without those with own columns.
-
-    One that is None by default and in fact says nothing, and is left out.
-    """
-    return ", ".join(
-        f"{f.name}={getattr(method, f.name)!r}"
-        for f in fields(method)
-        if f.repr
-        and f.name not in HIDDEN
-        and not (f.default is None and getattr(method, f.name) is None)
-    )
-
-
-def method_identity(method: Any) -> Row:
-    """The part of a cell's identity that the method itself gives."""
-    from dyndepth.provenance import method_code
-
-    return {
-        "method": method.name,
-        "parameters": parameters_text(method),
-        "phases": method.phases,
-        "target_speedup": float(method.target_speedup),
-        "seed": method.seed,
-        "fit_version": method.fit_version,
-        "method_code": method_code(type(method)),
-    }
-
-
-def cell_identity(plan: Plan, shared: Row) -> Row:
-    """The full identity of the plan's cell; ``shared`` is what all cells of a workbench have."""
-    return method_identity(plan.build()) | {"recovery": plan.recovery} | shared

@@ -23,16 +23,16 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dyndepth.capacity import fitting
-from dyndepth.errors import UserError
-from dyndepth.spec import nearest
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import nearest
+from dyndepth.data.capacity import fitting
 
-# torch takes seconds to import, and this module is also a command: what needs it imports it late.
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
     from dyndepth.removal import Search, SearchKind, Unit
+
 
 UnitKind = Literal["block", "sublayer"]
 
@@ -286,7 +286,7 @@ def _greedy(
     progress: bool,
 ) -> Search:
     """The greedy search, kept after each step: a later call that needs more goes on from there."""
-    from dyndepth.assets import cache_root
+    from dyndepth.common.files import cache_root
     from dyndepth.removal import greedy_kept, key_of
     from dyndepth.training import budget_shares
 

@@ -17,12 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
-from dyndepth.paths import path_of
+from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
+from dyndepth.options import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.importance import Settings
+
 
 COLUMNS = ("criterion", "unit", "layer", "sublayer", "score", "rank")
 """Of ``importance.csv``. ``layer`` is counted from 0; ``sublayer`` is ``block`` for blocks."""
@@ -154,7 +156,7 @@ def _chosen(options: dict[str, Any]) -> dict[str, Any]:
 def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, Any]:
     """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
     for what is ``chosen``."""
-    from dyndepth.capacity import check_length
+    from dyndepth.data.capacity import check_length
     from dyndepth.models import layer_count, longest_window
 
     named = (options["model"], options["revision"], options["trust_remote_code"])
@@ -167,7 +169,7 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
 
     import torch
 
-    from dyndepth.corpus import load_corpus
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.models import load_model, load_tokenizer
     from dyndepth.workbench import resolve_device
 
@@ -217,8 +219,8 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> None:
 
 def write(tables: Tables, labels: Mapping[str, str], output: Path, *, title: str) -> None:
     """``importance.csv`` and ``importance.png`` in the folder ``output``."""
-    from dyndepth.plots import importance
-    from dyndepth.store import write_atomically
+    from dyndepth.common.files import write_atomically
+    from dyndepth.plot_fits import importance
 
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

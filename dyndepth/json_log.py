@@ -35,11 +35,12 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import IO, Any
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.identity import plain
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.options import Settings
-from dyndepth.paths import path_of
 from dyndepth.progress import STDERR, Job, Listener, no_bars
-from dyndepth.records import Cell, identity_columns, plain
 
 
 class JsonLog(Listener):
@@ -126,8 +127,8 @@ def _append(target: str) -> IO[str]:
 
 def _entries(cell: Cell) -> dict[str, Any]:
     """What CELL stands for in the table of keys."""
+    from dyndepth.cells.naming import label
     from dyndepth.leaderboard import speedups
-    from dyndepth.naming import label
 
     row = identity_columns(cell)
     kept = ("task", "metric", "filter", "value", "stderr")

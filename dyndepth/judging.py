@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dyndepth.records import Row
+from dyndepth.cells.identity import Row
 from dyndepth.resampling import contests, means
 from dyndepth.stats import LEAST, Difference, Vector, direction, holm
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 Numbers = NDArray[np.float64]
 

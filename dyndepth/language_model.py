@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from dyndepth import generation, scoring
 from dyndepth.agreement import agree
 from dyndepth.blocks import causal_lm, family
-from dyndepth.capacity import check_length, check_tokens, check_vocabulary
+from dyndepth.common.errors import UserError
 from dyndepth.costs import Cost
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import PROBE
+from dyndepth.data.capacity import check_length, check_tokens, check_vocabulary
+from dyndepth.data.tokenizers import PROBE
 from dyndepth.generation import Prompt
 from dyndepth.generation_settings import GenerationSettings
 from dyndepth.method import DynamicDepthMethod
@@ -496,7 +496,7 @@ def _as_it_is(model: Any) -> Iterator[None]:
 def _named(spec: str, parameters: dict[str, Any]) -> DynamicDepthMethod:
     """A method by name. Raises UserError also for a setting that lm-eval's ``hf`` takes, and
     neither this class nor the method does."""
-    from dyndepth.registry import load_method, method_class, parse_methods
+    from dyndepth.common.registry import load_method, method_class, parse_methods
 
     own = {field.name for field in fields(method_class(parse_methods(spec)[0][0]))}
     for parameter in parameters:
@@ -528,7 +528,7 @@ def _usable(device: str | None) -> str:
 
 def _fitted(method: DynamicDepthMethod, model: Any, tokenizer: Any) -> DynamicDepthMethod:
     """``method``, fitted to ``model``."""
-    from dyndepth.corpus import load_corpus
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import fit_cached
 
     fitted = fit_cached(method, model, load_corpus("embedded", tokenizer))

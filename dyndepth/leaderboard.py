@@ -10,7 +10,6 @@ from the others (``naming.apart``).
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
@@ -19,18 +18,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyndepth.cells.cell import Cell, identity_columns, is_dense
+from dyndepth.cells.identity import Row, setting
+from dyndepth.cells.merging import merged
+from dyndepth.cells.naming import apart
+from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.chance import METRIC, chance
-from dyndepth.console import print_table
-from dyndepth.errors import UserError
-from dyndepth.grid import DENSE
-from dyndepth.merging import merged_cells
-from dyndepth.naming import apart
-from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder, path_of
-from dyndepth.recipe import NONE, shortened
-from dyndepth.records import Cell, Row, identity_columns, same_data, setting
+from dyndepth.common.commands import Parser, print_table, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import check_folder, path_of
 from dyndepth.schema import TABLES, validate
-from dyndepth.store import write_atomically
 from dyndepth.tables import as_csv
 
 CONTROL = "control"
@@ -54,13 +52,6 @@ def leaderboard(cells: Iterable[Cell]) -> list[Row]:
         {**identity_columns(cell), **_row(cell, dense.get(setting(cell.identity)))}
         for cell in cells
     ]
-
-
-def is_dense(cell: Cell) -> bool:
-    """True for the cell that others of its setting are compared to, if it was evaluated: dense
-    without recovery."""
-    own = cell.identity
-    return own["method"] == DENSE and own["recovery"] == NONE and cell.evaluated
 
 
 def is_control(row: Row) -> bool:
@@ -167,44 +158,6 @@ def _timed(cell: Cell, phase: str) -> Row | None:
 def _timed_shape(cell: Cell) -> Row:
     row = _timed(cell, "prefill") or _timed(cell, "decode")
     return {f"wall_{key}": row[key] for key in ("batch", "length")} if row else {}
-
-
-def check_comparable(cells: Sequence[Cell]) -> None:
-    """Raise UserError if one table would hold scores of different tasks under the same name."""
-    versions: dict[str, dict[str, str]] = defaultdict(dict)
-    data: dict[str, str] = {}
-    for cell in cells:
-        if not cell.evaluated:
-            continue
-        label = f"{cell.identity['method']} {cell.key}"
-        data.setdefault(str(cell.identity["data_fingerprint"]), label)
-        for row in cell.accuracy:
-            versions[row["task"]].setdefault(str(row.get("task_version")), label)
-    for task, found in versions.items():
-        if len(found) > 1:
-            (one, first), (other, second) = list(found.items())[:2]
-            raise UserError(
-                f"task {task} has version {one} in cell {first} and {other} in cell {second}: "
-                "rows of different task versions belong in separate leaderboards"
-            )
-    for (one, first), (other, second) in itertools.combinations(data.items(), 2):
-        if not same_data(one, other):
-            raise UserError(
-                f"cell {first} was scored on evaluation data {one} and cell {second} on {other}: "
-                "rows of different data belong in separate leaderboards"
-            )
-
-
-def merged(runs: Sequence[Path]) -> list[Cell]:
-    """The cells of several runs, each once; see ``dyndepth.merging``.
-
-    Raises:
-        UserError: a folder is no run, a cell's rows cannot be read, runs disagree on a cell's
-            scores, or the runs' rows cannot stand in one table.
-    """
-    cells = merged_cells(runs)
-    check_comparable(cells)
-    return cells
 
 
 def texts(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dyndepth.cells.identity import Row
 from dyndepth.leaderboard_page import BOUNDS, CONTROLS, PAPERS, SCORES, SEEDS, Board
-from dyndepth.records import Row
 
 
 def markdown(found: Board) -> str:

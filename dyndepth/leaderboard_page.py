@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from dyndepth.naming import apart, changed, label, recovered
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import LEADING, UNHASHED, Row
+from dyndepth.cells.naming import apart, changed, label, recovered
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.provenance import VERSIONS
 from dyndepth.published import nearest, published
-from dyndepth.recipe import NONE
-from dyndepth.records import LEADING, UNHASHED, VERSIONS, Cell, Row
 
 TEMPLATE = "leaderboard.html"
 _PLACE = "__BOARD__"
@@ -96,7 +98,8 @@ def _entry(
     members: Sequence[tuple[Cell, Row]], scores: dict[str, Row], words: dict[str, list[str]]
 ) -> Row:
     """The entry of cells that differ in their seeds alone."""
-    from dyndepth.leaderboard import is_control, is_dense
+    from dyndepth.cells.cell import is_dense
+    from dyndepth.leaderboard import is_control
 
     own = [row for _, row in members]
     by_task = [_by_task(cell) for cell, _ in members]

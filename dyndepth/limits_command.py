@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import CHOICES, EMBEDDED, HELP, Parser, underscored
+from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.options import EMBEDDED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dyndepth.blocks import Block
+    from dyndepth.branches import Block
     from dyndepth.gathering import Limits
+
 
 NAME = "limits"
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -59,9 +61,9 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} takes a whole number of at least {least}, not {value}")
     import torch
 
-    from dyndepth.capacity import check_length
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.data.capacity import check_length
     from dyndepth.gathering import keep
-    from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model
 
     if options.threads is not None:
@@ -160,7 +162,7 @@ def _entering(
     import torch
 
     from dyndepth.blocks import decoder
-    from dyndepth.capacity import embeddings
+    from dyndepth.data.capacity import embeddings
     from dyndepth.patching import run_by
 
     seen: list[tuple[Tensor, dict[str, Any]]] = []

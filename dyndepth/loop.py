@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dyndepth.errors import UserError
-from dyndepth.records import file_part
-from dyndepth.store import write_atomically
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import file_part
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Windows
+    from dyndepth.data.corpus import Windows
+
 
 Curve = list[dict[str, float]]
 Objective = Callable[[Tensor, int], tuple[Tensor, dict[str, float]]]

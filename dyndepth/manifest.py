@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dyndepth.errors import UserError
-from dyndepth.paths import path_of
-from dyndepth.records import Row
+from dyndepth.cells.identity import Row
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import path_of
 from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.schema import COMPARED, TABLES
-from dyndepth.store import Store, write_atomically
 
 NAME = "manifest.json"
 PAGES = ("leaderboard.md", "leaderboard.html")

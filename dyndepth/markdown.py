@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dyndepth.errors import UserError
-from dyndepth.text_files import read_text
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import read_text
 
 Record = dict[str, str]
 """A row of a CSV file: column -> text, empty where the value is missing."""

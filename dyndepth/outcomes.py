@@ -19,8 +19,8 @@ import torch
 from lm_eval.api import metrics as lm_eval_metrics
 from torch import Tensor
 
-from dyndepth.assets import build_once, cache_root, writing_to
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import build_once, cache_root, writing_to
 from dyndepth.method import Outcomes
 from dyndepth.metrics import outcome
 from dyndepth.responses import Asked, responses_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
     from dyndepth.language_model import DyndepthLM
+
 
 _LAYOUT = 1
 _TENSORS, _FACTS = "outcomes.safetensors", "outcomes.json"
@@ -166,8 +167,9 @@ def _quality(task: Task, metric: str, item: Any) -> tuple[float, float]:
 
 def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
     """24 hex digits over everything that decides outcomes."""
-    from dyndepth.fingerprints import fingerprint, tokenizer_fingerprint
-    from dyndepth.provenance import harness_code, versions
+    from dyndepth.common.provenance import harness_code, versions
+    from dyndepth.data.tokenizers import tokenizer_fingerprint
+    from dyndepth.fingerprints import fingerprint
 
     parameter = next(reader.model.parameters())
     facts = {

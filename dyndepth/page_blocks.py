@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.grid import DENSE
+from dyndepth.cells.cell import DENSE
+from dyndepth.cells.naming import label
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.errors import UserError
+from dyndepth.common.provenance import VERSIONS
 from dyndepth.markdown import Record, joined, number, read, spread, table
-from dyndepth.naming import label
 from dyndepth.page_sentences import sentences
-from dyndepth.recipe import NONE
-from dyndepth.records import VERSIONS
 
 Options = dict[str, Any]
 
@@ -65,7 +65,7 @@ _KINDS = ("method", "control", "bound")
 
 def method_classes() -> list[Any]:
     """The classes of the methods that come with the suite, sorted by name."""
-    from dyndepth import provenance, registry
+    from dyndepth.common import provenance, registry
 
     own = f"{provenance.METHODS}."
     found = registry.methods()

@@ -12,12 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
+from dyndepth.cells.naming import label
+from dyndepth.common.errors import UserError
 from dyndepth.markdown import Record, spread
-from dyndepth.naming import label
 
 if TYPE_CHECKING:
     from dyndepth.page_blocks import Source
+
 
 OWN = frozenset({"folder", "table", "show", "form", "count"})
 """Keys of a value that are no columns to choose rows by."""

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import Parser
+from dyndepth.common.commands import Parser
+from dyndepth.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")
@@ -111,9 +111,9 @@ def cards(source: Any) -> dict[Path, str]:
 
 def table_reference() -> str:
     """The page of all tables: what a row is, and of each column type, emptiness and meaning."""
+    from dyndepth.cells.identity import LEADING
     from dyndepth.columns import Table
     from dyndepth.markdown import table
-    from dyndepth.records import LEADING
     from dyndepth.schema import tables
 
     def columns(described: Table, names: Sequence[str]) -> str:
@@ -210,7 +210,7 @@ def _report(changed: Sequence[Path], old: Sequence[Path]) -> int:
 
 
 def _write(root: Path, changed: dict[Path, str], old: Sequence[Path]) -> None:
-    from dyndepth.store import write_atomically
+    from dyndepth.common.files import write_atomically
 
     for path, text in changed.items():
         write_atomically(root / path, text)

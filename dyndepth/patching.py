@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dyndepth.branches import Block
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 Stock = Callable[..., Tensor]
 """A block's own forward, ``(hidden_states, **arguments) -> hidden_states``."""

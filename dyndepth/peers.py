@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dyndepth.errors import UserError
-from dyndepth.grid import DENSE
-from dyndepth.leaderboard import check_comparable, is_dense
-from dyndepth.recipe import NONE
-from dyndepth.records import METHOD_KEYS, Cell, Row, flat, order, plain, setting
+from dyndepth.cells.cell import DENSE, Cell, is_dense, order
+from dyndepth.cells.identity import METHOD_KEYS, Row, flat, plain, setting
+from dyndepth.cells.merging import check_comparable
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.errors import UserError
 from dyndepth.stats import Point, averaged, curve, measured
 
 VARIED = ("target_speedup", "seed")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dyndepth import naming
-from dyndepth.errors import UserError
+from dyndepth.cells import naming
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.errors import UserError
 from dyndepth.plot_chance import MEANS, chance_of
 from dyndepth.plot_headings import conditions, head, intervals, of_all
 from dyndepth.plot_parts import (
@@ -45,12 +46,12 @@ from dyndepth.plot_points import (
     usable,
 )
 from dyndepth.plot_targets import label_targets
-from dyndepth.recipe import NONE
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 TOGETHER = 8
 """Curves that one panel holds."""

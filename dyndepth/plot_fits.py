@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.plot_parts import (
     COLOURS,
     TITLES,
@@ -23,6 +23,7 @@ from dyndepth.plot_parts import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 _FIRST = "first quarter to go, in this order"
 _STROKES = ("-", "--", "-.")

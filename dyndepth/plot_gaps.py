@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.plot_curves import ACROSS, TOGETHER
 from dyndepth.plot_headings import head, intervals
 from dyndepth.plot_parts import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+
 
 _ACROSS = 3
 """Heatmaps beside each other on a page."""

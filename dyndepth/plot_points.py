@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dyndepth import naming
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import today
-from dyndepth.grid import DENSE
-from dyndepth.paths import path_of
+from dyndepth.cells import naming
+from dyndepth.cells.cell import DENSE
+from dyndepth.cells.identity import today
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.plot_chance import name_tasks
-from dyndepth.recipe import NONE
 from dyndepth.schema import validate
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 NEEDED = ("accuracy", "compute", "timing", "routing", "leaderboard")
 OPTIONAL = ("comparison", "curves", "equal_flops")
@@ -121,7 +122,7 @@ def _check_fields(path: Path) -> None:
 
 
 def labels(table: pd.DataFrame) -> list[str]:
-    """The short name of each row (dyndepth.naming)."""
+    """The short name of each row (dyndepth.cells.naming)."""
     keys = ["method", "parameters", "phases", "recovery"]
     rows = table[keys].fillna("").itertuples(index=False, name=None)
     return [naming.label(dict(zip(keys, row, strict=True))) for row in rows]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.plot_headings import head
 from dyndepth.plot_parts import (
     BLUE,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dyndepth.routes import Phase, Routes
+
 
 _TOKENS_SHOWN = 72
 

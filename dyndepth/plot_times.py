@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.plot_curves import TOGETHER
 from dyndepth.plot_headings import conditions, head, intervals
 from dyndepth.plot_parts import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 _MARKS = 7
 """Marks with their targets that one panel holds."""

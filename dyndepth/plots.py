@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import Parser, underscored
-from dyndepth.paths import check_folder, path_of
+from dyndepth.common.commands import Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import check_folder, file_part, path_of
 from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock
 from dyndepth.plot_fits import importance, training_curve
 from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
@@ -36,13 +36,13 @@ from dyndepth.plot_routes import (
     routing_heatmap,
 )
 from dyndepth.plot_times import flops_vs_wallclock
-from dyndepth.records import file_part
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
     from dyndepth.routes import Routes
+
 
 __all__ = [
     "accuracy_vs_flops",

@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dyndepth.cells.cell import Cell
 from dyndepth.countdown import Countdown, in_words
 from dyndepth.options import Settings
-from dyndepth.records import Cell
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live as Display
+
 
 STDERR = "-"
 """Value of --log_json for standard error."""

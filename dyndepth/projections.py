@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.watching import watched
 
 Layout = Literal["blocks", "heads"]

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.naming import changed
-from dyndepth.recipe import KINDS, NONE
-from dyndepth.records import Row
-from dyndepth.registry import methods
-from dyndepth.spec import split
-from dyndepth.text_files import read_text
+from dyndepth.cells.identity import Row
+from dyndepth.cells.naming import changed
+from dyndepth.cells.recipe import KINDS, NONE
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import read_text
+from dyndepth.common.registry import methods
+from dyndepth.common.spec import split
 
 FILE = "published.csv"
 

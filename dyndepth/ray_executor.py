@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from dyndepth.errors import RunFailed, UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
+from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.executors import GRACE, WorkerDied, shared
 from dyndepth.options import Settings
 from dyndepth.progress import no_bars
-from dyndepth.records import Cell, Row
 from dyndepth.worker import Work, Worker, hired
 
 CPUS_PER_CELL = 1.0

@@ -17,22 +17,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dyndepth.assets import build_once, cache_root, say
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import at_rest, fingerprint, today
-from dyndepth.options import Parser
-from dyndepth.recipe import Recipe, parse_recovery
-from dyndepth.records import file_part
+from dyndepth.cells.identity import today
+from dyndepth.cells.recipe import Recipe, parse_recovery
+from dyndepth.common.commands import Parser
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import build_once, cache_root
+from dyndepth.common.paths import file_part
+from dyndepth.data.wheels import say
+from dyndepth.fingerprints import at_rest, fingerprint
 
 if TYPE_CHECKING:
     import torch
 
     from dyndepth.adapters import Adapter
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.recovery import Recovered
 
     Method = TypeVar("Method", bound=DynamicDepthMethod)
+
 
 FIT = "fit"
 
@@ -125,8 +128,8 @@ def recovery_key(
     method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus, recipe: Recipe, seed: int
 ) -> str:
     """24 hex digits over everything that decides what a recovery finds."""
+    from dyndepth.common.provenance import recovery_code
     from dyndepth.fits import fit_key
-    from dyndepth.provenance import recovery_code
 
     facts = {
         "fit": fit_key(method, model, corpus),
@@ -260,10 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.adapters import CARD
+    from dyndepth.common.registry import parse_methods
     from dyndepth.grid import plans
     from dyndepth.models import layer_count, longest_window
     from dyndepth.options import settings
-    from dyndepth.registry import parse_methods
 
     recipe = parse_recovery(options.recovery)
     if recipe is None:
@@ -281,8 +284,8 @@ def _recover_all(options: argparse.Namespace) -> None:
     found = plans(chosen, layer_count(options.model), longest_window(options.model))
     cells = [plan for plan in found if plan.method in named]
 
-    from dyndepth.corpus import load_corpus
-    from dyndepth.machine import steady_allocator
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.models import load_model, load_tokenizer
 
     steady_allocator()

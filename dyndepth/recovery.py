@@ -26,15 +26,16 @@ from torch.utils.checkpoint import checkpoint
 from dyndepth.adapters import Factors, adaptable, transposed
 from dyndepth.blocks import causal_lm, decoder, readout
 from dyndepth.calibration import prompt_phase
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime import Trace, attach
 from dyndepth.training import mark_along
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
-    from dyndepth.recipe import Recipe
+    from dyndepth.cells.recipe import Recipe
+    from dyndepth.data.corpus import Corpus
+
 
 _READING = 500_000
 """Added to the seed of the windows, so that stage 2 reads other ones than stage 1."""

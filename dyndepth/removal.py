@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dyndepth.assets import cache_root
 from dyndepth.blocks import blocks, causal_lm
-from dyndepth.store import write_atomically
+from dyndepth.common.files import cache_root, write_atomically
 from dyndepth.trie import losses
 
 Unit = tuple[int, ...]
@@ -268,8 +267,8 @@ def greedy_kept(
 def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
     """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
     and the code and libraries that measure."""
+    from dyndepth.common.provenance import fitting_code, versions
     from dyndepth.fingerprints import fingerprint
-    from dyndepth.provenance import fitting_code, versions
 
     parameter = next(model.parameters())
     whole = [

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row, flat
 from dyndepth.claims import COLUMNS, VERDICTS, label
-from dyndepth.console import print_table
-from dyndepth.records import Cell, Row, flat
+from dyndepth.common.commands import print_table
+from dyndepth.common.files import write_atomically
 from dyndepth.sheets import as_csv
 from dyndepth.stats import RESAMPLES
-from dyndepth.store import write_atomically
 from dyndepth.studies import Claim, Study
 
 HEADINGS = (

@@ -15,15 +15,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dyndepth.corpus import EMBEDDED_TEXT
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import today
-from dyndepth.grid import DENSE, Plan, method_identity, plans
-from dyndepth.options import CHOICES, EMBEDDED, OTHERS, Parser, Settings, limit_text, read, settings
-from dyndepth.paths import path_of
-from dyndepth.recipe import NONE, shortened
-from dyndepth.records import Cell, Row, setting
-from dyndepth.spec import parameters_of, value
+from dyndepth.cells.cell import DENSE, Cell, CellSpec, method_identity
+from dyndepth.cells.identity import Row, setting, today
+from dyndepth.cells.recipe import NONE, shortened
+from dyndepth.common.commands import CHOICES, Parser
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
+from dyndepth.common.spec import parameters_of, value
+from dyndepth.data.corpus import EMBEDDED_TEXT
+from dyndepth.grid import plans
+from dyndepth.options import EMBEDDED, OTHERS, Settings, limit_text, read, settings
 
 PROGRAM = ("python", "-m", "dyndepth.sweep")
 OUTPUT = "runs/again"
@@ -96,7 +97,7 @@ def settings_of(identity: Row, **more: Any) -> Settings:
     return read(command(identity, **more)[len(PROGRAM) :])
 
 
-def plan_of(identity: Row, wanted: Settings, layers: int) -> Plan:
+def plan_of(identity: Row, wanted: Settings, layers: int) -> CellSpec:
     """The cell's plan among those of a sweep with the settings ``wanted``, as ``settings_of`` gives
     them, on a model of ``layers`` blocks.
 
@@ -255,8 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(options: argparse.Namespace) -> None:
-    from dyndepth.provenance import git_commit, harness_code, versions
-    from dyndepth.store import Store
+    from dyndepth.cells.store import Store
+    from dyndepth.common.provenance import git_commit, harness_code, versions
 
     cells = Store(options.run).all()
     if not cells:

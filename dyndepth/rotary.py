@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dyndepth.blocks import causal_lm
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 _ONE = ("default", "linear", "yarn", "llama3", "proportional")
 """Types with one table."""

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
+from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.options import Settings
-from dyndepth.records import Cell, Row
 from dyndepth.routes import Routes
 from dyndepth.stats import Difference, Vector, paired
 

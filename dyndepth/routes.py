@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.method import SUBLAYERS
-from dyndepth.paths import path_of
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 LAYOUT = 1
 """Version of the file's layout; others are refused."""
@@ -162,8 +163,8 @@ class Routes:
         """Write the routes to one safetensors file, all of it or nothing."""
         from safetensors.numpy import save
 
-        from dyndepth.records import plain
-        from dyndepth.store import write_atomically
+        from dyndepth.cells.identity import plain
+        from dyndepth.common.files import write_atomically
 
         facts = {name: plain(getattr(self, name)) for name in _ENTRIES}
         facts |= {"layout": LAYOUT, "layers": self.gates.shape[1]}
@@ -253,7 +254,7 @@ def _executed(
     import torch
 
     from dyndepth.blocks import decoder
-    from dyndepth.capacity import check_tokens, longest
+    from dyndepth.data.capacity import check_tokens, longest
     from dyndepth.runtime import attach
 
     if not texts:
@@ -280,9 +281,10 @@ def _spec(method: DynamicDepthMethod) -> str:
 
 def _identity(model: Any, tokenizer: Any, method: DynamicDepthMethod) -> dict[str, Any]:
     """What a record without a sweep can say of its origin."""
-    from dyndepth.fingerprints import fingerprint, tokenizer_fingerprint
-    from dyndepth.grid import method_identity
-    from dyndepth.provenance import harness_code, versions
+    from dyndepth.cells.cell import method_identity
+    from dyndepth.common.provenance import harness_code, versions
+    from dyndepth.data.tokenizers import tokenizer_fingerprint
+    from dyndepth.fingerprints import fingerprint
 
     info = getattr(model, "dyndepth", None)
     return method_identity(method) | {

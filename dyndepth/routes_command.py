@@ -17,17 +17,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import agrees
-from dyndepth.grid import DENSE, Plan, method_identity, parameters_text, plans
+from dyndepth.cells.cell import DENSE, CellSpec, method_identity, parameters_text
+from dyndepth.cells.identity import Row, agrees, cell_hash
+from dyndepth.cells.recipe import NONE
+from dyndepth.cells.store import Store
+from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import paragraphs, read_text
+from dyndepth.common.paths import path_of
+from dyndepth.grid import plans
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.options import CHOICES, HELP, Parser, Settings, settings, underscored
-from dyndepth.paths import path_of
-from dyndepth.recipe import NONE
-from dyndepth.records import Row, cell_hash
+from dyndepth.options import Settings, settings
 from dyndepth.rerun import check_given, revision_of
-from dyndepth.store import Store
-from dyndepth.text_files import paragraphs, read_text
 
 PASSAGES = "wikipedia_bpb"
 """The evaluation task whose documents are recorded."""
@@ -127,7 +128,7 @@ class Job:
     label: str
     file: str
     settings: Settings
-    plan: Plan | None = None
+    plan: CellSpec | None = None
     identity: Row | None = None
 
     def record(self, bench: Bench, texts: dict[str, str], options: dict[str, Any]) -> Any:
@@ -178,7 +179,7 @@ class Bench:
 
     def load(self, wanted: Settings, identity: Row | None) -> None:
         """Have what ``wanted`` names. Raises UserError where it is not what a cell was run on."""
-        from dyndepth.corpus import load_corpus
+        from dyndepth.data.corpus import load_corpus
         from dyndepth.models import load_model, load_tokenizer
         from dyndepth.workbench import resolve_device
 
@@ -214,8 +215,8 @@ class Bench:
 
 def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     """Jobs of ``--methods``, and where they go."""
+    from dyndepth.common.registry import parse_methods
     from dyndepth.models import layer_count, longest_window
-    from dyndepth.registry import parse_methods
 
     if not options["methods"]:
         raise UserError("nothing to record: give --methods, or a sweep's output folder")
@@ -277,13 +278,13 @@ def rebuilt(identity: Row) -> Any:
     Raises:
         UserError: this version's method is another one, or has other parameters.
     """
-    from dyndepth.registry import method_class, parse_methods
+    from dyndepth.common.registry import method_class, parse_methods
 
     name, text = identity["method"], identity["parameters"]
     ((_, parameters),) = parse_methods(f"{name}({text})" if text else name)
     if any(f.name == "phases" for f in fields(method_class(name))):
         parameters["phases"] = identity["phases"]
-    method = Plan(name, identity["target_speedup"], identity["seed"], parameters).build()
+    method = CellSpec(name, identity["target_speedup"], identity["seed"], parameters).build()
     found = (parameters_text(method), method.phases, method.fit_version)
     if found != (text, identity["phases"], identity["fit_version"]):
         raise UserError(f"the method {name!r} has changed since this cell was run; sweep again")

@@ -21,19 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from dyndepth.blocks import (
-    Block,
-    blocks,
-    cache_argument,
-    cache_of,
-    causal_lm,
-    decoder,
-    family,
-    final_norm,
-    readout,
-)
+from dyndepth.blocks import blocks, causal_lm, decoder, family, final_norm, readout
+from dyndepth.branches import Block, cache_argument, cache_of
 from dyndepth.cache import skip_tokens
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.foresight import Foresight
 from dyndepth.gathering import Limits, limits_of

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.identity import Row
 from dyndepth.columns import (
     ACCURACY,
     COMPUTE,
@@ -22,14 +23,14 @@ from dyndepth.columns import (
     Column,
     Table,
 )
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
-from dyndepth.errors import UserError
-from dyndepth.paths import path_of
-from dyndepth.records import Row
 
 if TYPE_CHECKING:
     import pandas
     import pandera.pandas
+
 
 TABLES: dict[str, Table] = {
     "accuracy.csv": ACCURACY,

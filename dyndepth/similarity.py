@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.recipe import NONE
-from dyndepth.records import Cell
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.files import write_atomically
 from dyndepth.routed import LENGTH, PROMPT, again
-from dyndepth.store import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.options import Settings
     from dyndepth.stats import Point
+
 
 METRIC = "cosine"
 DOCUMENTS = 16

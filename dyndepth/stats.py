@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.common.errors import UserError
 from dyndepth.intervals import LEVEL
-from dyndepth.records import Cell
 
 RESAMPLES = 10_000
 """Enough that p = 2 / (RESAMPLES + 1), the least there is, outlives Holm over 200 comparisons."""

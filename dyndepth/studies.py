@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dyndepth import options
-from dyndepth.errors import UserError
-from dyndepth.options import EMBEDDED, OTHERS, Settings, slug
-from dyndepth.paths import check_path
-from dyndepth.recipe import NONE, parse_recoveries
+from dyndepth.cells.recipe import NONE, parse_recoveries
+from dyndepth.common import commands
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import check_path, slug
+from dyndepth.options import EMBEDDED, OTHERS, Settings
 from dyndepth.sweep import INTERRUPTED
 
 GROUP = "dyndepth.studies"
@@ -153,7 +154,7 @@ def load_study(name: str) -> Study:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; values are checked as the sweep checks them."""
-    built = options.Parser(
+    built = commands.Parser(
         prog="python -m dyndepth.studies",
         description="Run the sweeps of a study; print its claims with verdicts and intervals.",
         epilog="Dashes and underscores in flags are the same.",
@@ -168,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     )
     defaults = {setting.name: setting.default for setting in fields(Settings)}
     for flag in FLAGS:
-        text = options.HELP[flag].replace("%", "%%")
+        text = commands.HELP[flag].replace("%", "%%")
         if isinstance(defaults[flag], bool):
             built.add_argument(f"--{flag}", action="store_true", default=None, help=text)
         else:
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        flags = vars(parser().parse_args([options.underscored(word) for word in given]))
+        flags = vars(parser().parse_args([commands.underscored(word) for word in given]))
         name, only_report = flags.pop("name"), flags.pop("only_report")
         flags = {key: value for key, value in flags.items() if value is not None}
         debug = bool(flags.get("debug"))
@@ -218,10 +219,10 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
         raise UserError(f"the study {study.name} makes no claims, so there is no report of its own")
     # numpy and scipy come late: --help must be instant.
     from dyndepth import similarity
+    from dyndepth.cells.store import Store
     from dyndepth.claims import comparable, failures, likened, report, traced
     from dyndepth.report import show, write
     from dyndepth.routed import position_table, record
-    from dyndepth.store import Store
 
     store = Store(sweeps[0].output_path)
     store.check_model(sweeps[0].model)

@@ -15,17 +15,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.cell import CellSpec, cell_identity
+from dyndepth.cells.identity import Row
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.driver import Driver, Tally
-from dyndepth.errors import RunFailed, UserError
 from dyndepth.executors import Executor, Inline, Processes
-from dyndepth.grid import Plan, cell_identity, limits, plans
+from dyndepth.grid import limits, plans
 from dyndepth.options import EMBEDDED, Settings, read
-from dyndepth.records import Row
-from dyndepth.store import Store
 from dyndepth.worker import hired, quiet_libraries
 
 if TYPE_CHECKING:
     from dyndepth.progress import Listener
+
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -120,12 +122,12 @@ def executor_for(settings: Settings, tasks: Sequence[str], cells: int) -> Execut
 
 
 def run(
-    cells: Sequence[Plan],
+    cells: Sequence[CellSpec],
     executor: Executor,
     store: Store,
     settings: Settings,
     listener: Listener,
-    identify: Callable[[Plan], Row],
+    identify: Callable[[CellSpec], Row],
 ) -> int:
     """Compute what is missing of ``cells`` and say what came of it; see ``main`` for the status."""
     started = time.monotonic()
@@ -156,7 +158,7 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def announce(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) -> None:
+def announce(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
     """Say what is about to be done and how sharp the result will be."""
     from dyndepth.intervals import expected_margin
 
@@ -170,7 +172,8 @@ def announce(settings: Settings, cells: Sequence[Plan], tasks: Sequence[str]) ->
 
 def show_results(tally: Tally, store: Store) -> None:
     """Show the leaderboard of the sweep's cells and where the tables lie."""
-    from dyndepth.leaderboard import check_comparable, leaderboard, show
+    from dyndepth.cells.merging import check_comparable
+    from dyndepth.leaderboard import leaderboard, show
     from dyndepth.tables import NAMES
 
     recorded = store.all()

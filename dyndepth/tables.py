@@ -13,14 +13,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dyndepth import sheets
+from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.identity import LEADING, Row
+from dyndepth.cells.merging import check_rows
+from dyndepth.cells.store import Store
 from dyndepth.chance import OF_ACCURACY, by_task
-from dyndepth.errors import UserError
-from dyndepth.options import Parser
-from dyndepth.paths import path_of
-from dyndepth.readable_rows import check_rows
-from dyndepth.records import LEADING, Cell, Row, identity_columns
+from dyndepth.common.commands import Parser
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
+from dyndepth.common.paths import path_of
 from dyndepth.schema import TABLES, validate
-from dyndepth.store import Store, write_atomically
 
 NAMES = tuple(TABLES)
 """The files of a run, in the order in which they are written."""

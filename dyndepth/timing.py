@@ -17,15 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.capacity import check_length
+from dyndepth.data.capacity import check_length
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.passes import Document, Side
+
 
 Row = dict[str, Any]
 
@@ -114,14 +115,14 @@ def measure(
         of cached keys in a large batch). ``attach_s`` is what attaching costs, outside of the
         clock. ``reproduces_scores`` says whether ``check`` came out the same (None: nothing to
         check), ``score_gap`` the largest difference in nats, ``check_error`` why there is none.
-        The rest are conditions; see dyndepth.machine.
+        The rest are conditions; see dyndepth.common.machine.
 
     Raises:
         UserError: an unknown level, too little text, or a model that has a method attached.
     """
     import torch
 
-    from dyndepth.machine import conditions, steady_allocator
+    from dyndepth.common.machine import conditions, steady_allocator
     from dyndepth.passes import attach_seconds
 
     chosen = _level(level)
@@ -154,7 +155,7 @@ def check_shapes(model_or_most: Any, level: str | Level) -> None:
 
 
 def _level(level: str | Level) -> Level:
-    from dyndepth.errors import UserError
+    from dyndepth.common.errors import UserError
 
     if isinstance(level, Level):
         return level
@@ -169,7 +170,7 @@ def _texts(
     """Up to ``count`` batches ``[batch, length]`` on the model's device, at least one."""
     import torch
 
-    from dyndepth.errors import UserError
+    from dyndepth.common.errors import UserError
 
     if isinstance(text, torch.Tensor):
         windows = text

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dyndepth import break_even_command, limits_command
-from dyndepth.capacity import check_length
-from dyndepth.errors import UserError
-from dyndepth.options import CHOICES, Parser
+from dyndepth.common.commands import CHOICES, Parser
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import check_length
 from dyndepth.timing import LEVELS, Row, check_shapes, measure
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def _run(options: argparse.Namespace) -> None:
     check_length(most, method.window_length, method.name)
     import torch
 
-    from dyndepth.corpus import load_corpus
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import fit_cached
-    from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
 
     if options.threads is not None:
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:
     """The method at the speedup asked for, or at a default that it can reach."""
-    from dyndepth.registry import load_method, parse_methods
+    from dyndepth.common.registry import load_method, parse_methods
 
     named = any("target_speedup" in parameters for _, parameters in parse_methods(options.method))
     method = load_method(options.method, seed=options.seed)

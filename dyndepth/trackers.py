@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.identity import flat
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import nearest
 from dyndepth.options import Settings
 from dyndepth.progress import Job, Listener
-from dyndepth.records import Cell, flat, identity_columns
-from dyndepth.spec import nearest
 
 PROJECT = "dyndepth"
 """The project that runs are filed under where the user's environment names none."""
@@ -204,8 +205,8 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 def _values(job: Job, cell: Cell, seconds: float) -> dict[str, Any]:
     """The values of one step, by name; without those that are unknown or not finite."""
+    from dyndepth.cells.naming import label
     from dyndepth.leaderboard import speedups, wall_speedups
-    from dyndepth.naming import label
 
     row = identity_columns(cell)
     found: dict[str, Any] = {

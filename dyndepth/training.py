@@ -36,7 +36,7 @@ from dyndepth.rotary import forget
 from dyndepth.runtime import attach
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Windows
+    from dyndepth.data.corpus import Windows
 
 
 class Router(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from dyndepth.common.errors import UserError
 from dyndepth.continuations import score
-from dyndepth.errors import UserError
 from dyndepth.rotary import tables
 from dyndepth.trie_pass import BATCH_TOKENS, Trie
 

@@ -13,8 +13,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from dyndepth.blocks import Block, blocks, causal_lm, decoder, final_norm, readout
-from dyndepth.errors import UserError
+from dyndepth.blocks import blocks, causal_lm, decoder, final_norm, readout
+from dyndepth.branches import Block
+from dyndepth.common.errors import UserError
 from dyndepth.patching import run_by
 from dyndepth.prefixes import Moves, Schedule, Step
 from dyndepth.rotary import forget

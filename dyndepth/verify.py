@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.options import HELP, Parser, underscored
-from dyndepth.paths import path_of
+from dyndepth.common.commands import HELP, Parser, underscored
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
     import argparse
 
-    from dyndepth.records import Cell
+    from dyndepth.cells.cell import Cell
     from dyndepth.verify_stored import Finding
+
 
 SAMPLE = 5
 DOCUMENTS = 4
@@ -177,7 +178,7 @@ def show(path: Path, found: Sequence[Finding]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dyndepth.console import print_table
+    from dyndepth.common.commands import print_table
 
     if not found:
         return

@@ -23,12 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import agrees
-from dyndepth.grid import Plan
+from dyndepth.cells.cell import Cell, CellSpec
+from dyndepth.cells.identity import Row, agrees
+from dyndepth.cells.recipe import NONE
+from dyndepth.common.errors import UserError
 from dyndepth.options import Settings
-from dyndepth.recipe import NONE
-from dyndepth.records import Cell, Row
 from dyndepth.rerun import plan_of, settings_of
 from dyndepth.verify_rows import COARSE, EXACT, KEYS, differences, differs
 from dyndepth.verify_stored import Finding
@@ -116,7 +115,7 @@ def _shared(wanted: Settings) -> Settings:
     return replace(wanted, phases="both", **one)
 
 
-def _of_cell(cell: Cell, plan: Plan, bench: Any, how: How) -> list[Finding]:
+def _of_cell(cell: Cell, plan: CellSpec, bench: Any, how: How) -> list[Finding]:
     mine = bench.identity(plan)
     apart = [key for key in SAME_THING if not agrees(key, cell.identity[key], mine[key])]
     if apart:
@@ -187,7 +186,7 @@ def _chosen(cell: Cell, how: How) -> dict[str, list[int]]:
     }
 
 
-def rescored(bench: Any, plan: Plan, documents: Mapping[str, Sequence[int]]) -> list[Row]:
+def rescored(bench: Any, plan: CellSpec, documents: Mapping[str, Sequence[int]]) -> list[Row]:
     """Rows of samples.parquet of some ``documents`` (indices by task), scored on the ``bench``.
 
     A method with ``candidates`` first chooses by all documents of these tasks, as in the sweep.

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dyndepth.records import Cell, Row
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
 from dyndepth.verify_stored import Finding
 
 KEYS = {

@@ -7,7 +7,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from dyndepth.records import Cell, Row
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
 from dyndepth.verify_stored import SAME, Finding, by_task, no_number, text_of
 
 Score = tuple[float, float | None]

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import today
+from dyndepth.cells.cell import ROWS, Cell
+from dyndepth.cells.identity import Row, today
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
 from dyndepth.manifest import read_manifest, sha256
-from dyndepth.records import ROWS, Cell, Row
 from dyndepth.schema import TABLES
-from dyndepth.store import Store
 
 SAME = 1e-6
 """Relative difference of a sum over documents from what is stored that is put down to rounding."""
@@ -149,7 +149,7 @@ def _odd(what: str, values: dict[str, Any]) -> Iterator[Finding]:
 
 def here(cells: Sequence[Cell]) -> Iterator[Finding]:
     """Notes where the program here is another than the one that made the cells."""
-    from dyndepth.provenance import harness_code, versions
+    from dyndepth.common.provenance import harness_code, versions
 
     now = {**versions(), "harness_code": harness_code()}
     for key in HERE:

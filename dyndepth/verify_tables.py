@@ -14,14 +14,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.common.errors import UserError
 from dyndepth.manifest import PAGES
-from dyndepth.records import Cell
 from dyndepth.schema import COMPARED
 from dyndepth.tables import CHECKED, NAMES, write_tables
 
 if TYPE_CHECKING:
     from dyndepth.verify_stored import Finding
+
 
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 """What tampered rows make the tables' functions say."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.grid import Plan, cell_identity, limits
-from dyndepth.options import EMBEDDED, Settings
-from dyndepth.paths import expanded
-from dyndepth.provenance import (
+from dyndepth.cells.cell import CellSpec, cell_identity
+from dyndepth.cells.identity import Row
+from dyndepth.cells.recipe import parse_recovery
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import expanded
+from dyndepth.common.provenance import (
     conditions,
     git_commit,
     harness_code,
@@ -20,8 +21,8 @@ from dyndepth.provenance import (
     task_files,
     versions,
 )
-from dyndepth.recipe import parse_recovery
-from dyndepth.records import Row
+from dyndepth.grid import limits
+from dyndepth.options import EMBEDDED, Settings
 from dyndepth.worker import free_memory
 
 SPREAD = "spread"
@@ -42,7 +43,7 @@ class Workbench:
 
     def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
         from dyndepth.adapters import adaptable
-        from dyndepth.corpus import load_corpus
+        from dyndepth.data.corpus import load_corpus
         from dyndepth.models import load_model, load_tokenizer
 
         self.settings = settings
@@ -70,7 +71,7 @@ class Workbench:
         for recipe in filter(None, map(parse_recovery, settings.recovery)):
             adaptable(self.model, recipe)
         self.batch_size = settings.batch_size
-        self._fitted: tuple[Plan, Any, Any] | None = None
+        self._fitted: tuple[CellSpec, Any, Any] | None = None
         self._scored: Any = None
 
     @property
@@ -101,11 +102,11 @@ class Workbench:
             "git_commit": git_commit(),
         }
 
-    def identity(self, plan: Plan) -> Row:
+    def identity(self, plan: CellSpec) -> Row:
         """The full identity of the plan's cell on this workbench."""
         return cell_identity(plan, self.shared_identity)
 
-    def provenance(self, plan: Plan) -> Row:
+    def provenance(self, plan: CellSpec) -> Row:
         """Conditions of the cell that are recorded beside its identity."""
         method = plan.build()
         adapter = self._fitted[2] if self._fitted is not None and self._fitted[0] == plan else None
@@ -122,7 +123,7 @@ class Workbench:
         }
 
     @contextmanager
-    def fitted(self, plan: Plan) -> Iterator[Any]:
+    def fitted(self, plan: CellSpec) -> Iterator[Any]:
         """The plan's method, fitted, and inside the block the model with the plan's adapter merged.
 
         What is scored and then timed is one and the same object.
@@ -137,13 +138,13 @@ class Workbench:
         with adapted(self.model, self._fitted[2]):
             yield self._fitted[1]
 
-    def _fit(self, plan: Plan) -> tuple[Any, Any]:
+    def _fit(self, plan: CellSpec) -> tuple[Any, Any]:
         """The plan's method, and its adapter or None."""
         from dyndepth.recovered import fit_and_recover
 
         return fit_and_recover(plan.build(), self.model, self.corpus, plan.recovery)
 
-    def evaluate(self, plan: Plan) -> Tables:
+    def evaluate(self, plan: CellSpec) -> Tables:
         """Score the plan's cell.
 
         Where the device has no room for a batch, this cell and those after it are scored in
@@ -186,7 +187,7 @@ class Workbench:
         }
         return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
 
-    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
+    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
         """Time the plan's method against dense, both on the weights that were scored; ``samples``
         are its scored documents, of which the timed run has to reproduce some. A method that
         foresees has no rows: the clock would see it look ahead."""
@@ -281,7 +282,7 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: it cannot be had.
     """
-    from dyndepth import assets
+    from dyndepth.data import wheels as assets
     from dyndepth.tasks import OFFLINE, task_manager
 
     if set(tasks) & set(OFFLINE):
@@ -336,7 +337,7 @@ def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
     """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
     and the contents of all other ``tasks``, which are those of ``bring_tasks``, one by one; see
     ``records.same_data``."""
-    from dyndepth import assets
+    from dyndepth.data import wheels as assets
     from dyndepth.tasks import OFFLINE
 
     parts = []

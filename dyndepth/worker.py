@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dyndepth.cells.cell import ROWS, Cell, CellSpec
+from dyndepth.cells.identity import UNHASHED, Row
+from dyndepth.common.errors import UserError
 from dyndepth.deadline import TimeIsUp, deadline
-from dyndepth.errors import UserError
-from dyndepth.grid import Plan
 from dyndepth.options import Settings
-from dyndepth.records import ROWS, UNHASHED, Cell, Row
 
 
 class Bench(Protocol):
@@ -27,10 +27,10 @@ class Bench(Protocol):
 
     @property
     def shared_identity(self) -> Row: ...
-    def identity(self, plan: Plan) -> Row: ...
-    def provenance(self, plan: Plan) -> Row: ...
-    def evaluate(self, plan: Plan) -> Any: ...
-    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]: ...
+    def identity(self, plan: CellSpec) -> Row: ...
+    def provenance(self, plan: CellSpec) -> Row: ...
+    def evaluate(self, plan: CellSpec) -> Any: ...
+    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Work:
         scored: the cell with its scores if it is to be timed; None if it is to be scored.
     """
 
-    plan: Plan
+    plan: CellSpec
     identity: Row
     scored: Cell | None = None
 
@@ -84,7 +84,7 @@ class Worker:
                 "install the same versions everywhere"
             )
 
-    def _score(self, plan: Plan, cell: Cell) -> None:
+    def _score(self, plan: CellSpec, cell: Cell) -> None:
         started = time.monotonic()
         evaluation = self.bench.evaluate(plan)
         for name in ROWS:
@@ -94,7 +94,7 @@ class Worker:
             "evaluation_seconds": round(time.monotonic() - started, 3)
         }
 
-    def _time(self, plan: Plan, cell: Cell) -> None:
+    def _time(self, plan: CellSpec, cell: Cell) -> None:
         started = time.monotonic()
         cell.timing = self.bench.measure(plan, cell.samples)
         cell.timing_level = self.settings.timing

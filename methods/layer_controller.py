@@ -36,17 +36,17 @@ from torch import Tensor, nn
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import meet_target
-from dyndepth.capacity import fitting
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import fitting
 from dyndepth.loop import Schedule
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
 from dyndepth.removal import losses_alone, ranked_biases, units_of
 from dyndepth.training import Tuning, budget_shares, stream_statistics, tune_router
 
-from .skipgpt.router import LinearRouter, flops_per_token, kaiming
-
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+
 
 _ALWAYS = 1e4
 """Logit of the blocks that are never skipped."""

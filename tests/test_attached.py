@@ -16,8 +16,9 @@ from test_flops import counted
 from test_runtime import LAYERS, ids, padded
 from torch import nn
 
-from dyndepth.blocks import FAMILIES, blocks, cache_argument, causal_lm, decoder
-from dyndepth.errors import UserError
+from dyndepth.blocks import FAMILIES, blocks, causal_lm, decoder
+from dyndepth.branches import cache_argument
+from dyndepth.common.errors import UserError
 from dyndepth.runtime import attach, attached
 
 TOLERANCE = 1e-5

@@ -25,9 +25,9 @@ import pytest
 from cells import cell
 from folders import tiny_folder
 
-from dyndepth.assets import cache_root
-from dyndepth.records import Cell
-from dyndepth.store import Store
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.store import Store
+from dyndepth.common.files import cache_root
 from dyndepth.tables import write_tables
 
 MAINS = {
@@ -504,10 +504,10 @@ def _routers(folder: Path) -> None:
     import torch
     from conftest import make_tiny
 
+    from dyndepth.common.registry import load_method
     from dyndepth.fingerprints import fingerprint
     from dyndepth.fits import save_fit
     from dyndepth.models import ModelInfo, load_model
-    from dyndepth.registry import load_method
 
     model = load_model(str(folder / "model"))
     other = make_tiny(hidden_size=16)

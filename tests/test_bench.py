@@ -160,8 +160,8 @@ def test_every_goal_speaks_of_lines_that_there_are():
 def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
     monkeypatch.setattr(bench, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
     monkeypatch.setattr("dyndepth.models.load_tokenizer", lambda *_: None)
-    monkeypatch.setattr("dyndepth.corpus.load_corpus", lambda *_: None)
-    monkeypatch.setattr("dyndepth.machine.steady_allocator", lambda: "")
+    monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: None)
+    monkeypatch.setattr("dyndepth.common.machine.steady_allocator", lambda: "")
     codes = [
         bench.main(["--parts", "shapes", *more])
         for more in ([], ["--check"], ["--check", "print"], ["--check", "fail"])

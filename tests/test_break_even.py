@@ -15,7 +15,7 @@ import torch
 from dyndepth import break_even_command, timing_command
 from dyndepth.bench_jobs import Job
 from dyndepth.break_even import DENSE, Regime, break_even, measure
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5)
 

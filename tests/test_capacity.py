@@ -13,14 +13,14 @@ from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 from reading import letters
 
-from dyndepth import capacity
 from dyndepth.blocks import FAMILIES
-from dyndepth.corpus import Corpus
-from dyndepth.errors import UserError
+from dyndepth.cells.recipe import Recipe
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method, method_class, methods
+from dyndepth.data import capacity
+from dyndepth.data.corpus import Corpus
 from dyndepth.language_model import DyndepthLM
-from dyndepth.recipe import Recipe
 from dyndepth.recovery import recover
-from dyndepth.registry import load_method, method_class, methods
 from dyndepth.routes import record
 
 SHORT = 32

@@ -11,8 +11,8 @@ import pytest
 from dyndepth.card_parameters import parameters, preset_table, presets
 from dyndepth.card_status import study_rows, unmeasured
 from dyndepth.cards import card, claims, training
+from dyndepth.common.registry import method_class
 from dyndepth.page_blocks import method_classes
-from dyndepth.registry import method_class
 
 SCORES = ("retained", "retained_low", "retained_high", "bits_per_byte", "error")
 

@@ -17,7 +17,8 @@ from folders import tiny_folder
 
 from dyndepth import __main__ as ls
 from dyndepth import recovered
-from dyndepth.assets import WHEELS, cache_root
+from dyndepth.common.files import cache_root
+from dyndepth.data.wheels import WHEELS
 
 TABLES = ("accuracy.csv", "compute.csv", "routing.parquet", "samples.parquet")
 GRID = ("--methods", "uls,random_skip", "--speedups", "1.3,2")

@@ -17,14 +17,15 @@ from scipy.stats import binom
 from test_stats import point, scored
 
 from dyndepth import comparison_show
-from dyndepth.comparison import COMPARISON, CURVES, EQUAL_FLOPS, compared, left_out, main, texts
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
+from dyndepth.comparison import compared, left_out, main, texts
+from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.curve_tables import curves, equal_flops
 from dyndepth.curves import area, degradation, overlap, pareto
 from dyndepth.dense_tables import against_dense
-from dyndepth.errors import UserError
 from dyndepth.resampling import RESAMPLES, contests, means, ratios
 from dyndepth.stats import holm, is_binary, mcnemar
-from dyndepth.store import Store
 
 few = settings(max_examples=25, deadline=None)
 DOCUMENTS = 40
@@ -541,7 +542,7 @@ def test_columns_are_those_that_are_described():
 
 
 def test_command_prints_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dyndepth.console.PIPE_WIDTH", 100)
+    monkeypatch.setattr("dyndepth.common.commands.PIPE_WIDTH", 100)
     store = Store(tmp_path / "run")
     for each in bits():
         store.write(each)

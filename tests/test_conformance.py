@@ -19,9 +19,9 @@ from test_flops import counted
 from test_runtime import ids, incremental, padded
 
 from dyndepth.blocks import FAMILIES
+from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.registry import load_method, method_class, methods
 from dyndepth.runtime import attach
 
 TARGET = 1.5

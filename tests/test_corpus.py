@@ -1,14 +1,16 @@
 """Calibration and training text: disjoint splits, the same windows every time, clear refusals."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
 import torch
 from conftest import CharacterTokenizer
 
-from dyndepth import assets
-from dyndepth.corpus import EMBEDDED_TEXT, Corpus, load_corpus
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data import wheels as assets
+from dyndepth.data.corpus import EMBEDDED_TEXT, Corpus, load_corpus
 
 TOKENIZER = CharacterTokenizer()
 

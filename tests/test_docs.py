@@ -28,7 +28,7 @@ import yaml
 import dyndepth
 from dyndepth import attach, pages
 from dyndepth.blocks import FAMILIES
-from dyndepth.registry import GROUP, parse_methods
+from dyndepth.common.registry import GROUP, parse_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

@@ -12,8 +12,9 @@ from test_runtime import LAYERS, METHODS, ids, incremental, padded
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.blocks import FAMILIES, blocks, cache_argument, family
-from dyndepth.errors import UserError
+from dyndepth.blocks import FAMILIES, blocks, family
+from dyndepth.branches import cache_argument
+from dyndepth.common.errors import UserError
 from dyndepth.runtime import attach
 
 DOCUMENTS = ["a", "b", "c"]

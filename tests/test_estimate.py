@@ -1,9 +1,11 @@
 """The estimate of a dry run: what it says that it assumes."""
 
+from __future__ import annotations
+
 import pytest
 
 from dyndepth import estimate
-from dyndepth.grid import Plan
+from dyndepth.cells.cell import CellSpec
 from dyndepth.options import Settings
 
 
@@ -11,6 +13,6 @@ from dyndepth.options import Settings
 def test_trying_routes_is_said_to_be_left_out(tiny, monkeypatch, capsys, method, says):
     monkeypatch.setattr(estimate, "skeleton", lambda settings: tiny())
     monkeypatch.setattr(estimate, "measured_rate", lambda device, dtype: 1e9)
-    cells = [Plan("dense"), Plan(method, target_speedup=2.0)]
+    cells = [CellSpec("dense"), CellSpec(method, target_speedup=2.0)]
     estimate.print_estimate(Settings(device="cpu"), cells, ["choice"])
     assert ("comes on top; trying a bound's routes comes on top" in capsys.readouterr().out) is says

@@ -1,5 +1,7 @@
 """Scores under a method: equal to lm-eval's own on dense, to a plain forward on anything else."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from gating import GivenPlan, RandomMask, plan_without
 from reading import byte_tokenizer
 
 from dyndepth import language_model, scoring
-from dyndepth.errors import UserError
-from dyndepth.evaluate import DyndepthLM, evaluate, sample
+from dyndepth.common.errors import UserError
+from dyndepth.evaluate import evaluate, sample
 from dyndepth.forwards import parts
+from dyndepth.language_model import DyndepthLM
 from dyndepth.methods.dense import Dense
 from dyndepth.metrics import outcome, standard_error
 from dyndepth.runtime import attach

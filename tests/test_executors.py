@@ -16,21 +16,20 @@ import sweeping
 from cells import FakeBench, identity
 from folders import tiny_folder
 
+from dyndepth.cells.cell import Cell, CellSpec
+from dyndepth.cells.mirror import mirrored
+from dyndepth.cells.store import Store
 from dyndepth.deadline import TimeIsUp, deadline
 from dyndepth.driver import TRIES, Driver
 from dyndepth.executors import Inline, WorkerDied, shares
-from dyndepth.grid import Plan
-from dyndepth.mirror import mirrored
 from dyndepth.options import Settings
 from dyndepth.progress import Lines
-from dyndepth.records import Cell
-from dyndepth.store import Store
 from dyndepth.tables import NAMES
 from dyndepth.worker import Work, Worker
 
 GRID = ("--methods", "uls,static_pruning", "--speedups", "1.3,2")
 SCORES = tuple(name for name in NAMES if name != "timing.csv")
-CELLS = [Plan("dense"), Plan("a", 1.5), Plan("b", 2.0), Plan("c", 2.0)]
+CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0), CellSpec("c", 2.0)]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ class TestShards:
         _equal(tmp_path / "run", tiny / "inline")
 
     def test_a_whole_sweep_and_a_shard_exclude_each_other(self, tmp_path):
-        from dyndepth.errors import UserError
+        from dyndepth.common.errors import UserError
 
         whole, first = Store(tmp_path), Store(tmp_path, (1, 2))
         second, other = Store(tmp_path, (2, 2)), Store(tmp_path, (1, 3))
@@ -237,7 +236,7 @@ class TestDriver:
         bench = FakeBench()
         evaluate = bench.evaluate
 
-        def slow(plan: Plan) -> Any:
+        def slow(plan: CellSpec) -> Any:
             while plan.method == "a":
                 try:
                     time.sleep(0.01)
@@ -252,8 +251,8 @@ class TestDriver:
         assert cell.error == "given up after 1 s (--cell_timeout)"
 
     def test_a_full_disk_ends_the_run_with_a_sentence(self, tmp_path, monkeypatch):
-        from dyndepth import store as stores
-        from dyndepth.errors import RunFailed
+        from dyndepth.common import files as stores
+        from dyndepth.common.errors import RunFailed
 
         def full(path: Path, data: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -312,7 +311,7 @@ def test_memory_that_runs_out_halves_the_batch_and_leaves_the_scores(tiny):
         }
     )
     bench = Workbench(settings, ["quartz"])
-    plan = Plan("dense")
+    plan = CellSpec("dense")
     sizes: list[tuple[int, ...]] = []
     room = 10**9
 

@@ -13,7 +13,7 @@ from support import CHECKS, FAMILIES, PAGE, found, placed, table, version
 from test_runtime import ids
 
 from dyndepth.blocks import blocks, causal_lm, decoder, readout, supported
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.flops import BlockCosts
 from dyndepth.runtime import attach
 

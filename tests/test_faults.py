@@ -29,9 +29,9 @@ from folders import tiny_folder
 from test_executors import SCORES, _children
 
 from dyndepth import verify
-from dyndepth.assets import cache_root
+from dyndepth.cells.store import Store
+from dyndepth.common.files import cache_root
 from dyndepth.driver import TRIES, _Tables
-from dyndepth.store import Store
 
 pytestmark = pytest.mark.faults
 

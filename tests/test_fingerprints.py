@@ -1,5 +1,7 @@
 """Identities: whatever changes a number changes them, and what cannot does not."""
 
+from __future__ import annotations
+
 import copy
 import json
 import sys
@@ -11,16 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from dyndepth.blocks import FAMILIES
-from dyndepth.fingerprints import (
-    FORMER,
-    IMMATERIAL,
-    agrees,
-    checksum,
-    fingerprint,
-    known_as,
-    tokenizer_fingerprint,
-    values_digest,
-)
+from dyndepth.cells.identity import FORMER, agrees
+from dyndepth.data.tokenizers import tokenizer_fingerprint
+from dyndepth.fingerprints import IMMATERIAL, checksum, fingerprint, known_as, values_digest
 from dyndepth.models import load_model
 
 TEXT = torch.randint(3, 96, (2, 90), generator=torch.Generator().manual_seed(0))
@@ -269,10 +264,11 @@ def test_values_known_by_another_digest():
 
 
 def test_what_is_kept_is_taken_with_one_look_at_the_values(tiny_corpus, tmp_path, monkeypatch):
-    from dyndepth import fingerprints, load_method
+    from dyndepth import fingerprints
     from dyndepth.adapters import adapted
+    from dyndepth.cells.recipe import Recipe
+    from dyndepth.common.registry import load_method
     from dyndepth.fits import fit_cached
-    from dyndepth.recipe import Recipe
     from dyndepth.recovered import recover_cached
 
     looks, read = [], fingerprints._stored
@@ -465,8 +461,8 @@ def test_slow_tokenizers_have_a_fingerprint(tmp_path):
 
 
 def test_fits_are_kept_by_tokenizer_attention_and_text(tiny_corpus):
-    from dyndepth import load_method
-    from dyndepth.corpus import Corpus
+    from dyndepth.common.registry import load_method
+    from dyndepth.data.corpus import Corpus
     from dyndepth.fits import fit_key
 
     method, texts = load_method("uls", target_speedup=2.0), tiny_corpus.texts
@@ -658,7 +654,7 @@ def test_what_a_run_leaves_beside_its_tasks_makes_no_other_cells(place, monkeypa
 def test_all_that_a_recovery_runs_through_decides_it(tmp_path, monkeypatch):
     import shutil
 
-    from dyndepth import provenance
+    from dyndepth.common import provenance
 
     copied = tmp_path / "dyndepth"
     copied.mkdir()
@@ -679,8 +675,8 @@ def test_all_that_a_recovery_runs_through_decides_it(tmp_path, monkeypatch):
 def test_cells_of_before_are_read_as_they_were_written(tmp_path):
     from cells import cell
 
-    from dyndepth.records import cell_hash, setting
-    from dyndepth.store import Store
+    from dyndepth.cells.identity import cell_hash, setting
+    from dyndepth.cells.store import Store
 
     store = Store(tmp_path)
     old, new = cell(tokenizer_fingerprint=""), cell(tokenizer_fingerprint="abc")
@@ -703,9 +699,9 @@ def test_cells_of_before_are_read_as_they_were_written(tmp_path):
 
 
 def test_what_is_not_shipped_is_said_before_training(tiny_corpus, monkeypatch, capsys, tmp_path):
-    from dyndepth import load_method
+    from dyndepth.cells.recipe import Recipe
+    from dyndepth.common.registry import load_method
     from dyndepth.methods.skipgpt import tuning
-    from dyndepth.recipe import Recipe
     from dyndepth.recovered import recover_cached
 
     monkeypatch.setattr(tuning, "train", lambda *_: print("training", file=sys.stderr))
@@ -731,10 +727,10 @@ def test_what_is_not_shipped_is_said_before_training(tiny_corpus, monkeypatch, c
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_is_shipped_is_found_in_each_type(dtype, corpus, monkeypatch):
-    from dyndepth import load_method
     from dyndepth.adapters import adapted, load_adapter
+    from dyndepth.cells.recipe import parse_recovery
+    from dyndepth.common.registry import load_method
     from dyndepth.methods.skipgpt import tuning
-    from dyndepth.recipe import parse_recovery
     from dyndepth.recovered import find_shipped
 
     monkeypatch.setattr(tuning, "train", None)

@@ -1,5 +1,7 @@
 """A fit is made once, comes back unchanged, and is refused where it does not belong."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 import torch
 from toys import Toy
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.fits import fit_cached, fit_key, load_fit, save_fit
 
 
@@ -68,6 +70,7 @@ def test_values_that_bfloat16_does_not_tell_apart_are_fitted_apart(tiny):
 
 def test_a_fit_from_before_digests_were_as_today_is_taken(tiny, tmp_path, monkeypatch):
     from dyndepth import fingerprints
+    from dyndepth.cells import identity
 
     model = tiny()
     save_fit(Toy().fit(model, None), model, tmp_path / "fit")
@@ -76,7 +79,7 @@ def test_a_fit_from_before_digests_were_as_today_is_taken(tiny, tmp_path, monkey
     file.write_text(file.read_text().replace(now, "0123456789abcdef"))
     with pytest.raises(UserError, match="another model"):
         load_fit(Toy(), model, tmp_path / "fit")
-    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", now)
+    monkeypatch.setitem(identity.FORMER, "0123456789abcdef", now)
     assert load_fit(Toy(), model, tmp_path / "fit").facts
     file.write_text(file.read_text().replace('"0123456789abcdef"', '["0123456789abcdef"]'))
     with pytest.raises(UserError, match="another model"):

@@ -13,8 +13,9 @@ from test_flops import counted
 from test_runtime import attached_and_failing, ids, incremental, padded
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.blocks import FAMILIES, cache_argument, cache_of, decoder, final_norm, readout
-from dyndepth.errors import UserError
+from dyndepth.blocks import FAMILIES, decoder, final_norm, readout
+from dyndepth.branches import cache_argument, cache_of
+from dyndepth.common.errors import UserError
 from dyndepth.flops import BlockCosts
 from dyndepth.forwards import rows_of
 from dyndepth.generation import Prompt, generate

@@ -23,19 +23,23 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bad_input import made_cell
 
-from dyndepth import options, records
+from dyndepth import options
+from dyndepth.cells import cell
+from dyndepth.cells import identity as records
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import cell_hash
+from dyndepth.cells.merging import check_rows, merged
+from dyndepth.cells.recipe import NONE, Recipe, parse_recoveries, parse_recovery
+from dyndepth.cells.store import Store
+from dyndepth.common import paths
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import check_path
+from dyndepth.common.registry import methods, parse_methods
+from dyndepth.common.spec import name_of, parameters_of, split, value
 from dyndepth.comparison import compared
-from dyndepth.errors import UserError
-from dyndepth.leaderboard import leaderboard, merged
+from dyndepth.leaderboard import leaderboard
 from dyndepth.options import Settings
-from dyndepth.paths import check_path
-from dyndepth.plots import read_tables
-from dyndepth.readable_rows import check_rows
-from dyndepth.recipe import NONE, Recipe, parse_recoveries, parse_recovery
-from dyndepth.records import Cell, cell_hash
-from dyndepth.registry import methods, parse_methods
-from dyndepth.spec import name_of, parameters_of, split, value
-from dyndepth.store import Store
+from dyndepth.plot_points import read_tables
 from dyndepth.tables import write_tables
 from dyndepth.verify_tables import _compared
 
@@ -425,7 +429,7 @@ class TestNames:
         | {"recovery": "../x", "target_speedup": 1.0}
     )
     def test_of_cells_stay_in_their_folder(self, identity):
-        name = records.readable_name(identity)
+        name = cell.readable_name(identity)
         assert "/" not in name
         assert "\\" not in name
         assert name.isascii()
@@ -437,7 +441,7 @@ class TestNames:
     def test_of_models_stay_in_their_folder(self, model):
         with told():
             check_path("model", model)
-            name = options.slug(model)
+            name = paths.slug(model)
             assert "/" not in name
             assert name not in (".", "..")
             longest = max(len(model) + model.count("/"), len("model"))

@@ -14,8 +14,8 @@ from gating import GivenPlan
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from dyndepth import importance, importance_command, influence, removal
-from dyndepth.corpus import Corpus
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data.corpus import Corpus
 from dyndepth.importance import CRITERIA, Settings, rank
 from dyndepth.influence import streams, taylor
 from dyndepth.removal import plan_without, units_of

@@ -1,5 +1,7 @@
 """The multiple-choice knapsack: equal to trying everything, never beyond the budget, fast."""
 
+from __future__ import annotations
+
 import itertools
 import math
 import time
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.knapsack import solve
 
 WHOLE = st.integers(0, 12).map(float)

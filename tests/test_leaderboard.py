@@ -9,19 +9,12 @@ import numpy as np
 import pytest
 from cells import cell, identity
 
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.merging import merged
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
 from dyndepth.intervals import expected_margin, mean_score, retained
-from dyndepth.leaderboard import (
-    NAMES,
-    leaderboard,
-    main,
-    merged,
-    show,
-    speedups,
-    wall_speedups,
-)
-from dyndepth.records import Cell
-from dyndepth.store import Store
+from dyndepth.leaderboard import NAMES, leaderboard, main, show, speedups, wall_speedups
 
 
 def _outcomes(values):

@@ -11,11 +11,11 @@ import pytest
 from cells import cell, identity
 
 from dyndepth import leaderboard_page, published
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell, order
+from dyndepth.common.errors import UserError
 from dyndepth.leaderboard import leaderboard, write
 from dyndepth.leaderboard_markdown import markdown
 from dyndepth.leaderboard_page import board, html
-from dyndepth.records import Cell, order
 
 NASTY = "RuntimeError: </script><b>|*bold*|\u2028"
 PAPER = {
@@ -324,7 +324,7 @@ def test_equal_cells_give_equal_bytes(tmp_path):
 
 
 def test_what_papers_report_is_read_and_every_method_exists():
-    from dyndepth.registry import methods
+    from dyndepth.common.registry import methods
 
     rows = published.published()
     assert rows

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dyndepth import loop
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.loop import Schedule, checkpoints, optimise
 
 SCHEDULE = Schedule(steps=12, batch=2, length=4)

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.runtime import attach
 

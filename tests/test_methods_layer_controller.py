@@ -7,14 +7,14 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
 from dyndepth.methods.layer_controller import (
     BlockRouter,
     LayerController,
     block_damage,
     initial_router,
 )
-from dyndepth.registry import load_method
 from dyndepth.runtime import attach
 from dyndepth.training import Routed, Tuning, budget_shares, loss
 

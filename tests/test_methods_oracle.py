@@ -1,5 +1,7 @@
 """The route bound: its routes, its choices, and that what they promise is what is scored."""
 
+from __future__ import annotations
+
 import json
 from itertools import combinations
 
@@ -9,8 +11,8 @@ import test_outcomes as tried
 import torch
 from test_runtime import ids
 
-from dyndepth.errors import UserError
-from dyndepth.evaluate import DyndepthLM
+from dyndepth.common.errors import UserError
+from dyndepth.language_model import DyndepthLM
 from dyndepth.method import Outcomes
 from dyndepth.methods.dense import Dense
 from dyndepth.methods.oracle import Oracle
@@ -227,7 +229,7 @@ def test_the_reach_is_that_of_the_shallowest_route(tiny, layers, routes, cross_f
 
 
 def test_by_name_on_lm_evals_command_line_it_is_refused(model, tokenizer, tiny_corpus, monkeypatch):
-    monkeypatch.setattr("dyndepth.corpus.load_corpus", lambda *_: tiny_corpus)
+    monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: tiny_corpus)
     given = {"target_speedup": 1.5, "windows": 4}
     with pytest.raises(UserError, match="is a bound, which chooses by the outcomes"):
         DyndepthLM(model, "oracle", tokenizer, **given)

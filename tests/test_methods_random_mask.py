@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup, measured
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext
 from dyndepth.methods.random_mask import RandomMask, mixed, shifted
 from dyndepth.runtime import attach

@@ -10,11 +10,11 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.methods.skipgpt import SkipGPT, shipped, tuning
 from dyndepth.methods.skipgpt.presets import PRESETS, Recipe
-from dyndepth.registry import load_method
 from dyndepth.runtime import attach
 from dyndepth.training import budget_shares
 
@@ -174,12 +174,13 @@ def test_routers_named_by_what_earlier_versions_wrote(
     import hashlib
 
     from dyndepth import fingerprints
+    from dyndepth.cells import identity
 
     model, folder = tiny(), tmp_path / "fit"
     save_fit(trained, model, folder)
     facts, now = folder / "facts.json", fingerprints.fingerprint(model)
     facts.write_text(facts.read_text().replace(now, "0123456789abcdef"))
-    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", now)
+    monkeypatch.setitem(identity.FORMER, "0123456789abcdef", now)
     digest = hashlib.sha256((folder / "tensors.safetensors").read_bytes()).hexdigest()[:12]
     asked = {"target_speedup": 1.4, "length": 24}
     method = load_method("skipgpt", routers=f"{folder}@{digest}", **asked)

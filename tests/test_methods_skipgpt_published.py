@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.corpus import Corpus
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
+from dyndepth.data.corpus import Corpus
 from dyndepth.fits import read_fit
 from dyndepth.methods.skipgpt import SkipGPT, published
 from dyndepth.methods.skipgpt.published import read_published
-from dyndepth.registry import load_method
 from dyndepth.runtime import attach
 
 LAYERS, HIDDEN = 4, 32
@@ -202,7 +202,7 @@ def saved_model(tiny, tmp_path, monkeypatch, tiny_corpus, long_corpus):
     model = tiny()
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("dyndepth.models.load_tokenizer", lambda *_: tiny_corpus.tokenizer)
-    monkeypatch.setattr("dyndepth.corpus.load_corpus", lambda *_: long_corpus)
+    monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: long_corpus)
     return str(tmp_path / "model")
 
 

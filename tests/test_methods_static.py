@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext
 from dyndepth.methods.dense import Dense
 from dyndepth.methods.random_skip import RandomSkip

@@ -9,13 +9,14 @@ import torch
 from conftest import DEVICE
 from test_runtime import ids, incremental
 
-from dyndepth.blocks import FAMILIES, blocks, cache_argument, cache_of, decoder
+from dyndepth.blocks import FAMILIES, blocks, decoder
 from dyndepth.blocks import family as record_of
-from dyndepth.errors import UserError
+from dyndepth.branches import cache_argument, cache_of
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.importance import CRITERIA
 from dyndepth.methods.static_pruning import StaticPruning
-from dyndepth.registry import load_method
 from dyndepth.runtime import attach
 from dyndepth.training import budget_shares
 

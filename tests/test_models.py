@@ -1,5 +1,7 @@
 """Models load by any kind of name, are identified by what they compute, and refuse clearly."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -8,8 +10,8 @@ import pytest
 import torch
 from conftest import make_tiny
 
-from dyndepth import assets
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data import wheels as assets
 from dyndepth.fingerprints import fingerprint
 from dyndepth.models import layer_count, load_model, load_tokenizer, prepare_embedded
 

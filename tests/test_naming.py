@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from cells import cell
 
-from dyndepth.naming import apart, changed, label
-from dyndepth.recipe import parse_recovery
-from dyndepth.records import identity_columns
+from dyndepth.cells.cell import identity_columns
+from dyndepth.cells.naming import apart, changed, label
+from dyndepth.cells.recipe import parse_recovery
 
 
 def row(method="uls", parameters="", phases="both", recovery="none") -> dict[str, str]:

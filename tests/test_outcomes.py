@@ -1,5 +1,7 @@
 """Outcomes of plans: what scoring each plan alone gives, computed once and kept."""
 
+from __future__ import annotations
+
 import math
 from types import SimpleNamespace
 
@@ -12,9 +14,10 @@ from lm_eval.api import metrics
 
 from dyndepth import outcomes as module
 from dyndepth import trie
-from dyndepth.assets import cache_root
-from dyndepth.errors import UserError
-from dyndepth.evaluate import DyndepthLM, quiet_lm_eval, sample, set_shots
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import cache_root
+from dyndepth.evaluate import quiet_lm_eval, sample, set_shots
+from dyndepth.language_model import DyndepthLM
 from dyndepth.outcomes import outcomes_of
 from dyndepth.tasks import task_manager
 

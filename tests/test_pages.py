@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from dyndepth import page_blocks, pages, registry
+from dyndepth import page_blocks, pages
 from dyndepth.card_parameters import descriptions, parameters
 from dyndepth.cards import card, kind
-from dyndepth.errors import UserError
+from dyndepth.cells.identity import LEADING
+from dyndepth.common import registry
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import method_class, methods
 from dyndepth.markdown import joined, layout, spread, table
 from dyndepth.page_blocks import Source, averaged
-from dyndepth.records import LEADING
-from dyndepth.registry import method_class, methods
 from dyndepth.schema import TABLES, tables
 from dyndepth.sheets import entry
 

@@ -13,16 +13,16 @@ from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 
 from dyndepth import adapters, fits, manifest, routes, sweep
-from dyndepth.corpus import load_corpus
-from dyndepth.errors import UserError
+from dyndepth.cells.store import Store, same_model
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import expanded, path_of, slug
+from dyndepth.common.provenance import task_files
+from dyndepth.common.registry import load_method
+from dyndepth.data.corpus import load_corpus
 from dyndepth.fingerprints import fingerprint
 from dyndepth.json_log import JsonLog
 from dyndepth.models import ModelInfo, layer_count, load_model, load_tokenizer
-from dyndepth.options import PATHS, Settings, read, slug
-from dyndepth.paths import expanded, path_of
-from dyndepth.provenance import task_files
-from dyndepth.registry import load_method
-from dyndepth.store import Store, same_model
+from dyndepth.options import PATHS, Settings, read
 from dyndepth.tasks import resolve
 
 TASK = """task: mine
@@ -194,7 +194,7 @@ def test_what_no_adapter_can_sit_on_is_told_before_the_first_cell(home, monkeypa
 
 def test_settings_that_are_paths_are_all_looked_at():
     """Every setting whose help speaks of a path, file or folder is expanded."""
-    from dyndepth.options import HELP
+    from dyndepth.common.commands import HELP
 
     words = ("path", "file to", "folder")
     spoken = {name for name, text in HELP.items() if any(word in text for word in words)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyndepth import plots
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.routes import Routes
 
 WORDS = {0: " the", 1: "\n", 2: "$x$", 3: "naïve", 4: "語", 5: " incomprehensibilities"}

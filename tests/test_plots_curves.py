@@ -14,12 +14,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_plots import make_routes, texts
 
 from dyndepth import plots
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
-from dyndepth.plot_curves import FRONT, TOGETHER
+from dyndepth.plot_curves import TOGETHER
 from dyndepth.plot_parts import (
     BOUND_DASH,
     CHANCE,
+    FRONT,
     MARKERS,
     PAGE,
     SUSPECT,
@@ -27,7 +29,6 @@ from dyndepth.plot_parts import (
     style,
     wrapped,
 )
-from dyndepth.records import Cell
 from dyndepth.tables import write_tables
 
 TARGETS = (1.25, 2.0)
@@ -203,7 +204,7 @@ class TestPoints:
             plots.points(board, "rouge_l", "block_speedup")
 
     def test_digests_of_before_are_no_other_setting(self, tmp_path):
-        from dyndepth.fingerprints import FORMER
+        from dyndepth.cells.identity import FORMER
 
         run = make_run(tmp_path)
         file = run / "leaderboard.csv"

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from dyndepth import json_log
+from dyndepth.common.errors import UserError
 from dyndepth.countdown import Countdown, in_words
-from dyndepth.errors import UserError
 from dyndepth.json_log import JsonLog
 from dyndepth.options import Settings
 from dyndepth.progress import Job, Lines, Listener, Live, Several, listener_for

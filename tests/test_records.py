@@ -15,19 +15,12 @@ import numpy as np
 import pytest
 from cells import cell, identity
 
-from dyndepth.errors import UserError
-from dyndepth.recipe import Recipe
-from dyndepth.records import (
-    TIMING_LEVELS,
-    UNHASHED,
-    Cell,
-    cell_hash,
-    order,
-    plain,
-    same_data,
-    setting,
-)
-from dyndepth.store import Store, write_atomically
+from dyndepth.cells.cell import TIMING_LEVELS, Cell, order
+from dyndepth.cells.identity import UNHASHED, cell_hash, plain, same_data, setting
+from dyndepth.cells.recipe import Recipe
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically
 from dyndepth.tables import NAMES, as_csv, write_tables
 
 
@@ -247,7 +240,7 @@ def test_output_path_is_for_one_model(tmp_path):
 def test_second_sweep_on_one_path_is_refused(tmp_path):
     script = f"""
         import sys
-        from dyndepth.store import Store
+        from dyndepth.cells.store import Store
         with Store({str(tmp_path)!r}).locked():
             print("held", flush=True)
             sys.stdin.read()

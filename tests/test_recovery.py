@@ -16,13 +16,13 @@ from gating import GivenPlan, RandomMask, plan_without
 from dyndepth import loop, recovery
 from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adaptable, adapted, load_adapter, write_adapter
 from dyndepth.blocks import FAMILIES
-from dyndepth.errors import UserError
+from dyndepth.cells.recipe import NONE, PRESETS, Recipe, parse_recoveries, parse_recovery, shortened
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import CURVE
-from dyndepth.recipe import NONE, PRESETS, Recipe, parse_recoveries, parse_recovery, shortened
 from dyndepth.recovered import find_shipped, recover_cached, recovery_key, ship
 from dyndepth.recovery import injected, recover, window_loss
-from dyndepth.registry import load_method, method_class, methods
 from dyndepth.runtime import attach
 from dyndepth.training import loss, next_token_loss
 
@@ -466,7 +466,7 @@ def test_merged_equals_peft(tmp_path, family):
 
 
 def test_an_adapter_from_before_digests_were_as_today_is_taken(tmp_path, monkeypatch):
-    from dyndepth import fingerprints
+    from dyndepth.cells import identity as fingerprints
 
     model = make_tiny()
     before = fingerprint(model)

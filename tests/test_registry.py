@@ -1,5 +1,7 @@
 """Methods are found by name and built from specs; whatever can't be read is told in a sentence."""
 
+from __future__ import annotations
+
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -7,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Toy
 
-from dyndepth import registry
-from dyndepth.errors import UserError
-from dyndepth.grid import parameters_text
+from dyndepth.cells.cell import parameters_text
+from dyndepth.common import registry
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import parameters_of, split
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.spec import parameters_of, split
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Requests are lm-eval's own: token ids, scores and texts of its ``hf``, whatever tokenizer."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import json
@@ -19,8 +21,9 @@ from lm_eval.tasks import TaskManager
 from reading import CHAT, KINDS, NO_SYSTEM, WORDS, tokenizer
 
 from dyndepth import generation_settings, options
-from dyndepth.errors import UserError
-from dyndepth.evaluate import DyndepthLM, evaluate
+from dyndepth.cells.identity import same_data
+from dyndepth.common.errors import UserError
+from dyndepth.evaluate import evaluate
 from dyndepth.generation_settings import (
     ENDINGS,
     NEUTRAL,
@@ -28,8 +31,8 @@ from dyndepth.generation_settings import (
     WITHOUT_EFFECT,
     GenerationSettings,
 )
+from dyndepth.language_model import DyndepthLM
 from dyndepth.methods.dense import Dense
-from dyndepth.records import same_data
 from dyndepth.workbench import bring_tasks, data_fingerprint
 
 BOUNDS = [(False, False), (True, False), (False, True), (True, True)]

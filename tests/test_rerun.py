@@ -13,19 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndepth import rerun
-from dyndepth.errors import UserError
-from dyndepth.grid import HIDDEN, Plan, limits, method_identity, plans
+from dyndepth.cells.cell import HIDDEN, CellSpec, method_identity
+from dyndepth.cells.identity import IDENTITY, Row
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
+from dyndepth.common.registry import method_class, methods
+from dyndepth.grid import limits, plans
 from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, Settings, read
-from dyndepth.records import IDENTITY, Row
-from dyndepth.registry import method_class, methods
-from dyndepth.store import Store
 from dyndepth.workbench import shots
 
 LAYERS = 30
 TASKS = ["socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation"]
 
 
-def _identity(plan: Plan, **changes: Any) -> Row:
+def _identity(plan: CellSpec, **changes: Any) -> Row:
     base: Row = dict.fromkeys(IDENTITY, "x") | {
         "model": EMBEDDED,
         "revision": "wheel==1",
@@ -63,7 +64,7 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def _plans(draw: Any) -> Plan:
+def _plans(draw: Any) -> CellSpec:
     """Any registered method, some of its parameters drawn; those that it refuses are left out."""
     name = draw(st.sampled_from(sorted(methods())))
     cls = method_class(name)
@@ -72,7 +73,7 @@ def _plans(draw: Any) -> Plan:
     reach = cls().max_speedup(LAYERS)
     speedup = draw(st.sampled_from([1.0, 1.25, 1.1, 4 / 3]) if reach > 1 else st.just(1.0))
     seed = draw(st.integers(0, 3)) if reach > 1 else 0
-    plan = Plan(name, speedup, seed)
+    plan = CellSpec(name, speedup, seed)
     if any(f.name == "phases" for f in dataclasses.fields(cls)):
         phases = draw(st.sampled_from(["generation", "both"]))
         plan = dataclasses.replace(plan, parameters={"phases": phases})
@@ -117,7 +118,7 @@ def test_every_method_with_its_defaults(name, recovery):
     """Also that each method is tried for certain, whatever hypothesis draws."""
     speedup = 1.5 if method_class(name)().max_speedup(LAYERS) > 1 else 1.0
     (recovery,) = read(["--recovery", recovery]).recovery
-    _same(_identity(Plan(name, speedup, recovery=recovery)))
+    _same(_identity(CellSpec(name, speedup, recovery=recovery)))
 
 
 @given(
@@ -131,7 +132,7 @@ def test_every_method_with_its_defaults(name, recovery):
     revision=st.sampled_from(["", "main"]),
 )
 def test_settings_come_back(limit, **changes):
-    identity = _identity(Plan("dense"), limit=limit, tasks=sorted(limit), **changes)
+    identity = _identity(CellSpec("dense"), limit=limit, tasks=sorted(limit), **changes)
     _same(identity)
     wanted = rerun.settings_of(identity)
     assert wanted.model == changes["model"]
@@ -151,19 +152,19 @@ def test_the_content_of_a_folder_is_no_revision_to_ask_for():
 
 def test_what_is_default_is_left_out():
     usual = {task: DEFAULT_LIMIT[EMBEDDED].get(task, 24) for task in TASKS}
-    plan = Plan("uls", 1.5, 0, {"phases": "both"})
+    plan = CellSpec("uls", 1.5, 0, {"phases": "both"})
     assert shlex.join(rerun.command(_identity(plan, limit=usual))) == (
         "python -m dyndepth.sweep --methods 'uls(spacing=paper)' --speedups 1.5 --device cpu "
         "--attn_implementation sdpa"
     )
-    more = rerun.command(_identity(Plan("dense")), output_path="a b", corpus=None)
+    more = rerun.command(_identity(CellSpec("dense")), output_path="a b", corpus=None)
     assert shlex.join(more[3:]) == (
         "--speedups 1 --limit 3 --device cpu --attn_implementation sdpa --output_path 'a b'"
     )
 
 
 def test_a_method_that_changed_has_no_plan():
-    identity = _identity(Plan("uls", 1.5))
+    identity = _identity(CellSpec("uls", 1.5))
     with pytest.raises(UserError, match="no parameter 'nothing'"):
         rerun.plan_of(identity, rerun.settings_of(identity | {"parameters": "nothing=3"}), LAYERS)
     with pytest.raises(UserError, match="has changed since"):
@@ -173,10 +174,10 @@ def test_a_method_that_changed_has_no_plan():
 def test_few_commands_make_all_cells_and_no_others():
     lora = read(["--recovery", "lora"]).recovery[0]
     both = {"phases": "both"}
-    wanted = [Plan("dense"), Plan("dense", recovery=lora)]
-    wanted += [Plan("uls", x, 0, both, r) for x in (1.25, 1.5) for r in ("none", lora)]
-    wanted += [Plan("random_skip", 2.0, seed, both) for seed in (0, 1, 2)]
-    wanted += [Plan("uls", 2.0, 0, {"spacing": "even", "phases": "generation"})]
+    wanted = [CellSpec("dense"), CellSpec("dense", recovery=lora)]
+    wanted += [CellSpec("uls", x, 0, both, r) for x in (1.25, 1.5) for r in ("none", lora)]
+    wanted += [CellSpec("random_skip", 2.0, seed, both) for seed in (0, 1, 2)]
+    wanted += [CellSpec("uls", 2.0, 0, {"spacing": "even", "phases": "generation"})]
     identities = [_identity(plan) for plan in wanted]
     lines = rerun.commands(identities)
     made = {
@@ -186,7 +187,7 @@ def test_few_commands_make_all_cells_and_no_others():
     }
     assert made == {(repr(plan.build()), plan.recovery) for plan in wanted}
     assert len(lines) == 3
-    assert rerun.commands([_identity(Plan("dense"))]) == [
+    assert rerun.commands([_identity(CellSpec("dense"))]) == [
         "python -m dyndepth.sweep --speedups 1 --limit 3 --device cpu --attn_implementation sdpa"
     ]
 
@@ -236,7 +237,7 @@ OWN_TEXT = {"corpus_fingerprint": "0123456789abcdef"}
     ],
 )
 def test_what_an_identity_cannot_hold_has_a_placeholder_and_a_sentence(changes, flag, used):
-    identity = _identity(Plan("dense"), **changes)
+    identity = _identity(CellSpec("dense"), **changes)
     words = rerun.command(identity)
     place = rerun.PLACEHOLDERS[flag]
     assert words[words.index(f"--{flag}") + 1] == place
@@ -251,14 +252,14 @@ def test_what_an_identity_cannot_hold_has_a_placeholder_and_a_sentence(changes, 
 @pytest.mark.parametrize("text", [None, "2588359b2a4d041a"], ids=["here", "as committed"])
 @pytest.mark.parametrize("more", ["", "+gsm8k=0123456789ab,piqa=ba9876543210"])
 def test_a_run_of_the_project_s_own_tasks_and_text_needs_nothing(corpus, text, more):
-    from dyndepth.assets import data_fingerprint
+    from dyndepth.data.wheels import data_fingerprint
 
     own = {
         "data_fingerprint": data_fingerprint("data") + more,
         "corpus_fingerprint": text or corpus.fingerprint,
     }
-    assert rerun.missing(_identity(Plan("dense"), **own), {}) == []
-    assert "--corpus" not in rerun.command(_identity(Plan("dense"), **own))
+    assert rerun.missing(_identity(CellSpec("dense"), **own), {}) == []
+    assert "--corpus" not in rerun.command(_identity(CellSpec("dense"), **own))
 
 
 def test_rerun_prints_placeholders_and_says_what_they_stand_for(tmp_path, capsys):
@@ -275,7 +276,7 @@ def test_rerun_prints_placeholders_and_says_what_they_stand_for(tmp_path, capsys
 
 def test_every_setting_is_held_by_an_identity_or_accounted_for():
     """A setting is a flag of ``rerun``, a placeholder, or changes no number of a cell."""
-    held = set(rerun._flags(_identity(Plan("dense"), **OWN_TASKS, **OWN_TEXT)))
+    held = set(rerun._flags(_identity(CellSpec("dense"), **OWN_TASKS, **OWN_TEXT)))
     harmless = {"timing", "resume", "output_path", "executor", "workers", "cpus_per_cell"}
     harmless |= {"gpus_per_cell", "ray_address", "shard", "cell_timeout", "log_json", "trackers"}
     harmless |= {"dry_run", "debug", "trust_remote_code"}

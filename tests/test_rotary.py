@@ -19,8 +19,8 @@ from dyndepth import trie
 from dyndepth.agreement import agree
 from dyndepth.blocks import FAMILIES, blocks, decoder
 from dyndepth.calibration import measured
+from dyndepth.common.errors import UserError
 from dyndepth.completions import completions
-from dyndepth.errors import UserError
 from dyndepth.forwards import forward
 from dyndepth.generation import Prompt, generate
 from dyndepth.influence import _dense_pass, _salience

@@ -15,13 +15,12 @@ from gating import GivenPlan, RandomMask, plan_without
 from safetensors.numpy import load_file, save_file
 
 from dyndepth import routes_command
-from dyndepth.errors import UserError
-from dyndepth.grid import Plan, method_identity
-from dyndepth.recipe import parse_recovery
-from dyndepth.records import Cell
+from dyndepth.cells.cell import Cell, CellSpec, method_identity
+from dyndepth.cells.recipe import parse_recovery
+from dyndepth.cells.store import Store
+from dyndepth.common.errors import UserError
 from dyndepth.routes import Routes, record
 from dyndepth.runtime import attach
-from dyndepth.store import Store
 
 TEXTS = {"first": "to be or not to be", "second": "that is the question, is it not?"}
 
@@ -259,7 +258,7 @@ class TestCommand:
         assert one.identity["model"] == str(folder / "model")
 
     def test_records_a_run_again(self, folder, tmp_path, command):
-        from dyndepth.corpus import load_corpus
+        from dyndepth.data.corpus import load_corpus
         from dyndepth.models import load_model, load_tokenizer
 
         model = load_model(str(folder / "model"))
@@ -276,17 +275,17 @@ class TestCommand:
         common["recovery"] = "none"
         store = Store(tmp_path / "run")
 
-        def add(plan: Plan, status: str = "done", **changes) -> str:
+        def add(plan: CellSpec, status: str = "done", **changes) -> str:
             cell = Cell(identity(**(common | method_identity(plan.build()) | changes)), status)
             return store.write(cell).key
 
-        kept = add(Plan("uls", 2.0, 0, {"spacing": "even", "phases": "generation"}))
-        masked = add(Plan("random_mask", 1.5, 3, {"source": "uls(spacing=even)", "length": 32}))
-        add(Plan("dense"), status="error")
-        changed = add(Plan("uls", 1.5), parameters="spacing='paper', nothing=3")
-        other = add(Plan("uls", 1.5), corpus_fingerprint="elsewhere")
+        kept = add(CellSpec("uls", 2.0, 0, {"spacing": "even", "phases": "generation"}))
+        masked = add(CellSpec("random_mask", 1.5, 3, {"source": "uls(spacing=even)", "length": 32}))
+        add(CellSpec("dense"), status="error")
+        changed = add(CellSpec("uls", 1.5), parameters="spacing='paper', nothing=3")
+        other = add(CellSpec("uls", 1.5), corpus_fingerprint="elsewhere")
         recipe = "lora(rank=2, steps=2, batch=1, length=24)"
-        recovered = add(Plan("uls", 2.0), recovery=str(parse_recovery(recipe)))
+        recovered = add(CellSpec("uls", 2.0), recovery=str(parse_recovery(recipe)))
         status, out, err = command(str(tmp_path / "run"), "--prompt_length", "2")
         assert status == 1
         found = {p.stem: Routes.load(p) for p in (tmp_path / "run" / "routes").iterdir()}

@@ -8,8 +8,9 @@ from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from transformers import DynamicCache
 
-from dyndepth.blocks import FAMILIES, cache_argument, cache_of, decoder
-from dyndepth.errors import UserError
+from dyndepth.blocks import FAMILIES, decoder
+from dyndepth.branches import cache_argument, cache_of
+from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
 from dyndepth.runtime import attach
 

@@ -11,11 +11,12 @@ import pytest
 from cells import cell, identity
 
 from dyndepth import schema
-from dyndepth.errors import UserError
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import LEADING
+from dyndepth.common.errors import UserError
 from dyndepth.evaluate import Evaluation
 from dyndepth.flops import CAUSES
 from dyndepth.leaderboard import leaderboard
-from dyndepth.records import LEADING, Cell
 from dyndepth.schema import TABLES, read, validate, validate_folder
 from dyndepth.tables import NAMES, as_csv, write_tables
 

@@ -33,18 +33,21 @@ from toys import Toy
 from transformers import dynamic_module_utils
 from weak_code import findings
 
-from dyndepth import assets, leaderboard_page, provenance, routed, sheets, similarity, sweep, tables
-from dyndepth.errors import UserError
+from dyndepth import leaderboard_page, routed, sheets, similarity, sweep, tables
+from dyndepth.cells.store import Store
+from dyndepth.common import files as common_files
+from dyndepth.common import provenance
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import file_part, slug
+from dyndepth.common.registry import parse_methods
+from dyndepth.data import wheels as assets
 from dyndepth.fits import fit_cached, load_fit, save_fit
 from dyndepth.leaderboard import leaderboard
 from dyndepth.loop import Checkpoint, checkpoints
 from dyndepth.models import layer_count, load_model, load_tokenizer
-from dyndepth.options import read, slug
+from dyndepth.options import read
 from dyndepth.plots import figures
-from dyndepth.records import file_part
-from dyndepth.registry import parse_methods
 from dyndepth.routes import Routes
-from dyndepth.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "dyndepth").rglob("*.py"), *(ROOT / "methods").rglob("*.py")])
@@ -395,7 +398,7 @@ def hostile_wheel(tmp_path, monkeypatch) -> assets.Wheel:
     """A pinned wheel, laid into the cache by hand, that tries to leave its folder."""
     monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path / "in" / "cache"))
     wheel = assets.Wheel("hostile", "1", "", 1, {"a/data.txt": "data.txt", "a/link": "link.txt"})
-    file = assets.cache_root() / "wheels" / wheel.filename
+    file = common_files.cache_root() / "wheels" / wheel.filename
     file.parent.mkdir(parents=True)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.txt", "data")
@@ -427,7 +430,7 @@ def test_of_an_archive_only_what_is_named_is_written(hostile_wheel, tmp_path):
 
 
 def test_a_changed_archive_is_refused_before_it_is_opened(hostile_wheel, monkeypatch):
-    file = assets.cache_root() / "wheels" / hostile_wheel.filename
+    file = common_files.cache_root() / "wheels" / hostile_wheel.filename
     file.write_bytes(file.read_bytes() + b"\0")
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UserError, match="nothing was unpacked"):

@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from dyndepth import routes_command, similarity
 from dyndepth.blocks import decoder
+from dyndepth.common.registry import load_method
 from dyndepth.options import settings
-from dyndepth.registry import load_method
 
 DOCUMENTS = {"a": list(range(3, 20)), "b": list(range(50, 30, -2))}
 

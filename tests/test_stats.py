@@ -11,7 +11,7 @@ from cells import cell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.stats import (
     Difference,
     Point,

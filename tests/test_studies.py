@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from cells import identity
 
-from dyndepth import claims, grid, models, registry, routed, similarity, studies, workbench
+from dyndepth import claims, grid, models, routed, similarity, studies, workbench
 from dyndepth import tables as tables_module
+from dyndepth.cells import cell as cell_module
+from dyndepth.cells.cell import Cell, CellSpec, method_identity
+from dyndepth.cells.store import Store
 from dyndepth.claims import COLUMNS, chosen, likened, report
-from dyndepth.errors import UserError
-from dyndepth.grid import Plan, method_identity
-from dyndepth.records import Cell
+from dyndepth.common import registry
+from dyndepth.common.errors import UserError
 from dyndepth.routed import position_table, trace_file
 from dyndepth.routes import Routes
-from dyndepth.store import Store
 from dyndepth.studies import Claim, Pick, Study
 
 DOCUMENTS = 40
@@ -284,16 +285,16 @@ class ToyBench:
         found = identity(harness_code="now", torch="1", model_fingerprint="f")
         found |= {key: getattr(self.settings, key) for key in keys}
         found |= {"tasks": self.tasks, "limit": grid.limits(self.settings, self.tasks)}
-        own = {*method_identity(Plan("dense").build()), "recovery"}
+        own = {*method_identity(CellSpec("dense").build()), "recovery"}
         return {key: value for key, value in found.items() if key not in own}
 
-    def identity(self, plan: Plan):
-        return grid.cell_identity(plan, self.shared_identity)
+    def identity(self, plan: CellSpec):
+        return cell_module.cell_identity(plan, self.shared_identity)
 
-    def provenance(self, plan: Plan):
+    def provenance(self, plan: CellSpec):
         return {}
 
-    def evaluate(self, plan: Plan):
+    def evaluate(self, plan: CellSpec):
         ToyBench.asked += 1
         if plan.method in self.broken:
             raise ValueError("no such layer")
@@ -423,9 +424,9 @@ def test_installed_study_computes_what_its_claims_need(name, monkeypatch):
     planned = set()
     for settings in study.settings({}):
         for plan in grid.plans(settings, 30):
-            planned.add((plan.method, grid.parameters_text(plan.build()), plan.recovery))
+            planned.add((plan.method, cell_module.parameters_text(plan.build()), plan.recovery))
     for claim in study.claims:
         assert {task for task, _ in claim.metrics} <= study.limit.keys()
         for pick in (claim.a, *claim.b):
             method = registry.load_method(pick.method)
-            assert (method.name, grid.parameters_text(method), pick.recipe) in planned
+            assert (method.name, cell_module.parameters_text(method), pick.recipe) in planned

@@ -15,19 +15,21 @@ import pandas
 import pytest
 from cells import FakeBench
 
-from dyndepth import options, provenance, registry, sweep
+from dyndepth import options, sweep
+from dyndepth.cells.cell import CellSpec, method_identity
+from dyndepth.cells.recipe import Recipe
+from dyndepth.cells.store import Store
+from dyndepth.common import commands, provenance, registry
+from dyndepth.common.errors import UserError
 from dyndepth.driver import Driver, Tally
-from dyndepth.errors import UserError
 from dyndepth.executors import Inline
-from dyndepth.grid import Plan, limits, method_identity, plans
+from dyndepth.grid import limits, plans
 from dyndepth.options import DEFAULT_LIMIT, Settings, read
 from dyndepth.progress import Lines
-from dyndepth.recipe import Recipe
-from dyndepth.store import Store
 from dyndepth.workbench import Tables, together
 from dyndepth.worker import Worker
 
-CELLS = [Plan("dense"), Plan("a", 1.5), Plan("b", 2.0)]
+CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0)]
 
 
 @pytest.fixture
@@ -214,7 +216,7 @@ class TestSettings:
     def test_every_setting_has_help_and_a_flag(self):
         text = options.parser().format_help()
         for name in Settings.__dataclass_fields__:
-            assert options.HELP[name]
+            assert commands.HELP[name]
             assert f"--{name}" in text
 
 
@@ -222,7 +224,7 @@ class TestSettings:
 class TestGrid:
     def test_dense_comes_first_and_once(self):
         found = plans(Settings(methods="steps,dense,fixed", speedups=(1.5, 2.0), seed=(0, 1)), 8)
-        assert found[0] == Plan("dense")
+        assert found[0] == CellSpec("dense")
         assert [plan.method for plan in found].count("dense") == 1
         assert [(p.method, p.target_speedup, p.seed) for p in found[1:5]] == [
             ("steps", 1.5, 0),
@@ -375,7 +377,11 @@ class TestRun:
     def test_recovered_dense_is_the_control_and_not_the_yardstick(self, tmp_path, capsys):
         settings = _settings(tmp_path)
         lora = str(Recipe())
-        cells = [Plan("dense"), Plan("dense", recovery=lora), Plan("a", 1.5, recovery=lora)]
+        cells = [
+            CellSpec("dense"),
+            CellSpec("dense", recovery=lora),
+            CellSpec("a", 1.5, recovery=lora),
+        ]
         assert _sweep(cells, FakeBench(), settings) == 0
         rows = _table(settings.output_path / "leaderboard.csv")
         assert [(row["method"], row["recovery"]) for row in rows] == [

@@ -1,11 +1,13 @@
 """The offline tasks: what is read from the files, what is scored, and how names are resolved."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 
 import pytest
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.tasks import OFFLINE, SUITES, resolve, task_manager
 from dyndepth.tasks import documents as docs
 from dyndepth.tasks.rouge import rouge_l

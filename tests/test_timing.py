@@ -13,7 +13,7 @@ import torch
 from gating import GivenPlan, RandomMask, plan_without
 
 from dyndepth import passes, timing_command
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.passes import Side, Stopwatch, decode, prefill, rescore
 from dyndepth.runtime import attach
@@ -331,7 +331,7 @@ def test_levels_can_have_an_interval():
 
 
 def test_steady_allocator_leaves_a_choice_of_the_user_alone(monkeypatch):
-    from dyndepth import machine
+    from dyndepth.common import machine
 
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     machine.steady_allocator.cache_clear()
@@ -368,7 +368,8 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_last_line_is_json(self, tiny, tiny_corpus, tmp_path, monkeypatch, capsys):
-        from dyndepth import corpus, models, timing
+        from dyndepth import models, timing
+        from dyndepth.data import corpus
 
         model = tiny()
         monkeypatch.setattr(models, "layer_count", lambda *_: 4)

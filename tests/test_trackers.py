@@ -12,7 +12,7 @@ import pytest
 from accelerate import PartialState, tracking
 from accelerate.tracking import GeneralTracker
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.options import Settings
 from dyndepth.progress import Job, listener_for
 from dyndepth.trackers import Trackers, check

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyndepth import trie, trie_pass
 from dyndepth.blocks import blocks, decoder
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.runtime import attach
 from dyndepth.scoring import Group
 from dyndepth.scoring import score as score_alone

@@ -15,10 +15,11 @@ from cells import cell as made_by_hand
 from folders import tiny_folder
 
 from dyndepth import schema, sweep, tables, verify
+from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import cell_hash
+from dyndepth.cells.store import FORMAT, Store
 from dyndepth.manifest import NAME, read_manifest, sha256, write_manifest
 from dyndepth.options import read
-from dyndepth.records import Cell, cell_hash
-from dyndepth.store import FORMAT, Store
 from dyndepth.tables import write_tables
 from dyndepth.verify_again import drawn, excuse
 from dyndepth.verify_rows import COARSE, EXACT, differences
@@ -327,7 +328,7 @@ def test_mixed_versions(run, key, told):
 
 
 def test_digests_of_before_are_no_other_version(run):
-    from dyndepth.fingerprints import FORMER
+    from dyndepth.cells.identity import FORMER
 
     former, today = next(iter(FORMER.items()))
     for number, path in enumerate(sorted((run / "cells").glob("*.json"))):

@@ -13,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyndepth.errors import UserError
-from dyndepth.paths import expanded
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import expanded
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
 
 FOLDER = Path(__file__).parent
 """What lm-eval's ``--include_path`` takes to know the offline tasks."""

@@ -146,7 +146,7 @@ def title_generation(**_: Any) -> dict[str, Dataset]:
 
 
 def _rows(name: str) -> Iterator[dict[str, Any]]:
-    from dyndepth.assets import asset
+    from dyndepth.data.wheels import asset
 
     with open(asset("data") / name, encoding="utf-8") as lines:
         for line in lines:

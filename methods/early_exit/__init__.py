@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
 
 
 @dataclass(kw_only=True)

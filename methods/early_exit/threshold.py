@@ -13,14 +13,15 @@ import torch
 
 from dyndepth.blocks import blocks
 from dyndepth.calibration import block_speedup, prompt_phase, solve_threshold
-from dyndepth.capacity import fitting
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import fitting
+from dyndepth.methods.early_exit import EarlyExit
 
-from . import EarlyExit
 from .offline import kept_table
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+
 
 _WINDOWS, _LENGTH = 4, 256
 _ROUNDS = 4

@@ -37,16 +37,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dyndepth.assets import say
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
+from dyndepth.data.wheels import say
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
-from dyndepth.paths import path_of
 
 from .presets import PRESETS, Budget, Decay, Estimator, Initial, Objective, Precision, Recipe
 from .router import build, flops_per_token
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
 
 
 @dataclass(kw_only=True)

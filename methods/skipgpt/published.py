@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from dyndepth.blocks import blocks, decoder
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.method import SUBLAYERS
-from dyndepth.paths import path_of
-
-from . import SkipGPT
+from dyndepth.methods.skipgpt import SkipGPT
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.router_(attention|mlp)\.weight_predictor\.(weight|bias)")
 _MLP = re.compile(
@@ -155,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     """Load, convert, measure, write, print."""
     from dyndepth.calibration import measured
-    from dyndepth.capacity import fitting
-    from dyndepth.corpus import load_corpus
+    from dyndepth.data.capacity import fitting
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import save_fit
     from dyndepth.models import load_model, load_tokenizer
 

@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dyndepth.assets import cache_root
-    from dyndepth.capacity import fitting
-    from dyndepth.corpus import load_corpus
+    from dyndepth.common.files import cache_root
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.common.provenance import fitting_code
+    from dyndepth.data.capacity import fitting
+    from dyndepth.data.corpus import load_corpus
     from dyndepth.fingerprints import fingerprint
     from dyndepth.loop import checkpoints
-    from dyndepth.machine import steady_allocator
     from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.provenance import fitting_code
     from dyndepth.runtime import attach
     from dyndepth.training import loss
 

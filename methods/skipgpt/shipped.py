@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dyndepth.blocks import blocks, decoder
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import fingerprint, today
+from dyndepth.cells.identity import today
+from dyndepth.common.errors import UserError
+from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import read_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+    from dyndepth.methods.skipgpt import SkipGPT
 
-    from . import SkipGPT
 
 ROUTERS = Path(__file__).parent / "routers"
 # The address, and a field that changes the calibration only.

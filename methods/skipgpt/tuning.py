@@ -9,30 +9,19 @@ from torch import Tensor
 
 from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import block_speedup, meet_target
-from dyndepth.capacity import fitting
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import fitting
 from dyndepth.gain import Regression, regress_gains
 from dyndepth.loop import Curve, Schedule
-from dyndepth.removal import (
-    Removal,
-    cached_order,
-    ordered_biases,
-    ranked_biases,
-    removal_damage,
-)
-from dyndepth.training import (
-    Tuning,
-    budget_shares,
-    stream_statistics,
-    trained_along,
-    tune_router,
-)
+from dyndepth.methods.skipgpt import SkipGPT
+from dyndepth.removal import Removal, cached_order, ordered_biases, ranked_biases, removal_damage
+from dyndepth.training import Tuning, budget_shares, stream_statistics, trained_along, tune_router
 
-from . import SkipGPT
 from .router import LinearRouter, MLPRouter, kaiming
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+
 
 _CALIBRATION_WINDOWS = 16
 _CALIBRATION_LENGTH = 256

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.importance import Settings
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
 

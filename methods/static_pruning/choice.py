@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dyndepth.blocks import blocks
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 from dyndepth.importance import Settings, calibration_text, rank
 from dyndepth.influence import streams
 from dyndepth.method import SUBLAYERS
@@ -17,7 +17,8 @@ from dyndepth.removal import Unit, plan_without
 from dyndepth.training import budget_shares
 
 if TYPE_CHECKING:
-    from dyndepth.corpus import Corpus
+    from dyndepth.data.corpus import Corpus
+
 
 # A share counts as met if it is missed by less; shares are sums of float32 values.
 _CLOSE = 1e-5

@@ -10,31 +10,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from dyndepth.errors import RunFailed, UserError
-from dyndepth.fingerprints import agrees
-from dyndepth.mirror import mirror_of
-from dyndepth.paths import path_of
-from dyndepth.records import (
-    ADDED,
-    IDENTITY,
-    ROWS,
-    TIMING_LEVELS,
-    Cell,
-    Row,
-    cell_hash,
-    order,
-    plain,
-    readable_name,
-)
+from dyndepth.cells.cell import ROWS, TIMING_LEVELS, Cell, order, readable_name
+from dyndepth.cells.identity import ADDED, IDENTITY, Row, agrees, cell_hash, plain
+from dyndepth.cells.mirror import mirror_of
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import write_atomically, writing
+from dyndepth.common.paths import path_of
 
 FORMAT = 1
 """Version of the file layout; a file of another version counts as absent."""
@@ -236,18 +224,6 @@ class Store:
         )
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a disk that takes no more into RunFailed."""
-    try:
-        yield
-    except OSError as fault:
-        raise RunFailed(
-            f"{path} cannot be written to ({fault.strerror or fault}); what was finished is kept, "
-            "and the same command resumes once it can be"
-        ) from fault
-
-
 def _packed(path: Path) -> Path:
     return path.with_name(f"{path.name}.gz")
 
@@ -258,30 +234,6 @@ def same_model(one: str, other: str) -> bool:
         return True
     paths = [path_of(name) for name in (one, other)]
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file so that readers, and crashes, see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = data.encode("utf-8") if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; results are meant to be shared.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _cell(body: Row) -> Cell:
@@ -295,9 +247,3 @@ def _cell(body: Row) -> Cell:
     if not all(isinstance(row, dict) for name in ROWS for row in getattr(cell, name)):
         raise ValueError("its rows are no mappings")
     return cell
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from dyndepth.errors import UserError
-from dyndepth.recipe import NONE, shortened
-from dyndepth.records import IDENTITY, METHOD_KEYS, UNHASHED, VERSIONS
-from dyndepth.registry import method_class, methods
-from dyndepth.spec import parameters_of
+from dyndepth.cells.identity import IDENTITY, METHOD_KEYS, UNHASHED
+from dyndepth.cells.recipe import NONE, shortened
+from dyndepth.common.errors import UserError
+from dyndepth.common.provenance import VERSIONS
+from dyndepth.common.registry import method_class, methods
+from dyndepth.common.spec import parameters_of
 
 SETTING = tuple(key for key in IDENTITY if key not in METHOD_KEYS | UNHASHED)
 """Columns that the cells of one setting share, and those of another do not all."""

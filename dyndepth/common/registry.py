@@ -9,11 +9,12 @@ import functools
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.errors import UserError
-from dyndepth.spec import checked, name_of, nearest, parameters_of, split
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 GROUP = "dyndepth.methods"
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from dyndepth.errors import UserError
-from dyndepth.spec import checked, name_of, nearest, parameters_of, split
+from dyndepth.common.errors import UserError
+from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
 
 NONE = "none"
 """The canonical text of no recovery at all."""

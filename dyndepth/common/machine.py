@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dyndepth.provenance import processor
+from dyndepth.common.provenance import processor
 
 # glibc's mallopt: no block is mapped by itself, the heap is never trimmed, it grows in large steps.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 _SPEC = re.compile(r"\s*([\w.-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?\d+")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 """Entries of a configuration that say how many positions there are, in lm-eval's order."""

@@ -1,8 +1,7 @@
-"""The record of a cell: what was run, what came out, or why it failed.
+"""What makes a cell that cell: the keys of its identity, their hash, and when two agree.
 
-A cell is (model, method, its parameters, target speedup, seed, recovery) under the run's settings.
-Its identity holds everything that changes the numbers; the identity's hash names the cell, so that
-a finished one is found again and never computed twice.
+An identity holds everything that changes the numbers. Its hash names the cell, so that a finished
+one is found again and never computed twice.
 """
 
 from __future__ import annotations
@@ -10,11 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from dataclasses import dataclass, field
 from typing import Any
-
-from dyndepth.recipe import NONE, shortened
 
 IDENTITY = (
     "model",
@@ -61,9 +56,6 @@ ADDED = {"tokenizer_fingerprint": ""}
 """Keys that cells recorded before do not have, and as what they are read there. As long as a key
 says no more than that, it is no part of a hash."""
 
-VERSIONS = ("torch", "transformers", "lm_eval", "dyndepth")
-"""Packages whose version is a part of the identity, by the name they are installed by."""
-
 METHOD_KEYS = frozenset(
     {
         "method",
@@ -79,12 +71,7 @@ METHOD_KEYS = frozenset(
 )
 """Keys that tell one method's cell from another's in the same setting."""
 
-ROWS = ("accuracy", "compute", "routing", "timing", "samples")
-TIMING_LEVELS = ("off", "quick", "full")
-
 Row = dict[str, Any]
-
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def cell_hash(identity: Row) -> str:
@@ -126,84 +113,6 @@ def _hashed(identity: Row) -> Row:
     }
 
 
-@dataclass
-class Cell:
-    """The record of one cell.
-
-    Attributes:
-        identity: the keys of ``IDENTITY``.
-        status: ``done`` or ``error``.
-        accuracy, compute, routing, timing, samples: rows of the table of that name, without the
-            identity.
-        timing_level: how thoroughly it was timed: one of ``TIMING_LEVELS``.
-        provenance: conditions that are no part of the identity (hardware, threads, duration).
-        error: one line; empty when done.
-        traceback: where the error came from; empty when done.
-    """
-
-    identity: Row
-    status: str = "done"
-    accuracy: list[Row] = field(default_factory=list)
-    compute: list[Row] = field(default_factory=list)
-    routing: list[Row] = field(default_factory=list)
-    timing: list[Row] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
-    timing_level: str = "off"
-    provenance: Row = field(default_factory=dict)
-    error: str = ""
-    traceback: str = ""
-
-    @property
-    def key(self) -> str:
-        """The cell's hash."""
-        return cell_hash(self.identity)
-
-    @property
-    def evaluated(self) -> bool:
-        """True if its evaluation came to an end (its timing may still be missing)."""
-        return bool(self.accuracy)
-
-    def lacks(self, timing: str) -> str:
-        """What remains to be done: ``everything``, ``timing`` at that level, or ``nothing``."""
-        if not self.evaluated:
-            return "everything"
-        if TIMING_LEVELS.index(self.timing_level) < TIMING_LEVELS.index(timing):
-            return "timing"
-        return "timing" if self.status == "error" else "nothing"
-
-
-def order(cell: Cell) -> tuple[Any, ...]:
-    """Sort key of the tables: by setting, method, parameters, recovery, target speedup and seed."""
-    identity = cell.identity
-    return (
-        str(identity["model"]),
-        setting(identity),
-        str(identity["method"]),
-        str(identity["phases"]),
-        str(identity["parameters"]),
-        # What was not recovered stands first.
-        identity["recovery"] != NONE,
-        str(identity["recovery"]),
-        float(identity["target_speedup"]),
-        int(identity["seed"]),
-        cell.key,
-    )
-
-
-def identity_columns(cell: Cell) -> Row:
-    """The columns that lead every row of the cell, ``LEADING``."""
-    bound = bool(cell.provenance.get("uses_labels", False))
-    own = {key: flat(cell.identity[key]) for key in IDENTITY}
-    # As pip takes it; and a bare 5.24.0 is a date to a spreadsheet.
-    own |= {key: f"{key}=={own[key]}" for key in VERSIONS}
-    return {
-        "cell": cell.key,
-        **own,
-        "bound": bound,
-        "remote_code": cell.provenance.get("remote_code"),
-    }
-
-
 def flat(value: Any) -> Any:
     """An identity's value as one table entry: lists and mappings are joined by commas."""
     if isinstance(value, dict):
@@ -211,30 +120,6 @@ def flat(value: Any) -> Any:
         entries = sorted(value.items())
         return ",".join(f"{key}={'all' if item is None else item}" for key, item in entries)
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-
-
-def readable_name(identity: Row) -> str:
-    """A file name that a person can find a cell by; the hash after it makes it unique."""
-    text = "-".join(
-        str(part)
-        for part in (
-            identity["method"],
-            identity["parameters"],
-            identity["phases"],
-            f"x{identity['target_speedup']:g}",
-            f"seed{identity['seed']}",
-            "" if identity["recovery"] == NONE else shortened(identity["recovery"]),
-        )
-        if part != ""
-    )
-    return file_part(text)
-
-
-def file_part(text: str) -> str:
-    """``text`` as (a part of) a file name, at most 120 characters, on any system: no separator, no
-    leading dot, no name that Windows gives to a device."""
-    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", text)[:120].strip("_.")
-    return f"id-{plain}" if _DEVICE.match(plain) else plain
 
 
 def plain(value: Any) -> Any:
@@ -250,3 +135,24 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+FORMER = {
+    "b779a8c7124b0a85": "f4a0f9de1bbb944f",
+    "2588359b2a4d041a": "549a0f3b3403f6da",
+}
+"""Digests by an earlier definition that committed results were recorded with, and what they are
+today: the embedded model's, and its corpus's. Neither a weight nor a text has changed."""
+
+
+def today(recorded: str) -> str:
+    """A digest, perhaps ``recorded`` by an earlier definition, as it is by that of today."""
+    return FORMER.get(str(recorded), recorded)
+
+
+def agrees(key: str, recorded: str, here: str) -> bool:
+    """Whether an identity's digest, perhaps ``recorded`` by an earlier definition or before there
+    was such a ``key``, is of the very thing that is found ``here``."""
+    if key == "data_fingerprint":
+        return same_data(recorded, here)
+    return recorded == ADDED.get(key, here) or today(recorded) == here

@@ -1,11 +1,14 @@
-"""Whether a path that a user gave can be used, said before anything is computed for it."""
+"""Paths and names of files: what a user means, whether it can be used, said before anything is
+computed for it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from dyndepth.errors import UserError
+from dyndepth.common.errors import UserError
 
 _LONGEST = 255
 """Bytes in one part of a path, on the usual file systems."""
@@ -61,3 +64,20 @@ def check_folder(flag: str, path: Path) -> Path:
             "another folder"
         )
     return path
+
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def file_part(text: str) -> str:
+    """``text`` as (a part of) a file name, at most 120 characters, on any system: no separator, no
+    leading dot, no name that Windows gives to a device."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", text)[:120].strip("_.")
+    return f"id-{plain}" if _DEVICE.match(plain) else plain
+
+
+def slug(model: str) -> str:
+    """A folder name for a model: the last part of a local path, a hub id with ``--`` for ``/``."""
+    path = path_of(model)
+    local = path.exists() or model.startswith((".", "/", "~"))
+    return file_part(path.resolve().name if local else model.replace("/", "--")) or "model"

@@ -1,5 +1,7 @@
 """What a user got wrong, and what went wrong with a run."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Wrong input or a missing precondition, told in one sentence that names culprit and remedy.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -11,17 +12,16 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dyndepth.paths import path_of
-from dyndepth.records import VERSIONS
+from dyndepth.common.paths import path_of
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 METHODS = "dyndepth.methods"
 """Import name of the package that holds a file or a folder for each method."""
@@ -335,3 +335,24 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+VERSIONS = ("torch", "transformers", "lm_eval", "dyndepth")
+"""Packages whose version is a part of the identity, by the name they are installed by."""
+
+
+def brought_code(*owners: Any) -> str:
+    """Digest of the source files that came along with the classes of ``owners``; empty if none."""
+    found: list[dict[str, str]] = []
+    for owner in owners:
+        module = inspect.getmodule(type(owner))
+        files: list[Path] = []
+        if module is not None and module.__name__.startswith("transformers_modules."):
+            files = sorted(Path(str(module.__file__)).parent.glob("*.py"))
+        found.append({each.name: each.read_text(encoding="utf-8") for each in files})
+    return facts_digest({"files": found}) if any(found) else ""
+
+
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -12,15 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dyndepth import assets
-from dyndepth.capacity import check_length, check_tokens, check_vocabulary
-from dyndepth.errors import UserError
-from dyndepth.fingerprints import tokenizer_fingerprint
-from dyndepth.paths import expanded
-from dyndepth.text_files import paragraphs, read_text
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import paragraphs, read_text
+from dyndepth.common.paths import expanded
+from dyndepth.data import wheels as assets
+from dyndepth.data.capacity import check_length, check_tokens, check_vocabulary
+from dyndepth.data.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 Split = Literal["train", "calibration"]
 

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dyndepth.errors import RunFailed, UserError
+from dyndepth.common.errors import RunFailed, UserError
 
 _SUFFIX = ".writing"
 _URL = ".url"
@@ -28,8 +28,7 @@ def mirrored(url: str) -> Path:
     Raises:
         UserError: no file system of that protocol, or its package is missing.
     """
-    from dyndepth.assets import cache_root, writing_to
-    from dyndepth.store import write_atomically
+    from dyndepth.common.files import cache_root, write_atomically, writing_to
 
     url = url.rstrip("/")
     folder = cache_root() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16]
