@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dyndepth.common.registry import load_method
     from dyndepth.data.corpus import load_corpus
     from dyndepth.method import DynamicDepthMethod
-    from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.runtime import attach
+    from dyndepth.models.loading import load_model, load_tokenizer
+    from dyndepth.runtime.attach import attach
 
 __version__ = "0.1.0"
 
@@ -32,11 +32,11 @@ __all__ = [
 # hidden by it, depending on which was imported first.
 _HOMES = {
     "DynamicDepthMethod": "dyndepth.method",
-    "attach": "dyndepth.runtime",
+    "attach": "dyndepth.runtime.attach",
     "load_corpus": "dyndepth.data.corpus",
     "load_method": "dyndepth.common.registry",
-    "load_model": "dyndepth.models",
-    "load_tokenizer": "dyndepth.models",
+    "load_model": "dyndepth.models.loading",
+    "load_tokenizer": "dyndepth.models.loading",
 }
 
 

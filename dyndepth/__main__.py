@@ -48,7 +48,7 @@ def list_methods() -> None:
 
 def list_models() -> None:
     """Print the embedded model and the architectures of which any model can be loaded."""
-    from dyndepth.blocks import supported
+    from dyndepth.models.families import supported
     from dyndepth.options import EMBEDDED
 
     rows = [[EMBEDDED, "comes with `python -m dyndepth.assets`; needs no hub and no GPU"]]

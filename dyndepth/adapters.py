@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dyndepth.blocks import causal_lm, projections
 from dyndepth.cells.identity import today
 from dyndepth.cells.recipe import Recipe, parse_recovery
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.fingerprints import at_rest, fingerprint, known_as, values_digest
+from dyndepth.models.blocks import causal_lm, projections
+from dyndepth.models.fingerprints import at_rest, fingerprint, known_as, values_digest
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "recovery.json"
 _LAYOUT = 1

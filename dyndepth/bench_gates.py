@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import blocks
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
+from dyndepth.models.blocks import blocks
 
 
 def method(work: str, model: Any, batch: int, width: int) -> DynamicDepthMethod:

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dyndepth.blocks import cache_argument, cache_of
 from dyndepth.memory import peak_bytes
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.runtime import Backend, attach
+from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.trace import Backend
 
 STEPS = 12
 """Single-token steps of one timed decode."""

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from dyndepth import continuations, scoring
 from dyndepth.bench_gates import given
-from dyndepth.blocks import blocks
-from dyndepth.models import load_model
+from dyndepth.models.blocks import blocks
+from dyndepth.models.loading import load_model
 from dyndepth.pairing import interleave, ratio
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.scoring import Group
 
 BATCH = 8

@@ -45,7 +45,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     import torch
 
     from dyndepth.bench_jobs import STEPS, Decode, Prefill
-    from dyndepth.models import load_model
+    from dyndepth.models.loading import load_model
 
     headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
     print(f"{'':42}{headings}{'peak':>7}")

@@ -236,7 +236,7 @@ def _jobs(model: Any, regime: Regime, fractions: Sequence[float], seed: int) -> 
 
     from dyndepth.bench_gates import given
     from dyndepth.bench_jobs import STEPS, Decode, Job, Prefill
-    from dyndepth.blocks import blocks
+    from dyndepth.models.blocks import blocks
 
     decoding = regime.phase == "decode"
     needed = regime.length + STEPS * decoding
@@ -277,7 +277,7 @@ def _routers(model: Any, hidden: int) -> list[Any]:
     """A two-layer router with an output for each sublayer, for each block."""
     from torch import nn
 
-    from dyndepth.blocks import blocks
+    from dyndepth.models.blocks import blocks
 
     size = model.config.hidden_size
     made = [

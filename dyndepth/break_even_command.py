@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     from dyndepth.break_even import Regime, measure
     from dyndepth.common.files import write_atomically
     from dyndepth.common.machine import conditions, steady_allocator
-    from dyndepth.models import load_model
+    from dyndepth.models.loading import load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import decoder
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import decoder
+from dyndepth.runtime.attach import attach
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import check_folder, path_of
 from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 
-__all__ = ["COMPARISON", "CURVES", "EQUAL_FLOPS", "compared", "left_out", "main", "texts"]
-
 BUDGETS = (1.1, 1.25, 1.5, 1.9)
 """Reference budgets of equal_flops.csv by default: dense / executed FLOPs. The last is below
 2: methods end within some percent of their target, and nothing is read off beyond a curve's end."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dyndepth import generation
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
-from dyndepth.runtime import Trace, attach
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 Phases = Literal["generation", "both"]
 Completion = tuple[int, int, list[int]]

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from dyndepth.blocks import causal_lm, decoder, position_bias
-from dyndepth.branches import Block, cache_argument
 from dyndepth.common.errors import UserError
+from dyndepth.models.blocks import Block, cache_argument, causal_lm, decoder, position_bias
+from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.packing import Packed, Size, batches, table, tree_mask
-from dyndepth.rotary import forget, one_table, tables
+from dyndepth.runtime.many_plans import BATCH_TOKENS, Trie
 from dyndepth.scoring import Group
-from dyndepth.trie_pass import BATCH_TOKENS, Trie
 
 Scored = tuple[Tensor, Tensor]
 """Of one continuation: log-probabilities float64 ``[plans, tokens]`` and whether each token is the

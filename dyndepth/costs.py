@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dyndepth.flops import CAUSES
 from dyndepth.method import SUBLAYERS
-from dyndepth.runtime import Trace
+from dyndepth.runtime.flops import CAUSES
+from dyndepth.runtime.trace import Trace
 
 Row = dict[str, Any]
 

@@ -35,9 +35,9 @@ def skeleton(settings: Settings) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dyndepth.workbench import supported_config
+    from dyndepth.models.loading import checked_config
 
-    config = supported_config(settings)
+    config = checked_config(settings.model, settings.revision, settings.trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=settings.trust_remote_code
@@ -46,7 +46,7 @@ def skeleton(settings: Settings) -> Any:
 
 def cell_flops(plan: CellSpec, settings: Settings, tasks: Sequence[str], model: Any) -> float:
     """FLOPs of scoring one cell: blocks at the target speedup, LM head on every token."""
-    from dyndepth.flops import BlockCosts
+    from dyndepth.runtime.flops import BlockCosts
 
     costs = BlockCosts.of(model)
     documents = sum(number or DOCUMENTS for number in limits(settings, tasks).values())
@@ -81,7 +81,7 @@ def print_estimate(settings: Settings, cells: Sequence[CellSpec], tasks: Sequenc
     from rich.table import Table
 
     from dyndepth.method import DynamicDepthMethod
-    from dyndepth.workbench import resolve_device
+    from dyndepth.models.loading import resolve_device
 
     model = skeleton(settings)
     device = resolve_device(settings.device)

@@ -27,10 +27,8 @@ from dyndepth.language_model import ROWS, DyndepthLM
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.metrics import outcome, standard_error
 from dyndepth.outcomes import in_order, outcomes_of
-from dyndepth.runtime import Backend
+from dyndepth.runtime.trace import Backend
 from dyndepth.tasks import resolve, task_manager
-
-__all__ = ["DyndepthLM", "Evaluation", "evaluate", "sample"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's own default, for tasks that draw their examples at random."""
@@ -87,7 +85,7 @@ def evaluate(
     A method with ``candidates`` first chooses by their outcomes, task by task.
 
     Args:
-        model, tokenizer: as ``dyndepth.models`` loads them.
+        model, tokenizer: as ``dyndepth.models.loading`` loads them.
         method: fitted, or one that needs no fit.
         tasks: lm-eval tasks, groups, tags and suites, as ``dyndepth.tasks.resolve`` takes them.
             Groups and tags are scored task by task.

@@ -137,7 +137,7 @@ def run(options: dict[str, Any]) -> None:
             )
     output = check_folder("output_path", Path(options["output_path"] or _default_path(options)))
 
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
 
     named = (options["model"], options["revision"], options["trust_remote_code"])
     layers, most = layer_count(*named), longest_window(*named)
@@ -158,9 +158,8 @@ def run(options: dict[str, Any]) -> None:
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import fit_cached, save_fit
-    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
     from dyndepth.plot_fits import training_curve
-    from dyndepth.workbench import resolve_device
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

@@ -49,8 +49,8 @@ def fit_cached(
     """
     from accelerate import PartialState
 
-    from dyndepth.fingerprints import at_rest
     from dyndepth.loop import checkpoints
+    from dyndepth.models.fingerprints import at_rest
 
     alone = PartialState().num_processes == 1
     with at_rest(model):
@@ -108,9 +108,9 @@ def _fit_together(
 
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
-    from dyndepth.blocks import causal_lm
     from dyndepth.common.provenance import fitting_code, method_code, versions
-    from dyndepth.fingerprints import at_rest, checksum, fingerprint
+    from dyndepth.models.blocks import causal_lm
+    from dyndepth.models.fingerprints import at_rest, checksum, fingerprint
 
     with at_rest(model):
         digests = {"model": fingerprint(model), "values": checksum(model)}
@@ -158,7 +158,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     model, method, fit version or parameters.
     """
     from dyndepth.cells.identity import today
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     record, tensors = read_fit(path)
     _check_same(path, "model", today(record["model"]), fingerprint(model))
@@ -183,7 +183,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
 def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     if json.loads(json.dumps(method.facts, default=repr)) != method.facts:
         raise TypeError(f"{method.name}: facts must be plain JSON values, not {method.facts!r}")

@@ -2,7 +2,7 @@
 
 Rounding apart, a result depends on its own tokens alone: padding is masked everywhere and positions
 are counted without it. Where a model's rotary tables depend on the longest sequence of a forward
-(``dyndepth.rotary``), callers put those together that are read by the same.
+(``dyndepth.models.rotary``), callers put those together that are read by the same.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
-from dyndepth.blocks import cache_argument, cache_of, decoder
+from dyndepth.models.blocks import cache_argument, cache_of, decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _BUDGET = {"cpu": 1024}
 _LARGE_BUDGET = 16384

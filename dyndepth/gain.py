@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.loop import Checkpoint, Curve, seeded
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.runtime.attach import attach
 from dyndepth.training import divergence, inverse_scale
 
 KEPT = 10.0

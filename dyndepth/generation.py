@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dyndepth.forwards import budget_of, forward, padded, parts, rows_of
-from dyndepth.rotary import one_table, tables
-from dyndepth.runtime import Trace
+from dyndepth.models.rotary import one_table, tables
+from dyndepth.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _HELD = 8
 """Prompts that are completed together may hold this many budgets of tokens: what follows runs one

@@ -213,7 +213,7 @@ def rank(
     each block as the first of a run of ``run``. Raises UserError for an unsupported model, no
     corpus where one is needed, or too little text.
     """
-    from dyndepth.blocks import blocks
+    from dyndepth.models.blocks import blocks
 
     units = settings.ranked(len(blocks(model)), run)
     if settings.criterion == "greedy":
@@ -238,8 +238,8 @@ def _scores(
     """A score a unit, for the criteria that rank at once."""
     import torch
 
-    from dyndepth.blocks import blocks
     from dyndepth.influence import streams, taylor, without_each
+    from dyndepth.models.blocks import blocks
     from dyndepth.removal import units_of
 
     criterion, layers = settings.criterion, len(blocks(model))

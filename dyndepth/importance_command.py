@@ -157,7 +157,7 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
     """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
     for what is ``chosen``."""
     from dyndepth.data.capacity import check_length
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
 
     named = (options["model"], options["revision"], options["trust_remote_code"])
     check_length(longest_window(*named), options["length"], "--length", "give fewer")
@@ -170,8 +170,7 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
     import torch
 
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.workbench import resolve_device
+    from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

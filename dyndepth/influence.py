@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from dyndepth.blocks import blocks, decoder
-from dyndepth.branches import Block
 from dyndepth.common.files import cache_root, write_atomically
-from dyndepth.patching import run_by
+from dyndepth.models.blocks import Block, blocks, decoder
+from dyndepth.models.rotary import forget
 from dyndepth.removal import key_of, losses_alone, units_of
-from dyndepth.rotary import forget
+from dyndepth.runtime.patching import run_by
 from dyndepth.training import loss
 
 _TOKENS_AT_ONCE = 1024

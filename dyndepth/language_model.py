@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from dyndepth import generation, scoring
 from dyndepth.agreement import agree
-from dyndepth.blocks import causal_lm, family
 from dyndepth.common.errors import UserError
 from dyndepth.costs import Cost
 from dyndepth.data.capacity import check_length, check_tokens, check_vocabulary
@@ -35,7 +34,10 @@ from dyndepth.data.tokenizers import PROBE
 from dyndepth.generation import Prompt
 from dyndepth.generation_settings import GenerationSettings
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.runtime import Backend, Trace, attach
+from dyndepth.models.blocks import causal_lm
+from dyndepth.models.families import family
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.trace import Backend, Trace
 from dyndepth.scoring import Group, Scored
 
 ROWS = 32
@@ -50,8 +52,8 @@ class DyndepthLM(HFLM):
     """A causal LM under a dynamic-depth method, for ``lm_eval --model dyndepth``.
 
     Args:
-        pretrained: a loaded model, or what ``dyndepth.models.load_model`` takes: ``embedded``, a
-            hub id or a local path.
+        pretrained: a loaded model, or what ``dyndepth.load_model`` takes: ``embedded``, a hub id
+            or a local path.
         method: a method object, or a specification as in ``--methods``. One that is given by name
             is fitted on the embedded corpus (cached) unless it comes fitted.
         tokenizer: a loaded tokenizer or its name; the model's own by default.
@@ -109,7 +111,7 @@ class DyndepthLM(HFLM):
             )
         model = pretrained
         if isinstance(pretrained, str):
-            from dyndepth.models import load_model
+            from dyndepth.models.loading import load_model
 
             model = load_model(
                 pretrained,
@@ -120,7 +122,7 @@ class DyndepthLM(HFLM):
                 trust_remote_code=trust_remote_code,
             )
         if tokenizer is None or isinstance(tokenizer, str):
-            from dyndepth.models import load_tokenizer
+            from dyndepth.models.loading import load_tokenizer
 
             name = tokenizer or pretrained
             if not isinstance(name, str):

@@ -20,8 +20,8 @@ from dyndepth.options import EMBEDDED
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dyndepth.branches import Block
-    from dyndepth.gathering import Limits
+    from dyndepth.models.blocks import Block
+    from dyndepth.runtime.gates import Limits
 
 
 NAME = "limits"
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.capacity import check_length
-    from dyndepth.gathering import keep
-    from dyndepth.models import load_model
+    from dyndepth.models.loading import load_model
+    from dyndepth.runtime.gates import keep
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -86,7 +86,7 @@ def measure(
     model: Any, tokens: int, repeats: int, say: Callable[[str], None] = lambda line: None
 ) -> Limits:
     """The largest shares and the least number of tokens for which gathering is faster."""
-    from dyndepth.gathering import Limits
+    from dyndepth.runtime.gates import Limits
 
     shares = []
     for which in (0, 1):
@@ -109,9 +109,9 @@ def _faster(
     """Whether gathering ``share`` of ``tokens`` is faster than the dense kernel."""
     import torch
 
-    from dyndepth.blocks import blocks
+    from dyndepth.models.blocks import blocks
+    from dyndepth.models.selection import Selection
     from dyndepth.pairing import interleave, ratio
-    from dyndepth.selection import Selection
 
     split = blocks(model)
     block = split[len(split) // 2]
@@ -161,9 +161,9 @@ def _entering(
     """What the block ``index`` is given in a forward of as many tokens, without a cache."""
     import torch
 
-    from dyndepth.blocks import decoder
     from dyndepth.data.capacity import embeddings
-    from dyndepth.patching import run_by
+    from dyndepth.models.blocks import decoder
+    from dyndepth.runtime.patching import run_by
 
     seen: list[tuple[Tensor, dict[str, Any]]] = []
 

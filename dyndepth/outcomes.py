@@ -169,7 +169,7 @@ def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
     """24 hex digits over everything that decides outcomes."""
     from dyndepth.common.provenance import harness_code, versions
     from dyndepth.data.tokenizers import tokenizer_fingerprint
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     parameter = next(reader.model.parameters())
     facts = {

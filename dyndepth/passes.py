@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import cache_argument, cache_of
 from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.pairing import draining
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 PHASES = {"prefill": "prompt", "decode": "generation"}
 """The timed phases, and what a trace calls them."""

@@ -24,7 +24,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.files import build_once, cache_root
 from dyndepth.common.paths import file_part
 from dyndepth.data.wheels import say
-from dyndepth.fingerprints import at_rest, fingerprint
+from dyndepth.models.fingerprints import at_rest, fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +265,7 @@ def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.adapters import CARD
     from dyndepth.common.registry import parse_methods
     from dyndepth.grid import plans
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
     from dyndepth.options import settings
 
     recipe = parse_recovery(options.recovery)
@@ -286,7 +286,7 @@ def _recover_all(options: argparse.Namespace) -> None:
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.models.loading import load_model, load_tokenizer
 
     steady_allocator()
     corpus = load_corpus(options.corpus, load_tokenizer(options.model))

@@ -24,12 +24,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dyndepth.adapters import Factors, adaptable, transposed
-from dyndepth.blocks import causal_lm, decoder, readout
 from dyndepth.calibration import prompt_phase
 from dyndepth.common.errors import UserError
 from dyndepth.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.runtime import Trace, attach
+from dyndepth.models.blocks import causal_lm, decoder, readout
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.trace import Trace
 from dyndepth.training import mark_along
 
 if TYPE_CHECKING:

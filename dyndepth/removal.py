@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dyndepth.blocks import blocks, causal_lm
 from dyndepth.common.files import cache_root, write_atomically
-from dyndepth.trie import losses
+from dyndepth.models.blocks import blocks, causal_lm
+from dyndepth.runtime.many_plans import losses
 
 Unit = tuple[int, ...]
 """Sublayers that are removed together, as places in a plan read row by row: 2 x layer, and one
@@ -268,7 +268,7 @@ def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
     """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
     and the code and libraries that measure."""
     from dyndepth.common.provenance import fitting_code, versions
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     parameter = next(model.parameters())
     whole = [

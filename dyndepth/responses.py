@@ -1,7 +1,8 @@
 """What each plan of a set answers to the requests of a task, and what it executes for that.
 
-Answers are log-likelihoods, for which plans are scored side by side (dyndepth.trie), or texts, for
-which they are rows of a batch (dyndepth.completions). The FLOPs are the ledger's, in closed form.
+Answers are log-likelihoods, for which plans are scored side by side
+(dyndepth.runtime.many_plans), or texts, for which they are rows of a batch
+(dyndepth.completions). The FLOPs are the ledger's, in closed form.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dyndepth.completions import Phases, completions
-from dyndepth.flops import BlockCosts
 from dyndepth.generation import Prompt
+from dyndepth.runtime.flops import BlockCosts
 from dyndepth.scoring import Group
 
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ def _scored(
     reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked
 ) -> tuple[list[list[Any]], dict[str, np.ndarray]]:
     """Log-likelihoods; see ``responses_of``."""
-    from dyndepth import trie
+    from dyndepth import continuations
 
     phases = reader.method.phases
     logs = np.zeros((len(asked.requests), len(plans)))
     greedy = np.ones(logs.shape, dtype=bool)
     with reader.progress_bar(len(asked.groups), f"outcomes of {task.task_name}") as bar:
-        for index, results in trie.score(reader.model, plans, asked.groups, phases=phases):
+        for index, results in continuations.score(reader.model, plans, asked.groups, phases=phases):
             for owner, (log, likeliest) in zip(asked.owners[index], results, strict=True):
                 logs[owner] += log.sum(1).cpu().numpy()
                 greedy[owner] &= likeliest.all(1).cpu().numpy()

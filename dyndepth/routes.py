@@ -253,9 +253,9 @@ def _executed(
     """Token ids ``[tokens]`` and gates ``[tokens, layers, 2]`` of each document."""
     import torch
 
-    from dyndepth.blocks import decoder
     from dyndepth.data.capacity import check_tokens, longest
-    from dyndepth.runtime import attach
+    from dyndepth.models.blocks import decoder
+    from dyndepth.runtime.attach import attach
 
     if not texts:
         raise UserError("there are no documents to record; give at least one")
@@ -284,7 +284,7 @@ def _identity(model: Any, tokenizer: Any, method: DynamicDepthMethod) -> dict[st
     from dyndepth.cells.cell import method_identity
     from dyndepth.common.provenance import harness_code, versions
     from dyndepth.data.tokenizers import tokenizer_fingerprint
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     info = getattr(model, "dyndepth", None)
     return method_identity(method) | {

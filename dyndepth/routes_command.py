@@ -180,8 +180,7 @@ class Bench:
     def load(self, wanted: Settings, identity: Row | None) -> None:
         """Have what ``wanted`` names. Raises UserError where it is not what a cell was run on."""
         from dyndepth.data.corpus import load_corpus
-        from dyndepth.models import load_model, load_tokenizer
-        from dyndepth.workbench import resolve_device
+        from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
 
         key = (wanted.model, wanted.revision, wanted.dtype, wanted.attn_implementation)
         if key != self.loaded:
@@ -216,7 +215,7 @@ class Bench:
 def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     """Jobs of ``--methods``, and where they go."""
     from dyndepth.common.registry import parse_methods
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
 
     if not options["methods"]:
         raise UserError("nothing to record: give --methods, or a sweep's output folder")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dyndepth.cells.identity import Row
+from dyndepth.costs import Row
 
 PER_TASK = 1
 """Documents of each task that are scored again."""

@@ -25,22 +25,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dyndepth.blocks import blocks
-from dyndepth.forwards import (
-    budget_of,
-    forward,
-    joined,
-    log_probabilities,
-    padded,
-    parts,
-    rows_of,
-)
-from dyndepth.rotary import one_table, tables
-from dyndepth.runtime import Trace
+from dyndepth.forwards import budget_of, forward, joined, log_probabilities, padded, parts, rows_of
+from dyndepth.models.blocks import blocks
+from dyndepth.models.rotary import one_table, tables
+from dyndepth.runtime.trace import Trace
 from dyndepth.shared_prefixes import shared_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _ROWS_PER_CONTEXT = 4
 """Continuation passes run at most this many rows for each row of a full context batch."""

@@ -77,9 +77,9 @@ def cosines(
     import torch
     from torch.nn.functional import cosine_similarity
 
-    from dyndepth.blocks import decoder
-    from dyndepth.rotary import forget
-    from dyndepth.runtime import attach
+    from dyndepth.models.blocks import decoder
+    from dyndepth.models.rotary import forget
+    from dyndepth.runtime.attach import attach
 
     found = {}
     dense = {} if dense is None else dense

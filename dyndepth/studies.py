@@ -259,7 +259,7 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
 def check(sweeps: Sequence[Settings]) -> None:
     """Raise UserError if a sweep names a method or a speedup that the model cannot have."""
     from dyndepth.grid import plans
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
 
     one = sweeps[0]
     model = (one.model, one.revision, one.trust_remote_code)

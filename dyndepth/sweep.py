@@ -22,7 +22,7 @@ from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.driver import Driver, Tally
 from dyndepth.executors import Executor, Inline, Processes
 from dyndepth.grid import limits, plans
-from dyndepth.options import EMBEDDED, Settings, read
+from dyndepth.options import Settings, read
 from dyndepth.worker import hired, quiet_libraries
 
 if TYPE_CHECKING:
@@ -70,15 +70,12 @@ def sweep(settings: Settings) -> int:
     trackers.check(settings.trackers)
     quiet_libraries(settings.debug)
 
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
     from dyndepth.tasks import resolve
     from dyndepth.timing import check_shapes
-    from dyndepth.workbench import supported_config
 
     model = (settings.model, settings.revision, settings.trust_remote_code)
     layers, longest = layer_count(*model), longest_window(*model)
-    if settings.model != EMBEDDED:
-        supported_config(settings)
     which, count = settings.shard
     cells = plans(settings, layers, longest)[which - 1 :: count]
     if settings.timing != "off":

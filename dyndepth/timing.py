@@ -281,7 +281,7 @@ def _checked(
     """Whether ``check`` is scored alike by what is about to be timed. A failure is told, not
     raised: the times stand, marked."""
     from dyndepth import passes
-    from dyndepth.rotary import one_table
+    from dyndepth.models.rotary import one_table
 
     row: Row = {"reproduces_scores": None, "score_gap": None, "check_error": None}
     # A document that is read by other tables as it grows was not scored over a cache.

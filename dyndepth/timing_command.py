@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     """Load, fit, measure, print."""
-    from dyndepth.models import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, longest_window
 
     named = (options.model, options.revision, options.trust_remote_code)
     method = _method(options, layer_count(*named))
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import fit_cached
-    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.models.loading import load_model, load_tokenizer
 
     if options.threads is not None:
         if options.threads < 1:

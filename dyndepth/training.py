@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from dyndepth.blocks import blocks, decoder
-from dyndepth.flops import BlockCosts
 from dyndepth.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.rotary import forget
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.rotary import forget
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Windows

@@ -80,7 +80,7 @@ def again(cells: Sequence[Cell], how: How) -> Iterator[tuple[Cell, list[Finding]
     Raises:
         UserError: a model, corpus or task that cannot be had.
     """
-    from dyndepth.models import layer_count
+    from dyndepth.models.loading import layer_count
     from dyndepth.tasks import resolve
     from dyndepth.workbench import Workbench
 

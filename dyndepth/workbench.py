@@ -12,7 +12,6 @@ from dyndepth.cells.cell import CellSpec, cell_identity
 from dyndepth.cells.identity import Row
 from dyndepth.cells.recipe import parse_recovery
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import expanded
 from dyndepth.common.provenance import (
     conditions,
     git_commit,
@@ -22,12 +21,9 @@ from dyndepth.common.provenance import (
     versions,
 )
 from dyndepth.grid import limits
-from dyndepth.options import EMBEDDED, Settings
+from dyndepth.models.loading import SPREAD, resolve_device
+from dyndepth.options import Settings
 from dyndepth.worker import free_memory
-
-SPREAD = "spread"
-"""Value of --device for a model that accelerate lays over all GPUs, and what they cannot hold over
-the host's memory."""
 
 TABLES = ("accuracy", "compute", "routing", "samples")
 
@@ -44,18 +40,17 @@ class Workbench:
     def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
         from dyndepth.adapters import adaptable
         from dyndepth.data.corpus import load_corpus
-        from dyndepth.models import load_model, load_tokenizer
+        from dyndepth.models.loading import checked_config, load_model, load_tokenizer
 
         self.settings = settings
         self.tasks = list(tasks)
         self.limits = limits(settings, tasks)
         self.device = resolve_device(settings.device)
-        self.tokenizer = load_tokenizer(
-            settings.model, settings.revision, settings.trust_remote_code
-        )
+        named = (settings.model, settings.revision, settings.trust_remote_code)
+        self.tokenizer = load_tokenizer(*named)
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
         loaded = bring_tasks(settings, self.tasks)
-        check_room(loaded, supported_config(settings), self.tokenizer)
+        check_room(loaded, checked_config(*named), self.tokenizer)
         own = {task.get_config("num_fewshot") or 0 for task in loaded.values()}
         self.num_fewshot = shots(settings, own)
         self.data_fingerprint = data_fingerprint(settings, loaded)
@@ -215,27 +210,6 @@ class Workbench:
             )
 
 
-def supported_config(settings: Settings) -> Any:
-    """The model's configuration, looked at before any weight is.
-
-    Raises:
-        UserError: an unsupported architecture, or an embedded model that cannot be brought.
-    """
-    from transformers import AutoConfig
-
-    from dyndepth.blocks import family
-    from dyndepth.models import prepare_embedded
-
-    embedded = settings.model == EMBEDDED
-    config = AutoConfig.from_pretrained(
-        str(prepare_embedded()) if embedded else expanded(settings.model),
-        revision=None if embedded else settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    family(config)
-    return config
-
-
 @dataclass
 class Tables:
     """Rows of four tables, as ``dyndepth.evaluate.Evaluation`` has them."""
@@ -265,15 +239,6 @@ def together(evaluations: Sequence[Any]) -> Tables:
         for place, (part, whole) in executed.items()
     ]
     return found
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` and ``spread`` become cuda where there is one, else cpu."""
-    if device not in ("auto", SPREAD):
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:

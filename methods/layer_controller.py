@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import meet_target
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.loop import Schedule
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
+from dyndepth.models.blocks import blocks, decoder
 from dyndepth.removal import losses_alone, ranked_biases, units_of
 from dyndepth.training import Tuning, budget_shares, stream_statistics, tune_router
 

@@ -44,13 +44,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyndepth.blocks import blocks
 from dyndepth.common.errors import UserError
 from dyndepth.importance import Settings, rank
 from dyndepth.knapsack import solve
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
 from dyndepth.methods.random_skip import kept_blocks
 from dyndepth.methods.uls import UnifiedLayerSkipping
+from dyndepth.models.blocks import blocks
 
 Route = tuple[int, ...]
 """The blocks that run, ascending."""

@@ -33,9 +33,9 @@ from dyndepth.calibration import measured, solve_threshold
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
 from dyndepth.fits import fit_cached
-from dyndepth.flops import BlockCosts
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt import SkipGPT
+from dyndepth.runtime.flops import BlockCosts
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus

@@ -97,7 +97,7 @@ def make_tiny(family: str = "llama", attn: str = "sdpa", seed: int = 0, **change
 
 def variants() -> Any:
     """Parametrizes a test by all families, each with the attention implementations it has."""
-    from dyndepth.blocks import FAMILIES
+    from dyndepth.models.families import FAMILIES
 
     pairs = [(family, attn) for family in FAMILIES for attn in attentions(family)]
     return pytest.mark.parametrize(("family", "attn"), pairs)
@@ -109,8 +109,8 @@ def gathered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     The marker ``rule`` leaves the rule in force.
     """
-    from dyndepth import runtime
-    from dyndepth.gathering import ALWAYS
+    from dyndepth.runtime import attach as runtime
+    from dyndepth.runtime.gates import ALWAYS
 
     if request.node.get_closest_marker("rule") is None:
         monkeypatch.setattr(runtime, "limits_of", lambda model: ALWAYS)
@@ -125,7 +125,7 @@ def tiny() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def embedded_model() -> Any:
     """The embedded model in float32 on the CPU. Shared: leave it as you found it."""
-    from dyndepth.models import load_model
+    from dyndepth.models.loading import load_model
 
     return load_model("embedded")
 
@@ -133,7 +133,7 @@ def embedded_model() -> Any:
 @pytest.fixture(scope="session")
 def embedded_tokenizer() -> Any:
     """The tokenizer of the embedded model."""
-    from dyndepth.models import load_tokenizer
+    from dyndepth.models.loading import load_tokenizer
 
     return load_tokenizer("embedded")
 

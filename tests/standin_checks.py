@@ -15,13 +15,14 @@ from conftest import make_tiny
 from gating import RandomMask
 from test_runtime import incremental
 
-from dyndepth import importance, trie
-from dyndepth.blocks import family
+from dyndepth import continuations, importance
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.generation import Prompt, generate
 from dyndepth.loop import seeded
-from dyndepth.runtime import attach
+from dyndepth.models.families import family
+from dyndepth.runtime import many_plans as trie
+from dyndepth.runtime.attach import attach
 from dyndepth.scoring import Group, score, score_alone
 
 VARIANTS = [
@@ -154,7 +155,7 @@ def test_scores_and_texts(kind, device):
             texts = dict(generate(model, trace, prompts, 2))
             flops = trace.totals()
         batches = [
-            dict(trie.score(model, plans, groups, phases=phases))
+            dict(continuations.score(model, plans, groups, phases=phases))
             for phases in ("both", "generation")
         ]
         return scored, alone, texts, flops, batches, trie.losses(model, plans, tokens(2, 9))

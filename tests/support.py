@@ -16,9 +16,9 @@ import torch
 from conftest import DEVICE, attentions, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 
-from dyndepth.blocks import FAMILIES
-from dyndepth.gathering import ALWAYS
-from dyndepth.runtime import attach
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.gates import ALWAYS
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 TOLERANCE = 1e-5

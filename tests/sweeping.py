@@ -17,7 +17,12 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "dyndepth.evaluate", "dyndepth.models"]
+    [
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "dyndepth.evaluate",
+        "dyndepth.models.loading",
+    ]
 )
 
 

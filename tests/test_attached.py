@@ -16,10 +16,10 @@ from test_flops import counted
 from test_runtime import LAYERS, ids, padded
 from torch import nn
 
-from dyndepth.blocks import FAMILIES, blocks, causal_lm, decoder
-from dyndepth.branches import cache_argument
 from dyndepth.common.errors import UserError
-from dyndepth.runtime import attach, attached
+from dyndepth.models.blocks import blocks, cache_argument, causal_lm, decoder
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach, attached
 
 TOLERANCE = 1e-5
 PLAN = GivenPlan(plan=plan_without(LAYERS, (0, 0), (0, 1), (2, 0), (3, 1)))

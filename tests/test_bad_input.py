@@ -505,9 +505,9 @@ def _routers(folder: Path) -> None:
     from conftest import make_tiny
 
     from dyndepth.common.registry import load_method
-    from dyndepth.fingerprints import fingerprint
     from dyndepth.fits import save_fit
-    from dyndepth.models import ModelInfo, load_model
+    from dyndepth.models.fingerprints import fingerprint
+    from dyndepth.models.loading import ModelInfo, load_model
 
     model = load_model(str(folder / "model"))
     other = make_tiny(hidden_size=16)
@@ -628,7 +628,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(scene: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The scene as working directory; the handler of SIGTERM is put back."""
-    from dyndepth import models, tasks
+    from dyndepth import tasks
+    from dyndepth.models import loading as models
 
     def never() -> Path:
         raise AssertionError("a wrong command got as far as loading the embedded model")

@@ -69,7 +69,9 @@ def test_prompts_kept_whole_are_timed_on_request_alone(monkeypatch):
 
 
 def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys):
-    monkeypatch.setattr("dyndepth.models.load_model", lambda *_, **__: tiny("llama", "sdpa"))
+    monkeypatch.setattr(
+        "dyndepth.models.loading.load_model", lambda *_, **__: tiny("llama", "sdpa")
+    )
     monkeypatch.setattr(bench_shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
     works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", bench_shapes.REFERENCE]
     options = argparse.Namespace(
@@ -159,7 +161,7 @@ def test_every_goal_speaks_of_lines_that_there_are():
 
 def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
     monkeypatch.setattr(bench, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
-    monkeypatch.setattr("dyndepth.models.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("dyndepth.models.loading.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: None)
     monkeypatch.setattr("dyndepth.common.machine.steady_allocator", lambda: "")
     codes = [

@@ -13,13 +13,13 @@ from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 from reading import letters
 
-from dyndepth.blocks import FAMILIES
 from dyndepth.cells.recipe import Recipe
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.data import capacity
 from dyndepth.data.corpus import Corpus
 from dyndepth.language_model import DyndepthLM
+from dyndepth.models.families import FAMILIES
 from dyndepth.recovery import recover
 from dyndepth.routes import record
 
@@ -182,7 +182,7 @@ def test_a_longer_window_is_refused_where_there_is_no_position():
 def models(tmp_path_factory) -> Path:
     """Folders ``model``, ``short`` (64 positions), ``tight`` (24), ``small`` (40
     embeddings), and a ``corpus.txt``."""
-    from dyndepth.models import load_model
+    from dyndepth.models.loading import load_model
 
     folder = tiny_folder(tmp_path_factory.mktemp("capacity"))
     for name, changes in (
@@ -252,7 +252,7 @@ def test_a_model_that_is_short_is_swept_all_the_same(models, monkeypatch, capfd)
 
 
 def test_a_padded_vocabulary_is_fine(text):
-    from dyndepth.models import load_tokenizer
+    from dyndepth.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("embedded")
     model = make_tiny(vocab_size=49216)

@@ -18,11 +18,11 @@ from conftest import TOLERANCE, variants
 from test_flops import counted
 from test_runtime import ids, incremental, padded
 
-from dyndepth.blocks import FAMILIES
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.runtime import attach
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
 
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")

@@ -27,8 +27,8 @@ import yaml
 
 import dyndepth
 from dyndepth import attach, pages
-from dyndepth.blocks import FAMILIES
 from dyndepth.common.registry import GROUP, parse_methods
+from dyndepth.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

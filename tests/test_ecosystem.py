@@ -12,10 +12,10 @@ from test_runtime import LAYERS, METHODS, ids, incremental, padded
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.blocks import FAMILIES, blocks, family
-from dyndepth.branches import cache_argument
 from dyndepth.common.errors import UserError
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import blocks, cache_argument
+from dyndepth.models.families import FAMILIES, family
+from dyndepth.runtime.attach import attach
 
 DOCUMENTS = ["a", "b", "c"]
 SOME = ("masks", "masks_generation", "no_first_attention", "scattered", "by_document")
@@ -119,8 +119,8 @@ def test_device_maps(tiny, name, kind):
 def test_gates_follow_the_blocks_to_their_device():
     """What settles a gate moves it to where the block's tokens are; ``meta`` stands for another
     device, which can hold shapes alone."""
-    from dyndepth.flops import Forward
-    from dyndepth.settling import Settler
+    from dyndepth.runtime.flops import Forward
+    from dyndepth.runtime.gates import Settler
 
     forward = Forward(None, "prompt", 2, 3, 3, None, None, None, True, False, masked=True)
     settler = Settler(RandomMask(), forward, True, torch.device("cpu"))
@@ -197,7 +197,7 @@ def test_the_dense_kernel_gives_the_same(tiny, name, side):
     tokens, mask, positions = padded(side)
     logits, totals = [], []
     for limits in (None, "always"):
-        from dyndepth.gathering import ALWAYS
+        from dyndepth.runtime.gates import ALWAYS
 
         given = {"limits": ALWAYS} if limits else {}
         with attach(model, METHODS[name], documents=DOCUMENTS, **given) as trace:

@@ -21,7 +21,7 @@ from dyndepth.forwards import parts
 from dyndepth.language_model import DyndepthLM
 from dyndepth.methods.dense import Dense
 from dyndepth.metrics import outcome, standard_error
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.tasks import OFFLINE, task_manager
 
 LAYERS = 4

@@ -12,10 +12,11 @@ from gating import RandomMask
 from support import CHECKS, FAMILIES, PAGE, found, placed, table, version
 from test_runtime import ids
 
-from dyndepth.blocks import blocks, causal_lm, decoder, readout, supported
 from dyndepth.common.errors import UserError
-from dyndepth.flops import BlockCosts
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import blocks, causal_lm, decoder, readout
+from dyndepth.models.families import supported
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
 
 
 def test_all_families_hold_and_the_page_says_so():
@@ -83,7 +84,7 @@ def test_bfloat16(tiny, family, attn):
 @variants()
 def test_layers_say_what_they_cost(tiny, family, attn):
     """The ledger's costs are all linear maps of the blocks, and no other."""
-    from dyndepth.projections import linear_flops
+    from dyndepth.models.projections import linear_flops
 
     model = tiny(family, attn)
     costs = BlockCosts.of(model)

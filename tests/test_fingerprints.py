@@ -12,11 +12,11 @@ from conftest import make_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from dyndepth.blocks import FAMILIES
 from dyndepth.cells.identity import FORMER, agrees
 from dyndepth.data.tokenizers import tokenizer_fingerprint
-from dyndepth.fingerprints import IMMATERIAL, checksum, fingerprint, known_as, values_digest
-from dyndepth.models import load_model
+from dyndepth.models.families import FAMILIES
+from dyndepth.models.fingerprints import IMMATERIAL, checksum, fingerprint, known_as, values_digest
+from dyndepth.models.loading import load_model
 
 TEXT = torch.randint(3, 96, (2, 90), generator=torch.Generator().manual_seed(0))
 """Longer than the tiny models' sliding windows."""
@@ -243,7 +243,7 @@ def test_values_that_trade_places_are_others(dtype):
 
 
 def test_the_checksum_of_a_large_tensor_is_of_all_its_parts(monkeypatch):
-    from dyndepth import fingerprints
+    from dyndepth.models import fingerprints
 
     model = make_tiny()
     before = checksum(model)
@@ -264,11 +264,11 @@ def test_values_known_by_another_digest():
 
 
 def test_what_is_kept_is_taken_with_one_look_at_the_values(tiny_corpus, tmp_path, monkeypatch):
-    from dyndepth import fingerprints
     from dyndepth.adapters import adapted
     from dyndepth.cells.recipe import Recipe
     from dyndepth.common.registry import load_method
     from dyndepth.fits import fit_cached
+    from dyndepth.models import fingerprints
     from dyndepth.recovered import recover_cached
 
     looks, read = [], fingerprints._stored

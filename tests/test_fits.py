@@ -58,7 +58,7 @@ def test_whatever_decides_the_fit_changes_its_address(tiny, tiny_corpus, monkeyp
 
 
 def test_values_that_bfloat16_does_not_tell_apart_are_fitted_apart(tiny):
-    from dyndepth.fingerprints import fingerprint
+    from dyndepth.models.fingerprints import fingerprint
 
     model, same, other = tiny(), tiny(), tiny()
     for each, value in ((model, 1.0), (same, 1.0), (other, 1.003)):
@@ -69,8 +69,8 @@ def test_values_that_bfloat16_does_not_tell_apart_are_fitted_apart(tiny):
 
 
 def test_a_fit_from_before_digests_were_as_today_is_taken(tiny, tmp_path, monkeypatch):
-    from dyndepth import fingerprints
     from dyndepth.cells import identity
+    from dyndepth.models import fingerprints
 
     model = tiny()
     save_fit(Toy().fit(model, None), model, tmp_path / "fit")

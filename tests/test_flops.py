@@ -8,9 +8,9 @@ from gating import GivenPlan, RandomMask, plan_without
 from test_runtime import ids, padded
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndepth.blocks import FAMILIES
-from dyndepth.flops import BlockCosts
-from dyndepth.runtime import attach
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
 
 LAYERS = 4
 CASES = {

@@ -13,13 +13,13 @@ from test_flops import counted
 from test_runtime import attached_and_failing, ids, incremental, padded
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.blocks import FAMILIES, decoder, final_norm, readout
-from dyndepth.branches import cache_argument, cache_of
 from dyndepth.common.errors import UserError
-from dyndepth.flops import BlockCosts
 from dyndepth.forwards import rows_of
 from dyndepth.generation import Prompt, generate
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import cache_argument, cache_of, decoder, final_norm, readout
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
 from dyndepth.scoring import Group, score
 
 LAYERS = 4
@@ -317,7 +317,7 @@ def test_what_it_costs_is_padding(tiny, which, backend):
 
 
 def test_the_head_holds_few_logits_at_a_time(tiny, monkeypatch):
-    from dyndepth import foresight
+    from dyndepth.runtime import foresight
 
     model, method, rows = tiny(), Seer(), []
     monkeypatch.setattr(foresight, "_LOGITS", 96 * 7)

@@ -8,7 +8,7 @@ from conftest import DEVICE
 
 from dyndepth import gain, loop
 from dyndepth.gain import KEPT, Regression, _Moments, _Probe, _slopes, _spend, regress_gains
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import budget_shares
 
 SETTINGS = Regression(windows=(6, 6), ridge=1.0)

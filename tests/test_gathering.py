@@ -9,10 +9,10 @@ from gating import RandomMask
 from test_runtime import ids
 
 from dyndepth import limits_command, timing_command
-from dyndepth.gathering import ALWAYS, Limits, keep, limits_of
+from dyndepth.models.selection import Selection
 from dyndepth.pairing import Ratio
-from dyndepth.runtime import attach
-from dyndepth.selection import Selection
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.gates import ALWAYS, Limits, keep, limits_of
 
 UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.0, 0.5, 257)
 
@@ -90,7 +90,8 @@ def test_the_limits_are_where_gathering_stops_to_pay(monkeypatch):
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
-    from dyndepth import models, pairing
+    from dyndepth import pairing
+    from dyndepth.models import loading as models
 
     model = make_tiny()
     monkeypatch.setattr(models, "load_model", lambda *_, **__: model)

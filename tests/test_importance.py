@@ -19,7 +19,7 @@ from dyndepth.data.corpus import Corpus
 from dyndepth.importance import CRITERIA, Settings, rank
 from dyndepth.influence import streams, taylor
 from dyndepth.removal import plan_without, units_of
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 FAMILIES = ("llama", "qwen3")
 WINDOWS, LENGTH = 3, 24

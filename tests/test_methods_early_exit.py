@@ -9,7 +9,7 @@ from conftest import DEVICE
 from dyndepth.calibration import block_speedup
 from dyndepth.common.errors import UserError
 from dyndepth.methods.early_exit import EarlyExit
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 LAYERS = 8
 

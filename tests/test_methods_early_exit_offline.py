@@ -8,7 +8,7 @@ from conftest import DEVICE
 
 from dyndepth.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit, offline, threshold
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 LAYERS = 8
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

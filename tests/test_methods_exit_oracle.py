@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.methods.exit_oracle import ExitOracle, depths
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 LAYERS = 8
 TOKENS = 30

@@ -15,7 +15,7 @@ from dyndepth.methods.layer_controller import (
     block_damage,
     initial_router,
 )
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import Routed, Tuning, budget_shares, loss
 
 LAYERS = 6

@@ -16,7 +16,7 @@ from dyndepth.language_model import DyndepthLM
 from dyndepth.method import Outcomes
 from dyndepth.methods.dense import Dense
 from dyndepth.methods.oracle import Oracle
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 folder, model, run, tokenizer = tried.folder, tried.model, tried.run, tried.tokenizer
 _own_cache = tried._own_cache

@@ -10,7 +10,7 @@ from dyndepth.calibration import block_speedup, measured
 from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext
 from dyndepth.methods.random_mask import RandomMask, mixed, shifted
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 LAYERS = 4
 

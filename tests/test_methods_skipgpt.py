@@ -15,7 +15,7 @@ from dyndepth.common.registry import load_method
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.methods.skipgpt import SkipGPT, shipped, tuning
 from dyndepth.methods.skipgpt.presets import PRESETS, Recipe
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import budget_shares
 
 QUICK = SkipGPT.quick
@@ -173,8 +173,8 @@ def test_routers_named_by_what_earlier_versions_wrote(
     """By a digest of the tensors alone, and for a model by its digest of then."""
     import hashlib
 
-    from dyndepth import fingerprints
     from dyndepth.cells import identity
+    from dyndepth.models import fingerprints
 
     model, folder = tiny(), tmp_path / "fit"
     save_fit(trained, model, folder)

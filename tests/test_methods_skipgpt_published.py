@@ -15,7 +15,7 @@ from dyndepth.data.corpus import Corpus
 from dyndepth.fits import read_fit
 from dyndepth.methods.skipgpt import SkipGPT, published
 from dyndepth.methods.skipgpt.published import read_published
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 LAYERS, HIDDEN = 4, 32
 
@@ -201,7 +201,7 @@ def saved_model(tiny, tmp_path, monkeypatch, tiny_corpus, long_corpus):
     """A tiny model in a folder, and a corpus for its tokenizer."""
     model = tiny()
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("dyndepth.models.load_tokenizer", lambda *_: tiny_corpus.tokenizer)
+    monkeypatch.setattr("dyndepth.models.loading.load_tokenizer", lambda *_: tiny_corpus.tokenizer)
     monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: long_corpus)
     return str(tmp_path / "model")
 

@@ -9,15 +9,15 @@ import torch
 from conftest import DEVICE
 from test_runtime import ids, incremental
 
-from dyndepth.blocks import FAMILIES, blocks, decoder
-from dyndepth.blocks import family as record_of
-from dyndepth.branches import cache_argument, cache_of
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
 from dyndepth.fits import load_fit, save_fit
 from dyndepth.importance import CRITERIA
 from dyndepth.methods.static_pruning import StaticPruning
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import blocks, cache_argument, cache_of, decoder
+from dyndepth.models.families import FAMILIES
+from dyndepth.models.families import family as record_of
+from dyndepth.runtime.attach import attach
 from dyndepth.training import budget_shares
 
 QUICK = StaticPruning.quick

@@ -12,8 +12,8 @@ from conftest import make_tiny
 
 from dyndepth.common.errors import UserError
 from dyndepth.data import wheels as assets
-from dyndepth.fingerprints import fingerprint
-from dyndepth.models import layer_count, load_model, load_tokenizer, prepare_embedded
+from dyndepth.models.fingerprints import fingerprint
+from dyndepth.models.loading import layer_count, load_model, load_tokenizer, prepare_embedded
 
 
 @pytest.fixture

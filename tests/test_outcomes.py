@@ -12,8 +12,8 @@ import torch
 from gating import GivenPlan, plan_without
 from lm_eval.api import metrics
 
+from dyndepth import continuations
 from dyndepth import outcomes as module
-from dyndepth import trie
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import cache_root
 from dyndepth.evaluate import quiet_lm_eval, sample, set_shots
@@ -128,8 +128,8 @@ def test_the_documents_of_a_sample_are_those_that_are_scored(ask, run):
 
 def test_outcomes_are_kept_and_garbled_ones_made_again(ask, monkeypatch):
     calls = []
-    stock = trie.score
-    monkeypatch.setattr(trie, "score", lambda *a, **k: calls.append(a) or stock(*a, **k))
+    stock = continuations.score
+    monkeypatch.setattr(continuations, "score", lambda *a, **k: calls.append(a) or stock(*a, **k))
     first, again = ask("choice", "both"), ask("choice", "both")
     assert len(calls) == 1
     for name in ("quality", "weights", "flops", "dense_flops"):

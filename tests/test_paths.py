@@ -19,9 +19,9 @@ from dyndepth.common.paths import expanded, path_of, slug
 from dyndepth.common.provenance import task_files
 from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import load_corpus
-from dyndepth.fingerprints import fingerprint
 from dyndepth.json_log import JsonLog
-from dyndepth.models import ModelInfo, layer_count, load_model, load_tokenizer
+from dyndepth.models.fingerprints import fingerprint
+from dyndepth.models.loading import ModelInfo, layer_count, load_model, load_tokenizer
 from dyndepth.options import PATHS, Settings, read
 from dyndepth.tasks import resolve
 
@@ -171,7 +171,7 @@ def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, mo
 
 
 def test_what_no_adapter_can_sit_on_is_told_before_the_first_cell(home, monkeypatch, capsys):
-    from dyndepth import models
+    from dyndepth.models import loading as models
 
     load = models.load_model
 

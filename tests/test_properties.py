@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_flops import counted
 
-from dyndepth.blocks import FAMILIES, cache_argument, cache_of
-from dyndepth.gathering import ALWAYS, Limits
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.gates import ALWAYS, Limits
 
 
 @dataclass(frozen=True)

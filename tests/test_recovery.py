@@ -15,15 +15,15 @@ from gating import GivenPlan, RandomMask, plan_without
 
 from dyndepth import loop, recovery
 from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adaptable, adapted, load_adapter, write_adapter
-from dyndepth.blocks import FAMILIES
 from dyndepth.cells.recipe import NONE, PRESETS, Recipe, parse_recoveries, parse_recovery, shortened
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, methods
-from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import CURVE
+from dyndepth.models.families import FAMILIES
+from dyndepth.models.fingerprints import fingerprint
 from dyndepth.recovered import find_shipped, recover_cached, recovery_key, ship
 from dyndepth.recovery import injected, recover, window_loss
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import loss, next_token_loss
 
 pytestmark = pytest.mark.skipif(

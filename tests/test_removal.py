@@ -23,7 +23,7 @@ from dyndepth.removal import (
     removal_order,
     units_of,
 )
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import budget_shares, loss
 
 

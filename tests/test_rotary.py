@@ -15,9 +15,8 @@ from gating import GivenPlan, RandomMask, plan_without
 from packaging.version import Version
 from test_scoring import METHODS
 
-from dyndepth import trie
+from dyndepth import continuations
 from dyndepth.agreement import agree
-from dyndepth.blocks import FAMILIES, blocks, decoder
 from dyndepth.calibration import measured
 from dyndepth.common.errors import UserError
 from dyndepth.completions import completions
@@ -25,9 +24,12 @@ from dyndepth.forwards import forward
 from dyndepth.generation import Prompt, generate
 from dyndepth.influence import _dense_pass, _salience
 from dyndepth.methods.dense import Dense
-from dyndepth.rotary import forget, one_table, tables
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.families import FAMILIES
+from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.routes import _executed
-from dyndepth.runtime import attach
+from dyndepth.runtime import many_plans as trie
+from dyndepth.runtime.attach import attach
 from dyndepth.scoring import Group, score, score_alone
 from dyndepth.similarity import cosines
 from dyndepth.timing import Level, Shape, measure
@@ -336,7 +338,7 @@ def test_many_plans_at_once(family, rope, attn, phases):
     model, groups = made(family, rope, attn), some_groups()
     plans = torch.tensor([plan_without(LAYERS), plan_without(LAYERS, (0, 0), (1, 1), (2, 0))])
     seen = []
-    for index, results in trie.score(model, plans, groups, phases=phases):
+    for index, results in continuations.score(model, plans, groups, phases=phases):
         seen.append(index)
         for number, plan in enumerate(plans):
             method = GivenPlan(plan=tuple(map(tuple, plan.tolist())), phases=phases)

@@ -20,7 +20,7 @@ from dyndepth.cells.recipe import parse_recovery
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.routes import Routes, record
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 
 TEXTS = {"first": "to be or not to be", "second": "that is the question, is it not?"}
 
@@ -259,7 +259,7 @@ class TestCommand:
 
     def test_records_a_run_again(self, folder, tmp_path, command):
         from dyndepth.data.corpus import load_corpus
-        from dyndepth.models import load_model, load_tokenizer
+        from dyndepth.models.loading import load_model, load_tokenizer
 
         model = load_model(str(folder / "model"))
         corpus = load_corpus(folder / "corpus.txt", load_tokenizer(str(folder / "model")))

@@ -8,11 +8,11 @@ from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
 from transformers import DynamicCache
 
-from dyndepth.blocks import FAMILIES, decoder
-from dyndepth.branches import cache_argument, cache_of
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
-from dyndepth.runtime import attach
+from dyndepth.models.blocks import cache_argument, cache_of, decoder
+from dyndepth.models.families import FAMILIES
+from dyndepth.runtime.attach import attach
 
 LAYERS = 4
 METHODS = {

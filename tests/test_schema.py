@@ -15,8 +15,8 @@ from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import LEADING
 from dyndepth.common.errors import UserError
 from dyndepth.evaluate import Evaluation
-from dyndepth.flops import CAUSES
 from dyndepth.leaderboard import leaderboard
+from dyndepth.runtime.flops import CAUSES
 from dyndepth.schema import TABLES, read, validate, validate_folder
 from dyndepth.tables import NAMES, as_csv, write_tables
 

@@ -17,7 +17,7 @@ from dyndepth.forwards import padded, rows_of
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.methods.exit_oracle import ExitOracle
 from dyndepth.methods.random_skip import RandomSkip
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.scoring import Group, score, score_alone
 from dyndepth.shared_prefixes import LEAST, shared_prefixes
 

@@ -44,7 +44,7 @@ from dyndepth.data import wheels as assets
 from dyndepth.fits import fit_cached, load_fit, save_fit
 from dyndepth.leaderboard import leaderboard
 from dyndepth.loop import Checkpoint, checkpoints
-from dyndepth.models import layer_count, load_model, load_tokenizer
+from dyndepth.models.loading import layer_count, load_model, load_tokenizer
 from dyndepth.options import read
 from dyndepth.plots import figures
 from dyndepth.routes import Routes

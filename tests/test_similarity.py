@@ -10,8 +10,8 @@ from gating import GivenPlan, plan_without
 from torch.nn.functional import cosine_similarity
 
 from dyndepth import routes_command, similarity
-from dyndepth.blocks import decoder
 from dyndepth.common.registry import load_method
+from dyndepth.models.blocks import decoder
 from dyndepth.options import settings
 
 DOCUMENTS = {"a": list(range(3, 20)), "b": list(range(50, 30, -2))}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cells import identity
 
-from dyndepth import claims, grid, models, routed, similarity, studies, workbench
+from dyndepth import claims, grid, routed, similarity, studies, workbench
 from dyndepth import tables as tables_module
 from dyndepth.cells import cell as cell_module
 from dyndepth.cells.cell import Cell, CellSpec, method_identity
@@ -21,6 +21,7 @@ from dyndepth.cells.store import Store
 from dyndepth.claims import COLUMNS, chosen, likened, report
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
+from dyndepth.models import loading as models
 from dyndepth.routed import position_table, trace_file
 from dyndepth.routes import Routes
 from dyndepth.studies import Claim, Pick, Study

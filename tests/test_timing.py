@@ -16,7 +16,7 @@ from dyndepth import passes, timing_command
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.passes import Side, Stopwatch, decode, prefill, rescore
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.scoring import Group, score
 from dyndepth.timing import LEVELS, Level, Shape, measure
 
@@ -368,8 +368,9 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_last_line_is_json(self, tiny, tiny_corpus, tmp_path, monkeypatch, capsys):
-        from dyndepth import models, timing
+        from dyndepth import timing
         from dyndepth.data import corpus
+        from dyndepth.models import loading as models
 
         model = tiny()
         monkeypatch.setattr(models, "layer_count", lambda *_: 4)

@@ -8,7 +8,7 @@ from conftest import DEVICE
 
 from dyndepth.loop import Schedule
 from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
 from dyndepth.training import (
     Routed,
     Tuning,

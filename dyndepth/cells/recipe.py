@@ -18,7 +18,8 @@ NONE = "none"
 
 KINDS = ("lora", "joint")
 ROLES = ("query", "key", "value", "output", "gate")
-"""Projections of a block that an adapter may sit on, by the names of ``dyndepth.blocks.Family``."""
+"""Projections of a block that an adapter may sit on, by the names of
+``dyndepth.models.families.Family``."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {

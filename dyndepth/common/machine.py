@@ -68,8 +68,8 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _gather_limits(model: torch.nn.Module) -> str:
-    """When the runtime gathers, see ``dyndepth.gathering``: attention, MLP, least tokens."""
-    from dyndepth.gathering import limits_of
+    """When the runtime gathers, see ``dyndepth.runtime.gates``: attention, MLP, least tokens."""
+    from dyndepth.runtime.gates import limits_of
 
     limits = limits_of(model)
     return f"{limits.attention:g} {limits.mlp:g} {limits.tokens}"

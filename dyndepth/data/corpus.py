@@ -62,7 +62,7 @@ class Corpus:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """16 hex digits over what the tokenizer does; see ``dyndepth.fingerprints``."""
+        """16 hex digits over what the tokenizer does; see ``dyndepth.models.fingerprints``."""
         return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, split: Split) -> list[str]:
@@ -173,7 +173,7 @@ def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
     else:
         raise UserError(f"the corpus {str(name)!r} is neither a .txt nor a .jsonl file")
     if tokenizer is None:
-        from dyndepth.models import load_tokenizer
+        from dyndepth.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer()
     return Corpus(texts, tokenizer)

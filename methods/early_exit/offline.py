@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.common.files import build_once, cache_root
 from dyndepth.common.provenance import method_code
-from dyndepth.flops import BlockCosts
 from dyndepth.method import ForwardContext, Gate
 from dyndepth.methods.early_exit import EarlyExit
+from dyndepth.models.blocks import blocks, decoder
 from dyndepth.removal import key_of
-from dyndepth.runtime import attach
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
 
 _FILE = "confidence.safetensors"
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dyndepth.blocks import blocks
 from dyndepth.calibration import block_speedup, prompt_phase, solve_threshold
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.methods.early_exit import EarlyExit
+from dyndepth.models.blocks import blocks
 
 from .offline import kept_table
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.method import SUBLAYERS
 from dyndepth.methods.skipgpt import SkipGPT
+from dyndepth.models.blocks import blocks, decoder
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.router_(attention|mlp)\.weight_predictor\.(weight|bias)")
 _MLP = re.compile(
@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace) -> None:
     from dyndepth.data.capacity import fitting
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fits import save_fit
-    from dyndepth.models import load_model, load_tokenizer
+    from dyndepth.models.loading import load_model, load_tokenizer
 
     target = options.target_speedup
     if target is not None and not target > 1.0:

@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dyndepth.common.provenance import fitting_code
     from dyndepth.data.capacity import fitting
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.fingerprints import fingerprint
     from dyndepth.loop import checkpoints
-    from dyndepth.models import load_model, load_tokenizer
-    from dyndepth.runtime import attach
+    from dyndepth.models.fingerprints import fingerprint
+    from dyndepth.models.loading import load_model, load_tokenizer
+    from dyndepth.runtime.attach import attach
     from dyndepth.training import loss
 
     from . import SkipGPT

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.cells.identity import today
 from dyndepth.common.errors import UserError
-from dyndepth.fingerprints import fingerprint
 from dyndepth.fits import read_fit
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dyndepth.blocks import blocks, decoder
 from dyndepth.calibration import block_speedup, meet_target
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.gain import Regression, regress_gains
 from dyndepth.loop import Curve, Schedule
 from dyndepth.methods.skipgpt import SkipGPT
+from dyndepth.models.blocks import blocks, decoder
 from dyndepth.removal import Removal, cached_order, ordered_biases, ranked_biases, removal_damage
 from dyndepth.training import Tuning, budget_shares, stream_statistics, trained_along, tune_router
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dyndepth.blocks import blocks
 from dyndepth.common.errors import UserError
 from dyndepth.importance import Settings, calibration_text, rank
 from dyndepth.influence import streams
 from dyndepth.method import SUBLAYERS
+from dyndepth.models.blocks import blocks
 from dyndepth.removal import Unit, plan_without
 from dyndepth.training import budget_shares
 

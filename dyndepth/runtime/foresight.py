@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import blocks, causal_lm, decoder, final_norm
-from dyndepth.branches import CACHE_ARGUMENTS, cache_argument
-from dyndepth.cache import dense_lane, has_lane
 from dyndepth.common.errors import UserError
-from dyndepth.flops import Forward
+from dyndepth.models.blocks import (
+    CACHE_ARGUMENTS,
+    blocks,
+    cache_argument,
+    causal_lm,
+    decoder,
+    final_norm,
+)
+from dyndepth.runtime.cache import dense_lane, has_lane
+from dyndepth.runtime.flops import Forward
 
 _LOGITS = 2**24
 """Logits held at a time: 64 MiB in float32."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyndepth.blocks import causal_lm
 from dyndepth.common.errors import UserError
+from dyndepth.models.blocks import causal_lm
 
 _ONE = ("default", "linear", "yarn", "llama3", "proportional")
 """Types with one table."""

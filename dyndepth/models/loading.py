@@ -20,7 +20,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import expanded
 from dyndepth.data import wheels
 from dyndepth.data.capacity import check_vocabulary, longest
-from dyndepth.fingerprints import checksum, fingerprint, values_digest
+from dyndepth.models.fingerprints import checksum, fingerprint, values_digest
 
 EMBEDDED = "embedded"
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
@@ -65,16 +65,12 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     name = expanded(name)
-    config = _load_config(name, revision, trust_remote_code)
-    _check_causal(name, config)
+    config = checked_config(name, revision, trust_remote_code)
 
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from dyndepth import blocks
-
-    blocks.family(config)
     _check_device(device)
     how: dict[str, Any] = {"attn_implementation": attn_implementation, "revision": revision}
     how |= {"device": device, "trust_remote_code": trust_remote_code}
@@ -171,14 +167,26 @@ def load_tokenizer(
     return tokenizer
 
 
+def checked_config(
+    name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of model ``name``, looked at before any weight is. Raises UserError for a
+    missing model, one that is no causal language model, or an unsupported architecture."""
+    from dyndepth.models.families import family
+
+    config = _load_config(name, revision, trust_remote_code)
+    _check_causal(name, config)
+    family(config)
+    return config
+
+
 def layer_count(
     name: str = EMBEDDED, revision: str | None = None, trust_remote_code: bool = False
 ) -> int:
     """Number of blocks of model ``name``, from its configuration alone."""
     if name == EMBEDDED:
         return EMBEDDED_LAYERS
-    config = _load_config(name, revision, trust_remote_code)
-    _check_causal(name, config)
+    config = checked_config(name, revision, trust_remote_code)
     return int(config.get_text_config().num_hidden_layers)
 
 
@@ -344,3 +352,17 @@ def _content(folder: Path) -> str:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+SPREAD = "spread"
+"""Value of --device for a model that accelerate lays over all GPUs, and what they cannot hold over
+the host's memory."""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` and ``spread`` become cuda where there is one, else cpu."""
+    if device not in ("auto", SPREAD):
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,24 +1,28 @@
-"""One decoder block as two residual branches, whatever its architecture; see ``blocks``."""
+"""One decoder block as two residual branches, whatever its architecture, and the other
+parts of a model by their roles; what is peculiar to one stands in ``families``."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dyndepth.common.errors import UserError
 from dyndepth.method import ATTENTION
-from dyndepth.projections import Fused, Separate, linear_flops, rotate
-from dyndepth.watching import watched
+from dyndepth.models.families import family
+from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
+from dyndepth.models.watching import watched
 
 if TYPE_CHECKING:
-    from dyndepth.blocks import Family
-    from dyndepth.selection import Selection
+    from dyndepth.models.families import Family
+    from dyndepth.models.selection import Selection
+
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 """Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
@@ -260,3 +264,86 @@ class Block:
         return eager(
             self.attention, queries, keys, values, mask, dropout=0.0, scaling=scale, **extra
         )[0]
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal LM inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: nn.Module) -> Any:
+    """The module that owns the list of blocks and sees the cache at the start of each forward."""
+    return causal_lm(model).get_submodule(family(causal_lm(model)).decoder)
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """The model's decoder blocks, in order, each split into its branches."""
+    record = family(causal_lm(model))
+    layers = getattr(decoder(model), record.layers)
+    config = causal_lm(model).config
+    return [Block(layer, record, config) for layer in layers[: config.num_hidden_layers]]
+
+
+def final_norm(model: nn.Module) -> Any:
+    """The norm between the last block and the LM head."""
+    return getattr(decoder(model), family(causal_lm(model)).final_norm)
+
+
+def position_bias(model: nn.Module, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Argument of every block by which scores depend on the keys' positions; none where rotary or
+    learned embeddings do that.
+
+    ``positions`` is int64 ``[batch, keys]``. A decoder that biases scores counts positions from its
+    attention mask, and so has no way to be told others.
+    """
+    record = family(causal_lm(model))
+    if record.bias is None:
+        return {}
+    every = torch.ones(1, int(positions.max()) + 1, dtype=torch.long, device=positions.device)
+    heads = causal_lm(model).config.num_attention_heads
+    slopes = decoder(model).build_alibi_tensor(every, heads, dtype)[:, 0]  # [heads, position]
+    return {record.bias: slopes[:, positions].transpose(0, 1).flatten(0, 1)[:, None]}
+
+
+def readout(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Logits of final hidden states: the LM head, and what the causal LM does to its output.
+
+    They lie on the states' device, wherever the head does.
+    """
+    owner = causal_lm(model)
+    record, config, head = family(owner), owner.config, owner.get_output_embeddings()
+    divisor = getattr(config, record.logit_divisor) if record.logit_divisor else None
+    cap = getattr(config, record.logit_softcap) if record.logit_softcap else None
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = head(hidden).to(hidden.device)
+        if divisor is not None:
+            found = found / divisor
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits
+
+
+def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
+    """Name in the causal LM -> module, for each of ``roles`` in each block.
+
+    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP); one
+    module may have several. Raises UserError if a block has no such module.
+    """
+    record = family(causal_lm(model))
+    roles = tuple(roles)
+    found = {}
+    for index in range(len(blocks(model))):
+        for role in roles:
+            path: str = getattr(record, role)
+            if role != "gate":
+                path = f"{record.attention}.{path}"
+            name = f"{record.decoder}.{record.layers}.{index}.{path}"
+            try:
+                found[name] = causal_lm(model).get_submodule(name)
+            except AttributeError:
+                raise UserError(
+                    f"block {index} has no {role} projection ({path}), "
+                    "so no adapter can sit there; name other targets"
+                ) from None
+    return found

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyndepth.blocks import blocks, causal_lm
 from dyndepth.method import ATTENTION, MLP
-from dyndepth.projections import linear_flops
+from dyndepth.models.blocks import blocks, causal_lm
+from dyndepth.models.projections import linear_flops
 
 if TYPE_CHECKING:
     from dyndepth.method import Phase
-    from dyndepth.selection import Selection
+    from dyndepth.models.selection import Selection
+
 
 CAUSES = ("attention", "mlp", "kv_projection", "router", "readout", "lm_head")
 _DENSE = ("tokens", "dense_block", "dense_total")

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dyndepth.branches import Block
 from dyndepth.common.errors import UserError
+from dyndepth.models.blocks import Block
 
 Stock = Callable[..., Tensor]
 """A block's own forward, ``(hidden_states, **arguments) -> hidden_states``."""

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from dyndepth.common.errors import UserError
-from dyndepth.watching import watched
+from dyndepth.models.watching import watched
 
 Layout = Literal["blocks", "heads"]
 """Of a fused map's output: all queries, all keys, all values; or query, key, value of each head."""

@@ -1,166 +1,40 @@
-"""Attaches a method to a Hugging Face model and executes its gates.
-
-``attach`` swaps the class of every decoder block for a subclass whose ``forward`` consults the
-runtime, and restores it on exit. The backend ``sparse`` computes only what the gates say; the
-backend ``masked`` computes everything and multiplies, which is what training needs and the
-yardstick that ``sparse`` must equal.
-"""
+"""What an attached model does: each block under the method's gates."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from dyndepth.blocks import blocks, causal_lm, decoder, family, final_norm, readout
-from dyndepth.branches import Block, cache_argument, cache_of
-from dyndepth.cache import skip_tokens
 from dyndepth.common.errors import UserError
-from dyndepth.flops import Bill, BlockCosts, Forward, Ledger
-from dyndepth.foresight import Foresight
-from dyndepth.gathering import Limits, limits_of
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
-from dyndepth.patching import Stock, called_in, places, run_by
-from dyndepth.rotary import forget
-from dyndepth.selection import Selection
-from dyndepth.settling import Settled, Settler
-
-Backend = Literal["sparse", "masked"]
-_MARK = "_dyndepth_runtime"
-
-
-class Trace:
-    """What an attached model executed, and what the caller says about its inputs.
-
-    Attributes:
-        documents: one id a sequence of the next forwards, for FLOPs by document and for methods
-            that are deterministic by document. A batch that is a multiple (beams, several returned
-            sequences) repeats each id.
-        prompt_length: tokens of each sequence that belong to the prompt phase, an int or int64
-            ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
-            generation.
-        reading: whether ``readout`` is at work, whose rows are billed already.
-    """
-
-    def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
-        self.documents: Sequence[str] | None = None
-        self.prompt_length: int | Tensor | None = None
-        self.reading = False
-        self._ledger = ledger
-        self._head = head
-        self.reset = ledger.reset
-        self.totals = ledger.totals
-        self.by_document = ledger.by_document
-        self.bill_last = ledger.bill_last
-
-    @property
-    def flops(self) -> dict[str, float]:
-        """Useful FLOPs by cause, and ``padding`` beside them."""
-        return self._ledger.totals()["by_cause"]
-
-    def executed(self, phase: str | None = None) -> Tensor:
-        """Executed fraction of tokens, float64 ``[layers, 2]`` (attention, mlp)."""
-        return self._ledger.executed(phase)
-
-    def gates(self) -> Tensor:
-        """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
-
-        False as well for a block that it did not call. A forward that failed is none. Raises
-        RuntimeError if there is none.
-        """
-        last = self._ledger.last
-        if last is None:
-            raise RuntimeError("gates needs a forward through the attached model before it")
-        return last.executed(len(self._ledger.costs.mlp))
-
-    def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of chosen positions of the last forward's final hidden state.
-
-        ``hidden`` is ``[n, hidden]``, already through the final norm; ``rows`` int64 ``[n]`` names
-        each position's sequence, which the cost is billed to. Returns ``[n, vocabulary]``.
-        """
-        last = self._ledger.last
-        if last is None:
-            raise RuntimeError("readout needs a forward through the attached model before it")
-        counts = torch.bincount(rows, minlength=last.batch)
-        last.heads.append((counts, hidden.shape[0]))
-        self.reading = True
-        try:
-            return self._head(hidden)
-        finally:
-            self.reading = False
-
-
-def attached(model: nn.Module) -> bool:
-    """Whether a method is attached to ``model`` now; not to what it is a copy of."""
-    owner = decoder(model)
-    return getattr(vars(owner).get(_MARK), "owner", None) is owner
-
-
-@contextmanager
-def attach(
-    model: nn.Module,
-    method: DynamicDepthMethod,
-    *,
-    backend: Backend = "sparse",
-    documents: Sequence[str] | None = None,
-    prompt_length: int | Tensor | None = None,
-    limits: Limits | None = None,
-) -> Iterator[Trace]:
-    """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
-
-    Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
-    and without a cache, padding on either side, gradient checkpointing; what others put on its
-    modules as docs/families.md says. ``limits`` says when selected tokens are gathered and when the
-    dense kernel runs instead, with the same result; by default the measured rule of
-    ``dyndepth.gathering``. On exit, also by an exception, the model is restored.
-
-    The method is asked, and work is counted, in forwards of the decoder: those that complete, with
-    the blocks that they call, in whatever order and however often. A block that is called outside
-    of one, by hand or by another model that shares it, runs in full and is not counted.
-
-    Raises UserError for an unsupported architecture, a model that already has a method attached,
-    and one that is compiled or whose blocks are wrapped by somebody else.
-    """
-    if backend not in ("sparse", "masked"):
-        raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
-    if method.foresees and not method.uses_labels:
-        raise TypeError(f"{method.name} foresees but does not say that it uses labels")
-    if hasattr(model, "_orig_mod"):
-        raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
-    owner = decoder(model)
-    if any(part._compiled_call_impl is not None for part in (model, causal_lm(model), owner)):
-        raise UserError("a model that was compiled in place cannot be attached to; load it anew")
-    if attached(model):
-        raise UserError("the model already has a method attached; leave that attach first")
-    split = blocks(model)
-    runtime = _Runtime(model, split, method, backend, limits or limits_of(model))
-    runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
-    handles = [
-        owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
-        owner.register_forward_hook(runtime.end),
-        runtime.head.register_forward_hook(runtime.bill_head, with_kwargs=True),
-    ]
-    setattr(owner, _MARK, runtime)
-    try:
-        with (
-            called_in(owner, runtime.around),
-            run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
-        ):
-            yield runtime.trace
-    finally:
-        for handle in handles:
-            handle.remove()
-        delattr(owner, _MARK)
+from dyndepth.models.blocks import (
+    Block,
+    cache_argument,
+    cache_of,
+    causal_lm,
+    decoder,
+    final_norm,
+    readout,
+)
+from dyndepth.models.families import family
+from dyndepth.models.rotary import forget
+from dyndepth.models.selection import Selection
+from dyndepth.runtime.cache import skip_tokens
+from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
+from dyndepth.runtime.foresight import Foresight
+from dyndepth.runtime.gates import Limits, Settled, Settler
+from dyndepth.runtime.patching import Stock, places
+from dyndepth.runtime.trace import Backend, Trace
 
 
 @dataclass
@@ -182,7 +56,7 @@ class _Pass:
     as_tuple: bool = False
 
 
-class _Runtime:
+class Runtime:
     """One method attached to one model."""
 
     def __init__(
@@ -213,7 +87,7 @@ class _Runtime:
         self.foresight = Foresight(model, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
-    def __deepcopy__(self, memo: Any) -> _Runtime:
+    def __deepcopy__(self, memo: Any) -> Runtime:
         """Itself: a copy of the model has its hooks, which do nothing there."""
         return self
 

@@ -1,0 +1,87 @@
+"""Attaches a method to a Hugging Face model and executes its gates.
+
+``attach`` swaps the class of every decoder block for a subclass whose ``forward`` consults the
+runtime, and restores it on exit. The backend ``sparse`` computes only what the gates say; the
+backend ``masked`` computes everything and multiplies, which is what training needs and the
+yardstick that ``sparse`` must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from dyndepth.common.errors import UserError
+from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.blocks import blocks, causal_lm, decoder
+from dyndepth.runtime.execution import Runtime
+from dyndepth.runtime.gates import Limits, limits_of
+from dyndepth.runtime.patching import called_in, run_by
+from dyndepth.runtime.trace import Backend, Trace
+
+_MARK = "_dyndepth_runtime"
+
+
+def attached(model: nn.Module) -> bool:
+    """Whether a method is attached to ``model`` now; not to what it is a copy of."""
+    owner = decoder(model)
+    return getattr(vars(owner).get(_MARK), "owner", None) is owner
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    *,
+    backend: Backend = "sparse",
+    documents: Sequence[str] | None = None,
+    prompt_length: int | Tensor | None = None,
+    limits: Limits | None = None,
+) -> Iterator[Trace]:
+    """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
+
+    Everything that the model can do works as before: ``model(...)``, ``model.generate(...)``, with
+    and without a cache, padding on either side, gradient checkpointing; what others put on its
+    modules as docs/families.md says. ``limits`` says when selected tokens are gathered and when the
+    dense kernel runs instead, with the same result; by default the measured rule of
+    ``dyndepth.runtime.gates``. On exit, also by an exception, the model is restored.
+
+    The method is asked, and work is counted, in forwards of the decoder: those that complete, with
+    the blocks that they call, in whatever order and however often. A block that is called outside
+    of one, by hand or by another model that shares it, runs in full and is not counted.
+
+    Raises UserError for an unsupported architecture, a model that already has a method attached,
+    and one that is compiled or whose blocks are wrapped by somebody else.
+    """
+    if backend not in ("sparse", "masked"):
+        raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
+    if method.foresees and not method.uses_labels:
+        raise TypeError(f"{method.name} foresees but does not say that it uses labels")
+    if hasattr(model, "_orig_mod"):
+        raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
+    owner = decoder(model)
+    if any(part._compiled_call_impl is not None for part in (model, causal_lm(model), owner)):
+        raise UserError("a model that was compiled in place cannot be attached to; load it anew")
+    if attached(model):
+        raise UserError("the model already has a method attached; leave that attach first")
+    split = blocks(model)
+    runtime = Runtime(model, split, method, backend, limits or limits_of(model))
+    runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
+    handles = [
+        owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
+        owner.register_forward_hook(runtime.end),
+        runtime.head.register_forward_hook(runtime.bill_head, with_kwargs=True),
+    ]
+    setattr(owner, _MARK, runtime)
+    try:
+        with (
+            called_in(owner, runtime.around),
+            run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
+        ):
+            yield runtime.trace
+    finally:
+        for handle in handles:
+            handle.remove()
+        delattr(owner, _MARK)

@@ -1,0 +1,75 @@
+"""What an attached model executed, as its caller asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dyndepth.runtime.flops import Ledger
+
+Backend = Literal["sparse", "masked"]
+
+
+class Trace:
+    """What an attached model executed, and what the caller says about its inputs.
+
+    Attributes:
+        documents: one id a sequence of the next forwards, for FLOPs by document and for methods
+            that are deterministic by document. A batch that is a multiple (beams, several returned
+            sequences) repeats each id.
+        prompt_length: tokens of each sequence that belong to the prompt phase, an int or int64
+            ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
+            generation.
+        reading: whether ``readout`` is at work, whose rows are billed already.
+    """
+
+    def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
+        self.documents: Sequence[str] | None = None
+        self.prompt_length: int | Tensor | None = None
+        self.reading = False
+        self._ledger = ledger
+        self._head = head
+        self.reset = ledger.reset
+        self.totals = ledger.totals
+        self.by_document = ledger.by_document
+        self.bill_last = ledger.bill_last
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Useful FLOPs by cause, and ``padding`` beside them."""
+        return self._ledger.totals()["by_cause"]
+
+    def executed(self, phase: str | None = None) -> Tensor:
+        """Executed fraction of tokens, float64 ``[layers, 2]`` (attention, mlp)."""
+        return self._ledger.executed(phase)
+
+    def gates(self) -> Tensor:
+        """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
+
+        False as well for a block that it did not call. A forward that failed is none. Raises
+        RuntimeError if there is none.
+        """
+        last = self._ledger.last
+        if last is None:
+            raise RuntimeError("gates needs a forward through the attached model before it")
+        return last.executed(len(self._ledger.costs.mlp))
+
+    def readout(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits of chosen positions of the last forward's final hidden state.
+
+        ``hidden`` is ``[n, hidden]``, already through the final norm; ``rows`` int64 ``[n]`` names
+        each position's sequence, which the cost is billed to. Returns ``[n, vocabulary]``.
+        """
+        last = self._ledger.last
+        if last is None:
+            raise RuntimeError("readout needs a forward through the attached model before it")
+        counts = torch.bincount(rows, minlength=last.batch)
+        last.heads.append((counts, hidden.shape[0]))
+        self.reading = True
+        try:
+            return self._head(hidden)
+        finally:
+            self.reading = False
