@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dyndepth import language_model
 from dyndepth.cells.cell import DENSE
 from dyndepth.common.registry import load_method
-from dyndepth.evaluate import drawn_tasks, quiet_lm_eval
-from dyndepth.language_model import DyndepthLM
+from dyndepth.evaluation import language_model
+from dyndepth.evaluation.evaluate import drawn_tasks, quiet_lm_eval
+from dyndepth.evaluation.language_model import DyndepthLM
 from dyndepth.models.loading import load_model, load_tokenizer
-from dyndepth.pairing import interleave, ratio
+from dyndepth.timing.pairing import interleave, ratio
 
 TASKS = {
     "socialiqa": ("socialiqa", 0),

@@ -1,4 +1,5 @@
-"""Many static plans scored together (``dyndepth.continuations``) against the same one by one.
+"""Many static plans scored together (``dyndepth.evaluation.plan_scoring``) against the same one by
+one.
 
 A part of ``python -m dyndepth.bench``.
 """
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dyndepth import continuations, scoring
-from dyndepth.bench_gates import given
+from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation import scoring
+from dyndepth.evaluation.scoring import Group
 from dyndepth.models.blocks import blocks
 from dyndepth.models.loading import load_model
-from dyndepth.pairing import interleave, ratio
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group
+from dyndepth.timing.jobs import given
+from dyndepth.timing.pairing import interleave, ratio
 
 BATCH = 8
 """Documents a round."""

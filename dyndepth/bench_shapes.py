@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dyndepth.bench_jobs import Decode, Prefill
+    from dyndepth.timing.jobs import Decode, Prefill
+
 
 REFERENCE = "masked_reference"
 """Compute everything and multiply by masks of 50%, as published references do: the backend
@@ -44,8 +45,8 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     """The chosen works on the chosen shapes, a printed line each."""
     import torch
 
-    from dyndepth.bench_jobs import STEPS, Decode, Prefill
     from dyndepth.models.loading import load_model
+    from dyndepth.timing.jobs import STEPS, Decode, Prefill
 
     headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
     print(f"{'':42}{headings}{'peak':>7}")
@@ -73,9 +74,8 @@ def _measure(
     model: Any, shape: Prefill | Decode, options: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """All works on one shape, in one set of interleaved rounds."""
-    from dyndepth.bench_gates import method
-    from dyndepth.bench_jobs import Job
-    from dyndepth.pairing import interleave, ratio
+    from dyndepth.timing.jobs import Job, method
+    from dyndepth.timing.pairing import interleave, ratio
 
     batch, width = shape.gate_shape
     jobs = {"dense": Job(model, None, shape)}

@@ -58,7 +58,7 @@ def measured_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     """FLOPs per second of a large matrix product here."""
     import torch
 
-    from dyndepth.pairing import draining
+    from dyndepth.timing.pairing import draining
 
     size, drain = 768 if device == "cpu" else 4096, draining(device)
     matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))

@@ -154,10 +154,10 @@ def run(options: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
 
-    from dyndepth.adapters import adaptable
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.fits import fit_cached, save_fit
+    from dyndepth.fitting.fits import fit_cached, save_fit
+    from dyndepth.fitting.recovery.adapters import adaptable
     from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
     from dyndepth.plot_fits import training_curve
 
@@ -182,7 +182,7 @@ def run(options: dict[str, Any]) -> None:
     if recipe is None or recipe.kind == "lora":
         method = fit_cached(method, model, corpus, refresh=options["refresh"])
     if recipe is not None:
-        from dyndepth.recovered import recover_cached
+        from dyndepth.fitting.recovery.kept import recover_cached
 
         refresh = options["refresh"]
         method, adapter = recover_cached(method, model, corpus, recipe, refresh=refresh)
@@ -210,7 +210,7 @@ def run(options: dict[str, Any]) -> None:
 
 def recovered_curve(output: Path) -> list[dict[str, float]]:
     """The curve of a recovery that was copied to ``output``; empty if there is none."""
-    from dyndepth.fits import CURVE, read_curve
+    from dyndepth.fitting.fits import CURVE, read_curve
 
     return read_curve(output / "recovery" / CURVE)
 

@@ -1,305 +1,234 @@
-"""Importance of a model's blocks or sublayers on calibration text: in which order could they go?
+"""The command line ``python -m dyndepth.importance``: which blocks or sublayers matter, by what.
 
-Criteria, lowest score first to go (formulas and defaults as published):
-
-* ``block_influence``: 1 - cosine of the streams before and after a block (arXiv 2403.03853);
-* ``angular``: angle between the streams before and after a run of blocks, at the last token of
-  each window; the run with the least angle goes as a whole (arXiv 2403.17887);
-* ``perplexity``: loss without the unit; ``taylor``: sum of |weight x gradient| over the unit's
-  weight matrices and norms (arXiv 2402.02834);
-* ``greedy``: loss without the unit, measured again after each removal (arXiv 2402.09025);
-* ``attention``, ``mlp``, ``joint``: 1 - cosine of the streams before and after a sublayer
-  (arXiv 2406.15786);
-* ``last`` (the deepest first) and ``random`` need no text.
-
-All cosines are of the raw stream: what leaves the last block is taken before the final norm. They
-come from one dense pass; ``dyndepth.influence`` measures, and keeps what it finds. As a command:
-``python -m dyndepth.importance``, see ``dyndepth.importance_command``.
+Prints a table of scores and ranks (1 = first to go), and with ``--output_path`` writes
+``importance.csv`` and ``importance.png``.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import io
+import json
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
-from dyndepth.common.spec import nearest
-from dyndepth.data.capacity import fitting
+from dyndepth.common.paths import path_of
+from dyndepth.options import EMBEDDED
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dyndepth.data.corpus import Corpus
-    from dyndepth.removal import Search, SearchKind, Unit
+    from dyndepth.fitting.importance import Settings
 
 
-UnitKind = Literal["block", "sublayer"]
+COLUMNS = ("criterion", "unit", "layer", "sublayer", "score", "rank")
+"""Of ``importance.csv``. ``layer`` is counted from 0; ``sublayer`` is ``block`` for blocks."""
+
+# Of each kind what tells them apart; the search takes minutes, and joint holds its two parts.
+_UNASKED = ("block_influence", "angular", "perplexity", "taylor", "joint")
+_SEARCHED = ("greedy", "random")
+_SETTINGS = ("unit", "windows", "length", "seed", "search")
+
+Tables = dict[str, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """What is peculiar to one criterion.
-
-    Attributes:
-        kinds: of units that it ranks, its own first.
-        label: what the score is.
-        text: calibration windows and their length where none are asked for; None: needs no text.
-        keep: blocks protected at the two ends, as published.
-        only: the one sublayer that it ranks, None for both.
-    """
-
-    kinds: tuple[UnitKind, ...]
-    label: str
-    text: tuple[int, int] | None
-    keep: tuple[int, int] = (0, 0)
-    only: str | None = None
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 2 for wrong input, 130 after Ctrl-C."""
+    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    try:
+        run(vars(_parser().parse_args(given)))
+    except UserError as fault:
+        if debug:
+            traceback.print_exc()
+        print(f"dyndepth.importance: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured is kept", file=sys.stderr)
+        return 130
+    return 0
 
 
-_BLOCKS: tuple[UnitKind, ...] = ("block",)
-_SUBLAYERS: tuple[UnitKind, ...] = ("sublayer",)
-_EITHER: tuple[UnitKind, ...] = ("block", "sublayer")
-_COSINE = "1 − cosine similarity"
-
-CRITERIA: dict[str, Criterion] = {
-    "block_influence": Criterion(_BLOCKS, _COSINE, (32, 128)),
-    "angular": Criterion(_BLOCKS, "angle / π, last token", (32, 128)),
-    "perplexity": Criterion(_EITHER, "loss without it, nats", (10, 128), (4, 2)),
-    "greedy": Criterion(_EITHER, "loss after it went, nats", (8, 128), (1, 1)),
-    "taylor": Criterion(_EITHER, "Σ |weight × gradient|", (10, 128), (4, 2)),
-    "attention": Criterion(_SUBLAYERS, _COSINE, (32, 128), only="attention"),
-    "mlp": Criterion(_SUBLAYERS, _COSINE, (32, 128), only="mlp"),
-    "joint": Criterion(_SUBLAYERS, _COSINE, (32, 128)),
-    "last": Criterion(_EITHER, "place in the order", None),
-    "random": Criterion(_EITHER, "place in the order", None, (1, 1)),
-}
-
-
-def criterion_named(name: str) -> Criterion:
-    """The criterion ``name``. Raises UserError, with the nearest names, if there is none."""
-    if name not in CRITERIA:
-        raise UserError(
-            f"unknown criterion {name!r}; {nearest(name, CRITERIA)}there are {', '.join(CRITERIA)}"
+def _parser() -> argparse.ArgumentParser:
+    built = Parser(
+        prog="python -m dyndepth.importance",
+        description="Rank a model's blocks or sublayers by importance on calibration text.",
+        epilog="Dashes and underscores in flags are the same.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add(
+        "criteria",
+        nargs="*",
+        metavar="CRITERION",
+        help="block_influence, angular, perplexity, greedy, taylor, attention, mlp, joint, last, "
+        f"random (default: {' '.join(_UNASKED)})",
+    )
+    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: embedded)")
+    add("--unit", choices=("block", "sublayer"), help="what is ranked (default: the criterion's)")
+    add("--windows", type=int, help="of calibration text (default: the criterion's)")
+    add("--length", type=int, help="tokens of each window (default: the criterion's)")
+    add("--run", type=int, default=1, help="angular: blocks that go together (default: 1)")
+    add("--search", choices=("full", "lazy"), default="full", help="greedy: which search (full)")
+    add(
+        "--until",
+        type=float,
+        default=2 / 3,
+        help="greedy: share of the block FLOPs at which it stops (default: 2/3)",
+    )
+    for end in ("first", "last"):
+        add(
+            f"--keep_{end}",
+            type=int,
+            help=f"{end} blocks that are left out (default: none; 1 for {' and '.join(_SEARCHED)})",
         )
-    return CRITERIA[name]
+    add("--seed", type=int, default=0, help="of the text's windows, and of random (default: 0)")
+    add("--corpus", default=EMBEDDED, help=f"{HELP['corpus']} (default: embedded)")
+    add("--device", default="auto", help=f"{HELP['device']} (default: auto)")
+    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
+    add("--revision", help=HELP["revision"])
+    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
+    add("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add("--output_path", metavar="DIR", help="folder for importance.csv and importance.png")
+    add("--debug", action="store_true", help=HELP["debug"])
+    return built
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is ranked, by what, on which text. None: the criterion's own.
+def run(options: dict[str, Any]) -> None:
+    """Measure, print, write; the last line printed is one JSON document. Raises UserError."""
+    from dyndepth.fitting.importance import CRITERIA, rank
 
-    Attributes:
-        criterion: a key of ``CRITERIA``.
-        unit: ``block`` or ``sublayer``.
-        windows, length: of calibration text; where none is read, ``length`` is 128 and only says
-            for how many keys attention is counted.
-        seed: of the text's windows, and of ``random``.
-        search: ``full`` or ``lazy``, for ``greedy`` (see ``dyndepth.removal``).
-        keep_first, keep_last: blocks at either end that are never ranked. As published, they
-            shrink on models where they would protect more than half of the blocks.
-    """
-
-    criterion: str = "block_influence"
-    unit: UnitKind | None = None
-    windows: int | None = None
-    length: int | None = None
-    seed: int = 0
-    search: SearchKind = "full"
-    keep_first: int | None = None
-    keep_last: int | None = None
-
-    def __post_init__(self) -> None:
-        kinds = criterion_named(self.criterion).kinds
-        if self.unit not in (None, *kinds):
-            raise ValueError(
-                f"the criterion {self.criterion} ranks {kinds[0]}s only, so unit must be "
-                f"{kinds[0]}, not {self.unit}"
-            )
-        for name, least in (("windows", 1), ("length", 2), ("keep_first", 0), ("keep_last", 0)):
-            given = getattr(self, name)
-            if given is not None and given < least:
-                raise ValueError(f"{name} must be at least {least}, not {given}")
-
-    @property
-    def kind(self) -> UnitKind:
-        """Of the units that are ranked."""
-        return self.unit or CRITERIA[self.criterion].kinds[0]
-
-    def text_for(self, model: nn.Module) -> tuple[int, int]:
-        """Windows and their length: what was asked for, else the criterion's own, cut to what
-        fits; no windows for criteria without text."""
-        windows, length = CRITERIA[self.criterion].text or (0, 128)
-        return (windows and (self.windows or windows)), self.length or fitting(model, length)
-
-    def keep(self, layers: int) -> tuple[int, int]:
-        """Protected blocks at the two ends of a model of ``layers`` blocks."""
-        first, last = CRITERIA[self.criterion].keep
-        share = min(1.0, layers / 2 / max(1, first + last))
-        first, last = int(first * share), int(last * share)
-        return (
-            first if self.keep_first is None else self.keep_first,
-            last if self.keep_last is None else self.keep_last,
-        )
-
-    def candidates(self, layers: int) -> list[Unit]:
-        """The units that are ranked, in the order of the forward."""
-        from dyndepth.method import SUBLAYERS
-        from dyndepth.removal import units_of
-
-        first, last = self.keep(layers)
-        only = CRITERIA[self.criterion].only
-        return [
-            unit
-            for unit in units_of(layers, self.kind)
-            if first <= unit[0] // 2 < layers - last and only in (None, SUBLAYERS[unit[0] % 2])
-        ]
-
-    def ranked(self, layers: int, run: int = 1) -> list[Unit]:
-        """The candidates. Raises UserError if there are none, or no run of so many blocks."""
-        found = self.candidates(layers)
-        if not found:
-            raise UserError(f"all {layers} blocks are kept, so that none is left to rank")
-        if self.criterion == "angular" and not 1 <= run <= len(found):
-            raise UserError(f"a run holds 1 to {len(found)} blocks on this model, not {run}")
-        return found
+    output = path_of(options["output_path"]) if options["output_path"] else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
+    chosen = _chosen(options)
+    if not 0 < options["until"] <= 1:
+        raise UserError(f"--until takes a share above 0 and up to 1, not {options['until']:g}")
+    model, corpus = _loaded(options, chosen.values())
+    began = time.monotonic()
+    tables: Tables = {}
+    for name, settings in chosen.items():
+        print(f"{name}: measuring {settings.kind}s", flush=True)
+        found = rank(model, corpus, settings, until=options["until"], run=options["run"])
+        tables[name] = [{"criterion": name, "unit": found.kind} | row for row in found.rows()]
+    for kind in ("block", "sublayer"):
+        show({name: rows for name, rows in tables.items() if chosen[name].kind == kind}, kind)
+    if output is not None:
+        labels = {name: CRITERIA[name].label for name in tables}
+        write(tables, labels, output, title=f"Importance, {options['model']}")
+    summary = {
+        "model": options["model"],
+        "first_to_go": {name: _first(rows) for name, rows in tables.items()},
+        "seconds": round(time.monotonic() - began, 1),
+        "output_path": None if output is None else str(output),
+    }
+    print(json.dumps({"importance": summary}), flush=True)
 
 
-# --- ranking ------------------------------------------------------------------------------------
+def _chosen(options: dict[str, Any]) -> dict[str, Any]:
+    """Settings by criterion, in the order given. Raises UserError for what does not exist."""
+    from dyndepth.fitting.importance import CRITERIA, Settings, criterion_named
+
+    unit = options["unit"]
+    names = options["criteria"] or [
+        name for name in _UNASKED if unit in (None, *CRITERIA[name].kinds)
+    ]
+    found = {}
+    for name in dict.fromkeys(names):
+        criterion_named(name)
+        # All are shown, but for searches, whose outcome depends on what may go.
+        keep = None if name in _SEARCHED else 0
+        given: dict[str, Any] = {each: options[each] for each in _SETTINGS}
+        for end in ("keep_first", "keep_last"):
+            given[end] = keep if options[end] is None else options[end]
+        try:
+            found[name] = Settings(criterion=name, **given)
+        except ValueError as fault:
+            raise UserError(str(fault)) from None
+    return found
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Units by importance.
+def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, Any]:
+    """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
+    for what is ``chosen``."""
+    from dyndepth.data.capacity import check_length
+    from dyndepth.models.loading import layer_count, longest_window
 
-    Attributes:
-        kind: ``block`` or ``sublayer``.
-        order: units in the order in which they would go; ``greedy`` may name only some.
-        scores: of each unit in ``order``.
-    """
+    named = (options["model"], options["revision"], options["trust_remote_code"])
+    check_length(longest_window(*named), options["length"], "--length", "give fewer")
+    layers = layer_count(*named)
+    for each in chosen:
+        each.ranked(layers, options["run"])
+    if options["threads"] is not None and options["threads"] < 1:
+        raise UserError(f"--threads takes a whole number of at least 1, not {options['threads']}")
 
-    kind: UnitKind
-    order: list[Unit]
-    scores: list[float]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row a ranked unit, in the order of the forward: ``layer``, ``sublayer``, ``score``,
-        ``rank`` (1 = first to go)."""
-        from dyndepth.method import SUBLAYERS
-
-        found = zip(self.order, self.scores, range(1, len(self.order) + 1), strict=True)
-        return [
-            {
-                "layer": unit[0] // 2,
-                "sublayer": SUBLAYERS[unit[0] % 2] if self.kind == "sublayer" else "block",
-                "score": score,
-                "rank": rank,
-            }
-            for unit, score, rank in sorted(found)
-        ]
-
-
-def rank(
-    model: nn.Module,
-    corpus: Corpus | None,
-    settings: Settings,
-    *,
-    until: float = 0.5,
-    run: int = 1,
-    progress: bool = True,
-) -> Ranking:
-    """The candidates of ``settings`` on ``model``, ranked.
-
-    ``greedy`` stops when the share ``until`` of the block FLOPs is executed. ``angular`` scores
-    each block as the first of a run of ``run``. Raises UserError for an unsupported model, no
-    corpus where one is needed, or too little text.
-    """
-    from dyndepth.models.blocks import blocks
-
-    units = settings.ranked(len(blocks(model)), run)
-    if settings.criterion == "greedy":
-        search = _greedy(model, corpus, settings, units, until, progress)
-        order = [units[step.unit] for step in search.steps]
-        return Ranking(settings.kind, order, [step.loss for step in search.steps])
-    if settings.criterion == "angular":
-        units = units[: len(units) - run + 1]
-    scores = _scores(model, corpus, settings, units, run, progress)
-    places = sorted(range(len(units)), key=lambda index: (scores[index], index))
-    return Ranking(settings.kind, [units[i] for i in places], [scores[i] for i in places])
-
-
-def _scores(
-    model: nn.Module,
-    corpus: Corpus | None,
-    settings: Settings,
-    units: list[Unit],
-    run: int,
-    progress: bool,
-) -> list[float]:
-    """A score a unit, for the criteria that rank at once."""
     import torch
 
-    from dyndepth.influence import streams, taylor, without_each
-    from dyndepth.models.blocks import blocks
-    from dyndepth.removal import units_of
+    from dyndepth.data.corpus import load_corpus
+    from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
 
-    criterion, layers = settings.criterion, len(blocks(model))
-    if criterion == "last":
-        return [float(place) for place in reversed(range(len(units)))]
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
-        return [float(place) for place in torch.randperm(len(units), generator=generator)]
-    ids = calibration_text(model, corpus, settings)
-    if criterion == "perplexity":
-        # All are measured, whatever is protected: other settings share them.
-        every = units_of(layers, settings.kind)
-        measured = without_each(model, ids, settings.kind, progress=progress)
-        return [measured[every.index(unit)] for unit in units]
-    if criterion == "taylor":
-        salience = [value for row in taylor(model, ids, progress=progress) for value in row]
-        return [sum(salience[place] for place in unit) for unit in units]
-    found = streams(model, ids, progress=progress)
-    if criterion == "angular":
-        return [found.angles[run - 1][unit[0] // 2] for unit in units]
-    if settings.kind == "block":
-        return [found.block[unit[0] // 2] for unit in units]
-    return [found.sublayer[unit[0] // 2][unit[0] % 2] for unit in units]
-
-
-def calibration_text(model: nn.Module, corpus: Corpus | None, settings: Settings) -> Tensor:
-    """Calibration windows, int64 ``[windows, length]``, on the model's device.
-
-    Raises UserError without a corpus, or if its calibration split is too short.
-    """
-    if corpus is None:
-        raise UserError(f"the criterion {settings.criterion} reads text; give a corpus")
-    windows, length = settings.text_for(model)
-    ids = corpus.windows(length, windows, settings.seed, split="calibration", model=model)
-    return ids.to(next(model.parameters()).device)
-
-
-def _greedy(
-    model: nn.Module,
-    corpus: Corpus | None,
-    settings: Settings,
-    units: list[Unit],
-    until: float,
-    progress: bool,
-) -> Search:
-    """The greedy search, kept after each step: a later call that needs more goes on from there."""
-    from dyndepth.common.files import cache_root
-    from dyndepth.removal import greedy_kept, key_of
-    from dyndepth.training import budget_shares
-
-    ids = calibration_text(model, corpus, settings)
-    shares = budget_shares(model, ids.shape[1])
-    key = key_of(model, ids, settings.search, units, shares.tolist())
-    file = cache_root() / "importance" / f"greedy-{settings.kind}-{key}.json"
-    return greedy_kept(
-        file, model, ids, units, shares, until, kind=settings.search, progress=progress
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    tokenizer = load_tokenizer(*named)
+    corpus = load_corpus(options["corpus"], tokenizer)
+    model = load_model(
+        options["model"],
+        dtype=options["dtype"],
+        device=resolve_device(options["device"]),
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
     )
+    return model, corpus
+
+
+def _first(rows: Sequence[Mapping[str, Any]], count: int = 5) -> list[str]:
+    """The first units to go, named."""
+    ordered = sorted(rows, key=lambda row: row["rank"])[:count]
+    return [f"{row['sublayer']} {row['layer']}" for row in ordered]
+
+
+def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> None:
+    """Print criteria that rank the same kind of unit side by side: score and rank of each unit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not any(tables.values()):
+        return
+    table = Table(title=f"Importance of {kind}s: score, and rank in brackets (1 = first to go)")
+    headings = ("block",) if kind == "block" else ("block", "sublayer")
+    for heading in (*headings, *tables):
+        table.add_column(heading, justify="left" if heading == "sublayer" else "right")
+    by_unit = {
+        name: {(row["layer"], row["sublayer"]): row for row in rows}
+        for name, rows in tables.items()
+    }
+    for at in sorted({unit for units in by_unit.values() for unit in units}):
+        cells = [units.get(at) for units in by_unit.values()]
+        table.add_row(
+            *map(str, at[: len(headings)]),
+            *(f"{cell['score']:.4g} ({cell['rank']:2})" if cell else "-" for cell in cells),
+        )
+    Console().print(table)
+
+
+def write(tables: Tables, labels: Mapping[str, str], output: Path, *, title: str) -> None:
+    """``importance.csv`` and ``importance.png`` in the folder ``output``."""
+    from dyndepth.common.files import write_atomically
+    from dyndepth.plot_fits import importance
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for rows in tables.values():
+        writer.writerows(row | {"score": f"{row['score']:.10g}"} for row in rows)
+    write_atomically(output / "importance.csv", text.getvalue())
+    importance(tables, labels, output / "importance.png", title=title)
 
 
 if __name__ == "__main__":
-    from dyndepth.importance_command import main
-
     sys.exit(main())

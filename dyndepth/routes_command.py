@@ -154,8 +154,8 @@ class Job:
         Raises UserError if a cell can't be rebuilt as it was, or if its plans follow the outcomes
         of the documents that were scored: on others it has none.
         """
-        from dyndepth.adapters import adapted
-        from dyndepth.recovered import fit_and_recover
+        from dyndepth.fitting.recovery.adapters import adapted
+        from dyndepth.fitting.recovery.kept import fit_and_recover
 
         method = self.plan.build() if self.plan else rebuilt(self.identity or {})
         if type(method).candidates is not DynamicDepthMethod.candidates:
@@ -311,7 +311,7 @@ def _texts(file: Path, count: int) -> dict[str, str]:
 
 
 def _passages(count: int) -> Iterator[tuple[str, str]]:
-    from dyndepth.evaluate import sample
+    from dyndepth.evaluation.evaluate import sample
     from dyndepth.tasks.documents import passages
 
     texts = passages()

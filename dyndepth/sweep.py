@@ -72,7 +72,7 @@ def sweep(settings: Settings) -> int:
 
     from dyndepth.models.loading import layer_count, longest_window
     from dyndepth.tasks import resolve
-    from dyndepth.timing import check_shapes
+    from dyndepth.timing.measure import check_shapes
 
     model = (settings.model, settings.revision, settings.trust_remote_code)
     layers, longest = layer_count(*model), longest_window(*model)

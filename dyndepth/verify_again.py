@@ -193,8 +193,8 @@ def rescored(bench: Any, plan: CellSpec, documents: Mapping[str, Sequence[int]])
     """
     from lm_eval.evaluator import evaluate as run_lm_eval
 
-    from dyndepth import evaluate
-    from dyndepth.language_model import DyndepthLM
+    from dyndepth.evaluation import evaluate, rows
+    from dyndepth.evaluation.language_model import DyndepthLM
 
     wanted = bench.settings
     how = {"num_fewshot": bench.num_fewshot, "include_path": wanted.include_path}
@@ -226,5 +226,5 @@ def rescored(bench: Any, plan: CellSpec, documents: Mapping[str, Sequence[int]])
         return [
             row
             for name, task in loaded.items()
-            for row in evaluate._samples(name, task, results["samples"][name], reader.costs[name])
+            for row in rows.sample_rows(name, task, results["samples"][name], reader.costs[name])
         ]

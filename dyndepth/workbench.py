@@ -38,8 +38,8 @@ class Workbench:
     """
 
     def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
-        from dyndepth.adapters import adaptable
         from dyndepth.data.corpus import load_corpus
+        from dyndepth.fitting.recovery.adapters import adaptable
         from dyndepth.models.loading import checked_config, load_model, load_tokenizer
 
         self.settings = settings
@@ -123,7 +123,7 @@ class Workbench:
 
         What is scored and then timed is one and the same object.
         """
-        from dyndepth.adapters import adapted
+        from dyndepth.fitting.recovery.adapters import adapted
 
         if self._fitted is None or self._fitted[0] != plan:
             import torch
@@ -135,7 +135,7 @@ class Workbench:
 
     def _fit(self, plan: CellSpec) -> tuple[Any, Any]:
         """The plan's method, and its adapter or None."""
-        from dyndepth.recovered import fit_and_recover
+        from dyndepth.fitting.recovery.kept import fit_and_recover
 
         return fit_and_recover(plan.build(), self.model, self.corpus, plan.recovery)
 
@@ -160,7 +160,7 @@ class Workbench:
                 free_memory()
 
     def _evaluate(self, method: Any) -> Tables:
-        from dyndepth.evaluate import evaluate
+        from dyndepth.evaluation.evaluate import evaluate
 
         return together(
             [
@@ -186,10 +186,9 @@ class Workbench:
         """Time the plan's method against dense, both on the weights that were scored; ``samples``
         are its scored documents, of which the timed run has to reproduce some. A method that
         foresees has no rows: the clock would see it look ahead."""
-        from dyndepth.evaluate import let_choose
-        from dyndepth.language_model import DyndepthLM
-        from dyndepth.scored import scored_documents
-        from dyndepth.timing import measure
+        from dyndepth.evaluation.evaluate import let_choose, scored_documents
+        from dyndepth.evaluation.language_model import DyndepthLM
+        from dyndepth.timing.measure import measure
 
         with self.fitted(plan) as method:
             if method.foresees:
@@ -212,7 +211,7 @@ class Workbench:
 
 @dataclass
 class Tables:
-    """Rows of four tables, as ``dyndepth.evaluate.Evaluation`` has them."""
+    """Rows of four tables, as ``dyndepth.evaluation.evaluate.Evaluation`` has them."""
 
     accuracy: list[Row]
     compute: list[Row]
@@ -290,7 +289,7 @@ def check_generation(tasks: Mapping[str, Any], model: Any) -> None:
 
 def _generating(tasks: Mapping[str, Any], model: Any) -> Iterator[Any]:
     """The ``GenerationSettings`` of the tasks that are answered by writing."""
-    from dyndepth.generation_settings import GenerationSettings
+    from dyndepth.evaluation.generation_settings import GenerationSettings
 
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":

@@ -34,15 +34,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from dyndepth.calibration import meet_target
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
-from dyndepth.loop import Schedule
+from dyndepth.fitting.calibration import meet_target
+from dyndepth.fitting.loop import Schedule
+from dyndepth.fitting.removal import losses_alone, ranked_biases, units_of
+from dyndepth.fitting.routers import Tuning, budget_shares, stream_statistics, tune_router
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
 from dyndepth.models.blocks import blocks, decoder
-from dyndepth.removal import losses_alone, ranked_biases, units_of
-from dyndepth.training import Tuning, budget_shares, stream_statistics, tune_router
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
@@ -78,8 +78,8 @@ class LayerController(DynamicDepthMethod):
             block alone, weights are zero; ``random``: Kaiming-uniform weights and zero biases, as
             published.
         cost, penalty, ramp, estimator, objective, weight_rate, bias_rate: as in
-            ``dyndepth.training.Tuning``; the ramp is of ``cost=target`` alone.
-        steps, batch, length: as in ``dyndepth.loop.Schedule``.
+            ``dyndepth.fitting.routers.Tuning``; the ramp is of ``cost=target`` alone.
+        steps, batch, length: as in ``dyndepth.fitting.loop.Schedule``.
     """
 
     name: ClassVar[str] = "layer_controller"

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.importance import Settings, rank
+from dyndepth.fitting.importance import Settings, rank
 from dyndepth.knapsack import solve
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
 from dyndepth.methods.random_skip import kept_blocks

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dyndepth.calibration import measured, solve_threshold
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
-from dyndepth.fits import fit_cached
+from dyndepth.fitting.calibration import measured, solve_threshold
+from dyndepth.fitting.fits import fit_cached
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt import SkipGPT
 from dyndepth.runtime.flops import BlockCosts

@@ -15,15 +15,16 @@ from conftest import make_tiny
 from gating import RandomMask
 from test_runtime import incremental
 
-from dyndepth import continuations, importance
 from dyndepth.common.registry import load_method, method_class, methods
-from dyndepth.fits import load_fit, save_fit
-from dyndepth.generation import Prompt, generate
-from dyndepth.loop import seeded
+from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation.generation import Prompt, generate
+from dyndepth.evaluation.scoring import Group, score, score_alone
+from dyndepth.fitting import importance
+from dyndepth.fitting.fits import load_fit, save_fit
+from dyndepth.fitting.loop import seeded
 from dyndepth.models.families import family
 from dyndepth.runtime import many_plans as trie
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group, score, score_alone
 
 VARIANTS = [
     *methods(),

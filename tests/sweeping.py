@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
     [
         "torch",
         "transformers.models.llama.modeling_llama",
-        "dyndepth.evaluate",
+        "dyndepth.evaluation.evaluate",
         "dyndepth.models.loading",
     ]
 )

@@ -32,9 +32,9 @@ from dyndepth.tables import write_tables
 
 MAINS = {
     "ls": "dyndepth.__main__",
-    "timing": "dyndepth.timing_command",
+    "timing": "dyndepth.timing.__main__",
     "routes": "dyndepth.routes_command",
-    "importance": "dyndepth.importance_command",
+    "importance": "dyndepth.importance",
     "import": "dyndepth.methods.skipgpt.published",
 }
 """Command -> module of its ``main``, where that is not ``dyndepth.<command>``."""
@@ -505,7 +505,7 @@ def _routers(folder: Path) -> None:
     from conftest import make_tiny
 
     from dyndepth.common.registry import load_method
-    from dyndepth.fits import save_fit
+    from dyndepth.fitting.fits import save_fit
     from dyndepth.models.fingerprints import fingerprint
     from dyndepth.models.loading import ModelInfo, load_model
 

@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from dyndepth import bench, bench_gates, bench_routes, bench_shapes
+from dyndepth import bench, bench_routes, bench_shapes
 from dyndepth.bench_goals import GOALS, MET, MISSED, UNCERTAIN, Goal, check
+from dyndepth.timing import jobs as bench_gates
 
 
 def test_spaced_blocks_keep_both_ends():
@@ -94,7 +95,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
     assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
     assert capsys.readouterr().out.count("/float32") == len(lines)
-    monkeypatch.setattr("dyndepth.bench_jobs.peak_bytes", lambda *_, **__: None)
+    monkeypatch.setattr("dyndepth.timing.jobs.peak_bytes", lambda *_, **__: None)
     options.works, options.phases = ["all_execute"], ["decode_8"]
     (line,) = bench_shapes.shapes(tiny_corpus, options).values()
     assert math.isnan(line["peak_ratio"])

@@ -12,10 +12,10 @@ import sys
 import pytest
 import torch
 
-from dyndepth import break_even_command, timing_command
-from dyndepth.bench_jobs import Job
-from dyndepth.break_even import DENSE, Regime, break_even, measure
 from dyndepth.common.errors import UserError
+from dyndepth.timing import __main__ as break_even_command
+from dyndepth.timing.break_even import DENSE, Regime, break_even, measure
+from dyndepth.timing.jobs import Job
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5)
 
@@ -118,7 +118,7 @@ def clock(monkeypatch):
         now["now"] += 1.0 if job.method is None else 0.2 + 1 / job.flop_ideal
 
     monkeypatch.setattr(Job, "run", timed)
-    monkeypatch.setattr("dyndepth.pairing.time.perf_counter", lambda: now["now"])
+    monkeypatch.setattr("dyndepth.timing.pairing.time.perf_counter", lambda: now["now"])
 
 
 def watched(model, regime, **changes):
@@ -140,7 +140,7 @@ def test_each_fraction_is_timed_with_what_its_masks_execute(phase, sublayers, ti
 
 
 def test_exactly_the_fraction_is_skipped_and_masks_nest():
-    from dyndepth.break_even import _masks
+    from dyndepth.timing.break_even import _masks
 
     drawn = torch.rand(2, 4, 3, 10, generator=torch.Generator().manual_seed(0))
     few, many = (_masks(drawn, fraction, "both") for fraction in (0.1, 0.5))
@@ -181,7 +181,7 @@ class TestCommandLine:
         file = tmp_path / "new" / "curve.csv"
         arguments = ["break-even", "--model", folder, "--length", "20", "--repeats", "6"]
         more = ["--fractions", "0.5", "0.1", "--output-path", str(file)]
-        assert timing_command.main([*arguments, *more]) == 0
+        assert break_even_command.main([*arguments, *more]) == 0
         out = capsys.readouterr().out
         assert "prefill 1x20, both sublayers: token routing pays from 0.5 on" in out
         assert "decode 1x20, both sublayers: token routing pays from" in out
@@ -203,7 +203,7 @@ class TestCommandLine:
 
     def test_help_needs_no_torch_and_describes_the_columns(self):
         code = (
-            "import sys; from dyndepth.timing_command import main\n"
+            "import sys; from dyndepth.timing.__main__ import main\n"
             "try: main(['break-even', '--help'])\n"
             "except SystemExit: pass\n"
             "sys.exit('torch' in sys.modules)"
@@ -233,7 +233,7 @@ class TestCommandLine:
         ],
     )
     def test_wrong_input_exits_with_2_and_one_sentence(self, arguments, message, capsys):
-        assert timing_command.main(["break-even", *arguments]) == 2
+        assert break_even_command.main(["break-even", *arguments]) == 2
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gating import GivenPlan
 
-from dyndepth.calibration import block_speedup, solve_threshold
+from dyndepth.fitting.calibration import block_speedup, solve_threshold
 
 
 @pytest.mark.parametrize(

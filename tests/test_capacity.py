@@ -18,9 +18,9 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.data import capacity
 from dyndepth.data.corpus import Corpus
-from dyndepth.language_model import DyndepthLM
+from dyndepth.evaluation.language_model import DyndepthLM
+from dyndepth.fitting.recovery.training import recover
 from dyndepth.models.families import FAMILIES
-from dyndepth.recovery import recover
 from dyndepth.routes import record
 
 SHORT = 32

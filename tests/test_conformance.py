@@ -19,7 +19,7 @@ from test_flops import counted
 from test_runtime import ids, incremental, padded
 
 from dyndepth.common.registry import load_method, method_class, methods
-from dyndepth.fits import load_fit, save_fit
+from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach

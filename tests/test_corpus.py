@@ -137,7 +137,9 @@ def test_another_encoding_is_named(tmp_path, kind, encoding):
 
 def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     """Settings, texts to record, published tables, curves, fits' and adapters' JSON, manifests."""
-    from dyndepth import adapters, fits, manifest, markdown, published
+    from dyndepth import manifest, markdown, published
+    from dyndepth.fitting import fits
+    from dyndepth.fitting.recovery import adapters
     from dyndepth.options import read_config
     from dyndepth.routes_command import documents
 

@@ -14,13 +14,14 @@ from conftest import make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 from reading import byte_tokenizer
 
-from dyndepth import language_model, scoring
 from dyndepth.common.errors import UserError
-from dyndepth.evaluate import evaluate, sample
-from dyndepth.forwards import parts
-from dyndepth.language_model import DyndepthLM
+from dyndepth.evaluation import language_model, scoring
+from dyndepth.evaluation.evaluate import evaluate, sample
+from dyndepth.evaluation.forwards import parts
+from dyndepth.evaluation.language_model import DyndepthLM
+from dyndepth.evaluation.rows import outcome, standard_error
+from dyndepth.lm_eval_plugin.model import NamedLM
 from dyndepth.methods.dense import Dense
-from dyndepth.metrics import outcome, standard_error
 from dyndepth.runtime.attach import attach
 from dyndepth.tasks import OFFLINE, task_manager
 
@@ -411,7 +412,7 @@ def test_the_model_is_left_as_it_was(model, run):
 def test_lm_eval_knows_the_name(model, tokenizer, tmp_path):
     from lm_eval.api.registry import get_model
 
-    assert get_model("dyndepth") is DyndepthLM
+    assert get_model("dyndepth") is NamedLM
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     made = get_model("dyndepth").create_from_arg_string(
@@ -423,7 +424,7 @@ def test_lm_eval_knows_the_name(model, tokenizer, tmp_path):
     with pytest.raises(UserError, match="batch_size"):
         DyndepthLM(model, Dense(), tokenizer, batch_size="auto")
     with pytest.raises(UserError, match="target_speedup: parameters go with a method's name"):
-        DyndepthLM(model, Dense(), tokenizer, target_speedup=2.0)
+        NamedLM(model, Dense(), tokenizer, target_speedup=2.0)
 
 
 def test_standard_errors_agree_with_resampling():

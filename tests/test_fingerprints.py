@@ -264,12 +264,12 @@ def test_values_known_by_another_digest():
 
 
 def test_what_is_kept_is_taken_with_one_look_at_the_values(tiny_corpus, tmp_path, monkeypatch):
-    from dyndepth.adapters import adapted
     from dyndepth.cells.recipe import Recipe
     from dyndepth.common.registry import load_method
-    from dyndepth.fits import fit_cached
+    from dyndepth.fitting.fits import fit_cached
+    from dyndepth.fitting.recovery.adapters import adapted
+    from dyndepth.fitting.recovery.kept import recover_cached
     from dyndepth.models import fingerprints
-    from dyndepth.recovered import recover_cached
 
     looks, read = [], fingerprints._stored
 
@@ -463,7 +463,7 @@ def test_slow_tokenizers_have_a_fingerprint(tmp_path):
 def test_fits_are_kept_by_tokenizer_attention_and_text(tiny_corpus):
     from dyndepth.common.registry import load_method
     from dyndepth.data.corpus import Corpus
-    from dyndepth.fits import fit_key
+    from dyndepth.fitting.fits import fit_key
 
     method, texts = load_method("uls", target_speedup=2.0), tiny_corpus.texts
     spaced = [text.replace(" ", "  ") for text in texts]
@@ -701,8 +701,8 @@ def test_cells_of_before_are_read_as_they_were_written(tmp_path):
 def test_what_is_not_shipped_is_said_before_training(tiny_corpus, monkeypatch, capsys, tmp_path):
     from dyndepth.cells.recipe import Recipe
     from dyndepth.common.registry import load_method
+    from dyndepth.fitting.recovery.kept import recover_cached
     from dyndepth.methods.skipgpt import tuning
-    from dyndepth.recovered import recover_cached
 
     monkeypatch.setattr(tuning, "train", lambda *_: print("training", file=sys.stderr))
     model = make_tiny()
@@ -727,11 +727,11 @@ def test_what_is_not_shipped_is_said_before_training(tiny_corpus, monkeypatch, c
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_is_shipped_is_found_in_each_type(dtype, corpus, monkeypatch):
-    from dyndepth.adapters import adapted, load_adapter
     from dyndepth.cells.recipe import parse_recovery
     from dyndepth.common.registry import load_method
+    from dyndepth.fitting.recovery.adapters import adapted, load_adapter
+    from dyndepth.fitting.recovery.kept import find_shipped
     from dyndepth.methods.skipgpt import tuning
-    from dyndepth.recovered import find_shipped
 
     monkeypatch.setattr(tuning, "train", None)
     model = load_model("embedded", dtype=dtype)

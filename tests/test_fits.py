@@ -12,7 +12,7 @@ import torch
 from toys import Toy
 
 from dyndepth.common.errors import UserError
-from dyndepth.fits import fit_cached, fit_key, load_fit, save_fit
+from dyndepth.fitting.fits import fit_cached, fit_key, load_fit, save_fit
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +198,7 @@ def test_the_key_is_the_same_in_another_process(tiny, tmp_path):
     model.save_pretrained(tmp_path / "model")
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from toys import Toy\n"
-        "from dyndepth import load_model; from dyndepth.fits import fit_key\n"
+        "from dyndepth import load_model; from dyndepth.fitting.fits import fit_key\n"
         "print(fit_key(Toy(), load_model(sys.argv[1]), None))"
     )
     arguments = [str(tmp_path / "model"), str(__file__).rpartition("/")[0]]

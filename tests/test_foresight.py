@@ -14,13 +14,13 @@ from test_runtime import attached_and_failing, ids, incremental, padded
 from transformers import DynamicCache, StaticCache
 
 from dyndepth.common.errors import UserError
-from dyndepth.forwards import rows_of
-from dyndepth.generation import Prompt, generate
+from dyndepth.evaluation.forwards import rows_of
+from dyndepth.evaluation.generation import Prompt, generate
+from dyndepth.evaluation.scoring import Group, score
 from dyndepth.models.blocks import cache_argument, cache_of, decoder, final_norm, readout
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
-from dyndepth.scoring import Group, score
 
 LAYERS = 4
 

@@ -6,10 +6,19 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth import gain, loop
-from dyndepth.gain import KEPT, Regression, _Moments, _Probe, _slopes, _spend, regress_gains
+from dyndepth.fitting import loop
+from dyndepth.fitting import regression as gain
+from dyndepth.fitting.regression import (
+    KEPT,
+    Regression,
+    _Moments,
+    _Probe,
+    _slopes,
+    _spend,
+    regress_gains,
+)
+from dyndepth.fitting.routers import budget_shares
 from dyndepth.runtime.attach import attach
-from dyndepth.training import budget_shares
 
 SETTINGS = Regression(windows=(6, 6), ridge=1.0)
 

@@ -8,11 +8,12 @@ from conftest import DEVICE, make_tiny
 from gating import RandomMask
 from test_runtime import ids
 
-from dyndepth import limits_command, timing_command
 from dyndepth.models.selection import Selection
-from dyndepth.pairing import Ratio
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.gates import ALWAYS, Limits, keep, limits_of
+from dyndepth.timing import __main__ as timing_command
+from dyndepth.timing import limits as limits_command
+from dyndepth.timing.pairing import Ratio
 
 UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.0, 0.5, 257)
 
@@ -72,7 +73,7 @@ def test_kept_limits_are_followed():
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "bloom", "opt"])
 def test_measuring_runs_both_ways_on_every_family(family):
     lines = []
-    found = limits_command.measure(make_tiny(family), 256, 6, say=lines.append)
+    found = limits_command.measure_limits(make_tiny(family), 256, 6, say=lines.append)
     assert found.attention in (0.0, *limits_command.SHARES)
     assert found.mlp in (0.0, *limits_command.SHARES)
     assert found.tokens in (*limits_command.COUNTS, max(limits_command.COUNTS) + 1)
@@ -84,14 +85,14 @@ def test_the_limits_are_where_gathering_stops_to_pay(monkeypatch):
         return tokens >= 64 and share <= (0.7, 0.85)[sublayer]
 
     monkeypatch.setattr(limits_command, "_faster", faster)
-    assert limits_command.measure(None, 512, 6) == Limits(0.7, 0.85, 64)
+    assert limits_command.measure_limits(None, 512, 6) == Limits(0.7, 0.85, 64)
     monkeypatch.setattr(limits_command, "_faster", lambda *_: False)
-    assert limits_command.measure(None, 512, 6) == Limits(0.0, 0.0, 257)
+    assert limits_command.measure_limits(None, 512, 6) == Limits(0.0, 0.0, 257)
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
-    from dyndepth import pairing
     from dyndepth.models import loading as models
+    from dyndepth.timing import pairing
 
     model = make_tiny()
     monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
@@ -112,5 +113,5 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_wrong_inputs(capsys, given, told):
-    assert limits_command.main(given) == 2
+    assert timing_command.limits_main(given) == 2
     assert capsys.readouterr().err == f"error: {told}\n"

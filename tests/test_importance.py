@@ -13,12 +13,15 @@ from folders import tiny_folder
 from gating import GivenPlan
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from dyndepth import importance, importance_command, influence, removal
+from dyndepth import importance as importance_command
 from dyndepth.common.errors import UserError
 from dyndepth.data.corpus import Corpus
-from dyndepth.importance import CRITERIA, Settings, rank
-from dyndepth.influence import streams, taylor
-from dyndepth.removal import plan_without, units_of
+from dyndepth.fitting import importance, removal
+from dyndepth.fitting import unit_scores as influence
+from dyndepth.fitting.importance import CRITERIA, Settings, rank
+from dyndepth.fitting.removal import plan_without, units_of
+from dyndepth.fitting.unit_scores import streams, taylor
+from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 
 FAMILIES = ("llama", "qwen3")
@@ -271,7 +274,7 @@ class TestCache:
         assert [each.name for each in cache.iterdir()] == [file.name]
 
     def test_a_search_is_continued(self, tiny, tiny_corpus, monkeypatch):
-        tried, stock = [], removal.losses
+        tried, stock = [], many_plans.losses
         counted = lambda model, plans, ids: tried.append(len(plans)) or stock(model, plans, ids)  # noqa: E731
         monkeypatch.setattr(removal, "losses", counted)
         free = {"keep_first": 0, "keep_last": 0}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyndepth import loop
 from dyndepth.common.errors import UserError
-from dyndepth.loop import Schedule, checkpoints, optimise
+from dyndepth.fitting import loop
+from dyndepth.fitting.loop import Schedule, checkpoints, optimise
 
 SCHEDULE = Schedule(steps=12, batch=2, length=4)
 

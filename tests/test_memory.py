@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dyndepth.memory import peak_bytes
+from dyndepth.timing.jobs import peak_bytes
 
 KILO = 1024 * 4
 """Bytes of 1024 numbers in float32."""

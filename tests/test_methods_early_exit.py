@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.calibration import block_speedup
 from dyndepth.common.errors import UserError
+from dyndepth.fitting.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.runtime.attach import attach
 

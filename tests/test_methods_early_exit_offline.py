@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.calibration import block_speedup
+from dyndepth.fitting.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit, offline, threshold
 from dyndepth.runtime.attach import attach
 

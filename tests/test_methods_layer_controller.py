@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.calibration import block_speedup
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
+from dyndepth.fitting.calibration import block_speedup
+from dyndepth.fitting.routers import Routed, Tuning, budget_shares, loss
 from dyndepth.methods.layer_controller import (
     BlockRouter,
     LayerController,
@@ -16,7 +17,6 @@ from dyndepth.methods.layer_controller import (
     initial_router,
 )
 from dyndepth.runtime.attach import attach
-from dyndepth.training import Routed, Tuning, budget_shares, loss
 
 LAYERS = 6
 QUICK = LayerController.quick

@@ -12,7 +12,7 @@ import torch
 from test_runtime import ids
 
 from dyndepth.common.errors import UserError
-from dyndepth.language_model import DyndepthLM
+from dyndepth.lm_eval_plugin.model import NamedLM
 from dyndepth.method import Outcomes
 from dyndepth.methods.dense import Dense
 from dyndepth.methods.oracle import Oracle
@@ -232,5 +232,5 @@ def test_by_name_on_lm_evals_command_line_it_is_refused(model, tokenizer, tiny_c
     monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: tiny_corpus)
     given = {"target_speedup": 1.5, "windows": 4}
     with pytest.raises(UserError, match="is a bound, which chooses by the outcomes"):
-        DyndepthLM(model, "oracle", tokenizer, **given)
-    assert DyndepthLM(model, "oracle", tokenizer).method == Oracle()
+        NamedLM(model, "oracle", tokenizer, **given)
+    assert NamedLM(model, "oracle", tokenizer).method == Oracle()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.calibration import block_speedup, measured
 from dyndepth.common.errors import UserError
+from dyndepth.fitting.calibration import block_speedup, measured
 from dyndepth.method import ForwardContext
 from dyndepth.methods.random_mask import RandomMask, mixed, shifted
 from dyndepth.runtime.attach import attach

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.calibration import block_speedup
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
-from dyndepth.fits import load_fit, save_fit
+from dyndepth.fitting.calibration import block_speedup
+from dyndepth.fitting.fits import load_fit, save_fit
+from dyndepth.fitting.routers import budget_shares
 from dyndepth.methods.skipgpt import SkipGPT, shipped, tuning
 from dyndepth.methods.skipgpt.presets import PRESETS, Recipe
 from dyndepth.runtime.attach import attach
-from dyndepth.training import budget_shares
 
 QUICK = SkipGPT.quick
 

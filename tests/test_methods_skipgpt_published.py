@@ -12,7 +12,7 @@ from conftest import DEVICE
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import Corpus
-from dyndepth.fits import read_fit
+from dyndepth.fitting.fits import read_fit
 from dyndepth.methods.skipgpt import SkipGPT, published
 from dyndepth.methods.skipgpt.published import read_published
 from dyndepth.runtime.attach import attach

@@ -11,14 +11,14 @@ from test_runtime import ids, incremental
 
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
-from dyndepth.fits import load_fit, save_fit
-from dyndepth.importance import CRITERIA
+from dyndepth.fitting.fits import load_fit, save_fit
+from dyndepth.fitting.importance import CRITERIA
+from dyndepth.fitting.routers import budget_shares
 from dyndepth.methods.static_pruning import StaticPruning
 from dyndepth.models.blocks import blocks, cache_argument, cache_of, decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.models.families import family as record_of
 from dyndepth.runtime.attach import attach
-from dyndepth.training import budget_shares
 
 QUICK = StaticPruning.quick
 COMBINATIONS = [(name, unit) for name, one in CRITERIA.items() for unit in one.kinds]
@@ -118,7 +118,7 @@ def test_the_count_comes_nearest_to_the_target(tiny, tiny_corpus, criterion, uni
 
 
 def test_angular_removes_the_run_with_the_least_angle(tiny, tiny_corpus):
-    from dyndepth.influence import streams
+    from dyndepth.fitting.unit_scores import streams
 
     model = tiny()
     windows = tiny_corpus.windows(16, 2, 0, split="calibration").to(DEVICE)

@@ -12,13 +12,13 @@ import torch
 from gating import GivenPlan, plan_without
 from lm_eval.api import metrics
 
-from dyndepth import continuations
-from dyndepth import outcomes as module
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import cache_root
-from dyndepth.evaluate import quiet_lm_eval, sample, set_shots
-from dyndepth.language_model import DyndepthLM
-from dyndepth.outcomes import outcomes_of
+from dyndepth.evaluation import outcomes as module
+from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation.evaluate import quiet_lm_eval, sample, set_shots
+from dyndepth.evaluation.language_model import DyndepthLM
+from dyndepth.evaluation.outcomes import outcomes_of
 from dyndepth.tasks import task_manager
 
 model, run, tokenizer = scored.model, scored.run, scored.tokenizer

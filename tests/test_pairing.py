@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dyndepth.pairing import LEAST_PAIRS, interleave, ratio
+from dyndepth.timing.pairing import LEAST_PAIRS, interleave, ratio
 
 
 def noisy(n: int, speedup: float, seed: int) -> tuple[list[float], list[float]]:
@@ -109,7 +109,7 @@ def test_warm_up_is_run_and_not_counted():
 
 def test_warm_up_goes_on_while_a_function_gets_faster(monkeypatch):
     clock = {"now": 0.0, "calls": 0}
-    monkeypatch.setattr("dyndepth.pairing.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("dyndepth.timing.pairing.time.perf_counter", lambda: clock["now"])
 
     def run() -> None:
         clock["calls"] += 1
@@ -122,7 +122,7 @@ def test_warm_up_goes_on_while_a_function_gets_faster(monkeypatch):
 
 def test_contexts_lie_outside_of_the_clock(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr("dyndepth.pairing.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("dyndepth.timing.pairing.time.perf_counter", lambda: clock["now"])
 
     def spend(seconds: float) -> None:
         clock["now"] += seconds

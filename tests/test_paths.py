@@ -12,13 +12,15 @@ from cells import cell
 from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 
-from dyndepth import adapters, fits, manifest, routes, sweep
+from dyndepth import manifest, routes, sweep
 from dyndepth.cells.store import Store, same_model
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import expanded, path_of, slug
 from dyndepth.common.provenance import task_files
 from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import load_corpus
+from dyndepth.fitting import fits
+from dyndepth.fitting.recovery import adapters
 from dyndepth.json_log import JsonLog
 from dyndepth.models.fingerprints import fingerprint
 from dyndepth.models.loading import ModelInfo, layer_count, load_model, load_tokenizer

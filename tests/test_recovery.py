@@ -13,18 +13,27 @@ import torch
 from conftest import DEVICE, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
 
-from dyndepth import loop, recovery
-from dyndepth.adapters import CARD, CONFIG, WEIGHTS, adaptable, adapted, load_adapter, write_adapter
 from dyndepth.cells.recipe import NONE, PRESETS, Recipe, parse_recoveries, parse_recovery, shortened
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, methods
-from dyndepth.fits import CURVE
+from dyndepth.fitting import loop
+from dyndepth.fitting.fits import CURVE
+from dyndepth.fitting.recovery import training as recovery
+from dyndepth.fitting.recovery.adapters import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    adaptable,
+    adapted,
+    load_adapter,
+    write_adapter,
+)
+from dyndepth.fitting.recovery.kept import find_shipped, recover_cached, recovery_key, ship
+from dyndepth.fitting.recovery.training import injected, recover, window_loss
+from dyndepth.fitting.routers import loss, next_token_loss
 from dyndepth.models.families import FAMILIES
 from dyndepth.models.fingerprints import fingerprint
-from dyndepth.recovered import find_shipped, recover_cached, recovery_key, ship
-from dyndepth.recovery import injected, recover, window_loss
 from dyndepth.runtime.attach import attach
-from dyndepth.training import loss, next_token_loss
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "standin",

@@ -10,8 +10,8 @@ import torch
 from conftest import DEVICE
 from gating import GivenPlan
 
-from dyndepth import removal
-from dyndepth.removal import (
+from dyndepth.fitting import removal
+from dyndepth.fitting.removal import (
     Search,
     cached_order,
     greedy,
@@ -23,8 +23,9 @@ from dyndepth.removal import (
     removal_order,
     units_of,
 )
+from dyndepth.fitting.routers import budget_shares, loss
+from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
-from dyndepth.training import budget_shares, loss
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_the_lazy_search_measures_less(tiny, windows, monkeypatch):
 
 def count_plans(monkeypatch):
     """How many plans each call of ``losses`` tries, from now on."""
-    tried, stock = [], removal.losses
+    tried, stock = [], many_plans.losses
 
     def counting(model, plans, ids):
         tried.append(len(plans))
@@ -178,7 +179,7 @@ def test_a_search_that_was_cut_short_goes_on(tiny, windows, tmp_path, monkeypatc
     model, ids, units = tiny(), windows[:2], units_of(4, "sublayer")
     shares, file = budget_shares(model, 32), tmp_path / "search.json"
     whole = greedy(model, ids, units, shares, 0.3, kind=kind, progress=False)
-    stock, left = removal.losses, [3]
+    stock, left = many_plans.losses, [3]
 
     def failing(*arguments):
         left[0] -= 1
@@ -198,7 +199,7 @@ def test_a_search_that_was_cut_short_goes_on(tiny, windows, tmp_path, monkeypatc
 
 def test_what_blows_up_goes_last(tiny, windows, monkeypatch):
     """A loss that is not a number counts as infinite, and the search can be kept all the same."""
-    stock = removal.losses
+    stock = many_plans.losses
 
     def blowing_up(model, plans, ids):
         found = stock(model, plans, ids)

@@ -20,18 +20,20 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reading import CHAT, KINDS, NO_SYSTEM, WORDS, tokenizer
 
-from dyndepth import generation_settings, options
+from dyndepth import options
 from dyndepth.cells.identity import same_data
 from dyndepth.common.errors import UserError
-from dyndepth.evaluate import evaluate
-from dyndepth.generation_settings import (
+from dyndepth.evaluation import generation_settings
+from dyndepth.evaluation.evaluate import evaluate
+from dyndepth.evaluation.generation_settings import (
     ENDINGS,
     NEUTRAL,
     OBEYED,
     WITHOUT_EFFECT,
     GenerationSettings,
 )
-from dyndepth.language_model import DyndepthLM
+from dyndepth.evaluation.language_model import DyndepthLM
+from dyndepth.lm_eval_plugin.model import NamedLM
 from dyndepth.methods.dense import Dense
 from dyndepth.workbench import bring_tasks, data_fingerprint
 
@@ -439,7 +441,7 @@ def test_add_bos_token_reaches_a_tokenizer_that_comes_by_name(model, tmp_path):
     tokenizer("byte-level").save_pretrained(tmp_path)
     for add in (None, True, False):
         stock = HFLM(str(tmp_path), device="cpu", add_bos_token=add)
-        ours = DyndepthLM(str(tmp_path), Dense(), add_bos_token=add, progress=False)
+        ours = NamedLM(str(tmp_path), Dense(), add_bos_token=add, progress=False)
         for text in ("hello there", "<s>hello"):
             assert ours.tok_encode(text) == stock.tok_encode(text)
         (request,) = requests("loglikelihood", [("hello", " there")])
@@ -632,9 +634,9 @@ def test_thinking_is_cut_off_as_by_lm_eval(both):
 
 def test_settings_of_lm_evals_hf_that_have_no_counterpart_are_named(model):
     with pytest.raises(UserError, match="peft is a setting of lm-eval's hf model"):
-        DyndepthLM(model, "dense", tokenizer("byte-level"), peft="somewhere")
+        NamedLM(model, "dense", tokenizer("byte-level"), peft="somewhere")
     with pytest.raises(UserError, match="has no parameter 'no_such'"):
-        DyndepthLM(model, "dense", tokenizer("byte-level"), no_such=1)
+        NamedLM(model, "dense", tokenizer("byte-level"), no_such=1)
 
 
 # --- few-shot examples ----------------------------------------------------------------------------

@@ -15,14 +15,16 @@ from gating import GivenPlan, RandomMask, plan_without
 from packaging.version import Version
 from test_scoring import METHODS
 
-from dyndepth import continuations
-from dyndepth.agreement import agree
-from dyndepth.calibration import measured
 from dyndepth.common.errors import UserError
-from dyndepth.completions import completions
-from dyndepth.forwards import forward
-from dyndepth.generation import Prompt, generate
-from dyndepth.influence import _dense_pass, _salience
+from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation.agreement import agree
+from dyndepth.evaluation.forwards import forward
+from dyndepth.evaluation.generation import Prompt, generate
+from dyndepth.evaluation.responses import completions
+from dyndepth.evaluation.scoring import Group, score, score_alone
+from dyndepth.fitting.calibration import measured
+from dyndepth.fitting.routers import stream_statistics
+from dyndepth.fitting.unit_scores import _dense_pass, _salience
 from dyndepth.methods.dense import Dense
 from dyndepth.models.blocks import blocks, decoder
 from dyndepth.models.families import FAMILIES
@@ -30,10 +32,8 @@ from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.routes import _executed
 from dyndepth.runtime import many_plans as trie
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group, score, score_alone
 from dyndepth.similarity import cosines
-from dyndepth.timing import Level, Shape, measure
-from dyndepth.training import stream_statistics
+from dyndepth.timing.measure import Level, Shape, measure
 
 LAYERS = 4
 EDGE = 24

@@ -337,7 +337,7 @@ class TestCommand:
             routes_command.documents(str(tmp_path / "latin"), 3)
 
     def test_passages_are_those_that_are_scored(self):
-        from dyndepth.evaluate import sample
+        from dyndepth.evaluation.evaluate import sample
         from dyndepth.tasks.documents import passages
 
         found = routes_command.documents(None, 5)

@@ -14,7 +14,7 @@ from dyndepth import schema
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import LEADING
 from dyndepth.common.errors import UserError
-from dyndepth.evaluate import Evaluation
+from dyndepth.evaluation.evaluate import Evaluation
 from dyndepth.leaderboard import leaderboard
 from dyndepth.runtime.flops import CAUSES
 from dyndepth.schema import TABLES, read, validate, validate_folder

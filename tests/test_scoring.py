@@ -12,14 +12,13 @@ from reading import letters
 from test_flops import counted
 from test_foresight import LAYERS
 
-from dyndepth.agreement import MOST, agree, spread
-from dyndepth.forwards import padded, rows_of
+from dyndepth.evaluation.agreement import MOST, agree, spread
+from dyndepth.evaluation.forwards import padded, rows_of
+from dyndepth.evaluation.scoring import LEAST, Group, score, score_alone, shared_prefixes
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.methods.exit_oracle import ExitOracle
 from dyndepth.methods.random_skip import RandomSkip
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group, score, score_alone
-from dyndepth.shared_prefixes import LEAST, shared_prefixes
 
 HALF = plan_without(LAYERS, (0, 0), (1, 0), (1, 1), (3, 1))
 
@@ -186,7 +185,7 @@ class ByDocument(RandomMask):
 @pytest.fixture
 def reader(tiny):
     """``reader(method)``: scores ``groups()`` as a task's, gate included."""
-    from dyndepth.language_model import DyndepthLM
+    from dyndepth.evaluation.language_model import DyndepthLM
 
     def read(method, model=None):
         model = model or tiny()
@@ -219,7 +218,7 @@ def test_a_sabotaged_cache_is_stopped(reader, monkeypatch):
         return rows_of(cache, torch.zeros_like(rows))
 
     assert reader(GivenPlan(plan=HALF))[0].isfinite().all()
-    monkeypatch.setattr("dyndepth.scoring.rows_of", wrong)
+    monkeypatch.setattr("dyndepth.evaluation.scoring.rows_of", wrong)
     with pytest.raises(RuntimeError, match="in batches than alone"):
         reader(GivenPlan(plan=HALF))
 
@@ -232,7 +231,7 @@ def test_the_gate_is_not_billed(tiny, reader):
 
 
 def test_a_text_is_tokenised_once(tiny, monkeypatch):
-    from dyndepth.language_model import DyndepthLM
+    from dyndepth.evaluation.language_model import DyndepthLM
 
     tokenizer, read = letters(), []
     encode = tokenizer.encode

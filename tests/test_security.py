@@ -41,9 +41,9 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import file_part, slug
 from dyndepth.common.registry import parse_methods
 from dyndepth.data import wheels as assets
-from dyndepth.fits import fit_cached, load_fit, save_fit
+from dyndepth.fitting.fits import fit_cached, load_fit, save_fit
+from dyndepth.fitting.loop import Checkpoint, checkpoints
 from dyndepth.leaderboard import leaderboard
-from dyndepth.loop import Checkpoint, checkpoints
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer
 from dyndepth.options import read
 from dyndepth.plots import figures

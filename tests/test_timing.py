@@ -12,13 +12,14 @@ import pytest
 import torch
 from gating import GivenPlan, RandomMask, plan_without
 
-from dyndepth import passes, timing_command
 from dyndepth.common.errors import UserError
+from dyndepth.evaluation.scoring import Group, score
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.passes import Side, Stopwatch, decode, prefill, rescore
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group, score
-from dyndepth.timing import LEVELS, Level, Shape, measure
+from dyndepth.timing import __main__ as timing_command
+from dyndepth.timing import passes
+from dyndepth.timing.measure import LEVELS, Level, Shape, measure
+from dyndepth.timing.passes import Side, Stopwatch, decode, prefill, rescore
 
 SHORT = Level((Shape(1, 12, 3), Shape(2, 6, 2)), 3, 6, 6, 1, 0.0, 0.0)
 ONE = Level((Shape(1, 12, 1),), 1, 6, 6, 1, 0.0, 0.0)
@@ -343,7 +344,7 @@ def test_steady_allocator_leaves_a_choice_of_the_user_alone(monkeypatch):
 class TestCommandLine:
     def test_help_needs_no_torch(self):
         code = (
-            "import sys; from dyndepth.timing_command import main\n"
+            "import sys; from dyndepth.timing.__main__ import main\n"
             "try: main(['--help'])\n"
             "except SystemExit: pass\n"
             "sys.exit('torch' in sys.modules)"
@@ -368,9 +369,9 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_last_line_is_json(self, tiny, tiny_corpus, tmp_path, monkeypatch, capsys):
-        from dyndepth import timing
         from dyndepth.data import corpus
         from dyndepth.models import loading as models
+        from dyndepth.timing import measure as timing
 
         model = tiny()
         monkeypatch.setattr(models, "layer_count", lambda *_: 4)

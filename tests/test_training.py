@@ -6,10 +6,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.loop import Schedule
-from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
-from dyndepth.runtime.attach import attach
-from dyndepth.training import (
+from dyndepth.fitting.loop import Schedule
+from dyndepth.fitting.routers import (
     Routed,
     Tuning,
     budget_shares,
@@ -18,6 +16,8 @@ from dyndepth.training import (
     stream_statistics,
     tune_router,
 )
+from dyndepth.methods.skipgpt.router import LinearRouter, MLPRouter
+from dyndepth.runtime.attach import attach
 
 SCHEDULE = Schedule(steps=40, batch=2, length=32)
 

@@ -10,13 +10,13 @@ from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndepth import continuations
 from dyndepth.common.errors import UserError
+from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation.scoring import Group
+from dyndepth.evaluation.scoring import score as score_alone
 from dyndepth.models.blocks import blocks, decoder
 from dyndepth.runtime import many_plans as trie_pass
 from dyndepth.runtime.attach import attach
-from dyndepth.scoring import Group
-from dyndepth.scoring import score as score_alone
 
 LAYERS = 4
 

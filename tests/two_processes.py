@@ -1,12 +1,14 @@
 """Run by test_loop, alone or under `accelerate launch`: four windows a step, however many read."""
 
+from __future__ import annotations
+
 import json
 import sys
 
 import torch
 from accelerate import PartialState
 
-from dyndepth.loop import Schedule, optimise
+from dyndepth.fitting.loop import Schedule, optimise
 
 state = PartialState(cpu=True)
 weight = torch.nn.Parameter(torch.zeros(4))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dyndepth.common.provenance import processor
+from dyndepth.timing.measure import _gather_limits
 
 # glibc's mallopt: no block is mapped by itself, the heap is never trimmed, it grows in large steps.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -65,14 +66,6 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
         "load_average": None if load is None else round(load, 2),
         "gpu": _gpu_state(device) if on_gpu else None,
     }
-
-
-def _gather_limits(model: torch.nn.Module) -> str:
-    """When the runtime gathers, see ``dyndepth.runtime.gates``: attention, MLP, least tokens."""
-    from dyndepth.runtime.gates import limits_of
-
-    limits = limits_of(model)
-    return f"{limits.attention:g} {limits.mlp:g} {limits.tokens}"
 
 
 def _allocator(on_gpu: bool) -> str:

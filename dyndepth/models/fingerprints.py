@@ -55,8 +55,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     that it brought along, and over each stored tensor's name, shape and values as bfloat16: loads
     in float32 and bfloat16 agree, whatever the device, and so do those in float16 that
     ``load_model`` made. A fine-tuned or differently configured model differs, unless no value
-    changed by as much as bfloat16 shows. Inside ``dyndepth.adapters.adapted`` it is another one,
-    however little the adapter changes.
+    changed by as much as bfloat16 shows. Inside ``dyndepth.fitting.recovery.adapters.adapted`` it
+    is another one, however little the adapter changes.
     """
     facts = {
         "config": _facts(model.config),

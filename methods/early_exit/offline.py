@@ -26,10 +26,10 @@ from torch.nn.functional import pad
 
 from dyndepth.common.files import build_once, cache_root
 from dyndepth.common.provenance import method_code
+from dyndepth.fitting.removal import key_of
 from dyndepth.method import ForwardContext, Gate
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.models.blocks import blocks, decoder
-from dyndepth.removal import key_of
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dyndepth.calibration import block_speedup, prompt_phase, solve_threshold
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
+from dyndepth.fitting.calibration import block_speedup, prompt_phase, solve_threshold
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.models.blocks import blocks
 

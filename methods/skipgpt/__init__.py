@@ -12,10 +12,10 @@ keeps its stream unchanged. The threshold, near 0, is solved on calibration text
 measured speedup meets the target: the trained rate drifts from the measured one.
 Training: ``preset=paper`` has the published settings: straight-through Gumbel gates under
 cross-entropy + penalty * |executed - 1/speedup|. ``preset=embedded``, the default, finds the maps
-by regression (``dyndepth.gain``): sublayers are switched off in the order of a greedy removal, more
-than the target asks; a ridge regression on the stream predicts what each token would gain from
-running each; where the gain per FLOP is largest, they run. Straight-through steps may follow
-(``steps``). Minutes on a processor for a small model, and no learning rate.
+by regression (``dyndepth.fitting.regression``): sublayers are switched off in the order of a greedy
+removal, more than the target asks; a ridge regression on the stream predicts what each token would
+gain from running each; where the gain per FLOP is largest, they run. Straight-through steps may
+follow (``steps``). Minutes on a processor for a small model, and no learning rate.
 Granularity: token and sublayer; no block and no token is protected. ``reads=constant``: static.
 KV policy: project. Every token's keys and values are computed in every block, as in the reference.
 Phases: both, as in the paper; ``generation`` keeps the prompt at full depth.
@@ -147,7 +147,7 @@ class SkipGPT(DynamicDepthMethod):
 
         Raises UserError if text is needed and ``corpus`` is None, or if routers do not fit.
         """
-        from dyndepth.training import trained_along
+        from dyndepth.fitting.routers import trained_along
 
         from .shipped import load_named, load_shipped, missing
         from .tuning import train

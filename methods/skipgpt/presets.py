@@ -23,21 +23,22 @@ class Recipe:
         standardise: a linear router learns on the stream with each dimension's mean and deviation
             taken off; both are folded into it afterwards.
         initial: ``gain``: linear routers by regression of what executing would gain each token,
-            over the sublayers that a greedy joint removal would take first (``dyndepth.gain``);
-            ``order``: biases that execute the target from the start, by that removal's order;
-            ``damage``: everything runs at first, biases follow the damage of each removal alone;
-            ``random``: Kaiming-uniform weights and zero biases, as published. ``order`` and
-            ``damage`` start with zero weights, so that a gate depends on no token yet.
+            over the sublayers that a greedy joint removal would take first
+            (``dyndepth.fitting.regression``); ``order``: biases that execute the target from the
+            start, by that removal's order; ``damage``: everything runs at first, biases follow the
+            damage of each removal alone; ``random``: Kaiming-uniform weights and zero biases, as
+            published. ``order`` and ``damage`` start with zero weights, so that a gate depends on
+            no token yet.
         rounds, windows: of ``gain``: rounds of regression, windows that each reads.
         surplus: of ``gain``: removable is this much more of the budget than the target removes.
         budget, penalty, ramp, estimator, objective, weight_rate, bias_rate, adapter_rate: as in
-            ``dyndepth.training.Tuning``.
+            ``dyndepth.fitting.routers.Tuning``.
         curriculum: the reference code's: the wanted share falls by 0.1 every 500 steps.
         tau_start, tau_end: temperature of ``gumbel`` at the first and the last step.
         steps: of the straight-through training; 0 leaves the routers as they were begun. Adapters
             that are trained along get 60 then.
         batch, length, accumulate, warm_up, decay, weight_decay, precision: as in
-            ``dyndepth.loop.Schedule``.
+            ``dyndepth.fitting.loop.Schedule``.
         threshold: ``solved`` so that the measured speedup meets the target, or ``zero``.
     """
 

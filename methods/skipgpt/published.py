@@ -153,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     """Load, convert, measure, write, print."""
-    from dyndepth.calibration import measured
     from dyndepth.data.capacity import fitting
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.fits import save_fit
+    from dyndepth.fitting.calibration import measured
+    from dyndepth.fitting.fits import save_fit
     from dyndepth.models.loading import load_model, load_tokenizer
 
     target = options.target_speedup

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dyndepth.training import Router, inverse_scale
+from dyndepth.fitting.routers import Router, inverse_scale
 
 
 class LinearRouter(Router):

@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dyndepth.common.provenance import fitting_code
     from dyndepth.data.capacity import fitting
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.loop import checkpoints
+    from dyndepth.fitting.loop import checkpoints
+    from dyndepth.fitting.routers import loss
     from dyndepth.models.fingerprints import fingerprint
     from dyndepth.models.loading import load_model, load_tokenizer
     from dyndepth.runtime.attach import attach
-    from dyndepth.training import loss
 
     from . import SkipGPT
     from .shipped import save_shipped

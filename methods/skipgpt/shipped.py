@@ -2,7 +2,7 @@
 
 The project's lie in ``routers/<model fingerprint>/<target speedup>.{safetensors,json}``, one file
 and one card a target, and are used only for that model and the method's default settings. A user's
-are folders that ``dyndepth.fits.save_fit`` wrote.
+are folders that ``dyndepth.fitting.fits.save_fit`` wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dyndepth.cells.identity import today
 from dyndepth.common.errors import UserError
-from dyndepth.fits import read_fit
+from dyndepth.fitting.fits import read_fit
 from dyndepth.models.blocks import blocks, decoder
 from dyndepth.models.fingerprints import fingerprint
 

@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dyndepth.calibration import block_speedup, meet_target
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
-from dyndepth.gain import Regression, regress_gains
-from dyndepth.loop import Curve, Schedule
+from dyndepth.fitting.calibration import block_speedup, meet_target
+from dyndepth.fitting.loop import Curve, Schedule
+from dyndepth.fitting.regression import Regression, regress_gains
+from dyndepth.fitting.removal import (
+    Removal,
+    cached_order,
+    ordered_biases,
+    ranked_biases,
+    removal_damage,
+)
+from dyndepth.fitting.routers import (
+    Tuning,
+    budget_shares,
+    stream_statistics,
+    trained_along,
+    tune_router,
+)
 from dyndepth.methods.skipgpt import SkipGPT
 from dyndepth.models.blocks import blocks, decoder
-from dyndepth.removal import Removal, cached_order, ordered_biases, ranked_biases, removal_damage
-from dyndepth.training import Tuning, budget_shares, stream_statistics, trained_along, tune_router
 
 from .router import LinearRouter, MLPRouter, kaiming
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.importance import Settings
+from dyndepth.fitting.importance import Settings
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
 
 

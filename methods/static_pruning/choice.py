@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.importance import Settings, calibration_text, rank
-from dyndepth.influence import streams
+from dyndepth.fitting.importance import Settings, calibration_text, rank
+from dyndepth.fitting.removal import Unit, plan_without
+from dyndepth.fitting.routers import budget_shares
+from dyndepth.fitting.unit_scores import streams
 from dyndepth.method import SUBLAYERS
 from dyndepth.models.blocks import blocks
-from dyndepth.removal import Unit, plan_without
-from dyndepth.training import budget_shares
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus

@@ -1,0 +1,210 @@
+"""Stage 2: adapters that make up for the depth that a method does not spend.
+
+``lora``: the method is attached as it will run, its gates frozen and on; what it skips is skipped
+in training too, for a constant gate's skipped branch has no gradient. The loss is next-token
+cross-entropy over whole windows. For methods of phase ``generation`` the first half of each window
+runs at full depth and the second thinned over its keys and values: the two-pass scheme of arXiv
+2404.06954 in one forward. ``joint``: adapters are put in and the method's own ``fit`` trains them
+together with its routers, as in the ablation of arXiv 2506.04179. Dense recovered under the same
+recipe is the control: same windows, same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from dyndepth.common.errors import UserError
+from dyndepth.fitting.calibration import prompt_phase
+from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
+from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
+from dyndepth.fitting.routers import mark_along
+from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.blocks import causal_lm, decoder, readout
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from dyndepth.cells.recipe import Recipe
+    from dyndepth.data.corpus import Corpus
+
+
+_READING = 500_000
+"""Added to the seed of the windows, so that stage 2 reads other ones than stage 1."""
+_NAME = "recovery"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery found: factors by projection, the curve by step, and its price."""
+
+    factors: Factors
+    curve: Curve
+    tokens: int
+    seconds: float
+
+
+def recover(
+    method: DynamicDepthMethod,
+    model: nn.Module,
+    corpus: Corpus | None,
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    progress: bool = True,
+) -> Recovered:
+    """Train adapters for ``method`` on ``model``; the model is left exactly as it was.
+
+    For ``lora`` the method is fitted; its gates stay as they are. For ``joint`` it is fitted here.
+    ``method.calibrate`` is left to the caller, under the merged weights. The curve has ``loss``
+    (nats a token), ``executed`` (share of block FLOPs where the method skips) and ``tokens``.
+
+    Raises:
+        UserError: no corpus, a projection that can't be adapted, or ``joint`` for a method that
+            trains nothing, or whose fit trained no adapter; several processes.
+    """
+    if corpus is None:
+        raise UserError("recovery trains on text; give a corpus")
+    if recipe.kind == "joint" and not method.needs_training:
+        raise UserError(
+            f"recovery 'joint' trains routers and adapters at once, and {method.name} trains "
+            "nothing; use lora"
+        )
+    started = time.monotonic()
+    with injected(model, recipe, seed) as layers:
+        if recipe.kind == "joint":
+            method.fit(model, corpus)
+            curve = list(getattr(method, "curve", []))
+            if not any(bool(layer.lora_B[_NAME].weight.any()) for layer in layers.values()):
+                raise UserError(
+                    f"fitting {method!r} trained no adapter along, so there is no joint recovery "
+                    "of it; use lora"
+                )
+        else:
+            curve = _train(method, model, corpus, recipe, seed, progress)
+        factors: Factors = {
+            name: (
+                layer.lora_A[_NAME].weight.detach().clone(),
+                layer.lora_B[_NAME].weight.detach().clone(),
+            )
+            for name, layer in layers.items()
+        }
+    tokens = int(curve[-1].get("tokens", 0)) if curve else int(method.facts.get("tokens", 0))
+    return Recovered(factors, curve, tokens, time.monotonic() - started)
+
+
+def _train(
+    method: DynamicDepthMethod,
+    model: nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    seed: int,
+    progress: bool,
+) -> Curve:
+    """Optimise the adapters that are in the model; returns the curve."""
+    plan = Schedule.of(recipe)
+    windows = corpus.reader(recipe.length, plan.windows, _READING + seed, model=model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with attach(model, method) as trace:
+        return optimise(
+            lambda ids, step: window_loss(model, method, trace, ids),
+            [{"params": parameters, "lr": recipe.rate}],
+            windows,
+            plan,
+            name=f"{_NAME} {method.name} {method.target_speedup:g}x",
+            seed=seed,
+            progress=progress,
+        )
+
+
+def window_loss(
+    model: nn.Module, method: DynamicDepthMethod, trace: Trace, ids: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss over the windows ``ids`` ``[batch, length]`` under the attached ``method``, and a row.
+
+    Where the method skips in generation only, the first half of each window is its prompt.
+    """
+    phase = prompt_phase(method)
+    trace.prompt_length = ids.shape[1] // 2 if phase else None
+    # Each window is a document of its own to methods that choose by document.
+    trace.documents = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in ids]
+    nats = _whole_loss(model, ids)
+    totals = trace.totals(phase)
+    trace.reset()
+    executed = totals["block_flops"] / max(totals["dense_block_flops"], 1.0)
+    return nats, {"loss": nats.item(), "executed": executed}
+
+
+def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """``training.loss``, with the logits of one window at a time in memory.
+
+    They are computed once more in the backward pass: beside a small model with a large vocabulary
+    the logits of a batch and their gradients outweigh everything else.
+    """
+    read = readout(model)
+    # A model that is spread over devices ends on another one than it began on.
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state.to(ids.device)
+
+    def nats(row: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(read(row).float(), wanted)
+
+    found = [
+        checkpoint(nats, row[:-1], wanted[1:], use_reentrant=False, preserve_rng_state=False)
+        for row, wanted in zip(hidden, ids, strict=True)
+    ]
+    return torch.stack(found).mean()
+
+
+@contextmanager
+def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """``model`` with fresh adapters that alone require a gradient; yields peft's layers by name.
+
+    On exit, also by an exception, every module, flag and attribute is what it was. Raises UserError
+    for a projection that can't be adapted.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    owner = causal_lm(model)
+    targets = adaptable(model, recipe)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=any(map(transposed, targets.values())),
+    )
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    known = set(vars(owner))
+    try:
+        with seeded(seed, next(model.parameters()).device):
+            inject_adapter_in_model(config, owner, _NAME)
+        layers: dict[str, Any] = {name: owner.get_submodule(name) for name in targets}
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        for layer in layers.values():
+            # Beside a half-precision model the few numbers that are trained stay exact.
+            layer.lora_A[_NAME].float().requires_grad_(True)
+            layer.lora_B[_NAME].float().requires_grad_(True)
+            layer.lora_dropout.train()
+            mark_along([layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight])
+        yield layers
+    finally:
+        for name, target in targets.items():
+            parent, _, last = name.rpartition(".")
+            setattr(owner.get_submodule(parent), last, target)
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+        for name in set(vars(owner)) - known:
+            delattr(owner, name)

@@ -1,0 +1,320 @@
+"""Budgeted router tuning by straight-through gates, for every method with routers.
+
+The backbone is frozen. A router module says, at each block's entry, one logit a token and sublayer;
+a sublayer runs where its logit is not negative. Training executes everything and multiplies by
+straight-through gates, under
+
+    loss + penalty * | executed share - wanted share |        (arXiv 2506.04179)
+
+with both shares counted in block FLOPs or in modules, or with no share wanted (arXiv 2410.20022).
+Two estimators of the gates' gradient: ``gumbel``, as published, samples hard gates from a logistic
+distribution (the difference of the Gumbel noises of two logits) at a temperature that falls during
+training; ``deterministic`` takes the gates that inference will take and a sigmoid's slope. Nothing
+is sampled at inference.
+
+Adapters that a caller put in and marked (``mark_along``) are trained along; the loss is then
+cross-entropy, since a dense model that moves is no yardstick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.rotary import forget
+from dyndepth.runtime.attach import attach
+from dyndepth.runtime.flops import BlockCosts
+
+if TYPE_CHECKING:
+    from dyndepth.data.corpus import Windows
+
+
+class Router(nn.Module):
+    """What is trained: logits of both sublayers, from the stream at a block's entry.
+
+    ``bias`` is float32 ``[layers, 2]``, added to the logits; ``forward(layer, hidden)`` maps
+    ``[batch, tokens, hidden]`` to float32 ``[batch, tokens, 2]``, execute where not negative.
+    A router whose one logit decides for both sublayers has 1 in place of the 2.
+    """
+
+    bias: nn.Parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What is asked of the routers.
+
+    Attributes:
+        target_speedup: the executed share is to become 1 / target_speedup.
+        budget: what a share counts: ``flops`` of the blocks, or ``modules`` (attention and MLP
+            weigh the same, as in the paper).
+        penalty: weight of the budget against the loss, nats a token.
+        cost: ``target``, or ``linear``: whatever is executed costs, as if the wanted share were 0.
+        ramp: share of the steps over which the wanted share falls linearly from what the routers
+            execute at first; 0: it is the target from the first step.
+        curriculum: ``(fall, steps)``: instead of the ramp, from 1 by ``fall`` every ``steps``.
+        estimator: ``deterministic`` or ``gumbel``.
+        temperature: of ``gumbel``, at the first and the last step.
+        objective: ``ce``, next-token cross-entropy; ``kl``, divergence from the dense model's
+            predictions, which says more about each token at a third more arithmetic.
+        weight_rate, bias_rate: learning rates.
+        adapter_rate: of adapters that are trained along.
+        phases: ``generation`` keeps the first half of each window at full depth.
+    """
+
+    target_speedup: float
+    budget: Literal["flops", "modules"] = "flops"
+    penalty: float = 8.0
+    cost: Literal["target", "linear"] = "target"
+    ramp: float = 0.0
+    curriculum: tuple[float, int] | None = None
+    estimator: Literal["deterministic", "gumbel"] = "deterministic"
+    temperature: tuple[float, float] = (5.0, 1.0)
+    objective: Literal["ce", "kl"] = "kl"
+    weight_rate: float = 3e-3
+    bias_rate: float = 2e-2
+    adapter_rate: float = 2e-4
+    phases: Literal["generation", "both"] = "both"
+
+    def wanted(self, step: int, steps: int, first: float) -> float:
+        """The share asked for at ``step``; ``first`` is what was executed at the first one."""
+        if self.cost == "linear":
+            return 0.0
+        target = 1 / self.target_speedup
+        if self.curriculum is not None:
+            fall, every = self.curriculum
+            return max(target, 1 - fall * (step // every))
+        done = min(1.0, (step + 1) / (self.ramp * steps)) if self.ramp else 1.0
+        return first + (target - first) * done
+
+
+class Routed(DynamicDepthMethod):
+    """The gates of a router in training: 0 or 1 forward, a slope back."""
+
+    name: ClassVar[str] = "routed"
+    granularity: ClassVar[Any] = "token"
+    paper: ClassVar[str] = "internal"
+
+    def __init__(self, router: Router, tuning: Tuning) -> None:
+        super().__init__()
+        self.router, self.tuning = router, tuning
+        self.full_depth = False
+        self.temperature = tuning.temperature[0]
+        self._executed: list[Tensor] = []
+
+    @property
+    def phases(self) -> Literal["generation", "both"]:
+        """Those of the method that the routers are for."""
+        return self.tuning.phases
+
+    def start(self, context: ForwardContext) -> Tensor | None:
+        """A full plan while ``full_depth`` is set."""
+        self._executed = []
+        self.context = context
+        return torch.ones(context.layers, 2, dtype=torch.bool) if self.full_depth else None
+
+    def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
+        """Straight-through gates; the stream itself gets no gradient through the routers."""
+        logits = self.router(layer, hidden.detach())
+        if self.tuning.estimator == "gumbel":
+            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            logits = (logits + uniform.logit()) / self.temperature
+        soft = torch.sigmoid(logits)
+        gates = (logits >= 0).float() + soft - soft.detach()
+        part = self.context.generation
+        seen = gates.mean((0, 1)) if part is None else gates[part.to(gates.device)].mean(0)
+        self._executed.append(seen)
+        return gates[..., 0], gates[..., -1]
+
+    def executed(self, shares: Tensor) -> Tensor:
+        """Executed share of the last forward, a scalar with a gradient into every router."""
+        executed = torch.stack([each.to(shares.device) for each in self._executed])
+        return (executed * shares).sum()
+
+
+def mark_along(parameters: Iterable[nn.Parameter]) -> None:
+    """Have ``parameters`` of a model trained along with whatever routers are trained on it."""
+    for parameter in parameters:
+        parameter.dyndepth_along = True  # type: ignore[attr-defined]
+
+
+def trained_along(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``model`` that were marked."""
+    return [p for p in model.parameters() if getattr(p, "dyndepth_along", False)]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """All parameters but the marked ones without a gradient; as they were on exit."""
+    along = {id(parameter) for parameter in trained_along(model)}
+    open_ones = [p for p in model.parameters() if p.requires_grad and id(p) not in along]
+    for parameter in open_ones:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in open_ones:
+            parameter.requires_grad_(True)
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, first: int = 0) -> Tensor:
+    """Mean cross-entropy in nats of predicting each next token of ``ids`` ``[batch, length]``.
+
+    ``logits`` is ``[batch, length, vocabulary]``; predictions made before position ``first`` do
+    not count.
+    """
+    return cross_entropy(logits[:, first:-1].flatten(0, 1).float(), ids[:, first + 1 :].flatten())
+
+
+def loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats over the windows ``[batch, length]``."""
+    return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+
+
+class CanRunInFull(Protocol):
+    """A method whose forwards run at full depth while ``full_depth`` is set."""
+
+    full_depth: bool
+
+
+def divergence(model: nn.Module, method: CanRunInFull, ids: Tensor, first: int = 0) -> Tensor:
+    """Kullback-Leibler divergence of the attached ``method``'s predictions from the dense model's.
+
+    In nats, for each position of ``ids`` from ``first`` on: ``[batch, length - first]``, with a
+    gradient into the gates. ``method`` must be the one that is attached to ``model``.
+    """
+    method.full_depth = True
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
+    method.full_depth = False
+    got = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
+    return kl_div(got, expected, reduction="none", log_target=True).sum(-1)
+
+
+def inverse_scale(hidden: Tensor) -> Tensor:
+    """1 / root mean square of each token: ``[..., hidden] -> [..., 1]``."""
+    return torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@torch.no_grad()
+def stream_statistics(
+    model: nn.Module, windows: Tensor, *, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``, CPU.
+
+    Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
+    root mean square if ``normalise``; a deviation is kept from falling below a thousandth.
+    """
+    found: list[list[Tensor]] = [[] for _ in blocks(model)]
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            stream = (args[0] if args else kwargs["hidden_states"]).float().flatten(0, 1)
+            found[index].append(stream * inverse_scale(stream) if normalise else stream)
+
+        return hook
+
+    hooks = [
+        block.layer.register_forward_pre_hook(watch(index), with_kwargs=True)
+        for index, block in enumerate(blocks(model))
+    ]
+    forget(model)
+    try:
+        for ids in windows.to(next(model.parameters()).device).split(2):
+            decoder(model)(input_ids=ids, use_cache=False)
+    finally:
+        for each in hooks:
+            each.remove()
+    streams = [torch.cat(parts) for parts in found]
+    # On the CPU, where routers begin, whichever device each block lies on.
+    mean = torch.stack([stream.mean(0).cpu() for stream in streams])
+    deviation = torch.stack([stream.std(0).cpu() for stream in streams]) + 1e-3
+    return mean, deviation
+
+
+def budget_shares(model: nn.Module, length: int, budget: str = "flops") -> Tensor:
+    """Each sublayer's share of the budget: float32 ``[layers, 2]``, their sum is 1.
+
+    ``flops``: of the block FLOPs with ``length`` keys; ``modules``: all the same.
+    """
+    layers = len(blocks(model))
+    if budget == "modules":
+        return torch.full((layers, 2), 0.5 / layers)
+    costs = BlockCosts.of(model)
+    flops = np.stack([costs.attention(length), costs.mlp], axis=1)
+    return torch.from_numpy(flops / flops.sum()).float()
+
+
+def tune_router(
+    model: nn.Module,
+    router: Router,
+    windows: Tensor | Windows,
+    tuning: Tuning,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Curve:
+    """Train ``router`` in place, on ``windows`` ``[at least schedule.windows, length]``.
+
+    Returns the curve: per step ``loss`` (nats a token, of the objective), ``executed`` and
+    ``wanted`` (shares of the budget) and ``tokens`` read.
+    """
+    device = next(model.parameters()).device
+    shares = budget_shares(model, schedule.length, tuning.budget).to(device)
+    half = schedule.length // 2 if tuning.phases == "generation" else 0
+    method = Routed(router, tuning)
+    along = trained_along(model)
+    first = 1.0
+    if tuning.ramp:
+        with (
+            torch.no_grad(),
+            seeded(seed, device),
+            attach(model, method, backend="masked", prompt_length=half or None),
+        ):
+            model(input_ids=windows[: schedule.batch].to(device), use_cache=False)
+            first = method.executed(shares).item()
+
+    def objective(ids: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        start, end = tuning.temperature
+        method.temperature = start - (start - end) * step / schedule.steps
+        if tuning.objective == "kl" and not along:
+            nats = divergence(model, method, ids, half).mean()
+        else:
+            nats = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, half)
+        executed = method.executed(shares)
+        wanted = tuning.wanted(step, schedule.steps, first)
+        trace.reset()
+        row = {"loss": nats.item(), "executed": executed.item(), "wanted": wanted}
+        return nats + tuning.penalty * (executed - wanted).abs(), row
+
+    bias = [router.bias]
+    weights = [p for name, p in router.named_parameters() if name != "bias"]
+    groups = [
+        {"params": bias, "lr": tuning.bias_rate},
+        {"params": weights, "lr": tuning.weight_rate},
+        {"params": along, "lr": tuning.adapter_rate},
+    ]
+    with (
+        _frozen(model),
+        attach(model, method, backend="masked", prompt_length=half or None) as trace,
+    ):
+        return optimise(
+            objective,
+            [group for group in groups if group["params"]],
+            windows,
+            schedule,
+            name=f"routers {tuning.target_speedup:g}x",
+            seed=seed,
+            progress=progress,
+        )

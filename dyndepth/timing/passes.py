@@ -1,0 +1,174 @@
+"""The passes that are timed: a prefill and greedy steps over its cache, dense or with a method.
+
+``rescore`` scores documents with the very same passes: what is timed can be shown to be what was
+scored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from inspect import signature
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.runtime.attach import attach
+from dyndepth.timing.pairing import draining
+
+PHASES = {"prefill": "prompt", "decode": "generation"}
+"""The timed phases, and what a trace calls them."""
+
+Document = tuple[Any, ...]
+"""(context ids, continuation ids, scored log-likelihood), and the document's id if it has one."""
+
+
+def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:
+    """Logits of the last position ``[batch, vocabulary]`` and the cache, as a generation begins.
+
+    ``tokens`` are ids, int64 ``[batch, length]``.
+    """
+    last_only = {"logits_to_keep": 1} if _keeps_logits(type(model).forward) else {}
+    out = model(tokens, use_cache=True, **last_only)
+    return out.logits[:, -1], cache_of(out)
+
+
+def step(model: nn.Module, cache: Any, token: Tensor) -> Tensor:
+    """Logits ``[batch, vocabulary]`` after one more token, ids ``[batch, 1]``; the cache grows."""
+    return model(token, **{cache_argument(model): cache}, use_cache=True).logits[:, -1]
+
+
+def decode(model: nn.Module, cache: Any, token: Tensor, steps: int) -> Tensor:
+    """Feed ``token`` and then what is likeliest, ``steps`` times; returns the next token.
+
+    An end of sequence changes nothing: a method must not win by stopping early.
+    """
+    for _ in range(steps):
+        token = step(model, cache, token).argmax(-1, keepdim=True)
+    return token
+
+
+@cache
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in signature(forward).parameters
+
+
+class Stopwatch:
+    """Seconds of named laps.
+
+    Attributes:
+        host: end to end by the host's clock, the device's queue drained at both ends.
+        device: between two events in the device's queue; empty on a CPU. What the host's time has
+            beyond it is dispatch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.host: dict[str, list[float]] = defaultdict(list)
+        self.device: dict[str, list[float]] = defaultdict(list)
+        self._place = device
+        self._synchronise = draining(device)
+
+    @contextmanager
+    def lap(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        ends = []
+        if self._place.type == "cuda":
+            stream = torch.cuda.current_stream(self._place)
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._synchronise()
+        started = time.perf_counter()
+        if ends:
+            ends[0].record(stream)
+        yield
+        if ends:
+            ends[1].record(stream)
+        self._synchronise()
+        self.host[name].append(time.perf_counter() - started)
+        if ends:
+            self.device[name].append(ends[0].elapsed_time(ends[1]) / 1000)
+
+
+class Side:
+    """One side of the pairs on one shape: the stock model, or a method attached to it.
+
+    ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed. Each
+    call takes the next text: two sides that are called in turn get the same ones.
+
+    Attributes:
+        watch: laps ``prefill`` and ``decode``, warm-up included.
+        totals: one entry a call, the ledger's totals by lap; empty for the stock model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: DynamicDepthMethod | None,
+        texts: Sequence[Tensor],
+        new_tokens: int,
+    ) -> None:
+        self.model, self.method, self.new_tokens = model, method, new_tokens
+        self.place = next(model.parameters()).device
+        self.watch = Stopwatch(self.place)
+        self.totals: list[dict[str, dict[str, Any]]] = []
+        self._texts = cycle(enumerate(texts))
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Chooses the text; the method is attached inside."""
+        number, self.tokens = next(self._texts)
+        if self.method is None:
+            yield
+            return
+        documents = [f"text {number}, row {row}" for row in range(len(self.tokens))]
+        with attach(self.model, self.method, documents=documents) as trace:
+            yield
+            self.totals.append({lap: trace.totals(phase) for lap, phase in PHASES.items()})
+
+    def run(self) -> None:
+        """A prefill and ``new_tokens`` steps, a lap each."""
+        with self.watch.lap("prefill"):
+            logits, past = prefill(self.model, self.tokens)
+        first = logits.argmax(-1, keepdim=True)
+        with self.watch.lap("decode"):
+            decode(self.model, past, first, self.new_tokens)
+
+
+@torch.inference_mode()
+def rescore(
+    model: nn.Module, method: DynamicDepthMethod, documents: Sequence[Document]
+) -> list[float]:
+    """Log-likelihood of each document's continuation, by a timed prefill and timed steps.
+
+    Each document runs alone and costs one step a token of its continuation.
+    """
+    device = next(model.parameters()).device
+    found = []
+    for context, continuation, _, *name in documents:
+        with attach(model, method, documents=[str(name[0])] if name else None):
+            logits, past = prefill(model, torch.tensor([list(context)], device=device))
+            total = 0.0
+            for place, token in enumerate(continuation):
+                if place:
+                    fed = torch.tensor([[continuation[place - 1]]], device=device)
+                    logits = step(model, past, fed)
+                total += float(logits[0].float().log_softmax(-1)[token])
+            found.append(total)
+    return found
+
+
+def attach_seconds(model: nn.Module, method: DynamicDepthMethod, repeats: int = 5) -> float:
+    """Median seconds to attach and detach, which no timed call holds."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with attach(model, method):
+            pass
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[repeats // 2]
