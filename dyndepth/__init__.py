@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dyndepth.common.registry import load_method
     from dyndepth.data.corpus import load_corpus
+    from dyndepth.evaluation.evaluate import evaluate
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.models.loading import load_model, load_tokenizer
     from dyndepth.runtime.attach import attach
@@ -22,17 +23,17 @@ __all__ = [
     "DynamicDepthMethod",
     "__version__",
     "attach",
+    "evaluate",
     "load_corpus",
     "load_method",
     "load_model",
     "load_tokenizer",
 ]
 
-# `evaluate` stays out: a function of that name would hide the module dyndepth.evaluate, or be
-# hidden by it, depending on which was imported first.
 _HOMES = {
     "DynamicDepthMethod": "dyndepth.method",
     "attach": "dyndepth.runtime.attach",
+    "evaluate": "dyndepth.evaluation.evaluate",
     "load_corpus": "dyndepth.data.corpus",
     "load_method": "dyndepth.common.registry",
     "load_model": "dyndepth.models.loading",

@@ -16,8 +16,9 @@ from dyndepth.cells.cell import DENSE, Cell, method_identity, order
 from dyndepth.cells.identity import Row, flat, plain, setting
 from dyndepth.cells.merging import check_comparable
 from dyndepth.cells.store import Store
+from dyndepth.common.digests import harness_code
 from dyndepth.common.errors import UserError
-from dyndepth.common.provenance import harness_code, versions
+from dyndepth.common.provenance import versions
 from dyndepth.grid import limits
 from dyndepth.method import SUBLAYERS
 from dyndepth.options import Settings, limit_text
@@ -109,7 +110,7 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
     choosable = any(field.name == "phases" for field in fields(method))
     if phases != "published" and choosable and "phases" not in given:
         method = load_method(pick.method, phases=phases)
-    own = method_identity(method) | {"recovery": pick.recipe}
+    own = method_identity(method, pick.recipe)
     keys = ("method", "parameters", "phases", "recovery")
     found = [cell for cell in cells if all(_same(cell, key, own[key]) for key in keys)]
     code = {key: own[key] for key in ("method_code", "fit_version")}

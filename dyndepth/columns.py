@@ -306,6 +306,10 @@ _TIMING = {
         ge=0,
     ),
     "gpu": _text("Clocks, power limit and temperature of the GPU; empty on a CPU.", nullable=True),
+    "timing_code": _text(
+        "Digest of the suite's code that takes times; empty for times of before there was one.",
+        nullable=True,
+    ),
 }
 
 TIMING = Table(

@@ -178,7 +178,6 @@ def run(options: dict[str, Any]) -> None:
     if recipe is not None:
         adaptable(model, recipe)
     began = time.monotonic()
-    torch.manual_seed(method.seed)
     if recipe is None or recipe.kind == "lora":
         method = fit_cached(method, model, corpus, refresh=options["refresh"])
     if recipe is not None:

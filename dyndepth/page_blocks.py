@@ -65,7 +65,8 @@ _KINDS = ("method", "control", "bound")
 
 def method_classes() -> list[Any]:
     """The classes of the methods that come with the suite, sorted by name."""
-    from dyndepth.common import provenance, registry
+    from dyndepth.common import digests as provenance
+    from dyndepth.common import registry
 
     own = f"{provenance.METHODS}."
     found = registry.methods()

@@ -31,7 +31,7 @@ OUTPUT = "runs/again"
 """Where the printed commands write, unless told otherwise: not where the run itself lies."""
 
 MADE_WITH = ("git_commit", "torch", "transformers", "lm_eval", "dyndepth", "harness_code")
-OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed")
+OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed", "recovery")
 """Keys of an identity that tell which plan of a sweep is the cell's."""
 
 PLACEHOLDERS = {"include_path": "FOLDER_OF_TASK_FILES", "corpus": "FILE_OF_TEXT"}
@@ -105,8 +105,8 @@ def plan_of(identity: Row, wanted: Settings, layers: int) -> CellSpec:
         UserError: this version's method is another one, or has other parameters.
     """
     for plan in plans(wanted, layers):
-        own = method_identity(plan.build())
-        if plan.recovery == identity["recovery"] and all(own[k] == identity[k] for k in OF_METHOD):
+        own = method_identity(plan.build(), plan.recovery)
+        if all(own[key] == identity[key] for key in OF_METHOD):
             return plan
     raise UserError(
         f"the method {identity['method']!r} or its recovery has changed since this cell was made: "
@@ -257,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(options: argparse.Namespace) -> None:
     from dyndepth.cells.store import Store
-    from dyndepth.common.provenance import git_commit, harness_code, versions
+    from dyndepth.common.digests import harness_code
+    from dyndepth.common.provenance import git_commit, versions
 
     cells = Store(options.run).all()
     if not cells:

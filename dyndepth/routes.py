@@ -282,7 +282,8 @@ def _spec(method: DynamicDepthMethod) -> str:
 def _identity(model: Any, tokenizer: Any, method: DynamicDepthMethod) -> dict[str, Any]:
     """What a record without a sweep can say of its origin."""
     from dyndepth.cells.cell import method_identity
-    from dyndepth.common.provenance import harness_code, versions
+    from dyndepth.common.digests import harness_code
+    from dyndepth.common.provenance import versions
     from dyndepth.data.tokenizers import tokenizer_fingerprint
     from dyndepth.models.fingerprints import fingerprint
 

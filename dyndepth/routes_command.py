@@ -229,7 +229,7 @@ def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
         if plan.method == DENSE and DENSE not in named:
             continue
         name = f"{plan.method}-x{plan.target_speedup:g}-seed{plan.seed}"
-        file = f"{name}-{cell_hash(method_identity(plan.build()))}"
+        file = f"{name}-{cell_hash(method_identity(plan.build(), plan.recovery))}"
         jobs.append(Job(plan.describe(), file, chosen, plan=plan))
     return jobs, chosen.output_path
 

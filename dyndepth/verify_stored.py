@@ -18,6 +18,7 @@ from typing import Any
 
 from dyndepth.cells.cell import ROWS, Cell
 from dyndepth.cells.identity import Row, today
+from dyndepth.cells.recipe import NONE
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.manifest import read_manifest, sha256
@@ -34,7 +35,7 @@ ONE = (
 )
 """Keys of the identity that must be the same in all cells of a run."""
 ONE_A_METHOD = ("method_code", "fit_version")
-"""And in all cells of one method."""
+"""And in all cells of one method, with recovery and without."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,13 @@ def mixed(cells: Sequence[Cell]) -> Iterator[Finding]:
     """Cells that are of another version than most of the run, or of another task version."""
     for key in ONE:
         yield from _odd(key, {cell.key: today(cell.identity[key]) for cell in cells})
-    by_method: dict[str, list[Cell]] = defaultdict(list)
+    by_method: dict[tuple[str, bool], list[Cell]] = defaultdict(list)
     for cell in cells:
-        by_method[cell.identity["method"]].append(cell)
-    for method, own in by_method.items():
+        by_method[cell.identity["method"], cell.identity["recovery"] != NONE].append(cell)
+    for (method, recovered), own in by_method.items():
+        what = f"{method} with recovery" if recovered else method
         for key in ONE_A_METHOD:
-            yield from _odd(f"{key} of {method}", {cell.key: cell.identity[key] for cell in own})
+            yield from _odd(f"{key} of {what}", {cell.key: cell.identity[key] for cell in own})
     versions: dict[str, dict[str, Any]] = defaultdict(dict)
     for cell in cells:
         for row in cell.accuracy:
@@ -149,7 +151,8 @@ def _odd(what: str, values: dict[str, Any]) -> Iterator[Finding]:
 
 def here(cells: Sequence[Cell]) -> Iterator[Finding]:
     """Notes where the program here is another than the one that made the cells."""
-    from dyndepth.common.provenance import harness_code, versions
+    from dyndepth.common.digests import harness_code
+    from dyndepth.common.provenance import versions
 
     now = {**versions(), "harness_code": harness_code()}
     for key in HERE:

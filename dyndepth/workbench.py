@@ -11,15 +11,9 @@ from typing import Any
 from dyndepth.cells.cell import CellSpec, cell_identity
 from dyndepth.cells.identity import Row
 from dyndepth.cells.recipe import parse_recovery
+from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
-from dyndepth.common.provenance import (
-    conditions,
-    git_commit,
-    harness_code,
-    task_content,
-    task_files,
-    versions,
-)
+from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.grid import limits
 from dyndepth.models.loading import SPREAD, resolve_device
 from dyndepth.options import Settings
@@ -126,9 +120,6 @@ class Workbench:
         from dyndepth.fitting.recovery.adapters import adapted
 
         if self._fitted is None or self._fitted[0] != plan:
-            import torch
-
-            torch.manual_seed(plan.seed)
             self._fitted = (plan, *self._fit(plan))
         with adapted(self.model, self._fitted[2]):
             yield self._fitted[1]

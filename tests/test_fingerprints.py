@@ -651,27 +651,6 @@ def test_what_a_run_leaves_beside_its_tasks_makes_no_other_cells(place, monkeypa
     assert identity(place) == before
 
 
-def test_all_that_a_recovery_runs_through_decides_it(tmp_path, monkeypatch):
-    import shutil
-
-    from dyndepth.common import provenance
-
-    copied = tmp_path / "dyndepth"
-    copied.mkdir()
-    for file in provenance.PACKAGE.glob("*.py"):
-        shutil.copy(file, copied)
-    monkeypatch.setattr(provenance, "PACKAGE", copied)
-    found = [provenance.recovery_code.__wrapped__()]
-    for name in ("adapters", "blocks", "loop", "method", "recovery", "runtime", "training"):
-        with (copied / f"{name}.py").open("a") as stream:
-            stream.write("EDITED = True\n")
-        found.append(provenance.recovery_code.__wrapped__())
-    assert len(set(found)) == len(found) == 8
-    for name in ("plots", "evaluate", "fits"):
-        (copied / f"{name}.py").write_text("")
-    assert provenance.recovery_code.__wrapped__() == found[-1]
-
-
 def test_cells_of_before_are_read_as_they_were_written(tmp_path):
     from cells import cell
 

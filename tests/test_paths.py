@@ -14,9 +14,9 @@ from folders import tiny_folder
 
 from dyndepth import manifest, routes, sweep
 from dyndepth.cells.store import Store, same_model
+from dyndepth.common.digests import task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import expanded, path_of, slug
-from dyndepth.common.provenance import task_files
 from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import load_corpus
 from dyndepth.fitting import fits

@@ -40,7 +40,7 @@ def _identity(plan: CellSpec, **changes: Any) -> Row:
         "batch_size": 32,
         "recovery": plan.recovery,
     }
-    return base | method_identity(plan.build()) | changes
+    return base | method_identity(plan.build(), plan.recovery) | changes
 
 
 def _values(hint: Any) -> st.SearchStrategy[Any]:
@@ -96,7 +96,7 @@ def _same(identity: Row) -> None:
     assert line[:3] == ["python", "-m", "dyndepth.sweep"]
     wanted = read(line[3:])
     plan = rerun.plan_of(identity, wanted, LAYERS)
-    for key, value in method_identity(plan.build()).items():
+    for key, value in method_identity(plan.build(), plan.recovery).items():
         assert identity[key] == value, key
     assert plan.recovery == identity["recovery"]
     assert len([each for each in plans(wanted, LAYERS) if each.method != "dense"]) <= 1

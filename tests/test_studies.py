@@ -286,7 +286,7 @@ class ToyBench:
         found = identity(harness_code="now", torch="1", model_fingerprint="f")
         found |= {key: getattr(self.settings, key) for key in keys}
         found |= {"tasks": self.tasks, "limit": grid.limits(self.settings, self.tasks)}
-        own = {*method_identity(CellSpec("dense").build()), "recovery"}
+        own = {*method_identity(CellSpec("dense").build())}
         return {key: value for key, value in found.items() if key not in own}
 
     def identity(self, plan: CellSpec):

@@ -19,7 +19,7 @@ from dyndepth import options, sweep
 from dyndepth.cells.cell import CellSpec, method_identity
 from dyndepth.cells.recipe import Recipe
 from dyndepth.cells.store import Store
-from dyndepth.common import commands, provenance, registry
+from dyndepth.common import commands, digests, provenance, registry
 from dyndepth.common.errors import UserError
 from dyndepth.driver import Driver, Tally
 from dyndepth.executors import Inline
@@ -430,38 +430,19 @@ class TestProvenance:
     def test_code_of_a_method_is_that_of_its_own_file(self):
         import fakes
 
-        codes = {provenance.method_code(cls) for cls in (fakes.Dense, fakes.Steps)}
+        codes = {digests.method_code(cls) for cls in (fakes.Dense, fakes.Steps)}
         assert len(codes) == 1
-        assert provenance.method_code(Tally) not in codes
-
-    def test_harness_code_follows_what_can_change_a_number(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
-        code = provenance.harness_code.__wrapped__
-        (tmp_path / "runtime.py").write_text("a = 1")
-        (tmp_path / "leaderboard.py").write_text("a = 1")
-        before = code()
-        (tmp_path / "leaderboard.py").write_text("a = 2")
-        assert code() == before
-        (tmp_path / "runtime.py").write_text("a = 2")
-        changed = code()
-        assert changed != before
-        (tmp_path / "tasks").mkdir()
-        (tmp_path / "tasks" / "one.yaml").write_text("task: one")
-        assert code() != changed
-
-    def test_front_names_files_that_exist(self):
-        missing = {name for name in provenance.FRONT if not (provenance.PACKAGE / name).exists()}
-        assert missing <= {"plots.py"}
+        assert digests.method_code(Tally) not in codes
 
     def test_commit_is_of_the_projects_own_repository_only(self, tmp_path, monkeypatch):
         commit = provenance.git_commit.__wrapped__
         inside = tmp_path / "somewhere" / "site-packages" / "dyndepth"
         inside.mkdir(parents=True)
-        monkeypatch.setattr(provenance, "PACKAGE", inside)
+        monkeypatch.setattr(digests, "PACKAGE", inside)
         answers = {"rev-parse": str(tmp_path / "somewhere")}
         monkeypatch.setattr(provenance, "_git", lambda *words, at=inside: answers.get(words[0], ""))
         assert commit() == ""
-        monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "somewhere" / "dyndepth")
+        monkeypatch.setattr(digests, "PACKAGE", tmp_path / "somewhere" / "dyndepth")
         assert commit() == str(tmp_path / "somewhere")
 
 

@@ -333,11 +333,12 @@ def test_levels_can_have_an_interval():
 
 def test_steady_allocator_leaves_a_choice_of_the_user_alone(monkeypatch):
     from dyndepth.common import machine
+    from dyndepth.timing import conditions
 
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     machine.steady_allocator.cache_clear()
     assert machine.steady_allocator() == ""
-    assert "MALLOC_TOP_PAD_=1" in machine._allocator(on_gpu=False)
+    assert "MALLOC_TOP_PAD_=1" in conditions._allocator(on_gpu=False)
     machine.steady_allocator.cache_clear()
 
 

@@ -167,9 +167,9 @@ def parameters_text(method: Any) -> str:
     )
 
 
-def method_identity(method: Any) -> Row:
-    """The part of a cell's identity that the method itself gives."""
-    from dyndepth.common.provenance import method_code
+def method_identity(method: Any, recovery: str = NONE) -> Row:
+    """The part of a cell's identity that the method and its recovery give."""
+    from dyndepth.common.digests import method_code
 
     return {
         "method": method.name,
@@ -178,13 +178,14 @@ def method_identity(method: Any) -> Row:
         "target_speedup": float(method.target_speedup),
         "seed": method.seed,
         "fit_version": method.fit_version,
-        "method_code": method_code(type(method)),
+        "method_code": method_code(type(method), recovered=recovery != NONE),
+        "recovery": recovery,
     }
 
 
 def cell_identity(plan: CellSpec, shared: Row) -> Row:
     """The full identity of the plan's cell; ``shared`` is what all cells of a workbench have."""
-    return method_identity(plan.build()) | {"recovery": plan.recovery} | shared
+    return method_identity(plan.build(), plan.recovery) | shared
 
 
 def is_dense(cell: Cell) -> bool:

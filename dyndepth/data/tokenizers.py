@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common.provenance import brought_code, facts_digest
+from dyndepth.common.digests import brought_code, facts_digest
 
 PROBE = (
     "Hello world, it's 2018!",

@@ -2,7 +2,7 @@
 
 ``evaluate`` is the whole interface. Nothing here is written to disk; everything returned is plain
 data. The model class is in dyndepth.evaluation.language_model, the batches in
-dyndepth.evaluation.scoring; importing this module makes lm-eval know the name ``dyndepth``.
+dyndepth.evaluation.scoring.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lm_eval.api import task as lm_eval_task
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
-from dyndepth import lm_eval_plugin
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.language_model import ROWS, DyndepthLM
 from dyndepth.evaluation.outcomes import outcomes_of
@@ -31,8 +30,6 @@ from dyndepth.tasks import resolve, task_manager
 
 FEWSHOT_SEED = 1234
 """lm-eval's own default, for tasks that draw their examples at random."""
-
-lm_eval_plugin.register()
 
 
 @dataclass(frozen=True)

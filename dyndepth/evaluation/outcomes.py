@@ -160,7 +160,8 @@ def _quality(task: Task, metric: str, item: Any) -> tuple[float, float]:
 
 def _key(reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked) -> str:
     """24 hex digits over everything that decides outcomes."""
-    from dyndepth.common.provenance import harness_code, versions
+    from dyndepth.common.digests import harness_code
+    from dyndepth.common.provenance import versions
     from dyndepth.data.tokenizers import tokenizer_fingerprint
     from dyndepth.models.fingerprints import fingerprint
 

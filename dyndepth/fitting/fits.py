@@ -47,6 +47,7 @@ def fit_cached(
     kept fit that can't be read is made again. The cache lies under
     ``cache_root()/fits/<name>/<key>``; two processes may fit at once, the second waits and reads.
     """
+    import torch
     from accelerate import PartialState
 
     from dyndepth.fitting.loop import checkpoints
@@ -66,6 +67,7 @@ def fit_cached(
         if refresh:
             shutil.rmtree(unfinished, ignore_errors=True)
         method.anew = refresh
+        torch.manual_seed(method.seed)
         with checkpoints(unfinished):
             method.fit(model, corpus)
         _write(method, model, work)
@@ -87,6 +89,7 @@ def _fit_together(
     refresh: bool,
 ) -> Method:
     """As ``fit_cached`` in each process of a distributed run: all train, the first one keeps."""
+    import torch
     from accelerate import PartialState
 
     from dyndepth.fitting.loop import checkpoints
@@ -97,6 +100,7 @@ def _fit_together(
     if kept:
         return load_fit(method, model, folder)
     method.anew = refresh
+    torch.manual_seed(method.seed)
     with checkpoints(unfinished):
         method.fit(model, corpus)
     if PartialState().is_main_process:
@@ -108,7 +112,8 @@ def _fit_together(
 
 def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus | None) -> str:
     """24 hex digits over everything that decides what ``fit`` finds."""
-    from dyndepth.common.provenance import fitting_code, method_code, versions
+    from dyndepth.common.digests import ground_code, method_code
+    from dyndepth.common.provenance import versions
     from dyndepth.models.blocks import causal_lm
     from dyndepth.models.fingerprints import at_rest, checksum, fingerprint
 
@@ -119,7 +124,7 @@ def fit_key(method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus |
         "class": f"{type(method).__module__}.{type(method).__qualname__}",
         "method": repr(method),
         "fit_version": method.fit_version,
-        "code": [method_code(type(method)), fitting_code()],
+        "code": [method_code(type(method)), ground_code()],
         "libraries": [versions()[name] for name in ("torch", "transformers")],
         "device": next(model.parameters()).device.type,
         **digests,

@@ -267,12 +267,13 @@ def greedy_kept(
 def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
     """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
     and the code and libraries that measure."""
-    from dyndepth.common.provenance import fitting_code, versions
+    from dyndepth.common.digests import fitting_code
+    from dyndepth.common.provenance import versions
     from dyndepth.models.fingerprints import fingerprint
 
     parameter = next(model.parameters())
     whole = [
-        fitting_code(),
+        fitting_code(__name__),
         versions(),
         causal_lm(model).config._attn_implementation,
         fingerprint(model),

@@ -1,4 +1,7 @@
-"""The model class of ``lm_eval --model dyndepth``: it is built from names."""
+"""The model class of ``lm_eval --model dyndepth``: it is built from names.
+
+Importing this module makes lm-eval know the name, whatever was imported before.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ from dyndepth.common.registry import load_method, method_class, parse_methods
 from dyndepth.data.corpus import load_corpus
 from dyndepth.evaluation.language_model import ROWS, DyndepthLM
 from dyndepth.fitting.fits import fit_cached
+from dyndepth.lm_eval_plugin import register
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.loading import load_model, load_tokenizer
+
+register()
 
 
 class NamedLM(DyndepthLM):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.provenance import brought_code, facts_digest
+from dyndepth.common.digests import brought_code, facts_digest
 
 if TYPE_CHECKING:
     import torch

@@ -215,9 +215,10 @@ def _run_break_even(options: argparse.Namespace) -> None:
     import torch
 
     from dyndepth.common.files import write_atomically
-    from dyndepth.common.machine import conditions, steady_allocator
+    from dyndepth.common.machine import steady_allocator
     from dyndepth.models.loading import load_model
     from dyndepth.timing.break_even import Regime, measure
+    from dyndepth.timing.conditions import conditions
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

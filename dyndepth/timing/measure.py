@@ -122,7 +122,8 @@ def measure(
     """
     import torch
 
-    from dyndepth.common.machine import conditions, steady_allocator
+    from dyndepth.common.machine import steady_allocator
+    from dyndepth.timing.conditions import conditions
     from dyndepth.timing.passes import attach_seconds
 
     chosen = _level(level)
@@ -307,11 +308,3 @@ def _checked(
         gap <= nats + fraction * abs(document[2]) for gap, document in zip(gaps, check, strict=True)
     )
     return row | {"reproduces_scores": agree, "score_gap": max(gaps)}
-
-
-def _gather_limits(model: torch.nn.Module) -> str:
-    """When the runtime gathers, see ``dyndepth.runtime.gates``: attention, MLP, least tokens."""
-    from dyndepth.runtime.gates import limits_of
-
-    limits = limits_of(model)
-    return f"{limits.attention:g} {limits.mlp:g} {limits.tokens}"

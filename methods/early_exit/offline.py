@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dyndepth.common.digests import method_code
 from dyndepth.common.files import build_once, cache_root
-from dyndepth.common.provenance import method_code
 from dyndepth.fitting.removal import key_of
 from dyndepth.method import ForwardContext, Gate
 from dyndepth.methods.early_exit import EarlyExit

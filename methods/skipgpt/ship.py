@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from dyndepth.common.digests import fitting_code
     from dyndepth.common.files import cache_root
     from dyndepth.common.machine import steady_allocator
-    from dyndepth.common.provenance import fitting_code
     from dyndepth.data.capacity import fitting
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fitting.loop import checkpoints
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         method = SkipGPT(target_speedup=target, seed=options.seed)
         began = time.perf_counter()
         # Not the fit's key: that covers the shipped files, which change as targets are done.
-        facts = [repr(method), fingerprint(model), corpus.fingerprint, fitting_code()]
+        code = fitting_code("dyndepth.fitting.regression", "dyndepth.fitting.routers")
+        facts = [repr(method), fingerprint(model), corpus.fingerprint, code]
         facts += [corpus.tokenizer_fingerprint]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
         unfinished = cache_root() / "ship" / key

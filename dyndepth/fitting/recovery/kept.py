@@ -71,6 +71,8 @@ def recover_cached(
         shutil.rmtree(unfinished, ignore_errors=True)
 
     def build(work: Path) -> None:
+        import torch
+
         from dyndepth.fitting.fits import CURVE, fit_cached, save_fit, write_curve
         from dyndepth.fitting.loop import checkpoints
         from dyndepth.fitting.recovery.adapters import (
@@ -89,6 +91,7 @@ def recover_cached(
             )
         if recipe.kind == "lora":
             fit_cached(method, model, corpus)
+        torch.manual_seed(seed)
         with checkpoints(unfinished):
             found = recover(method, model, corpus, recipe, seed, progress=progress)
         write_adapter(
@@ -124,14 +127,14 @@ def recovery_key(
     method: DynamicDepthMethod, model: torch.nn.Module, corpus: Corpus, recipe: Recipe, seed: int
 ) -> str:
     """24 hex digits over everything that decides what a recovery finds."""
-    from dyndepth.common.provenance import recovery_code
+    from dyndepth.common.digests import method_code
     from dyndepth.fitting.fits import fit_key
 
     facts = {
         "fit": fit_key(method, model, corpus),
         "recipe": str(recipe),
         "seed": seed,
-        "code": recovery_code(),
+        "code": method_code(type(method), recovered=True),
         "peft": metadata.version("peft"),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
