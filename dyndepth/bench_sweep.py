@@ -26,7 +26,7 @@ from dyndepth.driver import Driver
 from dyndepth.executors import Inline
 from dyndepth.options import Settings
 from dyndepth.progress import Lines
-from dyndepth.tables import write_tables
+from dyndepth.results.tables import write_tables
 from dyndepth.workbench import Tables
 from dyndepth.worker import Worker
 

@@ -22,7 +22,7 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.naming import label
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.markdown import Record, layout, markup, number, spread, table
-from dyndepth.published import kind_of, nearest
+from dyndepth.results.published import kind_of, nearest
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod

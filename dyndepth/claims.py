@@ -1,6 +1,7 @@
 """What the cells of a study say about its claims: one row a comparison, with a verdict.
 
-Which cells may stand against each other is decided here; the statistics are in ``dyndepth.stats``.
+Which cells may stand against each other is decided here; the statistics are in
+``dyndepth.results.statistics.curves``.
 """
 
 from __future__ import annotations
@@ -22,20 +23,17 @@ from dyndepth.common.provenance import versions
 from dyndepth.grid import limits
 from dyndepth.method import SUBLAYERS
 from dyndepth.options import Settings, limit_text
-from dyndepth.stats import (
+from dyndepth.results.statistics.curves import (
     LEAST,
     SAME,
-    Difference,
     Point,
     curve,
-    difference,
-    direction,
-    holm,
     interpolate,
     measured,
     of_modules,
-    reach,
 )
+from dyndepth.results.statistics.differences import Difference, difference, reach
+from dyndepth.results.statistics.verdicts import direction, holm
 from dyndepth.studies import Claim, Pick, Study
 
 COLUMNS = (

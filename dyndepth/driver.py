@@ -206,7 +206,7 @@ class _Tables:
         """Write them if cells changed since."""
         if not self._stale:
             return
-        from dyndepth.tables import write_tables
+        from dyndepth.results.tables import write_tables
 
         started = time.monotonic()
         with self.store.tables():

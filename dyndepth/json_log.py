@@ -128,7 +128,7 @@ def _append(target: str) -> IO[str]:
 def _entries(cell: Cell) -> dict[str, Any]:
     """What CELL stands for in the table of keys."""
     from dyndepth.cells.naming import label
-    from dyndepth.leaderboard import speedups
+    from dyndepth.results.leaderboard import speedups
 
     row = identity_columns(cell)
     kept = ("task", "metric", "filter", "value", "stderr")

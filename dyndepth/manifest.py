@@ -19,11 +19,10 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import path_of
 from dyndepth.rerun import MADE_WITH, commands
-from dyndepth.schema import COMPARED, TABLES
+from dyndepth.results.leaderboard_pages import PAGES
+from dyndepth.results.schema import COMPARED, TABLES
 
 NAME = "manifest.json"
-PAGES = ("leaderboard.md", "leaderboard.html")
-"""What a run may have for people."""
 FILES = (*TABLES, *COMPARED, *PAGES)
 """What a run may hold beside its cells; all of it is a function of them."""
 FORMAT = 1

@@ -81,7 +81,7 @@ def cards(source: Any) -> dict[Path, str]:
     from dyndepth.card_status import study_rows
     from dyndepth.cards import card
     from dyndepth.page_blocks import method_classes, methods
-    from dyndepth.published import published
+    from dyndepth.results.published import published
 
     measured = source.rows(source.results, "leaderboard.csv")
     reported = published()
@@ -112,9 +112,9 @@ def cards(source: Any) -> dict[Path, str]:
 def table_reference() -> str:
     """The page of all tables: what a row is, and of each column type, emptiness and meaning."""
     from dyndepth.cells.identity import LEADING
-    from dyndepth.columns import Table
     from dyndepth.markdown import table
-    from dyndepth.schema import tables
+    from dyndepth.results.columns import Table
+    from dyndepth.results.schema import tables
 
     def columns(described: Table, names: Sequence[str]) -> str:
         lines = []

@@ -1,16 +1,18 @@
 """What blind choice would score: the line below which an accuracy says nothing of a method.
 
-Nothing here draws; the tables know chance (``dyndepth.chance``), but for those of older runs.
+Nothing here draws; the tables know chance (``dyndepth.results.leaderboard``), but for those of
+older runs.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dyndepth.chance import METRIC, OF_ACCURACY
+from dyndepth.results.leaderboard import METRIC, OF_ACCURACY
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 MEANS = ("mean_acc", "retained")
 """Metrics over all tasks with a chance level; of ``retained`` it is a share of dense's mean."""

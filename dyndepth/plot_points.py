@@ -18,7 +18,7 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.plot_chance import name_tasks
-from dyndepth.schema import validate
+from dyndepth.results.schema import validate
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,8 +11,8 @@ from dyndepth.cells.identity import Row, flat
 from dyndepth.claims import COLUMNS, VERDICTS, label
 from dyndepth.common.commands import print_table
 from dyndepth.common.files import write_atomically
-from dyndepth.sheets import as_csv
-from dyndepth.stats import RESAMPLES
+from dyndepth.results.statistics.differences import RESAMPLES
+from dyndepth.results.tables import csv_text
 from dyndepth.studies import Claim, Study
 
 HEADINGS = (
@@ -50,11 +50,11 @@ def write(
     were recorded, the executed fraction by range of positions.
     """
     written = {
-        path / "claims.csv": as_csv(rows, COLUMNS),
+        path / "claims.csv": csv_text(rows, COLUMNS),
         path / "claims.md": markdown(study, rows, cells),
     }
     if positions:
-        written[path / "positions.csv"] = as_csv(positions, tuple(positions[0]))
+        written[path / "positions.csv"] = csv_text(positions, tuple(positions[0]))
     for file, text in written.items():
         write_atomically(file, text)
     return list(written)

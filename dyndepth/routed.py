@@ -19,8 +19,9 @@ from dyndepth.cells.identity import Row
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.options import Settings
+from dyndepth.results.statistics.curves import Vector
+from dyndepth.results.statistics.differences import Difference, paired
 from dyndepth.routes import Routes
-from dyndepth.stats import Difference, Vector, paired
 
 DOCUMENTS = 32
 LENGTH = 512

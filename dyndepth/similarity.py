@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.options import Settings
-    from dyndepth.stats import Point
+    from dyndepth.results.statistics.curves import Point
 
 
 METRIC = "cosine"
@@ -106,7 +106,7 @@ def cosines(
 def point(cells: Sequence[Cell], folder: Path) -> Point | None:
     """The mean cosine of one method at one target, ``cells`` differing in their seed alone; None
     where a cell has no file."""
-    from dyndepth.stats import averaged, by_document
+    from dyndepth.results.statistics.curves import averaged, by_document
 
     files = [file_of(cell, folder) for cell in cells]
     if not all(file.is_file() for file in files):

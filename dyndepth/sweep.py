@@ -157,7 +157,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def announce(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
     """Say what is about to be done and how sharp the result will be."""
-    from dyndepth.intervals import expected_margin
+    from dyndepth.results.statistics.intervals import expected_margin
 
     print(f"{len(cells)} cells on {settings.model}; documents, and the most that the 95% margin")
     print("of an accuracy over them can be (differences to dense are paired and sharper):")
@@ -170,8 +170,9 @@ def announce(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]
 def show_results(tally: Tally, store: Store) -> None:
     """Show the leaderboard of the sweep's cells and where the tables lie."""
     from dyndepth.cells.merging import check_comparable
-    from dyndepth.leaderboard import leaderboard, show
-    from dyndepth.tables import NAMES
+    from dyndepth.results.console import show_leaderboard
+    from dyndepth.results.leaderboard import leaderboard
+    from dyndepth.results.tables import NAMES
 
     recorded = store.all()
     try:
@@ -179,7 +180,7 @@ def show_results(tally: Tally, store: Store) -> None:
     except UserError as fault:
         print(f"warning: {store.path}: {fault}", file=sys.stderr)
     keys = set(tally.keys)
-    show([row for row in leaderboard(recorded) if row["cell"] in keys])
+    show_leaderboard([row for row in leaderboard(recorded) if row["cell"] in keys])
     print(f"tables: {', '.join(str(store.path / name) for name in NAMES)}")
 
 

@@ -206,7 +206,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 def _values(job: Job, cell: Cell, seconds: float) -> dict[str, Any]:
     """The values of one step, by name; without those that are unknown or not finite."""
     from dyndepth.cells.naming import label
-    from dyndepth.leaderboard import speedups, wall_speedups
+    from dyndepth.results.leaderboard import speedups, wall_speedups
 
     row = identity_columns(cell)
     found: dict[str, Any] = {

@@ -22,7 +22,7 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.manifest import read_manifest, sha256
-from dyndepth.schema import TABLES
+from dyndepth.results.schema import TABLES
 
 SAME = 1e-6
 """Relative difference of a sum over documents from what is stored that is put down to rounding."""

@@ -2,7 +2,7 @@
 
 Those that every sweep writes must be there; those of ``dyndepth.comparison`` (with its defaults)
 and the pages of ``dyndepth.leaderboard`` are compared if they are. What they hold must be as
-``dyndepth.schema`` has it.
+``dyndepth.results.schema`` has it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
-from dyndepth.manifest import PAGES
-from dyndepth.schema import COMPARED
-from dyndepth.tables import CHECKED, NAMES, write_tables
+from dyndepth.results.leaderboard_pages import PAGES
+from dyndepth.results.schema import COMPARED
+from dyndepth.results.tables import CHECKED, NAMES, write_tables
 
 if TYPE_CHECKING:
     from dyndepth.verify_stored import Finding
@@ -30,7 +30,7 @@ _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisi
 
 def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
     """Tables of the run that are missing, or that differ from those made of ``cells``."""
-    from dyndepth import schema
+    from dyndepth.results import schema
     from dyndepth.verify_stored import Finding
 
     with TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
             yield Finding(name, "table is missing")
     present = [name for name in COMPARED if (run / name).is_file()]
     if present:
-        from dyndepth.comparison import compared, texts
+        from dyndepth.results.comparison import compared, texts
 
         try:
             found = texts(compared(cells))
@@ -57,10 +57,10 @@ def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
             yield Finding(", ".join(present), "cannot be made of these cells", found=_told(fault))
     pages = [name for name in PAGES if (run / name).is_file()]
     if pages:
-        from dyndepth import leaderboard
+        from dyndepth.results import leaderboard, leaderboard_pages
 
         try:
-            shown = leaderboard.texts(cells, leaderboard.leaderboard(cells))
+            shown = leaderboard_pages.texts(cells, leaderboard.leaderboard(cells))
             made |= {name: shown[name].encode() for name in pages}
         except _UNFIT as fault:
             yield Finding(", ".join(pages), "cannot be made of these cells", found=_told(fault))

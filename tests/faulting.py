@@ -136,8 +136,8 @@ def with_distribution(folder: str) -> None:
 def slow_disk(log: str, seconds: float) -> None:
     """Each flush takes ``seconds`` longer; ``log`` gets a line as a file is begun (``begin NAME``),
     and as it is whole (``end NAME``) or was given up (``cut NAME``)."""
-    from dyndepth import tables
     from dyndepth.common import files as store
+    from dyndepth.common import files as tables
 
     written, flush = store.write_atomically, os.fsync
     lines = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

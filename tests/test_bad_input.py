@@ -28,7 +28,7 @@ from folders import tiny_folder
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.store import Store
 from dyndepth.common.files import cache_root
-from dyndepth.tables import write_tables
+from dyndepth.results.tables import write_tables
 
 MAINS = {
     "ls": "dyndepth.__main__",

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from test_stats import point, scored
 
-from dyndepth import comparison_show
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.comparison import compared, left_out, main, texts
-from dyndepth.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
-from dyndepth.curve_tables import curves, equal_flops
-from dyndepth.curves import area, degradation, overlap, pareto
-from dyndepth.dense_tables import against_dense
-from dyndepth.resampling import RESAMPLES, contests, means, ratios
-from dyndepth.stats import holm, is_binary, mcnemar
+from dyndepth.comparison import main
+from dyndepth.results import console as comparison_show
+from dyndepth.results.comparison import against_dense, compared, left_out, texts
+from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
+from dyndepth.results.curve_tables import curves, equal_flops
+from dyndepth.results.statistics.curves import area, degradation, overlap, pareto
+from dyndepth.results.statistics.resampling import RESAMPLES, contests, means, ratios
+from dyndepth.results.statistics.verdicts import holm, is_binary, mcnemar
 
 few = settings(max_examples=25, deadline=None)
 DOCUMENTS = 40
@@ -108,7 +108,7 @@ class TestResampling:
         assert 0.35 <= (p < 0.5).mean() <= 0.65
 
     def test_agrees_with_scipys_bootstrap(self):
-        from dyndepth.stats import paired
+        from dyndepth.results.statistics.differences import paired
 
         generator = np.random.default_rng(2)
         a, b, weights = generator.normal(0.2, 1, 50), generator.normal(0, 1, 50), np.arange(1, 51.0)

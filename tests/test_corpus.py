@@ -137,10 +137,12 @@ def test_another_encoding_is_named(tmp_path, kind, encoding):
 
 def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     """Settings, texts to record, published tables, curves, fits' and adapters' JSON, manifests."""
-    from dyndepth import manifest, markdown, published
+    from dyndepth import manifest, markdown
+    from dyndepth.common import files
     from dyndepth.fitting import fits
     from dyndepth.fitting.recovery import adapters
     from dyndepth.options import read_config
+    from dyndepth.results import published
     from dyndepth.routes_command import documents
 
     def written(name, text):
@@ -152,7 +154,7 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     found = documents(str(written("a.txt", "one\n \ntwo\n")), 9)
     assert list(found.values()) == ["one", "two"]
     written("published.csv", ",".join(published.COLUMNS) + "\n")
-    assert published.parse(published.read_text(tmp_path / "published.csv"), "here") == []
+    assert published.parse(files.read_text(tmp_path / "published.csv"), "here") == []
     assert markdown.read(written("a.csv", "cell,value\n1,2\n")) == [{"cell": "1", "value": "2"}]
     assert fits.read_curve(written("curve.csv", "step,loss\n1,2.5\n")) == [{"loss": 2.5}]
     card = dict.fromkeys(adapters._CARD_KEYS, "x") | {"layout": adapters._LAYOUT}

@@ -24,7 +24,7 @@ from dyndepth.driver import TRIES, Driver
 from dyndepth.executors import Inline, WorkerDied, shares
 from dyndepth.options import Settings
 from dyndepth.progress import Lines
-from dyndepth.tables import NAMES
+from dyndepth.results.tables import NAMES
 from dyndepth.worker import Work, Worker
 
 GRID = ("--methods", "uls,static_pruning", "--speedups", "1.3,2")

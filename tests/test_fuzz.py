@@ -36,11 +36,11 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_path
 from dyndepth.common.registry import methods, parse_methods
 from dyndepth.common.spec import name_of, parameters_of, split, value
-from dyndepth.comparison import compared
-from dyndepth.leaderboard import leaderboard
 from dyndepth.options import Settings
 from dyndepth.plot_points import read_tables
-from dyndepth.tables import write_tables
+from dyndepth.results.comparison import compared
+from dyndepth.results.leaderboard import leaderboard
+from dyndepth.results.tables import write_tables
 from dyndepth.verify_tables import _compared
 
 FUZZ = settings(

@@ -13,8 +13,11 @@ from dyndepth.cells.cell import Cell
 from dyndepth.cells.merging import merged
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.intervals import expected_margin, mean_score, retained
-from dyndepth.leaderboard import NAMES, leaderboard, main, show, speedups, wall_speedups
+from dyndepth.leaderboard import main
+from dyndepth.results.console import show_leaderboard
+from dyndepth.results.leaderboard import leaderboard, speedups, wall_speedups
+from dyndepth.results.leaderboard_pages import NAMES
+from dyndepth.results.statistics.intervals import expected_margin, mean_score, retained
 
 
 def _outcomes(values):
@@ -264,11 +267,11 @@ def test_printed_rows_of_several_settings_say_which_is_theirs(capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "240")
     control = cell()
     control.provenance["paper"] = "control"
-    show(leaderboard([control, cell(method="m")]))
+    show_leaderboard(leaderboard([control, cell(method="m")]))
     alone = capsys.readouterr().out
     assert "setting" not in alone
     assert "dense (control)" in alone
-    show(leaderboard([cell(), cell(num_fewshot=5), cell(method="m", num_fewshot=5)]))
+    show_leaderboard(leaderboard([cell(), cell(num_fewshot=5), cell(method="m", num_fewshot=5)]))
     told = capsys.readouterr().out
     assert "setting" in told
     assert told.count("num_fewshot=5") == 2

@@ -10,12 +10,12 @@ import browsing
 import pytest
 from cells import cell, identity
 
-from dyndepth import leaderboard_page, published
 from dyndepth.cells.cell import Cell, order
 from dyndepth.common.errors import UserError
-from dyndepth.leaderboard import leaderboard, write
-from dyndepth.leaderboard_markdown import markdown
-from dyndepth.leaderboard_page import board, html
+from dyndepth.results import leaderboard_pages as leaderboard_page
+from dyndepth.results import published
+from dyndepth.results.leaderboard import leaderboard
+from dyndepth.results.leaderboard_pages import board, html, markdown, write
 
 NASTY = "RuntimeError: </script><b>|*bold*|\u2028"
 PAPER = {
@@ -200,7 +200,7 @@ def _asked(choices: dict[str, int | None]) -> Cell:
 
 
 def test_chance_is_the_mean_over_tasks_of_one_in_their_choices():
-    from dyndepth.chance import chance
+    from dyndepth.results.leaderboard import chance
 
     one = _asked({"three": 3, "two": 2, "word": 1})
     assert chance(one) == pytest.approx((1 / 3 + 1 / 2) / 3)
@@ -419,7 +419,7 @@ def test_what_a_paper_s_row_leaves_unsaid_is_the_default(turn):
 
 
 def test_no_value_without_recovery_stands_beside_a_recovered_row():
-    from dyndepth.published import kind_of
+    from dyndepth.results.published import kind_of
 
     unrecovered = [row for row in published.published() if "no training" in row["note"]]
     assert len(unrecovered) > 30

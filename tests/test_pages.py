@@ -23,8 +23,8 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import method_class, methods
 from dyndepth.markdown import joined, layout, spread, table
 from dyndepth.page_blocks import Source, averaged
-from dyndepth.schema import TABLES, tables
-from dyndepth.sheets import entry
+from dyndepth.results.schema import TABLES, tables
+from dyndepth.results.tables import entry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")

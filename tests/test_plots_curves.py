@@ -29,7 +29,7 @@ from dyndepth.plot_parts import (
     style,
     wrapped,
 )
-from dyndepth.tables import write_tables
+from dyndepth.results.tables import write_tables
 
 TARGETS = (1.25, 2.0)
 DOCUMENTS = 20

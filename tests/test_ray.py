@@ -9,7 +9,7 @@ import pytest
 import sweeping
 from folders import tiny_folder
 
-from dyndepth.tables import NAMES
+from dyndepth.results.tables import NAMES
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

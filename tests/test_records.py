@@ -21,7 +21,7 @@ from dyndepth.cells.recipe import Recipe
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
-from dyndepth.tables import NAMES, as_csv, write_tables
+from dyndepth.results.tables import NAMES, as_csv, write_tables
 
 
 def test_hash_follows_what_changes_the_numbers_and_nothing_else():

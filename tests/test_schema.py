@@ -10,15 +10,15 @@ import pandas
 import pytest
 from cells import cell, identity
 
-from dyndepth import schema
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import LEADING
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.evaluate import Evaluation
-from dyndepth.leaderboard import leaderboard
+from dyndepth.results import schema
+from dyndepth.results.leaderboard import leaderboard
+from dyndepth.results.schema import TABLES, read, validate, validate_folder
+from dyndepth.results.tables import NAMES, as_csv, write_tables
 from dyndepth.runtime.flops import CAUSES
-from dyndepth.schema import TABLES, read, validate, validate_folder
-from dyndepth.tables import NAMES, as_csv, write_tables
 
 
 def _cells() -> list[Cell]:

@@ -33,7 +33,8 @@ from toys import Toy
 from transformers import dynamic_module_utils
 from weak_code import findings
 
-from dyndepth import leaderboard_page, routed, sheets, similarity, sweep, tables
+from dyndepth import routed, similarity, sweep
+from dyndepth import tables as dyndepth_tables
 from dyndepth.cells.store import Store
 from dyndepth.common import files as common_files
 from dyndepth.common import provenance
@@ -43,10 +44,12 @@ from dyndepth.common.registry import parse_methods
 from dyndepth.data import wheels as assets
 from dyndepth.fitting.fits import fit_cached, load_fit, save_fit
 from dyndepth.fitting.loop import Checkpoint, checkpoints
-from dyndepth.leaderboard import leaderboard
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer
 from dyndepth.options import read
 from dyndepth.plots import figures
+from dyndepth.results import leaderboard_pages as leaderboard_page
+from dyndepth.results import tables
+from dyndepth.results.leaderboard import leaderboard
 from dyndepth.routes import Routes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -551,7 +554,7 @@ def test_figures_of_hostile_tasks_stay_in_their_folder(tmp_path, monkeypatch):
         each.compute = spoilt(each.compute)
         each.samples = spoilt(each.samples)
     # The schemas know no such task.
-    monkeypatch.setattr(tables, "validate", lambda name, rows: None)
+    monkeypatch.setattr(dyndepth_tables, "validate", lambda name, rows: None)
     tables.write_tables(hits, tmp_path)
     names = [name for name, _ in figures(tmp_path)]
     assert len([name for name in names if name.startswith("bound_gap_")]) == len(HOSTILE) - 1
@@ -582,7 +585,7 @@ def test_no_name_ends_the_element_that_holds_the_data():
 def test_no_field_is_a_formula(beginning):
     text = f"{beginning}HYPERLINK(1)"
     rows = [{"method": text, "value": -1.5, "n": -2}]
-    for written in (tables.as_csv(rows, ("value", "n")), sheets.as_csv(rows, tuple(rows[0]))):
+    for written in (tables.as_csv(rows, ("value", "n")), tables.csv_text(rows, tuple(rows[0]))):
         # A bare carriage return would end the row for some readers.
         assert f"'{text},".replace("\r", " ") in written
         # A negative number is a number.

@@ -12,19 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndepth.common.errors import UserError
-from dyndepth.stats import (
-    Difference,
-    Point,
-    curve,
-    difference,
-    direction,
-    holm,
-    interpolate,
-    measured,
-    of_modules,
-    paired,
-    reach,
-)
+from dyndepth.results.statistics.curves import Point, curve, interpolate, measured, of_modules
+from dyndepth.results.statistics.differences import Difference, difference, paired, reach
+from dyndepth.results.statistics.verdicts import direction, holm
 
 few = settings(max_examples=30, deadline=None)
 

@@ -14,7 +14,6 @@ import pytest
 from cells import identity
 
 from dyndepth import claims, grid, routed, similarity, studies, workbench
-from dyndepth import tables as tables_module
 from dyndepth.cells import cell as cell_module
 from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.store import Store
@@ -22,6 +21,7 @@ from dyndepth.claims import COLUMNS, chosen, likened, report
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
 from dyndepth.models import loading as models
+from dyndepth.results import tables as tables_module
 from dyndepth.routed import position_table, trace_file
 from dyndepth.routes import Routes
 from dyndepth.studies import Claim, Pick, Study

@@ -14,13 +14,14 @@ import pytest
 from cells import cell as made_by_hand
 from folders import tiny_folder
 
-from dyndepth import schema, sweep, tables, verify
+from dyndepth import sweep, tables, verify
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import FORMAT, Store
 from dyndepth.manifest import NAME, read_manifest, sha256, write_manifest
 from dyndepth.options import read
-from dyndepth.tables import write_tables
+from dyndepth.results import schema
+from dyndepth.results.tables import write_tables
 from dyndepth.verify_again import drawn, excuse
 from dyndepth.verify_rows import COARSE, EXACT, differences
 from dyndepth.verify_scores import means
@@ -244,7 +245,8 @@ class TestTampered:
 
 
 def test_pages_are_checked_where_they_are(run):
-    from dyndepth.leaderboard import leaderboard, write
+    from dyndepth.results.leaderboard import leaderboard
+    from dyndepth.results.leaderboard_pages import write
 
     cells = Store(run).all()
     write(cells, leaderboard(cells), run)
@@ -262,7 +264,7 @@ def test_pages_are_checked_where_they_are(run):
 
 
 def test_tables_of_comparison_are_checked_where_they_are(run, monkeypatch):
-    from dyndepth import comparison
+    from dyndepth.results import comparison
 
     texts = {"comparison.csv": "a,b\n1,2\n", "curves.csv": "c\n3\n", "equal_flops.csv": "d\n"}
     monkeypatch.setattr(comparison, "compared", lambda cells: {})

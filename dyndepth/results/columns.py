@@ -1,7 +1,7 @@
 """What every column of every table means, and which values it may have: said once, here.
 
-``dyndepth.schema`` checks tables against it, and the reference of the documentation is made from
-it. Indices count from 0; an empty field is a missing value.
+``dyndepth.results.schema`` checks tables against it, and the reference of the documentation is made
+from it. Indices count from 0; an empty field is a missing value.
 """
 
 from __future__ import annotations

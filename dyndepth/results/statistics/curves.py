@@ -17,14 +17,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.integrate import trapezoid
 
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
-from dyndepth.intervals import LEVEL
 
-RESAMPLES = 10_000
-"""Enough that p = 2 / (RESAMPLES + 1), the least there is, outlives Holm over 200 comparisons."""
 LEAST = 10
 """Documents (or layers) below which a bootstrap interval means nothing."""
 SAME = 1e-9
@@ -32,7 +29,6 @@ SAME = 1e-9
 FLOPS = ("block", "total")
 """What a budget may count: attention and MLP sublayers alone, or with them all that a method adds
 or cannot save (routers, exits, keys and values of skipped tokens, the LM head)."""
-_AT_ONCE = 4_000_000
 
 Vector = NDArray[np.float64]
 
@@ -64,19 +60,6 @@ class Point:
     def value(self) -> float:
         """The metric over all documents: a weighted mean, as the task aggregates it."""
         return float(self.outcomes @ self.weights / self.weights.sum())
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``value = value_a - value_b`` with its 95% interval, two-sided p, and units resampled."""
-
-    value_a: float
-    value_b: float
-    value: float
-    low: float
-    high: float
-    p: float
-    n: int
 
 
 def measured(cells: Sequence[Cell], task: str, metric: str, flops: str = "block") -> Point:
@@ -147,136 +130,6 @@ def interpolate(points: Sequence[Point], fraction: float, slack: float = 0.0) ->
     return nearest if near else None
 
 
-def difference(a: Point, b: Point, seed: int = 0) -> Difference:
-    """A minus B over the documents of both. Raises UserError if they are not the same documents."""
-    check_paired(a, b)
-    return paired(a.outcomes, b.outcomes, a.weights, seed)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """The least share of dense's block FLOPs at which a curve is as good as dense, with its 95%
-    interval over ``n`` documents; ``open``: the curve was not measured any lower."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    open: bool
-
-
-def reach(points: Sequence[Point], dense: Point, higher_is_better: bool, seed: int = 0) -> Reach:
-    """Where the curve through ``points`` and ``dense`` first is as good as dense.
-
-    Between two points the value is interpolated linearly. The interval is the percentile bootstrap
-    over documents, values and FLOPs resampled together; what a method chose on these documents is
-    taken as given. Raises UserError if the points are not of
-    dense's documents.
-    """
-    ordered = curve([*points, dense])
-    for each in ordered:
-        check_paired(each, dense)
-    sign = 1.0 if higher_is_better else -1.0
-    count = len(dense.documents)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    times = np.concatenate([np.ones((1, count)), drawn])  # first as observed
-    weight = times * dense.weights
-    shares = np.stack([times @ x.flops / (times @ x.dense_flops) for x in ordered])
-    values = np.stack([weight @ x.outcomes for x in ordered])
-    ahead = sign * (values - weight @ dense.outcomes) / weight.sum(1)
-    ahead[-1] = 0.0  # dense itself, whatever was averaged into it at full depth
-    found = _first_crossing(shares, np.where(np.abs(ahead) < SAME, 0.0, ahead))
-    low, high = np.quantile(found[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Reach(float(found[0]), float(low), float(high), count, bool(ahead[0, 0] >= 0))
-
-
-def _first_crossing(shares: Vector, ahead: Vector) -> Vector:
-    """Where each column of ``ahead`` ``[points, resamples]`` first is not negative, on ``shares``
-    of the same shape; the last point always is."""
-    first = (ahead >= -SAME).argmax(0)
-    columns = np.arange(ahead.shape[1])
-    before = np.maximum(first - 1, 0)
-    gap, now = ahead[before, columns], ahead[first, columns]
-    rise = np.where(now - gap > 0, now - gap, 1.0)
-    part = np.where(first > 0, np.clip(-gap / rise, 0.0, 1.0), 1.0)
-    start, end = shares[before, columns], shares[first, columns]
-    return start + part * (end - start)
-
-
-def paired(a: Vector, b: Vector, weights: Vector | None = None, seed: int = 0) -> Difference:
-    """Weighted mean of ``a`` minus that of ``b``, paired by position (``[units]`` each).
-
-    p is twice the smaller share of resampled differences on either side of 0, the observed sample
-    counted in (Davison and Hinkley 1997, eq. 4.11); 1 where nothing ever differs.
-    """
-    weights = np.ones(len(a)) if weights is None else weights
-    whole = weights.sum()
-    values = float(a @ weights / whole), float(b @ weights / whole)
-    apart = (a - b) * weights
-    if len(a) < 2:
-        return Difference(*values, float(apart.sum() / whole), -math.inf, math.inf, 1.0, len(a))
-    found = bootstrap(
-        (apart, weights),
-        lambda top, bottom, axis: top.sum(axis=axis) / bottom.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        batch=max(1, _AT_ONCE // len(a)),
-        rng=np.random.default_rng(seed),
-    )
-    drawn = found.bootstrap_distribution
-    sides = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return Difference(
-        *values,
-        value=float(apart.sum() / whole),
-        low=float(found.confidence_interval.low),
-        high=float(found.confidence_interval.high),
-        p=min(1.0, 2 * (1 + int(sides)) / (1 + RESAMPLES)),
-        n=len(a),
-    )
-
-
-def mcnemar(a: Vector, b: Vector) -> float:
-    """Two-sided exact p of McNemar's test (McNemar 1947; the binomial test of the documents on
-    which the two differ) for paired outcomes 0 or 1, ``[units]`` each; 1 where none differs.
-
-    Raises:
-        ValueError: an outcome is neither 0 nor 1, or they are not as many.
-    """
-    from statsmodels.stats import contingency_tables
-
-    if len(a) != len(b) or not (is_binary(a) and is_binary(b)):
-        raise ValueError("McNemar's test needs as many outcomes of both, each 0 or 1")
-    table = np.histogram2d(a, b, bins=[[-0.5, 0.5, 1.5]] * 2)[0]
-    return float(contingency_tables.mcnemar(table, exact=True).pvalue)
-
-
-def is_binary(outcomes: Vector) -> bool:
-    """True if every outcome is 0 or 1."""
-    return bool(np.isin(outcomes, (0.0, 1.0)).all())
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p adjusted for all comparisons of one table (Holm 1979), in the given order."""
-    from statsmodels.stats.multitest import multipletests
-
-    if not len(p_values):
-        return []
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
-
-
-def direction(found: Difference, p_adjusted: float) -> int:
-    """1 or -1 where A lies shown above or below B, 0 where no difference is shown.
-
-    Shown means: the interval excludes 0, and the adjusted p is at most 1 - ``LEVEL``.
-    """
-    if found.low <= 0 <= found.high or p_adjusted > 1 - LEVEL:
-        return 0
-    return 1 if found.value > 0 else -1
-
-
 def _of_cell(cell: Cell, task: str, metric: str, flops: str) -> Point:
     label = f"cell {cell.key} ({cell.identity['method']})"
     rows = sorted((row for row in cell.samples if row["task"] == task), key=_document)
@@ -337,3 +190,72 @@ def check_paired(one: Point, other: Point) -> None:
             f"the cells {', '.join(one.cells)} and {', '.join(other.cells)} were scored on "
             "different documents and cannot be paired; score both with the same --limit"
         )
+
+
+def span(points: Sequence[Point]) -> tuple[float, float]:
+    """The least and the largest fraction at which the curve was measured."""
+    fractions = [point.fraction for point in points]
+    return min(fractions), max(fractions)
+
+
+def overlap(one: Sequence[Point], other: Sequence[Point]) -> tuple[float, float] | None:
+    """The range of fractions over which both curves were measured; None if it has no width."""
+    spans = span(one), span(other)
+    low, high = max(low for low, _ in spans), min(high for _, high in spans)
+    return (low, high) if high - low > SAME else None
+
+
+def area(
+    points: Sequence[Point], within: tuple[float, float] | None = None
+) -> tuple[Vector, Vector] | None:
+    """The curve's mean value over the range ``within`` (its whole span by default), by document:
+    the area under it by the trapezoidal rule, divided by the range's width, and the weights of the
+    documents, ``[documents]`` each. None where the range has no width.
+
+    Raises:
+        ValueError: the range leaves the measured points.
+    """
+    low, high = within or span(points)
+    if high - low <= SAME:
+        return None
+    ends = interpolate(points, low), interpolate(points, high)
+    if ends[0] is None or ends[1] is None:
+        raise ValueError(f"the curve was not measured from {low:.4f} to {high:.4f}")
+    inner = [p for p in curve(points) if low + SAME < p.fraction < high - SAME]
+    cut = [ends[0], *inner, ends[1]]
+    heights = np.stack([point.outcomes for point in cut])
+    at = np.array([low, *(point.fraction for point in inner), high])
+    found: Vector = trapezoid(heights, at, axis=0) / (high - low)
+    return found, cut[0].weights
+
+
+def degradation(points: Sequence[Point], dense: Point, higher_is_better: bool) -> Vector | None:
+    """Speedup-degradation ratio by document, ``[documents]``: points of score lost against dense a
+    percent of speedup (LLM-Drop, arXiv 2406.15786), lower is better.
+
+    A point of score is a hundredth. The speedup is that of FLOPs, where the source takes
+    wall-clock's. Over several points: the loss summed over them / the percent summed over them.
+    None where no point is faster than dense.
+    """
+    faster = [point for point in points if point.fraction < 1 - SAME]
+    if not faster:
+        return None
+    sign = 1.0 if higher_is_better else -1.0
+    lost = sum(
+        (sign * (dense.outcomes - p.outcomes) for p in faster), np.zeros(len(dense.outcomes))
+    )
+    gained = sum(1 / point.fraction - 1 for point in faster)
+    return lost / gained  # a hundred stands above and below
+
+
+def pareto(
+    fractions: Sequence[float], values: Sequence[float], higher_is_better: bool
+) -> list[bool]:
+    """For each point whether no other one is as good at as few FLOPs, and better in either."""
+    cost = np.asarray(fractions, dtype=float)
+    loss = np.asarray(values, dtype=float) * (-1 if higher_is_better else 1)
+    # [other, point]
+    no_worse = (cost[:, None] <= cost + SAME) & (loss[:, None] <= loss + SAME)
+    better = (cost[:, None] < cost - SAME) | (loss[:, None] < loss - SAME)
+    dominated = np.any(no_worse & better, axis=0)
+    return [not beaten for beaten in dominated.tolist()]

@@ -1,7 +1,8 @@
 """The tables' schemas: ``TABLES`` describes them, ``validate`` refuses a value that cannot be.
 
-Descriptions stand in ``dyndepth.columns``; the checking is pandera's. ``read`` gives a table back
-with the types that it declares, whatever its digits look like (a hash may have no letter in it).
+Descriptions stand in ``dyndepth.results.columns``; the checking is pandera's. ``read`` gives a
+table back with the types that it declares, whatever its digits look like (a hash may have no letter
+in it).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.identity import Row
-from dyndepth.columns import (
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
+from dyndepth.results.columns import (
     ACCURACY,
     COMPUTE,
     IDENTITY,
@@ -23,9 +26,7 @@ from dyndepth.columns import (
     Column,
     Table,
 )
-from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
-from dyndepth.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
+from dyndepth.results.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
 
 if TYPE_CHECKING:
     import pandas

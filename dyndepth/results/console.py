@@ -1,4 +1,5 @@
-"""Prints the three tables of a comparison so that 100 columns hold them."""
+"""Leaderboards and comparisons as tables for a terminal.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dyndepth.cells.identity import Row
-from dyndepth.cells.naming import label
+from dyndepth.cells.naming import apart, label
+from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.commands import print_table
+from dyndepth.results.leaderboard import APART, is_control
 
 MARKS = {
     "better": "better",
@@ -28,7 +31,7 @@ _SETTING = (
 Column = tuple[str, Callable[[Row], str]]
 
 
-def show(tables: dict[str, list[Row]]) -> None:
+def show_comparison(tables: dict[str, list[Row]]) -> None:
     """Print every table of ``comparison.compared``: one a setting, task and metric."""
     kept = "kept: value / dense's; P: no competitor is as good at as few FLOPs"
     _each(tables["comparison"], "against dense", _COMPARISON, kept)
@@ -167,3 +170,56 @@ def _range(row: Row) -> str:
     if row.get("fraction_low") is None:
         return ""
     return f"{row['fraction_low']:.2f}-{row['fraction_high']:.2f}"
+
+
+def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
+    """Print leaderboard rows as a table. A row of a bound, a control or a failure says so by its
+    name; rows of several settings say what theirs has apart."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, caption="[..] are 95% intervals", caption_justify="left")
+    several = len({row["model"] for row in rows}) > 1
+    settings = [
+        ", ".join(word for word in words if word != row["model"])
+        for row, words in zip(rows, apart(rows), strict=True)
+    ]
+    headings = ["model"] if several else []
+    headings += ["setting"] if any(settings) else []
+    recovered = any(row["recovery"] != NONE for row in rows)
+    headings += ["method", "parameters", "phases", "target", "seed"]
+    headings += ["recovery"] if recovered else []
+    headings += ["mean acc", "% of dense"]
+    headings += ["bits/byte", "ROUGE-L", "block", "total", "prefill", "decode"]
+    numeric = set(headings) - {"model", "setting", "method", "parameters", "phases", "recovery"}
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numeric else "left")
+    for row, words in zip(rows, settings, strict=True):
+        name = str(row["method"])
+        name += " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
+        name += " FAILED" if row["status"] == "error" else ""
+        texts = [str(row["model"])] if several else []
+        texts += [words] if any(settings) else []
+        texts += [name, str(row["parameters"]), str(row["phases"])]
+        texts += [f"{row['target_speedup']:g}x", str(row["seed"])]
+        texts += [shortened(str(row["recovery"]))] if recovered else []
+        texts.append(_interval(row, "mean_acc", 1, 3))
+        texts.append(_interval(row, "retained", 100, 0))
+        texts += [_figure(row.get(key), "{:.3f}") for key in APART]
+        texts += [_figure(row.get(f"{kind}_speedup"), "{:.2f}x") for kind in ("block", "total")]
+        texts += [
+            _figure(row.get(f"wall_{phase}_speedup"), "{:.2f}x") for phase in ("prefill", "decode")
+        ]
+        table.add_row(*map(escape, texts))
+    print_table(table)
+
+
+def _interval(row: Row, key: str, scale: float, digits: int) -> str:
+    if row.get(key) is None:
+        return ""
+    value, low, high = (row[name] * scale for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _figure(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)

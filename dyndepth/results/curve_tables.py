@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from scipy.stats import rankdata
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row, flat
 from dyndepth.common.errors import UserError
-from dyndepth.comparison import BUDGETS
-from dyndepth.comparison_columns import CURVE
-from dyndepth.curves import area, degradation, overlap, span
-from dyndepth.judging import Pending, adjust, verdict
-from dyndepth.peers import Peers, Score, Series, full_name, peers
-from dyndepth.stats import FLOPS, LEAST, SAME, Point, Vector, check_paired, interpolate
-
-NO_DENSE = "there is no finished dense cell of the same setting"
+from dyndepth.results.comparison_columns import CURVE
+from dyndepth.results.statistics.curves import (
+    FLOPS,
+    LEAST,
+    SAME,
+    Point,
+    Vector,
+    area,
+    check_paired,
+    degradation,
+    interpolate,
+    overlap,
+    span,
+)
+from dyndepth.results.statistics.peers import (
+    NO_DENSE,
+    Peers,
+    Score,
+    Series,
+    few,
+    full_name,
+    jobs,
+    peers,
+)
+from dyndepth.results.statistics.verdicts import Pending, adjust, verdict
 
 
 def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Row]:
@@ -33,6 +49,11 @@ def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Ro
         for row in _curves(each, score)
     ]
     return _judged(rows, "area_difference")
+
+
+BUDGETS = (1.1, 1.25, 1.5, 1.9)
+"""Reference budgets of equal_flops.csv by default: dense / executed FLOPs. The last is below
+2: methods end within some percent of their target, and nothing is read off beyond a curve's end."""
 
 
 def equal_flops(
@@ -55,24 +76,6 @@ def equal_flops(
         for row in _at(each, score, asked)
     ]
     return _judged(rows, "competitor_difference")
-
-
-def jobs(
-    groups: Sequence[Peers],
-    tasks: Sequence[str] | None,
-    what: str,
-    flops: Sequence[str] = FLOPS[:1],
-) -> Iterable[tuple[Peers, Score]]:
-    """What can be compared, setting by setting, with a progress bar where it takes long."""
-    from tqdm import tqdm
-
-    found = [
-        (each, replace(score, flops=kind))
-        for each in groups
-        for score in each.comparable(tasks)
-        for kind in flops
-    ]
-    return tqdm(found, desc=what, unit="metric", delay=3, leave=False, disable=None)
 
 
 def _read(each: Peers, score: Score) -> list[tuple[Series, Row, list[Point]]]:
@@ -102,11 +105,6 @@ def _read(each: Peers, score: Score) -> list[tuple[Series, Row, list[Point]]]:
             row["reason"] = few(len(points[0].documents))
         found.append((series, row, points))
     return found
-
-
-def few(documents: int) -> str:
-    """Why there is no interval."""
-    return f"{documents} documents are too few for an interval: at least {LEAST}"
 
 
 def _described(each: Peers, series: Series, score: Score) -> Row:

@@ -1,4 +1,9 @@
-"""Rows of comparison.csv: every cell against dense on the same documents."""
+"""Every cell against dense on the same documents, methods as wholes, and methods at equal FLOPs.
+
+Accuracies are tested by McNemar's exact test, all else by paired bootstrap over documents; Holm's
+correction runs over all rows of a table that have the same metric and count the same FLOPs. The
+tables are a pure function of the cells, whatever their order.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,24 @@ from dataclasses import replace
 import numpy as np
 
 from dyndepth.cells.cell import Cell, identity_columns
-from dyndepth.cells.identity import Row
+from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.errors import UserError
-from dyndepth.curve_tables import NO_DENSE, few, jobs
-from dyndepth.curves import pareto
-from dyndepth.judging import Pending, adjust, verdict
-from dyndepth.peers import Peers, Score, curve_key, is_bound, peers
-from dyndepth.resampling import ratios
-from dyndepth.stats import LEAST, Point, Vector, check_paired, is_binary, mcnemar
+from dyndepth.results import tables as sheets
+from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
+from dyndepth.results.curve_tables import BUDGETS
+from dyndepth.results.statistics.curves import LEAST, Point, Vector, check_paired, pareto
+from dyndepth.results.statistics.peers import (
+    NO_DENSE,
+    Peers,
+    Score,
+    curve_key,
+    few,
+    is_bound,
+    jobs,
+    peers,
+)
+from dyndepth.results.statistics.resampling import ratios
+from dyndepth.results.statistics.verdicts import Pending, adjust, is_binary, mcnemar, verdict
 
 
 def against_dense(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Row]:
@@ -130,3 +145,55 @@ def _mark_pareto(each: Peers, score: Score, rows: dict[str, Row]) -> None:
         for (group, _), member in zip(usable, found, strict=True):
             for cell in group:
                 rows[cell.key]["pareto"] = member
+
+
+def compared(
+    cells: Iterable[Cell],
+    tasks: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+) -> dict[str, list[Row]]:
+    """The rows of ``comparison``, ``curves`` and ``equal_flops``, for ``tasks`` or all.
+
+    Raises:
+        UserError: the cells are of different task versions or data; none scored a task of
+            ``tasks``; or a budget is below 1.
+    """
+    # numpy comes late: --help must be instant.
+    from dyndepth.results.curve_tables import curves, equal_flops
+
+    cells = list(cells)
+    scored = {row["task"] for cell in cells for row in cell.accuracy}
+    unknown = [task for task in tasks or () if task not in scored]
+    if unknown:
+        raise UserError(
+            f"no cell has the task {unknown[0]}; scored were {', '.join(sorted(scored))}"
+        )
+    return {
+        "comparison": against_dense(cells, tasks),
+        "curves": curves(cells, tasks),
+        "equal_flops": equal_flops(cells, tasks, budgets),
+    }
+
+
+def texts(tables: dict[str, list[Row]]) -> dict[str, str]:
+    """The CSV text of every table of ``compared`` by its file name; equal rows, equal bytes."""
+    from dyndepth.results.tables import as_csv
+
+    own = tuple(name for name in COMPARISON if name not in LEADING)
+    return {
+        "comparison.csv": as_csv(tables["comparison"], own),
+        "curves.csv": sheets.csv_text(tables["curves"], tuple(CURVES)),
+        "equal_flops.csv": sheets.csv_text(tables["equal_flops"], tuple(EQUAL_FLOPS)),
+    }
+
+
+def left_out(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[str]:
+    """``task metric`` of all scores that cannot be paired: no means over single documents."""
+    from dyndepth.results.statistics.peers import peers
+
+    found: dict[str, None] = {}
+    for each in peers(cells):
+        kept = each.comparable(tasks)
+        missing = [score for score in each.scores(tasks) if score not in kept]
+        found |= dict.fromkeys(f"{score.task} {score.metric}" for score in missing)
+    return list(found)

@@ -6,7 +6,7 @@ Each mapping is in the order of the table's columns.
 from __future__ import annotations
 
 from dyndepth.cells.identity import LEADING
-from dyndepth.columns import IDENTITY
+from dyndepth.results.columns import IDENTITY
 
 COMPARISON = {name: IDENTITY[name].description for name in LEADING} | {
     "status": "Of the cell: done, or error.",

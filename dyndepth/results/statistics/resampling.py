@@ -3,7 +3,8 @@
 All rows of a call were scored on the same documents and are resampled alike: one matrix says how
 often each resample holds each document, and a resampled mean is a product with it. The matrix
 depends on the number of documents alone, so equal numbers give equal digits, and any two calls
-over equally many documents are paired. Intervals are percentiles, as in ``dyndepth.stats``.
+over equally many documents are paired. Intervals are percentiles, as in
+``dyndepth.results.statistics.curves``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dyndepth.intervals import LEVEL
+from dyndepth.results.statistics.intervals import LEVEL
 
 RESAMPLES = 50_000
 """Enough that the least p there is, 2 / (RESAMPLES + 1), outlives Holm over 1,200 comparisons."""

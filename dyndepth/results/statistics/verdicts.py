@@ -9,8 +9,49 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dyndepth.cells.identity import Row
-from dyndepth.resampling import contests, means
-from dyndepth.stats import LEAST, Difference, Vector, direction, holm
+from dyndepth.results.statistics.curves import LEAST, Vector
+from dyndepth.results.statistics.differences import Difference
+from dyndepth.results.statistics.intervals import LEVEL
+from dyndepth.results.statistics.resampling import contests, means
+
+
+def mcnemar(a: Vector, b: Vector) -> float:
+    """Two-sided exact p of McNemar's test (McNemar 1947; the binomial test of the documents on
+    which the two differ) for paired outcomes 0 or 1, ``[units]`` each; 1 where none differs.
+
+    Raises:
+        ValueError: an outcome is neither 0 nor 1, or they are not as many.
+    """
+    from statsmodels.stats import contingency_tables
+
+    if len(a) != len(b) or not (is_binary(a) and is_binary(b)):
+        raise ValueError("McNemar's test needs as many outcomes of both, each 0 or 1")
+    table = np.histogram2d(a, b, bins=[[-0.5, 0.5, 1.5]] * 2)[0]
+    return float(contingency_tables.mcnemar(table, exact=True).pvalue)
+
+
+def is_binary(outcomes: Vector) -> bool:
+    """True if every outcome is 0 or 1."""
+    return bool(np.isin(outcomes, (0.0, 1.0)).all())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p adjusted for all comparisons of one table (Holm 1979), in the given order."""
+    from statsmodels.stats.multitest import multipletests
+
+    if not len(p_values):
+        return []
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def direction(found: Difference, p_adjusted: float) -> int:
+    """1 or -1 where A lies shown above or below B, 0 where no difference is shown.
+
+    Shown means: the interval excludes 0, and the adjusted p is at most 1 - ``LEVEL``.
+    """
+    if found.low <= 0 <= found.high or p_adjusted > 1 - LEVEL:
+        return 0
+    return 1 if found.value > 0 else -1
 
 
 @dataclass

@@ -9,14 +9,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dyndepth.cells.cell import DENSE, Cell, is_dense, order
 from dyndepth.cells.identity import METHOD_KEYS, Row, flat, plain, setting
 from dyndepth.cells.merging import check_comparable
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
-from dyndepth.stats import Point, averaged, curve, measured
+from dyndepth.results.statistics.curves import FLOPS, LEAST, Point, averaged, curve, measured
+
+NO_DENSE = "there is no finished dense cell of the same setting"
+
+
+def jobs(
+    groups: Sequence[Peers],
+    tasks: Sequence[str] | None,
+    what: str,
+    flops: Sequence[str] = FLOPS[:1],
+) -> Iterable[tuple[Peers, Score]]:
+    """What can be compared, setting by setting, with a progress bar where it takes long."""
+    from tqdm import tqdm
+
+    found = [
+        (each, replace(score, flops=kind))
+        for each in groups
+        for score in each.comparable(tasks)
+        for kind in flops
+    ]
+    return tqdm(found, desc=what, unit="metric", delay=3, leave=False, disable=None)
+
+
+def few(documents: int) -> str:
+    """Why there is no interval."""
+    return f"{documents} documents are too few for an interval: at least {LEAST}"
+
 
 VARIED = ("target_speedup", "seed")
 """Keys of the identity by which the cells of one curve differ."""

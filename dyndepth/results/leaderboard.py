@@ -1,0 +1,178 @@
+"""One row a cell: what it scores, what it retains of dense, what it saves.
+
+Accuracy here is ``acc`` alone, never mixed with ``acc_norm``: the mean over tasks, its interval by
+bootstrap over documents within tasks, the fraction of dense retained on the same documents, and
+beside it what guessing scores: a mean over tasks mixes questions of two choices with others of
+four, or of none at all. Rows may be of several settings; each is compared with dense of its own,
+and says what it has apart from the others (``naming.apart``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+from dyndepth.cells.cell import Cell, identity_columns, is_dense
+from dyndepth.cells.identity import Row, setting
+
+METRIC = "acc"
+"""The accuracy that the leaderboard's mean is of."""
+OF_ACCURACY = (METRIC, "acc_norm")
+"""Metrics that a guess among the choices scores 1 / choices of."""
+TWICE = "acc_mutual_info"
+"""A metric for which each choice is scored a second time, without its question."""
+
+
+def by_task(cell: Cell) -> dict[str, float]:
+    """Expected accuracy of guesses by task, of the tasks that have an accuracy: the mean over
+    documents of 1 / choices, 0 where there is nothing to choose from. Empty if the cell does not
+    tell.
+
+    A document's choices are counted by its log-likelihoods.
+    """
+    tasks: dict[str, list[float]] = defaultdict(list)
+    for row in cell.samples:
+        names = {key.partition(",")[0] for key in json.loads(row["outcomes"])}
+        if METRIC not in names:
+            continue
+        try:
+            scored = len(json.loads(row.get("loglikelihoods") or "[]"))
+        except (TypeError, ValueError, RecursionError):
+            return {}
+        choices = scored // 2 if TWICE in names else scored
+        tasks[row["task"]].append(1 / choices if choices > 1 else 0.0)
+    return {task: sum(found) / len(found) for task, found in tasks.items()}
+
+
+def chance(cell: Cell) -> float | None:
+    """Mean of ``by_task``; None if no task offers a choice, or the cell does not tell."""
+    found = by_task(cell).values()
+    return sum(found) / len(found) if any(found) else None
+
+
+CONTROL = "control"
+"""What a control has for its paper (``DynamicDepthMethod.paper``)."""
+Z95 = 1.96
+"""Standard errors on each side of a 95% interval."""
+APART = {"bits_per_byte": "bits_per_byte", "rouge_l": "rougeL"}
+"""Columns of scores that are no accuracies, and the metric whose mean over tasks they hold."""
+SHARES = ("rouge_l",)
+"""Those of them that lie between 0 and 1."""
+
+
+def leaderboard(cells: Iterable[Cell]) -> list[Row]:
+    """Rows of leaderboard.csv, in the order of ``cells``, identity included."""
+    cells = list(cells)
+    dense = {setting(cell.identity): outcomes(cell) for cell in cells if is_dense(cell)}
+    return [
+        {**identity_columns(cell), **_row(cell, dense.get(setting(cell.identity)))}
+        for cell in cells
+    ]
+
+
+def is_control(row: Row) -> bool:
+    """True for the row of a control: something to compare methods with, no method of a paper."""
+    return row.get("paper") == CONTROL
+
+
+def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
+    # numpy comes late: --help must be instant.
+    from dyndepth.results.statistics.intervals import mean_score, retained
+
+    own = outcomes(cell)
+    row: Row = {
+        "status": cell.status,
+        "documents": sum(map(len, own.values())),
+        **{
+            key: value
+            for column, metric in APART.items()
+            for key, value in _mean_value(cell, column, metric).items()
+        },
+        **speedups(cell),
+        **wall_speedups(cell),
+        **_timed_shape(cell),
+        "paper": cell.provenance.get("paper"),
+        "needs_training": cell.provenance.get("needs_training"),
+        "device_name": cell.provenance.get("device_name"),
+        "threads": cell.provenance.get("threads"),
+        "error": cell.error,
+    }
+    if own:
+        mean = mean_score(own)
+        row |= {"mean_acc": mean.value, "mean_acc_low": mean.low, "mean_acc_high": mean.high}
+        row["chance"] = chance(cell)
+    kept = retained(own, dense) if own and dense else None
+    if kept:
+        row |= {"retained": kept.value, "retained_low": kept.low, "retained_high": kept.high}
+    return row
+
+
+def outcomes(cell: Cell) -> dict[str, dict[str, float]]:
+    """Task -> document -> right (1.0) or wrong (0.0), for the tasks that have an accuracy."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in cell.samples:
+        for metric, outcome in json.loads(row["outcomes"]).items():
+            # The first filter stands for the task, as it does in its own results.
+            if metric.partition(",")[0] == METRIC and outcome is not None:
+                found[row["task"]].setdefault(str(row["doc_id"]), float(outcome))
+    return dict(found)
+
+
+def _mean_value(cell: Cell, column: str, metric: str) -> Row:
+    """Mean of a metric over the tasks that have it, and its 95% interval by their standard errors
+    (the tasks' documents are independent); no interval where one of them is unknown."""
+    rows = [row for row in cell.accuracy if row["metric"] == metric and row["value"] is not None]
+    if not rows:
+        return {column: None}
+    value = sum(row["value"] for row in rows) / len(rows)
+    errors = [float(row["stderr"]) for row in rows if row.get("stderr") is not None]
+    margin = Z95 * math.sqrt(sum(error**2 for error in errors)) / len(rows)
+    if len(errors) < len(rows) or math.isnan(margin):
+        return {column: value}
+    # Neither metric can be negative, nor one of them above 1, and the normal law does not know it.
+    low, high = max(0.0, value - margin), value + margin
+    high = min(1.0, high) if column in SHARES else high
+    return {column: value, f"{column}_low": low, f"{column}_high": high}
+
+
+def speedups(cell: Cell) -> Row:
+    """Achieved block and total FLOPs speedup over the tokens of all tasks."""
+    found: Row = {}
+    for kind in ("block", "total"):
+        executed = dense = 0.0
+        for row in cell.compute:
+            spent, ratio = row[f"{kind}_flops_per_token"], row[f"{kind}_speedup"]
+            if row["phase"] == "all" and spent is not None and ratio is not None:
+                executed += row["tokens"] * spent
+                dense += row["tokens"] * spent * ratio
+        found[f"{kind}_speedup"] = dense / executed if executed else None
+    return found
+
+
+def wall_speedups(cell: Cell) -> Row:
+    """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase."""
+    found: Row = {}
+    for phase in ("prefill", "decode"):
+        row = _timed(cell, phase)
+        if row is None:
+            continue
+        found[f"wall_{phase}_speedup"] = row["wall_speedup"]
+        for end in ("low", "high"):
+            found[f"wall_{phase}_{end}"] = row.get(f"wall_speedup_{end}")
+    return found
+
+
+def _timed(cell: Cell, phase: str) -> Row | None:
+    rows = [
+        row
+        for row in cell.timing
+        if row.get("phase") == phase and row.get("wall_speedup") is not None
+    ]
+    return min(rows, key=lambda row: (row["batch"], -row["length"])) if rows else None
+
+
+def _timed_shape(cell: Cell) -> Row:
+    row = _timed(cell, "prefill") or _timed(cell, "decode")
+    return {f"wall_{key}": row[key] for key in ("batch", "length")} if row else {}

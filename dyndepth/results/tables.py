@@ -1,0 +1,142 @@
+"""The tidy tables, as a pure function of the cells: equal cells give equal bytes.
+
+Order of rows and columns is fixed (by ``schema``), and so is the way a number is written (10
+significant digits). Every row leads with its cell's hash and identity. pandas, R and a spreadsheet
+read the CSV alike: a text stays a text, and what a spreadsheet would run as a formula, or what any
+of them would take for a number or a date (a hash may have no letter in it, ``5.24.0`` is a day
+somewhere), is led by an apostrophe. Truth values are TRUE and FALSE, which all three know.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.identity import LEADING, Row
+from dyndepth.common.files import write_atomically
+from dyndepth.results.leaderboard import OF_ACCURACY, by_task
+from dyndepth.results.schema import TABLES, validate
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of a text that a spreadsheet would run as a formula."""
+
+NUMBER = re.compile(r"\.?\d[\d.,:/ -]*([eE][+-]?\d+)?|inf(inity)?|nan|true|false", re.IGNORECASE)
+"""A text that some reader would take for a number, a date, a time or a truth value."""
+
+
+def csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The ``columns`` of the rows as CSV: one header, no index, 10 significant digits; a missing
+    value is an empty field."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([entry(row.get(name)) for name in columns] for row in rows)
+    return buffer.getvalue()
+
+
+def entry(value: Any) -> str:
+    """One field of a CSV file; None and NaN are empty."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "TRUE" if value else "FALSE"
+    return harmless(value) if isinstance(value, str) else number(value)
+
+
+def number(value: Any) -> str:
+    """A number with 10 significant digits; anything else as Python writes it."""
+    return format(value, ".10g") if isinstance(value, float) else str(value)
+
+
+def harmless(text: str) -> str:
+    """``text``; after ``'`` if a reader would not take it for a text. A bare carriage return in it,
+    which ends a row for some readers, is a space."""
+    taken = text.startswith(FORMULA) or NUMBER.fullmatch(text.strip())
+    return (f"'{text}" if taken else text).replace("\r", " ")
+
+
+NAMES = tuple(TABLES)
+"""The files of a run, in the order in which they are written."""
+
+CHECKED = ("accuracy.csv", "compute.csv", "timing.csv", "leaderboard.csv")
+"""Tables that are validated each time they are written. The others have many times the rows and are
+written many times in a sweep: ``schema.validate_folder`` and the verification check them."""
+
+
+def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
+    """Write the six tables of ``cells`` (in ``records.order``) under ``path``; return where.
+
+    Raises UserError, before anything is written, if a value of a table in ``CHECKED`` cannot be.
+    """
+    # The leaderboard is a table too, and it is written with this module's functions.
+    from dyndepth.results.leaderboard import leaderboard
+
+    rows = {
+        "accuracy.csv": accuracy(cells),
+        "leaderboard.csv": leaderboard(cells),
+        **{f"{name}.csv": _rows(cells, name) for name in ("compute", "timing")},
+        **{f"{name}.parquet": _rows(cells, name) for name in ("routing", "samples")},
+    }
+    for name in CHECKED:
+        validate(name, rows[name])
+    for name in NAMES:
+        write = as_parquet if name.endswith(".parquet") else as_csv
+        write_atomically(path / name, write(rows[name], TABLES[name].own))
+    return [path / name for name in NAMES]
+
+
+def accuracy(cells: Iterable[Cell]) -> list[Row]:
+    """Rows of accuracy.csv; a cell without results has one row that says so in ``status``."""
+    rows = []
+    for cell in cells:
+        leading = {**identity_columns(cell), "status": cell.status}
+        guessed = by_task(cell)
+        for row in cell.accuracy or [{}]:
+            of_accuracy = row.get("metric") in OF_ACCURACY
+            chance = guessed.get(row["task"]) if of_accuracy else None
+            rows.append({**leading, **row, "chance": chance or None})
+    return rows
+
+
+def _rows(cells: Iterable[Cell], name: str) -> list[Row]:
+    found = []
+    for cell in cells:
+        leading = identity_columns(cell)
+        found += [{**leading, **row} for row in getattr(cell, name)]
+    return found
+
+
+def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """``LEADING``, then ``columns``, then whatever else the rows have, in alphabetical order."""
+    known = [*LEADING, *columns]
+    return known + sorted({key for row in rows for key in row} - set(known))
+
+
+def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The rows as CSV text (``dyndepth.results.tables``), every column of ``columns_of``."""
+    return csv_text(rows, columns_of(rows, columns))
+
+
+def as_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
+    """The rows as a Parquet file; a column of mixed types is kept as text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = columns_of(rows, columns)
+    arrays = []
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            arrays.append(pyarrow.array(values))
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+            arrays.append(pyarrow.array([None if v is None else number(v) for v in values]))
+    buffer = io.BytesIO()
+    table = pyarrow.table(arrays, names=names)
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=15)
+    return buffer.getvalue()
