@@ -48,8 +48,8 @@ def list_methods() -> None:
 
 def list_models() -> None:
     """Print the embedded model and the architectures of which any model can be loaded."""
+    from dyndepth.data.wheels import EMBEDDED
     from dyndepth.models.families import supported
-    from dyndepth.options import EMBEDDED
 
     rows = [[EMBEDDED, "comes with `python -m dyndepth.assets`; needs no hub and no GPU"]]
     rows += [[kind, "hub id or local path of a model of this type"] for kind in supported()]

@@ -22,13 +22,13 @@ from dyndepth.cells.cell import DENSE, CellSpec, cell_identity
 from dyndepth.cells.identity import IDENTITY, Row
 from dyndepth.cells.store import Store
 from dyndepth.common.registry import method_class, methods
-from dyndepth.driver import Driver
-from dyndepth.executors import Inline
-from dyndepth.options import Settings
-from dyndepth.progress import Lines
 from dyndepth.results.tables import write_tables
-from dyndepth.workbench import Tables
-from dyndepth.worker import Worker
+from dyndepth.sweep.driver import Driver
+from dyndepth.sweep.executors import Inline
+from dyndepth.sweep.progress.people import Lines
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.workbench import Tables
+from dyndepth.sweep.worker import Worker
 
 CELLS = 2000
 DOCUMENTS = 10

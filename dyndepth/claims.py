@@ -20,9 +20,7 @@ from dyndepth.cells.store import Store
 from dyndepth.common.digests import harness_code
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import versions
-from dyndepth.grid import limits
 from dyndepth.method import SUBLAYERS
-from dyndepth.options import Settings, limit_text
 from dyndepth.results.statistics.curves import (
     LEAST,
     SAME,
@@ -35,6 +33,8 @@ from dyndepth.results.statistics.curves import (
 from dyndepth.results.statistics.differences import Difference, difference, reach
 from dyndepth.results.statistics.verdicts import direction, holm
 from dyndepth.studies import Claim, Pick, Study
+from dyndepth.sweep.grid import limits
+from dyndepth.sweep.settings import Settings, limit_text
 
 COLUMNS = (
     *("study", "claim", "source", "published", "kind", "task", "metric", "higher_is_better"),

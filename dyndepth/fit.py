@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.recipe import parse_recovery
-from dyndepth.common.commands import CHOICES, Parser, underscored
+from dyndepth.common.commands import CHOICES, INTERRUPTED, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import check_folder, file_part, slug
 from dyndepth.data.capacity import check_length
-from dyndepth.options import EMBEDDED
+from dyndepth.data.wheels import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
 
 
-INTERRUPTED = 130
 _COMMON = ("target_speedup", "seed")
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.options import EMBEDDED
+from dyndepth.data.wheels import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.fitting.importance import Settings

@@ -18,9 +18,9 @@ from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import path_of
-from dyndepth.rerun import MADE_WITH, commands
 from dyndepth.results.leaderboard_pages import PAGES
 from dyndepth.results.schema import COMPARED, TABLES
+from dyndepth.sweep.rerun import MADE_WITH, commands
 
 NAME = "manifest.json"
 FILES = (*TABLES, *COMPARED, *PAGES)

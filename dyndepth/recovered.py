@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.common.registry import parse_methods
     from dyndepth.fitting.recovery.adapters import CARD
-    from dyndepth.grid import plans
     from dyndepth.models.loading import layer_count, longest_window
-    from dyndepth.options import settings
+    from dyndepth.sweep.grid import plans
+    from dyndepth.sweep.settings import settings
 
     recipe = parse_recovery(options.recovery)
     if recipe is None:

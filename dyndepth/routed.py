@@ -18,10 +18,10 @@ from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
-from dyndepth.options import Settings
 from dyndepth.results.statistics.curves import Vector
 from dyndepth.results.statistics.differences import Difference, paired
 from dyndepth.routes import Routes
+from dyndepth.sweep.settings import Settings
 
 DOCUMENTS = 32
 LENGTH = 512

@@ -25,10 +25,10 @@ from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import paragraphs, read_text
 from dyndepth.common.paths import path_of
-from dyndepth.grid import plans
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.options import Settings, settings
-from dyndepth.rerun import check_given, revision_of
+from dyndepth.sweep.grid import plans
+from dyndepth.sweep.rerun import check_given, revision_of
+from dyndepth.sweep.settings import Settings, settings
 
 PASSAGES = "wikipedia_bpb"
 """The evaluation task whose documents are recorded."""

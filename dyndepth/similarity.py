@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dyndepth.method import DynamicDepthMethod
-    from dyndepth.options import Settings
     from dyndepth.results.statistics.curves import Point
+    from dyndepth.sweep.settings import Settings
 
 
 METRIC = "cosine"

@@ -20,13 +20,14 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from dyndepth import options
 from dyndepth.cells.recipe import NONE, parse_recoveries
 from dyndepth.common import commands
+from dyndepth.common.commands import INTERRUPTED
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_path, slug
-from dyndepth.options import EMBEDDED, OTHERS, Settings
-from dyndepth.sweep import INTERRUPTED
+from dyndepth.data.wheels import EMBEDDED
+from dyndepth.sweep import settings as options
+from dyndepth.sweep.settings import OTHERS, Settings
 
 GROUP = "dyndepth.studies"
 SWEEP_KEYS = frozenset({"methods", "speedups", "seed", "recovery", "timing"})
@@ -258,8 +259,8 @@ def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
 
 def check(sweeps: Sequence[Settings]) -> None:
     """Raise UserError if a sweep names a method or a speedup that the model cannot have."""
-    from dyndepth.grid import plans
     from dyndepth.models.loading import layer_count, longest_window
+    from dyndepth.sweep.grid import plans
 
     one = sweeps[0]
     model = (one.model, one.revision, one.trust_remote_code)
@@ -270,7 +271,7 @@ def check(sweeps: Sequence[Settings]) -> None:
 
 def run_sweeps(study: Study, sweeps: Sequence[Settings]) -> int:
     """Run the sweeps one after another; the worst of their statuses. Ctrl-C ends them all."""
-    from dyndepth.sweep import sweep
+    from dyndepth.sweep.run import sweep
 
     worst = 0
     print(f"{study.title}: {len(sweeps)} sweeps into {sweeps[0].output_path}")

@@ -1,5 +1,5 @@
-"""The command line ``python -m dyndepth.tables RUN``: a run's tables written again from its cells.
-"""
+"""The command line ``python -m dyndepth.tables RUN``: a run's tables written again from its
+cells."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import HELP, Parser, underscored
+from dyndepth.common.commands import HELP, INTERRUPTED, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.rerun import PLACEHOLDERS
+from dyndepth.sweep.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SAMPLE = 5
 DOCUMENTS = 4
 """Cells of a run, and documents a task, that are computed again unless told otherwise."""
-INTERRUPTED = 130
 FLAGS = ("model", "device", "corpus", "include_path")
 """Flags of the sweep that a cell's identity does not hold, or that may be others here."""
 
@@ -144,7 +143,7 @@ def _check_devices(cells: Sequence[Cell], options: argparse.Namespace) -> None:
 
 def _check_given(path: Path, cells: Sequence[Cell], options: argparse.Namespace) -> None:
     """Say before anything is computed that a path is needed which no cell holds."""
-    from dyndepth.rerun import check_given
+    from dyndepth.sweep.rerun import check_given
 
     for cell in cells:
         try:
@@ -158,8 +157,8 @@ def _again(
 ) -> list[Finding]:
     from tqdm import tqdm
 
+    from dyndepth.sweep.worker import quiet_libraries
     from dyndepth.verify_again import How, again
-    from dyndepth.worker import quiet_libraries
 
     quiet_libraries(options.debug)
     flags: dict[str, Any] = {name: getattr(options, name) for name in FLAGS}
@@ -193,7 +192,7 @@ def show(path: Path, found: Sequence[Finding]) -> None:
 
 def _print_commands(cells: Sequence[Cell], found: Sequence[Finding]) -> None:
     """For each cell that failed, the command that computes it again."""
-    from dyndepth.rerun import OUTPUT, command
+    from dyndepth.sweep.rerun import OUTPUT, command
 
     failed = {each.cell for each in found if each.failure}
     for cell in cells:

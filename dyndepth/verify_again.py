@@ -27,11 +27,12 @@ from dyndepth.cells.cell import Cell, CellSpec
 from dyndepth.cells.identity import Row, agrees
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
-from dyndepth.options import Settings
-from dyndepth.rerun import plan_of, settings_of
+from dyndepth.sweep.rerun import plan_of, settings_of
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.workbench import free_memory
+from dyndepth.sweep.worker import in_one_line
 from dyndepth.verify_rows import COARSE, EXACT, KEYS, differences, differs
 from dyndepth.verify_stored import Finding
-from dyndepth.worker import free_memory, in_one_line
 
 SAME_THING = (
     "model_fingerprint",
@@ -81,8 +82,8 @@ def again(cells: Sequence[Cell], how: How) -> Iterator[tuple[Cell, list[Finding]
         UserError: a model, corpus or task that cannot be had.
     """
     from dyndepth.models.loading import layer_count
+    from dyndepth.sweep.workbench import Workbench
     from dyndepth.tasks import resolve
-    from dyndepth.workbench import Workbench
 
     groups: dict[str, list[tuple[Cell, Settings]]] = defaultdict(list)
     flags = dict(how.flags or {})

@@ -186,7 +186,7 @@ def wall_clock_set_forward(seconds: float, flag: str) -> None:
 
 def short_grace(seconds: float) -> None:
     """Workers that will not stop get ``seconds`` less patience than usual."""
-    from dyndepth import sweep
-    from dyndepth.executors import Processes
+    from dyndepth.sweep import executors as sweep
+    from dyndepth.sweep.executors import Processes
 
     sweep.Processes = partial(Processes, grace=seconds)  # type: ignore[misc]

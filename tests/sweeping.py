@@ -89,7 +89,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:
         before()
-    from dyndepth.sweep import main
+    from dyndepth.sweep.__main__ import main
 
     status = main(arguments)
     sys.stdout.flush()

@@ -242,7 +242,7 @@ def test_commands_say_it_in_one_sentence(command, line, says, models, monkeypatc
 
 
 def test_a_model_that_is_short_is_swept_all_the_same(models, monkeypatch, capfd):
-    from dyndepth.sweep import main
+    from dyndepth.sweep.__main__ import main
 
     monkeypatch.chdir(models)
     line = "--model short --methods static_pruning,early_exit --speedups 1.3 --tasks quartz"

@@ -141,9 +141,9 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     from dyndepth.common import files
     from dyndepth.fitting import fits
     from dyndepth.fitting.recovery import adapters
-    from dyndepth.options import read_config
     from dyndepth.results import published
     from dyndepth.routes_command import documents
+    from dyndepth.sweep.settings import read_config
 
     def written(name, text):
         path = tmp_path / name

@@ -143,7 +143,7 @@ def _check_values(module: str, arguments: list[str], options: argparse.Namespace
         parse_methods(methods if isinstance(methods, str) else ",".join(methods))
     if module == "dyndepth.sweep":
         # The parser is caught above; here each value is checked as the sweep does.
-        from dyndepth.options import settings
+        from dyndepth.sweep.settings import settings
         from dyndepth.tasks import OFFLINE, SUITES
 
         given = {key: value for key, value in vars(options).items() if value is not None}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dyndepth import estimate
 from dyndepth.cells.cell import CellSpec
-from dyndepth.options import Settings
+from dyndepth.sweep import estimate
+from dyndepth.sweep.settings import Settings
 
 
 @pytest.mark.parametrize(("method", "says"), [("oracle", True), ("exit_oracle", False)])

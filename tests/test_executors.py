@@ -19,13 +19,12 @@ from folders import tiny_folder
 from dyndepth.cells.cell import Cell, CellSpec
 from dyndepth.cells.mirror import mirrored
 from dyndepth.cells.store import Store
-from dyndepth.deadline import TimeIsUp, deadline
-from dyndepth.driver import TRIES, Driver
-from dyndepth.executors import Inline, WorkerDied, shares
-from dyndepth.options import Settings
-from dyndepth.progress import Lines
 from dyndepth.results.tables import NAMES
-from dyndepth.worker import Work, Worker
+from dyndepth.sweep.driver import TRIES, Driver
+from dyndepth.sweep.executors import Inline, WorkerDied, shares
+from dyndepth.sweep.progress.people import Lines
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.worker import TimeIsUp, Work, Worker, deadline
 
 GRID = ("--methods", "uls,static_pruning", "--speedups", "1.3,2")
 SCORES = tuple(name for name in NAMES if name != "timing.csv")
@@ -298,8 +297,8 @@ def test_shares_of_the_cores():
 def test_memory_that_runs_out_halves_the_batch_and_leaves_the_scores(tiny):
     import torch
 
-    from dyndepth import options
-    from dyndepth.workbench import Workbench
+    from dyndepth.sweep import settings as options
+    from dyndepth.sweep.workbench import Workbench
 
     settings = options.settings(
         {

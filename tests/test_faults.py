@@ -31,7 +31,7 @@ from test_executors import SCORES, _children
 from dyndepth import verify
 from dyndepth.cells.store import Store
 from dyndepth.common.files import cache_root
-from dyndepth.driver import TRIES, _Tables
+from dyndepth.sweep.driver import TRIES, _Tables
 
 pytestmark = pytest.mark.faults
 

@@ -554,8 +554,8 @@ def place(tmp_path_factory):
 def identity(place):
     """What all cells of a sweep there share."""
     from dyndepth import tasks
-    from dyndepth.options import settings
-    from dyndepth.workbench import Workbench
+    from dyndepth.sweep.settings import settings
+    from dyndepth.sweep.workbench import Workbench
 
     tasks._manager.cache_clear()
     given = {"model": str(place / "model"), "corpus": str(place / "corpus.txt"), "methods": "uls"}

@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bad_input import made_cell
 
-from dyndepth import options
 from dyndepth.cells import cell
 from dyndepth.cells import identity as records
 from dyndepth.cells.cell import Cell
@@ -36,11 +35,12 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_path
 from dyndepth.common.registry import methods, parse_methods
 from dyndepth.common.spec import name_of, parameters_of, split, value
-from dyndepth.options import Settings
 from dyndepth.plot_points import read_tables
 from dyndepth.results.comparison import compared
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.tables import write_tables
+from dyndepth.sweep import settings as options
+from dyndepth.sweep.settings import Settings
 from dyndepth.verify_tables import _compared
 
 FUZZ = settings(

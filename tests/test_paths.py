@@ -12,7 +12,7 @@ from cells import cell
 from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 
-from dyndepth import manifest, routes, sweep
+from dyndepth import manifest, routes
 from dyndepth.cells.store import Store, same_model
 from dyndepth.common.digests import task_files
 from dyndepth.common.errors import UserError
@@ -21,10 +21,11 @@ from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import load_corpus
 from dyndepth.fitting import fits
 from dyndepth.fitting.recovery import adapters
-from dyndepth.json_log import JsonLog
 from dyndepth.models.fingerprints import fingerprint
 from dyndepth.models.loading import ModelInfo, layer_count, load_model, load_tokenizer
-from dyndepth.options import PATHS, Settings, read
+from dyndepth.sweep import __main__ as sweep
+from dyndepth.sweep.progress.json_log import JsonLog
+from dyndepth.sweep.settings import PATHS, Settings, read
 from dyndepth.tasks import resolve
 
 TASK = """task: mine

@@ -15,12 +15,13 @@ import cells
 import pytest
 from rich.console import Console
 
-from dyndepth import json_log
 from dyndepth.common.errors import UserError
-from dyndepth.countdown import Countdown, in_words
-from dyndepth.json_log import JsonLog
-from dyndepth.options import Settings
-from dyndepth.progress import Job, Lines, Listener, Live, Several, listener_for
+from dyndepth.sweep.progress import json_log
+from dyndepth.sweep.progress.choice import Several, listener_for
+from dyndepth.sweep.progress.interface import Job, Listener
+from dyndepth.sweep.progress.json_log import JsonLog
+from dyndepth.sweep.progress.people import Countdown, Lines, Live, in_words
+from dyndepth.sweep.settings import Settings
 
 ESCAPE = "\x1b"
 DONE = cells.cell(phases="both")

@@ -20,7 +20,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reading import CHAT, KINDS, NO_SYSTEM, WORDS, tokenizer
 
-from dyndepth import options
 from dyndepth.cells.identity import same_data
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation import generation_settings
@@ -35,7 +34,8 @@ from dyndepth.evaluation.generation_settings import (
 from dyndepth.evaluation.language_model import DyndepthLM
 from dyndepth.lm_eval_plugin.model import NamedLM
 from dyndepth.methods.dense import Dense
-from dyndepth.workbench import bring_tasks, data_fingerprint
+from dyndepth.sweep import settings as options
+from dyndepth.sweep.workbench import bring_tasks, data_fingerprint
 
 BOUNDS = [(False, False), (True, False), (False, True), (True, True)]
 """BOS before each text, EOS after it."""

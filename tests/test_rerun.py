@@ -12,15 +12,17 @@ from cells import cell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dyndepth import rerun
+from dyndepth import rerun as dyndepth_rerun
 from dyndepth.cells.cell import HIDDEN, CellSpec, method_identity
 from dyndepth.cells.identity import IDENTITY, Row
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import method_class, methods
-from dyndepth.grid import limits, plans
-from dyndepth.options import DEFAULT_LIMIT, EMBEDDED, Settings, read
-from dyndepth.workbench import shots
+from dyndepth.data.wheels import EMBEDDED
+from dyndepth.sweep import rerun
+from dyndepth.sweep.grid import limits, plans
+from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
+from dyndepth.sweep.workbench import shots
 
 LAYERS = 30
 TASKS = ["socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation"]
@@ -142,7 +144,7 @@ def test_settings_come_back(limit, **changes):
 
 
 def test_the_content_of_a_folder_is_no_revision_to_ask_for():
-    from dyndepth.rerun import revision_of
+    from dyndepth.sweep.rerun import revision_of
 
     assert revision_of({"model": "here/model", "revision": "sha256:0123456789abcdef"}) == ""
     assert revision_of({"model": "org/model", "revision": "main"}) == "main"
@@ -200,7 +202,7 @@ def test_command_line(tmp_path, capsys):
     one, two = (
         store.write(cell(method="uls", target_speedup=x, **usual, **settled)) for x in (1.5, 2.0)
     )
-    assert rerun.main([str(tmp_path), one.key[:6]]) == 0
+    assert dyndepth_rerun.main([str(tmp_path), one.key[:6]]) == 0
     here, about, line = capsys.readouterr().out.splitlines()
     assert here.startswith("# here: git_commit ")
     assert about.startswith(f"# cell {one.key}, made with: git_commit abc, torch x")
@@ -209,11 +211,11 @@ def test_command_line(tmp_path, capsys):
         "python -m dyndepth.sweep --model tiny --methods uls --speedups 1.5 --tasks one,two "
         "--limit 4,two=none --num_fewshot 0 --device cpu --revision x --output_path runs/again"
     )
-    assert rerun.main([str(tmp_path), "--merged"]) == 0
+    assert dyndepth_rerun.main([str(tmp_path), "--merged"]) == 0
     assert "--speedups 1.5,2 " in capsys.readouterr().out.splitlines()[-1]
-    assert rerun.main([str(tmp_path), "zzz"]) == 2
+    assert dyndepth_rerun.main([str(tmp_path), "zzz"]) == 2
     assert "no cell's hash begins with 'zzz'" in capsys.readouterr().err
-    assert rerun.main([str(tmp_path / "nothing")]) == 2
+    assert dyndepth_rerun.main([str(tmp_path / "nothing")]) == 2
     assert "holds no cells" in capsys.readouterr().err
     assert two.key != one.key
 
@@ -266,7 +268,7 @@ def test_rerun_prints_placeholders_and_says_what_they_stand_for(tmp_path, capsys
     made = cell(**OWN_TASKS, **OWN_TEXT)
     made.provenance["remote_code"] = True
     Store(tmp_path).write(made)
-    assert rerun.main([str(tmp_path)]) == 0
+    assert dyndepth_rerun.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "--include_path FOLDER_OF_TASK_FILES --corpus FILE_OF_TEXT" in printed
     assert "# it used task files of its own (data fingerprint 68f6" in printed

@@ -33,7 +33,7 @@ from toys import Toy
 from transformers import dynamic_module_utils
 from weak_code import findings
 
-from dyndepth import routed, similarity, sweep
+from dyndepth import routed, similarity
 from dyndepth import tables as dyndepth_tables
 from dyndepth.cells.store import Store
 from dyndepth.common import files as common_files
@@ -45,12 +45,13 @@ from dyndepth.data import wheels as assets
 from dyndepth.fitting.fits import fit_cached, load_fit, save_fit
 from dyndepth.fitting.loop import Checkpoint, checkpoints
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer
-from dyndepth.options import read
 from dyndepth.plots import figures
 from dyndepth.results import leaderboard_pages as leaderboard_page
 from dyndepth.results import tables
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.routes import Routes
+from dyndepth.sweep import __main__ as sweep
+from dyndepth.sweep.settings import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "dyndepth").rglob("*.py"), *(ROOT / "methods").rglob("*.py")])
@@ -85,7 +86,7 @@ def change(file: Path, **values: object) -> None:
 # --- the code ------------------------------------------------------------------------------------
 
 
-REASONED = {"dyndepth/ray_executor.py": ["import of socket"]}
+REASONED = {"dyndepth/sweep/ray.py": ["import of socket"]}
 """Whether anything answers at the address that the user gave."""
 
 

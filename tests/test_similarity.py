@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from dyndepth import routes_command, similarity
 from dyndepth.common.registry import load_method
 from dyndepth.models.blocks import decoder
-from dyndepth.options import settings
+from dyndepth.sweep.settings import settings
 
 DOCUMENTS = {"a": list(range(3, 20)), "b": list(range(50, 30, -2))}
 

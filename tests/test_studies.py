@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cells import identity
 
-from dyndepth import claims, grid, routed, similarity, studies, workbench
+from dyndepth import claims, routed, similarity, studies
 from dyndepth.cells import cell as cell_module
 from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.store import Store
@@ -25,6 +25,7 @@ from dyndepth.results import tables as tables_module
 from dyndepth.routed import position_table, trace_file
 from dyndepth.routes import Routes
 from dyndepth.studies import Claim, Pick, Study
+from dyndepth.sweep import grid, workbench
 
 DOCUMENTS = 40
 METRICS = (("quartz", "acc"),)

@@ -15,19 +15,21 @@ import pandas
 import pytest
 from cells import FakeBench
 
-from dyndepth import options, sweep
 from dyndepth.cells.cell import CellSpec, method_identity
 from dyndepth.cells.recipe import Recipe
 from dyndepth.cells.store import Store
 from dyndepth.common import commands, digests, provenance, registry
 from dyndepth.common.errors import UserError
-from dyndepth.driver import Driver, Tally
-from dyndepth.executors import Inline
-from dyndepth.grid import limits, plans
-from dyndepth.options import DEFAULT_LIMIT, Settings, read
-from dyndepth.progress import Lines
-from dyndepth.workbench import Tables, together
-from dyndepth.worker import Worker
+from dyndepth.sweep import __main__
+from dyndepth.sweep import run as sweep
+from dyndepth.sweep import settings as options
+from dyndepth.sweep.driver import Driver, Tally
+from dyndepth.sweep.executors import Inline
+from dyndepth.sweep.grid import limits, plans
+from dyndepth.sweep.progress.people import Lines
+from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
+from dyndepth.sweep.workbench import Tables, together
+from dyndepth.sweep.worker import Worker
 
 CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0)]
 
@@ -402,7 +404,7 @@ class TestRun:
         _run(CELLS, FakeBench(), calm)
         settings = _settings(tmp_path / "stormy")
         bench = FakeBench(interrupt_at=where)
-        assert _sweep(CELLS, bench, settings) == sweep.INTERRUPTED
+        assert _sweep(CELLS, bench, settings) == commands.INTERRUPTED
         said = capsys.readouterr().err
         assert f"interrupted with {where - 1} of 3 cells" in said
         assert "the same command resumes" in said
@@ -415,13 +417,13 @@ class TestRun:
 
     def test_termination_is_taken_as_an_interruption(self, tmp_path):
         old = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, sweep._interrupt)
+        signal.signal(signal.SIGTERM, __main__._interrupt)
         settings, bench = _settings(tmp_path), FakeBench()
         waiting = threading.Event()
         ended = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
         bench.provenance = lambda plan: ended.start() or waiting.wait(20)
         try:
-            assert _sweep(CELLS, bench, settings) == sweep.INTERRUPTED
+            assert _sweep(CELLS, bench, settings) == commands.INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, old)
 

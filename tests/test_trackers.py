@@ -13,9 +13,10 @@ from accelerate import PartialState, tracking
 from accelerate.tracking import GeneralTracker
 
 from dyndepth.common.errors import UserError
-from dyndepth.options import Settings
-from dyndepth.progress import Job, listener_for
-from dyndepth.trackers import Trackers, check
+from dyndepth.sweep.progress.choice import listener_for
+from dyndepth.sweep.progress.interface import Job
+from dyndepth.sweep.progress.trackers import Trackers, check
+from dyndepth.sweep.settings import Settings
 
 LEADERBOARD = "cell,method,mean_acc\na,dense,0.5\nb,fast,\n"
 
@@ -201,15 +202,19 @@ class TestTrackers:
         assert told[-1] == ("finish",)
 
     def test_one_that_wants_numbers_gets_numbers(self, told, tmp_path, monkeypatch):
-        monkeypatch.setattr("dyndepth.trackers.NUMBERS_ONLY", frozenset({"fake"}))
-        monkeypatch.setattr("dyndepth.trackers.PARAMETERS_ANY_TIME", frozenset({"fake"}))
+        monkeypatch.setattr("dyndepth.sweep.progress.trackers.NUMBERS_ONLY", frozenset({"fake"}))
+        monkeypatch.setattr(
+            "dyndepth.sweep.progress.trackers.PARAMETERS_ANY_TIME", frozenset({"fake"})
+        )
         play(["fake"], tmp_path)
         assert ("configuration", {"method/2": "fast"}) in told
         logged = [entry[2] for entry in told if entry[0] == "log"]
         assert not any(isinstance(value, str) for values in logged for value in values.values())
 
     def test_the_environments_project(self, told, tmp_path, monkeypatch):
-        monkeypatch.setattr("dyndepth.trackers.PROJECT_VARIABLES", {"fake": "FAKE_PROJECT"})
+        monkeypatch.setattr(
+            "dyndepth.sweep.progress.trackers.PROJECT_VARIABLES", {"fake": "FAKE_PROJECT"}
+        )
         monkeypatch.setenv("FAKE_PROJECT", "mine")
         play(["fake"], tmp_path)
         assert told[0] == ("made", "mine")

@@ -14,14 +14,15 @@ import pytest
 from cells import cell as made_by_hand
 from folders import tiny_folder
 
-from dyndepth import sweep, tables, verify
+from dyndepth import tables, verify
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import FORMAT, Store
 from dyndepth.manifest import NAME, read_manifest, sha256, write_manifest
-from dyndepth.options import read
 from dyndepth.results import schema
 from dyndepth.results.tables import write_tables
+from dyndepth.sweep import run as sweep
+from dyndepth.sweep.settings import read
 from dyndepth.verify_again import drawn, excuse
 from dyndepth.verify_rows import COARSE, EXACT, differences
 from dyndepth.verify_scores import means

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
 PIPE_WIDTH = 200
 """Columns where no terminal tells its width; rich would fold everything into 80."""
 

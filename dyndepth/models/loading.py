@@ -20,9 +20,9 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import expanded
 from dyndepth.data import wheels
 from dyndepth.data.capacity import check_vocabulary, longest
+from dyndepth.data.wheels import EMBEDDED
 from dyndepth.models.fingerprints import checksum, fingerprint, values_digest
 
-EMBEDDED = "embedded"
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -1,5 +1,4 @@
-"""Leaderboards and comparisons as tables for a terminal.
-"""
+"""Leaderboards and comparisons as tables for a terminal."""
 
 from __future__ import annotations
 

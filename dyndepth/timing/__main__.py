@@ -16,7 +16,7 @@ from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.data.capacity import check_length
-from dyndepth.options import EMBEDDED
+from dyndepth.data.wheels import EMBEDDED
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.limits import COUNTS, measure_limits
 from dyndepth.timing.measure import LEVELS, check_shapes, measure

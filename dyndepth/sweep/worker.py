@@ -6,20 +6,21 @@ a method does gets out of here: it becomes the cell's error.
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dyndepth.cells.cell import ROWS, Cell, CellSpec
 from dyndepth.cells.identity import UNHASHED, Row
 from dyndepth.common.errors import UserError
-from dyndepth.deadline import TimeIsUp, deadline
-from dyndepth.options import Settings
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.workbench import free_memory
 
 
 class Bench(Protocol):
@@ -118,14 +119,6 @@ def in_one_line(fault: Exception) -> str:
     return text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
 
 
-def free_memory() -> None:
-    """Give back what a failed cell may still hold on the device."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def quiet_libraries(debug: bool) -> None:
     """Keep the libraries' chatter out of the progress lines, unless --debug asks for it."""
     # Forking after the tokenizers' threads started would deadlock; the library warns at length.
@@ -146,6 +139,38 @@ def hired(settings: Settings, tasks: Sequence[str]) -> Worker:
         UserError: as ``workbench.Workbench``.
     """
     quiet_libraries(settings.debug)
-    from dyndepth.workbench import Workbench
+    from dyndepth.sweep.workbench import Workbench
 
     return Worker(Workbench(settings, tasks), settings)
+
+
+AGAIN = 1.0
+"""Seconds after which the limit is enforced again, should something have swallowed it."""
+
+
+class TimeIsUp(BaseException):
+    """The limit is over. No Exception, so that code which catches all of them lets it pass."""
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Raise TimeIsUp inside the block once ``seconds`` are over; None: never.
+
+    It reaches Python code only: a call into a library that hangs goes on hanging, and whoever holds
+    the process has to end it. Outside of a main thread, or without POSIX timers, it does nothing.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if seconds is None or not in_main or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _up)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _up(number: int, frame: Any) -> None:
+    raise TimeIsUp

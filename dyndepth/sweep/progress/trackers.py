@@ -26,8 +26,8 @@ from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import flat
 from dyndepth.common.errors import UserError
 from dyndepth.common.spec import nearest
-from dyndepth.options import Settings
-from dyndepth.progress import Job, Listener
+from dyndepth.sweep.progress.interface import Job, Listener
+from dyndepth.sweep.settings import Settings
 
 PROJECT = "dyndepth"
 """The project that runs are filed under where the user's environment names none."""

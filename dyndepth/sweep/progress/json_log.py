@@ -39,8 +39,8 @@ from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import plain
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.options import Settings
-from dyndepth.progress import STDERR, Job, Listener, no_bars
+from dyndepth.sweep.progress.interface import STDERR, Job, Listener, no_bars
+from dyndepth.sweep.settings import Settings
 
 
 class JsonLog(Listener):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +16,18 @@ from dyndepth.cells.recipe import parse_recovery
 from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
-from dyndepth.grid import limits
 from dyndepth.models.loading import SPREAD, resolve_device
-from dyndepth.options import Settings
-from dyndepth.worker import free_memory
+from dyndepth.sweep.grid import limits
+from dyndepth.sweep.settings import Settings
+
+
+def free_memory() -> None:
+    """Give back what a failed cell may still hold on the device."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 TABLES = ("accuracy", "compute", "routing", "samples")
 

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.common.errors import RunFailed, UserError
-from dyndepth.options import Settings
-from dyndepth.progress import no_bars
-from dyndepth.worker import Work, Worker, hired
+from dyndepth.sweep.progress.interface import no_bars
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.worker import Work, Worker, hired
 
 GRACE = 60.0
 """Seconds beyond --cell_timeout after which a worker that does not stop by itself is ended: it may

@@ -18,8 +18,8 @@ from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import check_folder, check_path, expanded, path_of, slug
+from dyndepth.data.wheels import EMBEDDED
 
-EMBEDDED = "embedded"
 SUITE = "offline"
 
 LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers"})

@@ -19,10 +19,10 @@ from dyndepth.cells.cell import Cell, CellSpec
 from dyndepth.cells.identity import Row
 from dyndepth.cells.merging import check_rows
 from dyndepth.cells.store import Store
-from dyndepth.executors import Executor, WorkerDied
-from dyndepth.options import Settings
-from dyndepth.progress import Job, Listener
-from dyndepth.worker import Work, failed, timeout_text
+from dyndepth.sweep.executors import Executor, WorkerDied
+from dyndepth.sweep.progress.interface import Job, Listener
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.worker import Work, failed, timeout_text
 
 TRIES = 3
 """How often a cell is begun whose worker dies; then it counts as the culprit."""

@@ -17,10 +17,10 @@ from typing import Any
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.common.errors import RunFailed, UserError
-from dyndepth.executors import GRACE, WorkerDied, shared
-from dyndepth.options import Settings
-from dyndepth.progress import no_bars
-from dyndepth.worker import Work, Worker, hired
+from dyndepth.sweep.executors import GRACE, WorkerDied, shared
+from dyndepth.sweep.progress.interface import no_bars
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.worker import Work, Worker, hired
 
 CPUS_PER_CELL = 1.0
 

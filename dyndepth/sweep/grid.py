@@ -10,7 +10,7 @@ from dyndepth.cells.cell import DENSE, CellSpec
 from dyndepth.cells.recipe import NONE, parse_recovery
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import check_length
-from dyndepth.options import DEFAULT_LIMIT, OTHERS, Settings
+from dyndepth.sweep.settings import DEFAULT_LIMIT, OTHERS, Settings
 
 
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:

@@ -13,8 +13,8 @@ from typing import Any
 from dyndepth.cells.cell import CellSpec
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.commands import print_table
-from dyndepth.grid import limits
-from dyndepth.options import Settings
+from dyndepth.sweep.grid import limits
+from dyndepth.sweep.settings import Settings
 
 TOKENS = 100
 """Assumed tokens of a document with all its choices."""

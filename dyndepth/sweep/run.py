@@ -1,16 +1,14 @@
 """The sweep: score, count and time every cell of a grid, and keep what was done.
 
-``python -m dyndepth.sweep --methods ...``: everything is checked before anything is written; each
-cell is on the disk as soon as it is scored; the same command again computes what is missing.
+Everything is checked before anything is written; each cell is on the disk as soon as it is scored;
+the same settings again compute what is missing.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,39 +16,16 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.cells.cell import CellSpec, cell_identity
 from dyndepth.cells.identity import Row
 from dyndepth.cells.store import Store
-from dyndepth.common.errors import RunFailed, UserError
-from dyndepth.driver import Driver, Tally
-from dyndepth.executors import Executor, Inline, Processes
-from dyndepth.grid import limits, plans
-from dyndepth.options import Settings, read
-from dyndepth.worker import hired, quiet_libraries
+from dyndepth.common.commands import INTERRUPTED
+from dyndepth.common.errors import UserError
+from dyndepth.sweep.driver import Driver, Tally
+from dyndepth.sweep.executors import Executor, Inline, Processes
+from dyndepth.sweep.grid import limits, plans
+from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.worker import hired, quiet_libraries
 
 if TYPE_CHECKING:
-    from dyndepth.progress import Listener
-
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Returns 0, 1 if a cell failed, 2 for wrong input, 130 after Ctrl-C."""
-    words = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in words
-    # A scheduler's polite kill is Ctrl-C by another name.
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        settings = read(words)
-        debug = settings.debug
-        return sweep(settings)
-    except (UserError, RunFailed) as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.sweep: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
-        return INTERRUPTED
+    from dyndepth.sweep.progress.interface import Listener
 
 
 def sweep(settings: Settings) -> int:
@@ -60,8 +35,8 @@ def sweep(settings: Settings) -> int:
         UserError: wrong input; nothing was written.
         RunFailed: it cannot go on; what was finished is kept.
     """
-    from dyndepth import trackers
-    from dyndepth.progress import listener_for
+    from dyndepth.sweep.progress import trackers
+    from dyndepth.sweep.progress.choice import listener_for
 
     store = Store(settings.output_path, settings.shard)
     store.pull()
@@ -83,7 +58,7 @@ def sweep(settings: Settings) -> int:
     tasks = resolve(settings.tasks, settings.include_path)
     announce(settings, cells, tasks)
     if settings.dry_run:
-        from dyndepth.estimate import print_estimate
+        from dyndepth.sweep.estimate import print_estimate
 
         print_estimate(settings, cells, tasks)
         return 0
@@ -112,7 +87,7 @@ def executor_for(settings: Settings, tasks: Sequence[str], cells: int) -> Execut
     if settings.executor == "processes":
         return Processes(settings, tasks, cells)
     if settings.executor == "ray":
-        from dyndepth.ray_executor import Ray
+        from dyndepth.sweep.ray import Ray
 
         return Ray(settings, tasks, cells)
     return Inline(lambda: hired(settings, tasks))
@@ -149,10 +124,6 @@ def run(
     show_results(driver.tally, store)
     print(json.dumps({"sweep": summary}), flush=True)
     return 1 if driver.tally.failed else 0
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def announce(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
@@ -193,7 +164,3 @@ def outcome(tally: Tally, store: Store, started: float) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "leaderboard": str(store.path / "leaderboard.csv"),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
