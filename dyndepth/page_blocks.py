@@ -239,8 +239,8 @@ def dense(source: Source, options: Options) -> str:
 
 def verdicts(source: Source, options: Options) -> str:
     """A study's claims with their source and how often they were borne out. Option ``folder``."""
-    from dyndepth.report import tally
-    from dyndepth.studies import load_study
+    from dyndepth.studies.report import tally
+    from dyndepth.studies.study import load_study
 
     rows = source.rows(options["folder"], "claims.csv")
     if not rows:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dyndepth.routes import Phase, Routes
+    from dyndepth.routes.trace import Phase, Routes
 
 
 _TOKENS_SHOWN = 72

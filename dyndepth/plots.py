@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from dyndepth.routes import Routes
+    from dyndepth.routes.trace import Routes
 
 
 __all__ = [
@@ -161,7 +161,7 @@ def _of_records(run: Path) -> Iterator[tuple[str, Drawing]]:
         yield "executed_by_position", partial(_refused, reason)
         return
     # Records are read with a module that loads torch.
-    from dyndepth.routes import Routes
+    from dyndepth.routes.trace import Routes
 
     records: dict[str, Routes] = {}
     for file in files:

@@ -33,7 +33,7 @@ from dyndepth.results.tables import write_tables
 MAINS = {
     "ls": "dyndepth.__main__",
     "timing": "dyndepth.timing.__main__",
-    "routes": "dyndepth.routes_command",
+    "routes": "dyndepth.routes.recorded",
     "importance": "dyndepth.importance",
     "import": "dyndepth.methods.skipgpt.published",
 }

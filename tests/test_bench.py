@@ -9,8 +9,10 @@ import math
 import pytest
 import torch
 
-from dyndepth import bench, bench_routes, bench_shapes
-from dyndepth.bench_goals import GOALS, MET, MISSED, UNCERTAIN, Goal, check
+from dyndepth.bench import __main__ as bench
+from dyndepth.bench import plans as bench_routes
+from dyndepth.bench import shapes as bench_shapes
+from dyndepth.bench.shapes import GOALS, MET, MISSED, UNCERTAIN, Goal, check
 from dyndepth.timing import jobs as bench_gates
 
 

@@ -21,7 +21,7 @@ from dyndepth.data.corpus import Corpus
 from dyndepth.evaluation.language_model import DyndepthLM
 from dyndepth.fitting.recovery.training import recover
 from dyndepth.models.families import FAMILIES
-from dyndepth.routes import record
+from dyndepth.routes.trace import record
 
 SHORT = 32
 """Tokens that the small models take: fewer than any window that a method reads by default."""

@@ -150,7 +150,7 @@ def _check_values(module: str, arguments: list[str], options: argparse.Namespace
         given.pop("config", None)
         assert set(settings(given).tasks) <= {*OFFLINE, *SUITES}
     if module == "dyndepth.studies":
-        from dyndepth.studies import load_study
+        from dyndepth.studies.study import load_study
 
         load_study(options.name)
 

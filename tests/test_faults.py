@@ -28,10 +28,10 @@ from cells import cell
 from folders import tiny_folder
 from test_executors import SCORES, _children
 
-from dyndepth import verify
 from dyndepth.cells.store import Store
 from dyndepth.common.files import cache_root
 from dyndepth.sweep.driver import TRIES, _Tables
+from dyndepth.verify import __main__ as verify
 
 pytestmark = pytest.mark.faults
 

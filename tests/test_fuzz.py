@@ -41,7 +41,7 @@ from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.tables import write_tables
 from dyndepth.sweep import settings as options
 from dyndepth.sweep.settings import Settings
-from dyndepth.verify_tables import _compared
+from dyndepth.verify.tables import _compared
 
 FUZZ = settings(
     max_examples=150,

@@ -12,7 +12,6 @@ from cells import cell
 from conftest import CharacterTokenizer, make_tiny
 from folders import tiny_folder
 
-from dyndepth import manifest, routes
 from dyndepth.cells.store import Store, same_model
 from dyndepth.common.digests import task_files
 from dyndepth.common.errors import UserError
@@ -23,10 +22,12 @@ from dyndepth.fitting import fits
 from dyndepth.fitting.recovery import adapters
 from dyndepth.models.fingerprints import fingerprint
 from dyndepth.models.loading import ModelInfo, layer_count, load_model, load_tokenizer
+from dyndepth.routes import trace as routes
 from dyndepth.sweep import __main__ as sweep
 from dyndepth.sweep.progress.json_log import JsonLog
 from dyndepth.sweep.settings import PATHS, Settings, read
 from dyndepth.tasks import resolve
+from dyndepth.verify import stored as manifest
 
 TASK = """task: mine
 dataset_path: json
@@ -142,7 +143,8 @@ def test_python_takes_what_flags_take(home):
 
 def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, monkeypatch):
     """Own tasks and an own text are asked for before anything is computed."""
-    from dyndepth import rerun, verify
+    from dyndepth import rerun
+    from dyndepth.verify import __main__ as verify
 
     (home / "settings.yaml").write_text(
         "model: ~/model\ncorpus: ~/corpus.txt\ninclude_path: ~/tasks\ntasks: mine\n"
@@ -155,7 +157,7 @@ def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, mo
     assert sweep.main([*line.split(), "--output_path", "swept/"]) == 0
     assert '"done": 0, "reused": 1' in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("dyndepth.verify_again.again", lambda *_: pytest.fail("it began to compute"))
+        patch.setattr("dyndepth.verify.again.again", lambda *_: pytest.fail("it began to compute"))
         for given, flag in (
             ("corpus corpus.txt", "include_path"),
             ("include_path tasks", "corpus"),

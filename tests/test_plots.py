@@ -9,7 +9,7 @@ import pytest
 
 from dyndepth import plots
 from dyndepth.common.errors import UserError
-from dyndepth.routes import Routes
+from dyndepth.routes.trace import Routes
 
 WORDS = {0: " the", 1: "\n", 2: "$x$", 3: "naïve", 4: "語", 5: " incomprehensibilities"}
 

@@ -29,10 +29,10 @@ from dyndepth.methods.dense import Dense
 from dyndepth.models.blocks import blocks, decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.models.rotary import forget, one_table, tables
-from dyndepth.routes import _executed
+from dyndepth.routes.trace import _executed
 from dyndepth.runtime import many_plans as trie
 from dyndepth.runtime.attach import attach
-from dyndepth.similarity import cosines
+from dyndepth.studies.similarity import cosines
 from dyndepth.timing.measure import Level, Shape, measure
 
 LAYERS = 4

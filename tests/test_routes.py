@@ -14,12 +14,13 @@ from folders import tiny_folder
 from gating import GivenPlan, RandomMask, plan_without
 from safetensors.numpy import load_file, save_file
 
-from dyndepth import routes_command
 from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.recipe import parse_recovery
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.routes import Routes, record
+from dyndepth.routes import __main__ as routes_command
+from dyndepth.routes import recorded
+from dyndepth.routes.trace import Routes, record
 from dyndepth.runtime.attach import attach
 
 TEXTS = {"first": "to be or not to be", "second": "that is the question, is it not?"}
@@ -328,19 +329,19 @@ class TestCommand:
 
     def test_unreadable_text_is_told(self, tmp_path):
         with pytest.raises(UserError, match="can't be read: No such file"):
-            routes_command.documents(str(tmp_path / "absent"), 3)
+            recorded.documents(str(tmp_path / "absent"), 3)
         (tmp_path / "empty").write_text(" \n\n ")
         with pytest.raises(UserError, match="holds no text"):
-            routes_command.documents(str(tmp_path / "empty"), 3)
+            recorded.documents(str(tmp_path / "empty"), 3)
         (tmp_path / "latin").write_bytes(b"na\xefve")
         with pytest.raises(UserError, match="not UTF-8"):
-            routes_command.documents(str(tmp_path / "latin"), 3)
+            recorded.documents(str(tmp_path / "latin"), 3)
 
     def test_passages_are_those_that_are_scored(self):
         from dyndepth.evaluation.evaluate import sample
         from dyndepth.tasks.documents import passages
 
-        found = routes_command.documents(None, 5)
+        found = recorded.documents(None, 5)
         drawn = sample("wikipedia_bpb", len(passages()), 5, 0)
         assert list(found) == [f"wikipedia_bpb/{index}" for index in drawn]
         assert list(found.values()) == [passages()[index] for index in drawn]

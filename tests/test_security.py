@@ -33,7 +33,6 @@ from toys import Toy
 from transformers import dynamic_module_utils
 from weak_code import findings
 
-from dyndepth import routed, similarity
 from dyndepth import tables as dyndepth_tables
 from dyndepth.cells.store import Store
 from dyndepth.common import files as common_files
@@ -49,7 +48,9 @@ from dyndepth.plots import figures
 from dyndepth.results import leaderboard_pages as leaderboard_page
 from dyndepth.results import tables
 from dyndepth.results.leaderboard import leaderboard
-from dyndepth.routes import Routes
+from dyndepth.routes.trace import Routes
+from dyndepth.studies import recordings as routed
+from dyndepth.studies import similarity
 from dyndepth.sweep import __main__ as sweep
 from dyndepth.sweep.settings import read
 

@@ -9,9 +9,10 @@ from conftest import DEVICE
 from gating import GivenPlan, plan_without
 from torch.nn.functional import cosine_similarity
 
-from dyndepth import routes_command, similarity
 from dyndepth.common.registry import load_method
 from dyndepth.models.blocks import decoder
+from dyndepth.routes import recorded as routes_command
+from dyndepth.studies import similarity
 from dyndepth.sweep.settings import settings
 
 DOCUMENTS = {"a": list(range(3, 20)), "b": list(range(50, 30, -2))}

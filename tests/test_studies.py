@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from cells import identity
 
-from dyndepth import claims, routed, similarity, studies
 from dyndepth.cells import cell as cell_module
 from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.store import Store
-from dyndepth.claims import COLUMNS, chosen, likened, report
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
 from dyndepth.models import loading as models
 from dyndepth.results import tables as tables_module
-from dyndepth.routed import position_table, trace_file
-from dyndepth.routes import Routes
-from dyndepth.studies import Claim, Pick, Study
+from dyndepth.routes.trace import Routes
+from dyndepth.studies import __main__, similarity
+from dyndepth.studies import recordings as routed
+from dyndepth.studies import study as studies
+from dyndepth.studies import verdicts as claims
+from dyndepth.studies.recordings import position_table, trace_file
+from dyndepth.studies.study import Claim, Pick, Study
+from dyndepth.studies.verdicts import COLUMNS, chosen, likened, report
 from dyndepth.sweep import grid, workbench
 
 DOCUMENTS = 40
@@ -319,7 +322,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(routed, "record", lambda cells, _, path: [trace(c, path) for c in cells])
     monkeypatch.setattr(ToyBench, "broken", ())
     path = tmp_path / "run"
-    return lambda *flags: studies.main(["toy", "--output-path", str(path), *flags])
+    return lambda *flags: __main__.main(["toy", "--output-path", str(path), *flags])
 
 
 class TestCommand:
@@ -409,7 +412,7 @@ class TestCommand:
         assert [each.timing for each in timed.settings({"timing": "quick"})] == ["quick"] * 2
 
     def test_unknown_study(self, capsys):
-        assert studies.main(["nope"]) == 2
+        assert __main__.main(["nope"]) == 2
         assert "unknown study 'nope'" in capsys.readouterr().err
 
     def test_sweeps_may_not_differ_in_what_must_be_shared(self):

@@ -14,19 +14,19 @@ import pytest
 from cells import cell as made_by_hand
 from folders import tiny_folder
 
-from dyndepth import tables, verify
+from dyndepth import tables
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import FORMAT, Store
-from dyndepth.manifest import NAME, read_manifest, sha256, write_manifest
 from dyndepth.results import schema
 from dyndepth.results.tables import write_tables
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep.settings import read
-from dyndepth.verify_again import drawn, excuse
-from dyndepth.verify_rows import COARSE, EXACT, differences
-from dyndepth.verify_scores import means
-from dyndepth.verify_stored import check
+from dyndepth.verify import __main__ as verify
+from dyndepth.verify.again import drawn, excuse
+from dyndepth.verify.differences import COARSE, EXACT, differences
+from dyndepth.verify.findings import means
+from dyndepth.verify.stored import NAME, check, read_manifest, sha256, write_manifest
 
 pytestmark = pytest.mark.rule
 
@@ -376,7 +376,7 @@ def test_cells_that_no_table_can_hold(tmp_path):
 
 
 def test_numbers_that_are_none():
-    from dyndepth.verify_stored import of_cell
+    from dyndepth.verify.findings import of_cell
 
     cell = made_by_hand()
     cell.accuracy[0]["value"] = None

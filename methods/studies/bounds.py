@@ -7,7 +7,7 @@ generation.
 
 from __future__ import annotations
 
-from dyndepth.studies import Study
+from dyndepth.studies.study import Study
 
 BUDGETS = (1.25, 1.5)
 

@@ -8,7 +8,7 @@ to be sure of 3% takes some ten minutes per cell. What bounds could do is anothe
 
 from __future__ import annotations
 
-from dyndepth.studies import Study
+from dyndepth.studies.study import Study
 
 BUDGETS = (1.1, 1.25, 1.5, 2.0)
 WIDE = (*BUDGETS, 3.0)

@@ -6,7 +6,7 @@ of arXiv 2403.03853. Documents a task are chosen for the embedded model on two s
 
 from __future__ import annotations
 
-from dyndepth.studies import Claim, Pick, Study
+from dyndepth.studies.study import Claim, Pick, Study
 
 SKIPPING = ("uls(spacing=even{})", "random_skip{}")
 EXITS = ("early_exit(confidence=fixed{})", "early_exit(confidence=saturation{})")

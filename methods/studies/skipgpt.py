@@ -7,7 +7,7 @@ scoring with one thread a document takes about 1.2 s (bits per byte), 0.75 s (la
 
 from __future__ import annotations
 
-from dyndepth.studies import Claim, Pick, Study
+from dyndepth.studies.study import Claim, Pick, Study
 
 SKIPGPT = Pick("skipgpt")
 BLIND = Pick("skipgpt(reads=constant, windows=16)")

@@ -1,41 +1,20 @@
-"""What can be wrong with a stored run, seen without a model: files, rows, versions and tables.
-
-Every cell is looked at. A cell's rows must agree with each other, its file with the manifest, all
-cells with one version of everything, and the tables with the cells.
+"""What can be found wrong with one cell: its rows against each other, scores against documents.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import ROWS, Cell
-from dyndepth.cells.identity import Row, today
-from dyndepth.cells.recipe import NONE
-from dyndepth.cells.store import Store
-from dyndepth.common.errors import UserError
-from dyndepth.manifest import read_manifest, sha256
-from dyndepth.results.schema import TABLES
+from dyndepth.cells.identity import Row
 
 SAME = 1e-6
 """Relative difference of a sum over documents from what is stored that is put down to rounding."""
-
-HERE = ("harness_code", "torch", "transformers", "lm_eval", "dyndepth")
-"""What may differ between the cells and the program that verifies them: it is noted."""
-ONE = (
-    *("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "corpus_fingerprint"),
-    *HERE,
-)
-"""Keys of the identity that must be the same in all cells of a run."""
-ONE_A_METHOD = ("method_code", "fit_version")
-"""And in all cells of one method, with recovery and without."""
 
 
 @dataclass(frozen=True)
@@ -48,119 +27,6 @@ class Finding:
     stored: str = ""
     found: str = ""
     failure: bool = True
-
-
-def check(run: Path, manifest: bool = True) -> tuple[list[Cell], list[Finding]]:
-    """The readable cells of a run, and everything found. ``manifest``: compare with it.
-
-    Raises:
-        UserError: the folder is no run.
-    """
-    if not (run / "cells").is_dir():
-        raise UserError(f"{run} is no run: it has no folder cells; give a sweep's --output_path")
-    # They use what is defined here.
-    from dyndepth.verify_scores import means
-    from dyndepth.verify_tables import tables
-
-    store = Store(run)
-    cells, found = _read(store)
-    if manifest:
-        found += _against_manifest(run, store)
-    found += mixed(cells)
-    for cell in cells:
-        found += of_cell(cell)
-    found += means(cells)
-    found += here(cells)
-    if cells:
-        found += tables(run, cells)
-    return cells, found
-
-
-def _read(store: Store) -> tuple[list[Cell], list[Finding]]:
-    """Cells and, for each file that is none, why."""
-    with redirect_stderr(io.StringIO()) as told:
-        cells = store.all()
-    found = []
-    files = {path.name for path in store.files()}
-    for line in told.getvalue().splitlines():
-        named, _, why = line.partition(" cannot be read as a cell and counts as absent: ")
-        name = Path(named.removeprefix("warning: ")).name
-        files.discard(name)
-        found.append(Finding(name, "file cannot be read as a cell", found=why))
-    expected = {store.file(cell.identity).name for cell in cells}
-    found += [
-        Finding(name, "file of a cell has a wrong name: it was copied or renamed")
-        for name in sorted(files - expected)
-    ]
-    return cells, found
-
-
-def _against_manifest(run: Path, store: Store) -> Iterator[Finding]:
-    try:
-        listed = read_manifest(run)
-    except UserError as fault:
-        yield Finding("manifest.json", "cannot be read", found=str(fault))
-        return
-    if listed is None:
-        yield Finding("manifest.json", "no manifest: what is missing cannot be told", failure=False)
-        return
-    for name in listed.files:
-        # Of the tables that each run has, the comparison with the cells says so.
-        if name not in TABLES and not (run / name).is_file():
-            yield Finding(name, "file is missing")
-    files = {path.name: path for path in store.files()}
-    for key, entry in listed.cells.items():
-        file = files.pop(entry["file"], None)
-        if file is None:
-            yield Finding(key, f"cell is missing: no file {entry['file']}")
-        elif sha256(file) != entry["sha256"]:
-            yield Finding(key, "file was altered: SHA-256", entry["sha256"][:16], sha256(file)[:16])
-    for name in files:
-        yield Finding(name, "file of a cell is not in the manifest")
-
-
-# --- versions -------------------------------------------------------------------------------------
-
-
-def mixed(cells: Sequence[Cell]) -> Iterator[Finding]:
-    """Cells that are of another version than most of the run, or of another task version."""
-    for key in ONE:
-        yield from _odd(key, {cell.key: today(cell.identity[key]) for cell in cells})
-    by_method: dict[tuple[str, bool], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_method[cell.identity["method"], cell.identity["recovery"] != NONE].append(cell)
-    for (method, recovered), own in by_method.items():
-        what = f"{method} with recovery" if recovered else method
-        for key in ONE_A_METHOD:
-            yield from _odd(f"{key} of {what}", {cell.key: cell.identity[key] for cell in own})
-    versions: dict[str, dict[str, Any]] = defaultdict(dict)
-    for cell in cells:
-        for row in cell.accuracy:
-            versions[str(row.get("task"))][cell.key] = row.get("task_version")
-    for task, values in versions.items():
-        yield from _odd(f"version of task {task}", values)
-
-
-def _odd(what: str, values: dict[str, Any]) -> Iterator[Finding]:
-    ranked = [value for value, _ in Counter(map(str, values.values())).most_common()]
-    for value in ranked[1:]:
-        own = [key for key, each in values.items() if str(each) == value]
-        more = f" (and {len(own) - 1} more cells)" if len(own) > 1 else ""
-        yield Finding(own[0], f"mixed versions: {what}{more}", value, f"{ranked[0]} elsewhere")
-
-
-def here(cells: Sequence[Cell]) -> Iterator[Finding]:
-    """Notes where the program here is another than the one that made the cells."""
-    from dyndepth.common.digests import harness_code
-    from dyndepth.common.provenance import versions
-
-    now = {**versions(), "harness_code": harness_code()}
-    for key in HERE:
-        for value in sorted({str(cell.identity[key]) for cell in cells}):
-            if value != now[key]:
-                yield Finding(
-                    "run", f"made with another {key} than is here", value, now[key], False
-                )
 
 
 # --- the rows of a cell ---------------------------------------------------------------------------
@@ -304,3 +170,91 @@ def _shares(cell: Cell) -> Iterator[Told]:
             ratio = wall / row["total_speedup"]
             if not math.isclose(row["wall_efficiency"], ratio, rel_tol=SAME):
                 yield f"timing: wall_efficiency of {place}", row["wall_efficiency"], ratio
+
+
+Score = tuple[float, float | None]
+"""A metric's value over documents, and its standard error."""
+
+
+def means(cells: Sequence[Cell]) -> Iterator[Finding]:
+    """Scores that are not the mean over the cell's own documents.
+
+    What kind of mean a metric is (of outcomes or of their logarithms; weighted or not) is not
+    stored; it is taken to be the one that fits most cells. A metric that none fits is noted.
+    """
+    scores: dict[tuple[str, str], list[tuple[Cell, Row, dict[str, Score]]]] = defaultdict(list)
+    for cell in cells:
+        try:
+            samples = by_task(cell)
+            for row in cell.accuracy:
+                key = f"{row['metric']},{row['filter']}"
+                fits = _means(samples[row["task"]], key)
+                if fits and not no_number(row["value"]):
+                    scores[row["task"], key].append((cell, row, fits))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # told by of_cell
+    for (task, key), entries in scores.items():
+        counts = Counter(
+            kind for _, row, fits in entries for kind in fits if _near(row["value"], fits[kind][0])
+        )
+        what = f"of {task} {key.partition(',')[0]} against its documents"
+        if not counts and len(entries) > 1:
+            yield Finding("run", f"is no mean over documents: {key} of {task}", failure=False)
+            continue
+        kind = counts.most_common(1)[0][0] if counts else next(iter(entries[0][2]))
+        for cell, row, fits in entries:
+            value, error = fits.get(kind, (math.nan, None))
+            if not _near(row["value"], value):
+                yield Finding(
+                    cell.key, f"accuracy: value {what}", text_of(row["value"]), text_of(value)
+                )
+            elif (
+                row["stderr"] is not None and error is not None and not _near(row["stderr"], error)
+            ):
+                yield Finding(
+                    cell.key, f"accuracy: stderr {what}", text_of(row["stderr"]), text_of(error)
+                )
+
+
+def _near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-9)
+
+
+def _means(rows: Sequence[Row], key: str) -> dict[str, Score]:
+    """Means of the outcomes ``key`` over documents, by kind; none where a document has no value.
+
+    A document's weight is 1, that of its main metric, or what its likelihood and its perplexity say
+    together (words, for a perplexity by word).
+    """
+    values = [json.loads(row["outcomes"]).get(key) for row in rows]
+    if not values or any(map(no_number, values)):
+        return {}
+    weights: dict[str, list[float]] = {"plain": [1.0] * len(rows)}
+    if all("weight" in row for row in rows):
+        weights["weighted"] = [row["weight"] for row in rows]
+    found = {kind: _mean(values, each) for kind, each in weights.items()}
+    if min(values) > 0:
+        logs = [math.log(value) for value in values]
+        likelihoods = [json.loads(row.get("loglikelihoods") or "[]") for row in rows]
+        if all(len(each) == 1 for each in likelihoods) and all(logs):
+            weights["by size"] = [
+                -each[0] / log for each, log in zip(likelihoods, logs, strict=True)
+            ]
+        for kind, each in weights.items():
+            value, error = _mean(logs, each)
+            # A perplexity may be beyond all numbers; then it is not stored either.
+            whole = math.exp(value) if value < 700 else math.inf
+            found[f"{kind}, of logarithms"] = whole, None if error is None else error * whole
+    return {kind: score for kind, score in found.items() if math.isfinite(score[0])}
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> Score:
+    """Weighted mean and its linearised standard error (Cochran 1977, eq. 6.4)."""
+    whole, n = math.fsum(weights), len(values)
+    if not whole:
+        return math.nan, None
+    value = math.fsum(x * w for x, w in zip(values, weights, strict=True)) / whole
+    if n < 2:
+        return value, None
+    squares = math.fsum((w * (x - value)) ** 2 for x, w in zip(values, weights, strict=True))
+    return value, math.sqrt(squares / (n - 1) * n) / abs(whole)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
     from dyndepth.cells.cell import Cell
-    from dyndepth.verify_stored import Finding
+    from dyndepth.verify.findings import Finding
 
 
 SAMPLE = 5
@@ -87,9 +87,8 @@ def _parser() -> Parser:
 
 def run(options: argparse.Namespace) -> int:
     """Verify; returns the exit status. Raises UserError for wrong input."""
-    from dyndepth.manifest import write_manifest
-    from dyndepth.verify_again import drawn
-    from dyndepth.verify_stored import check
+    from dyndepth.verify.again import drawn
+    from dyndepth.verify.stored import check, write_manifest
 
     sample, documents = _amounts(options)
     failures = 0
@@ -158,7 +157,7 @@ def _again(
     from tqdm import tqdm
 
     from dyndepth.sweep.worker import quiet_libraries
-    from dyndepth.verify_again import How, again
+    from dyndepth.verify.again import How, again
 
     quiet_libraries(options.debug)
     flags: dict[str, Any] = {name: getattr(options, name) for name in FLAGS}

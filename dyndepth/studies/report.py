@@ -8,12 +8,12 @@ from pathlib import Path
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row, flat
-from dyndepth.claims import COLUMNS, VERDICTS, label
 from dyndepth.common.commands import print_table
 from dyndepth.common.files import write_atomically
 from dyndepth.results.statistics.differences import RESAMPLES
 from dyndepth.results.tables import csv_text
-from dyndepth.studies import Claim, Study
+from dyndepth.studies.study import Claim, Study
+from dyndepth.studies.verdicts import COLUMNS, VERDICTS, label
 
 HEADINGS = (
     *("task", "against", "target", "block FLOPs", "A", "B", "A - B", "95% interval"),

@@ -21,7 +21,7 @@ from dyndepth.results.schema import COMPARED
 from dyndepth.results.tables import CHECKED, NAMES, write_tables
 
 if TYPE_CHECKING:
-    from dyndepth.verify_stored import Finding
+    from dyndepth.verify.findings import Finding
 
 
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
@@ -31,7 +31,7 @@ _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisi
 def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
     """Tables of the run that are missing, or that differ from those made of ``cells``."""
     from dyndepth.results import schema
-    from dyndepth.verify_stored import Finding
+    from dyndepth.verify.findings import Finding
 
     with TemporaryDirectory() as folder:
         try:
@@ -75,7 +75,7 @@ def _told(fault: Exception) -> str:
 
 
 def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
-    from dyndepth.verify_stored import Finding
+    from dyndepth.verify.findings import Finding
 
     if stored == made:
         return

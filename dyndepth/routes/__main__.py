@@ -11,27 +11,20 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.cells.cell import DENSE, CellSpec, method_identity, parameters_text
-from dyndepth.cells.identity import Row, agrees, cell_hash
-from dyndepth.cells.recipe import NONE
+from dyndepth.cells.cell import DENSE, method_identity
+from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import Store
 from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
 from dyndepth.common.errors import UserError
-from dyndepth.common.files import paragraphs, read_text
 from dyndepth.common.paths import path_of
-from dyndepth.method import DynamicDepthMethod
+from dyndepth.routes.recorded import Bench, Job, documents
 from dyndepth.sweep.grid import plans
 from dyndepth.sweep.rerun import check_given, revision_of
 from dyndepth.sweep.settings import Settings, settings
-
-PASSAGES = "wikipedia_bpb"
-"""The evaluation task whose documents are recorded."""
 
 LISTS = ("methods", "speedups", "seed")
 FREE = (*LISTS, "model", "phases", "dtype", "attn_implementation", "revision", "output_path")
@@ -121,97 +114,6 @@ def run(options: dict[str, Any]) -> int:
     return 1 if failed else 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """One file to write: ``identity`` is a recorded cell's, None where a plan is run freely."""
-
-    label: str
-    file: str
-    settings: Settings
-    plan: CellSpec | None = None
-    identity: Row | None = None
-
-    def record(self, bench: Bench, texts: dict[str, str], options: dict[str, Any]) -> Any:
-        """The routes. Raises UserError if a cell can't be rebuilt as it was."""
-        from dyndepth.routes import record
-
-        identity = self.identity and self.identity | {"cell": self.file}
-        with self.ready(bench) as method:
-            return record(
-                bench.model,
-                bench.tokenizer,
-                method,
-                texts,
-                options["prompt_length"],
-                length=options["length"],
-                identity=identity,
-            )
-
-    @contextmanager
-    def ready(self, bench: Bench) -> Iterator[Any]:
-        """The method, fitted; inside, ``bench.model`` has its adapter merged.
-
-        Raises UserError if a cell can't be rebuilt as it was, or if its plans follow the outcomes
-        of the documents that were scored: on others it has none.
-        """
-        from dyndepth.fitting.recovery.adapters import adapted
-        from dyndepth.fitting.recovery.kept import fit_and_recover
-
-        method = self.plan.build() if self.plan else rebuilt(self.identity or {})
-        if type(method).candidates is not DynamicDepthMethod.candidates:
-            raise UserError(
-                f"{method.name} chooses plans by the outcomes of the documents that are scored, so "
-                "there is nothing to record on others"
-            )
-        bench.load(self.settings, self.identity)
-        recovery = self.identity["recovery"] if self.identity else NONE
-        method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)
-        with adapted(bench.model, adapter):
-            yield method
-
-
-class Bench:
-    """The model that is loaded, its tokenizer and its corpus."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.loaded: tuple[Any, ...] | None = None
-
-    def load(self, wanted: Settings, identity: Row | None) -> None:
-        """Have what ``wanted`` names. Raises UserError where it is not what a cell was run on."""
-        from dyndepth.data.corpus import load_corpus
-        from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
-
-        key = (wanted.model, wanted.revision, wanted.dtype, wanted.attn_implementation)
-        if key != self.loaded:
-            print(f"loading {wanted.model}", flush=True)
-            self.tokenizer = load_tokenizer(wanted.model, wanted.revision, wanted.trust_remote_code)
-            self.corpus = load_corpus(wanted.corpus, self.tokenizer)
-            self.model = load_model(
-                wanted.model,
-                dtype=wanted.dtype,
-                device=resolve_device(wanted.device),
-                attn_implementation=wanted.attn_implementation,
-                revision=wanted.revision,
-                trust_remote_code=wanted.trust_remote_code,
-            )
-            self.loaded = key
-        if identity is None:
-            return
-        found = {
-            "model_fingerprint": self.model.dyndepth.fingerprint,
-            "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
-            "corpus_fingerprint": self.corpus.fingerprint,
-        }
-        for name, remedy in (
-            ("model_fingerprint", f"{wanted.model} is another model now"),
-            ("tokenizer_fingerprint", f"{wanted.model} has another tokenizer now"),
-            ("corpus_fingerprint", "it was fitted on other text; name that by --corpus"),
-        ):
-            if not agrees(name, identity[name], found[name]):
-                raise UserError(f"{remedy} ({name} {found[name]}, recorded {identity[name]})")
-
-
 def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
     """Jobs of ``--methods``, and where they go."""
     from dyndepth.common.registry import parse_methods
@@ -271,49 +173,5 @@ def _settings(options: dict[str, Any], names: Sequence[str]) -> Settings:
     return settings({name: options[name] for name in names if options[name] is not None})
 
 
-def rebuilt(identity: Row) -> Any:
-    """The method of a recorded cell, not fitted.
-
-    Raises:
-        UserError: this version's method is another one, or has other parameters.
-    """
-    from dyndepth.common.registry import method_class, parse_methods
-
-    name, text = identity["method"], identity["parameters"]
-    ((_, parameters),) = parse_methods(f"{name}({text})" if text else name)
-    if any(f.name == "phases" for f in fields(method_class(name))):
-        parameters["phases"] = identity["phases"]
-    method = CellSpec(name, identity["target_speedup"], identity["seed"], parameters).build()
-    found = (parameters_text(method), method.phases, method.fit_version)
-    if found != (text, identity["phases"], identity["fit_version"]):
-        raise UserError(f"the method {name!r} has changed since this cell was run; sweep again")
-    return method
-
-
-def documents(file: str | None, count: int) -> dict[str, str]:
-    """Document id -> text: the first of a file's, or evaluation passages.
-
-    The passages and their ids are those that a sweep with ``--limit`` scores, so that rules which
-    depend on the document decide as they did there. Raises UserError for an unreadable file.
-    """
-    return _texts(path_of(file), count) if file else dict(_passages(count))
-
-
-def _texts(file: Path, count: int) -> dict[str, str]:
-    try:
-        content = read_text(file, f"--text {file}")
-    except OSError as fault:
-        raise UserError(f"--text {file} can't be read: {fault.strerror}") from None
-    found = [text.strip() for text in paragraphs(content) if text.strip()]
-    if not found:
-        raise UserError(f"--text {file} holds no text")
-    return {f"{file.name}/{index}": text for index, text in enumerate(found[:count])}
-
-
-def _passages(count: int) -> Iterator[tuple[str, str]]:
-    from dyndepth.evaluation.evaluate import sample
-    from dyndepth.tasks.documents import passages
-
-    texts = passages()
-    for index in sample(PASSAGES, len(texts), count, 0):
-        yield f"{PASSAGES}/{index}", texts[index]
+if __name__ == "__main__":
+    sys.exit(main())

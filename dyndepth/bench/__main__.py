@@ -6,11 +6,11 @@ allow, ``byte_ideal`` the one that the bytes of weights touched allow (in decode
 any sequence of the batch executes its sublayer); efficiency = speedup / flop_ideal. ``peak_ratio``
 is the peak memory over the stock model's, of one more, untimed run, what lay allocated before it
 (weights, a cache) not counted. ``masked_reference`` computes everything and multiplies, as
-published references do. ``--check`` compares with the goals of ``dyndepth.bench_goals``.
+published references do. ``--check`` compares with the goals of ``dyndepth.bench.shapes``.
 
-The part ``routes`` is in ``dyndepth.bench_routes``: many static plans scored together and one by
-one; the part ``evaluation`` in ``dyndepth.bench_evaluation``: the dense model against lm-eval's own
-model class; the part ``sweep`` in ``dyndepth.bench_sweep``: what a sweep costs beside its model.
+The part ``routes`` is in ``dyndepth.bench.plans``: many static plans scored together and one by
+one; the part ``evaluation`` in ``dyndepth.bench.evaluation``: the dense model against lm-eval's own
+model class; the part ``sweep`` in ``dyndepth.bench.sweep``: what a sweep costs beside its model.
 The last line of output is one JSON object.
 """
 
@@ -21,7 +21,7 @@ import json
 import sys
 from typing import Any
 
-from dyndepth.bench_shapes import MORE_WORKS, PHASES, WORKS, Lines, shapes
+from dyndepth.bench.shapes import MORE_WORKS, PHASES, WORKS, Lines, shapes
 from dyndepth.common.commands import Parser
 from dyndepth.common.errors import UserError
 
@@ -100,15 +100,15 @@ def bench(options: argparse.Namespace) -> bool:
     if "shapes" in options.parts:
         found["bench"] = shapes(corpus, options)
     if "routes" in options.parts:
-        from dyndepth.bench_routes import routes
+        from dyndepth.bench.plans import routes
 
         found["routes"] = routes(corpus, options)
     if "evaluation" in options.parts:
-        from dyndepth.bench_evaluation import evaluation
+        from dyndepth.bench.evaluation import evaluation
 
         found["evaluation"] = evaluation(options)
     if "sweep" in options.parts:
-        from dyndepth.bench_sweep import sweep
+        from dyndepth.bench.sweep import sweep
 
         found["sweep"] = sweep(options)
     reached = not options.check or _reached(found["bench"])
@@ -120,7 +120,7 @@ def _reached(lines: Lines) -> bool:
     """Print each goal beside what was measured; whether none is missed by more than noise."""
     from collections import Counter
 
-    from dyndepth.bench_goals import MET, MISSED, UNCERTAIN, check
+    from dyndepth.bench.shapes import MET, MISSED, UNCERTAIN, check
 
     checks = list(check(lines))
     for each in checks:

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dyndepth import routed, similarity
 from dyndepth.cells.cell import DENSE, Cell, method_identity, order
 from dyndepth.cells.identity import Row, flat, plain, setting
 from dyndepth.cells.merging import check_comparable
@@ -32,7 +31,9 @@ from dyndepth.results.statistics.curves import (
 )
 from dyndepth.results.statistics.differences import Difference, difference, reach
 from dyndepth.results.statistics.verdicts import direction, holm
-from dyndepth.studies import Claim, Pick, Study
+from dyndepth.studies import recordings as routed
+from dyndepth.studies import similarity
+from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.sweep.grid import limits
 from dyndepth.sweep.settings import Settings, limit_text
 

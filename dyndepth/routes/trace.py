@@ -3,14 +3,13 @@
 ``record`` runs an attached model and keeps the gates as executed; a ``Routes`` is saved as
 safetensors (one bit a gate) and gives tidy tables by sublayer, by position and by token. The
 command ``python -m dyndepth.routes`` records methods on the evaluation passages, or every cell of a
-sweep again: see ``dyndepth.routes_command``.
+sweep again: see ``dyndepth.routes.recorded``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,9 +296,3 @@ def _identity(model: Any, tokenizer: Any, method: DynamicDepthMethod) -> dict[st
         **versions(),
         "harness_code": harness_code(),
     }
-
-
-if __name__ == "__main__":
-    from dyndepth.routes_command import main
-
-    sys.exit(main())

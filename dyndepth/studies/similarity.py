@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
-from dyndepth.routed import LENGTH, PROMPT, again
+from dyndepth.studies.recordings import LENGTH, PROMPT, again
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +39,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
 
     A cell that cannot be rebuilt is told and left out.
     """
-    from dyndepth import routes_command
+    from dyndepth.routes import recorded as routes_command
 
     missing = [cell for cell in cells if not file_of(cell, folder).is_file()]
     if not missing:

@@ -31,8 +31,8 @@ from dyndepth.sweep.rerun import plan_of, settings_of
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.workbench import free_memory
 from dyndepth.sweep.worker import in_one_line
-from dyndepth.verify_rows import COARSE, EXACT, KEYS, differences, differs
-from dyndepth.verify_stored import Finding
+from dyndepth.verify.differences import COARSE, EXACT, KEYS, differences, differs
+from dyndepth.verify.findings import Finding
 
 SAME_THING = (
     "model_fingerprint",

@@ -11,7 +11,7 @@ from typing import Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
-from dyndepth.verify_stored import Finding
+from dyndepth.verify.findings import Finding
 
 KEYS = {
     "samples": ("task", "doc_id"),

@@ -20,7 +20,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.results.statistics.curves import Vector
 from dyndepth.results.statistics.differences import Difference, paired
-from dyndepth.routes import Routes
+from dyndepth.routes.trace import Routes
 from dyndepth.sweep.settings import Settings
 
 DOCUMENTS = 32
@@ -45,7 +45,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
 
     A cell that cannot be recorded is told and left out.
     """
-    from dyndepth import routes_command
+    from dyndepth.routes import recorded as routes_command
 
     missing = [cell for cell in cells if not trace_file(cell, folder).is_file()]
     if not missing:
@@ -67,7 +67,7 @@ def again(
 
     A cell that cannot be rebuilt is told and left out.
     """
-    from dyndepth import routes_command
+    from dyndepth.routes import recorded as routes_command
 
     started = time.monotonic()
     for index, cell in enumerate(cells, start=1):
