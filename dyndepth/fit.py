@@ -158,7 +158,7 @@ def run(options: dict[str, Any]) -> None:
     from dyndepth.fitting.fits import fit_cached, save_fit
     from dyndepth.fitting.recovery.adapters import adaptable
     from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
-    from dyndepth.plot_fits import training_curve
+    from dyndepth.plots.fits import training_curve
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

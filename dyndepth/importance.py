@@ -219,7 +219,7 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> None:
 def write(tables: Tables, labels: Mapping[str, str], output: Path, *, title: str) -> None:
     """``importance.csv`` and ``importance.png`` in the folder ``output``."""
     from dyndepth.common.files import write_atomically
-    from dyndepth.plot_fits import importance
+    from dyndepth.plots.fits import importance
 
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

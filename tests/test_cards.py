@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from dyndepth.card_parameters import parameters, preset_table, presets
-from dyndepth.card_status import study_rows, unmeasured
-from dyndepth.cards import card, claims, training
 from dyndepth.common.registry import method_class
-from dyndepth.page_blocks import method_classes
+from dyndepth.pages.blocks import method_classes
+from dyndepth.pages.cards import card, claims, study_rows, training, unmeasured
+from dyndepth.pages.parameters import parameters, preset_table, presets
 
 SCORES = ("retained", "retained_low", "retained_high", "bits_per_byte", "error")
 

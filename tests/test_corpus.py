@@ -137,10 +137,10 @@ def test_another_encoding_is_named(tmp_path, kind, encoding):
 
 def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     """Settings, texts to record, published tables, curves, fits' and adapters' JSON, manifests."""
-    from dyndepth import markdown
     from dyndepth.common import files
     from dyndepth.fitting import fits
     from dyndepth.fitting.recovery import adapters
+    from dyndepth.pages import markdown
     from dyndepth.results import published
     from dyndepth.routes.recorded import documents
     from dyndepth.sweep.settings import read_config

@@ -26,9 +26,10 @@ import torch
 import yaml
 
 import dyndepth
-from dyndepth import attach, pages
+from dyndepth import attach
 from dyndepth.common.registry import GROUP, parse_methods
 from dyndepth.models.families import FAMILIES
+from dyndepth.pages import __main__ as pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

@@ -35,7 +35,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_path
 from dyndepth.common.registry import methods, parse_methods
 from dyndepth.common.spec import name_of, parameters_of, split, value
-from dyndepth.plot_points import read_tables
+from dyndepth.plots.tables import read_tables
 from dyndepth.results.comparison import compared
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.tables import write_tables

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from dyndepth.common.errors import UserError
-from dyndepth.knapsack import solve
+from dyndepth.methods.oracle.knapsack import solve
 
 WHOLE = st.integers(0, 12).map(float)
 REAL = st.floats(-1e3, 1e3, allow_nan=False).map(lambda x: round(x, 6))

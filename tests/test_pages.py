@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
-from dyndepth import page_blocks, pages
-from dyndepth.card_parameters import descriptions, parameters
-from dyndepth.cards import card, kind
 from dyndepth.cells.identity import LEADING
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import method_class, methods
-from dyndepth.markdown import joined, layout, spread, table
-from dyndepth.page_blocks import Source, averaged
+from dyndepth.pages import __main__ as pages
+from dyndepth.pages import blocks as page_blocks
+from dyndepth.pages import markdown
+from dyndepth.pages.blocks import Source, averaged
+from dyndepth.pages.cards import card, kind
+from dyndepth.pages.markdown import joined, layout, spread, table
+from dyndepth.pages.parameters import descriptions, parameters
 from dyndepth.results.schema import TABLES, tables
 from dyndepth.results.tables import entry
 
@@ -232,7 +234,7 @@ def test_a_study_column_that_nothing_compares_is_refused(repository):
 
 def test_verdicts_are_counted(repository):
     made = page_blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
-    rows = page_blocks.read(repository / "results" / "skipgpt" / "claims.csv")
+    rows = markdown.read(repository / "results" / "skipgpt" / "claims.csv")
     better = sum(row["claim"] == "tokens" and row["verdict"] == "better" for row in rows)
     assert f"| better: {better}, no difference shown: " in made
     assert len(made.splitlines()) == 2 + len({row["claim"] for row in rows})

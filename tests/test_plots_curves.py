@@ -17,8 +17,9 @@ from dyndepth import plots
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
-from dyndepth.plot_curves import TOGETHER
-from dyndepth.plot_parts import (
+from dyndepth.plots.__main__ import figures, main
+from dyndepth.plots.scores import TOGETHER
+from dyndepth.plots.style import (
     BOUND_DASH,
     CHANCE,
     FRONT,
@@ -209,11 +210,11 @@ class TestPoints:
         run = make_run(tmp_path)
         file = run / "leaderboard.csv"
         board = pd.read_csv(file, dtype=str, keep_default_na=False)
-        names = [name for name, _ in plots.figures(run)]
+        names = [name for name, _ in figures(run)]
         former, today = next(iter(FORMER.items()))
         board["model_fingerprint"] = [former, *[today] * (len(board) - 1)]
         board.to_csv(file, index=False)
-        assert [name for name, _ in plots.figures(run)] == names
+        assert [name for name, _ in figures(run)] == names
         found = plots.read_tables(run)["leaderboard"]
         assert set(found["model_fingerprint"]) == {today}
         assert not found["label"].astype(str).str.contains("weights").any()
@@ -413,8 +414,8 @@ class TestTimes:
 
     @pytest.mark.parametrize("count", [2, 10, 20])
     def test_targets_stand_beside_the_marks_and_cover_nothing(self, count):
-        from dyndepth.plot_parts import figure_of
         from dyndepth.plot_targets import label_targets
+        from dyndepth.plots.style import figure_of
 
         generator = np.random.default_rng(0)
         x, value = generator.uniform(1.2, 1.9, (2, count))
@@ -551,7 +552,7 @@ class TestParts:
 
 class TestCommand:
     def test_writes_what_it_can_and_tells_what_it_cannot(self, run, tmp_path, capsys):
-        assert plots.main([str(run), "--output_path", str(tmp_path), "--formats", "svg"]) == 0
+        assert main([str(run), "--output_path", str(tmp_path), "--formats", "svg"]) == 0
         out = capsys.readouterr().out
         for name in (
             "accuracy_vs_flops", "accuracy_vs_total_flops", "accuracy_vs_decode_time",
@@ -579,7 +580,7 @@ class TestCommand:
         ]
         write_tables(mixed, tmp_path)
         make_routes().save(tmp_path / "routes" / "abc.safetensors")
-        assert plots.main([str(tmp_path), "--formats", "png"]) == 0
+        assert main([str(tmp_path), "--formats", "png"]) == 0
         written = {
             str(path.relative_to(tmp_path / "figures"))
             for path in (tmp_path / "figures").rglob("*.png")
@@ -588,7 +589,7 @@ class TestCommand:
         assert wanted | {"executed_by_position_1.5x.png", "routing/abc.png"} <= written
 
     def test_no_run_is_wrong_input(self, tmp_path, capsys):
-        assert plots.main([str(tmp_path)]) == 2
+        assert main([str(tmp_path)]) == 2
         assert "dyndepth.plots: " in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ from dyndepth.data import wheels as assets
 from dyndepth.fitting.fits import fit_cached, load_fit, save_fit
 from dyndepth.fitting.loop import Checkpoint, checkpoints
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer
-from dyndepth.plots import figures
+from dyndepth.plots.__main__ import figures
 from dyndepth.results import leaderboard_pages as leaderboard_page
 from dyndepth.results import tables
 from dyndepth.results.leaderboard import leaderboard

@@ -1,5 +1,4 @@
-"""A recorded cell's method on its model again, and the documents that it is traced on.
-"""
+"""A recorded cell's method on its model again, and the documents that it is traced on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What can be found wrong with one cell: its rows against each other, scores against documents.
-"""
+"""What can be found wrong with one cell: its rows against each other, scores against documents."""
 
 from __future__ import annotations
 

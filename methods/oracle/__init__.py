@@ -46,8 +46,8 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.importance import Settings, rank
-from dyndepth.knapsack import solve
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
+from dyndepth.methods.oracle.knapsack import solve
 from dyndepth.methods.random_skip import kept_blocks
 from dyndepth.methods.uls import UnifiedLayerSkipping
 from dyndepth.models.blocks import blocks

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dyndepth.plot_parts import INK
+from dyndepth.plots.style import INK
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
 
 _SIZE = 7  # points
 _MARK = 4.5  # points from a mark's middle to its edge and a little beyond

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dyndepth.common.errors import UserError
-from dyndepth.plot_curves import ACROSS, TOGETHER
-from dyndepth.plot_headings import head, intervals
-from dyndepth.plot_parts import (
+from dyndepth.plots.scores import ACROSS, TOGETHER
+from dyndepth.plots.style import (
     GRAY,
     INK,
     PAGE,
@@ -18,14 +17,16 @@ from dyndepth.plot_parts import (
     draw_curve,
     figure_of,
     grid,
+    head,
     in_order,
+    intervals,
     legend_below,
     scale_of,
     style,
     wrapped,
     written,
 )
-from dyndepth.plot_points import (
+from dyndepth.plots.tables import (
     LOWER_IS_BETTER,
     METRICS,
     labelled,

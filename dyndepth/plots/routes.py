@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
-from dyndepth.plot_headings import head
-from dyndepth.plot_parts import (
+from dyndepth.plots.style import (
     BLUE,
     PAGE,
     SKIPPED,
@@ -16,6 +15,7 @@ from dyndepth.plot_parts import (
     VERMILION,
     entries_of,
     figure_of,
+    head,
     legend_below,
     line,
     readable,
@@ -23,7 +23,7 @@ from dyndepth.plot_parts import (
     wrapped,
     written,
 )
-from dyndepth.plot_points import check_one_setting, labelled, reference
+from dyndepth.plots.tables import check_one_setting, labelled, reference
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dyndepth.common.errors import UserError
-from dyndepth.plot_parts import (
+from dyndepth.plots.style import (
     COLOURS,
     TITLES,
     VERMILION,

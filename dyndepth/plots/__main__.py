@@ -1,9 +1,4 @@
-"""Every figure, once: the notebooks and commands call these and draw nothing themselves.
-
-Each function takes tables or records, returns a matplotlib Figure and writes it to ``path`` if one
-is given (PNG, PDF or SVG, by its ending). ``python -m dyndepth.plots RUN`` writes every figure that
-a run's tables allow.
-"""
+"""The command line ``python -m dyndepth.plots RUN``: every figure that a run's tables allow."""
 
 from __future__ import annotations
 
@@ -16,26 +11,11 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.common.commands import Parser, underscored
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_folder, file_part, path_of
-from dyndepth.plot_curves import accuracy_vs_flops, accuracy_vs_wallclock
-from dyndepth.plot_fits import importance, training_curve
-from dyndepth.plot_gaps import bound_gap, gaps, retained, retained_by_task
-from dyndepth.plot_parts import readable, written
-from dyndepth.plot_points import (
-    SETTING,
-    main_metric,
-    on_front,
-    points,
-    read_tables,
-    reference,
-    task_table,
-)
-from dyndepth.plot_routes import (
-    executed_by_layer,
-    executed_by_position,
-    executed_in_run,
-    routing_heatmap,
-)
-from dyndepth.plot_times import flops_vs_wallclock
+from dyndepth.plots.retention import bound_gap, retained_by_task
+from dyndepth.plots.routes import executed_by_position, executed_in_run, routing_heatmap
+from dyndepth.plots.scores import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
+from dyndepth.plots.style import written
+from dyndepth.plots.tables import SETTING, main_metric, read_tables, task_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,30 +23,6 @@ if TYPE_CHECKING:
 
     from dyndepth.routes.trace import Routes
 
-
-__all__ = [
-    "accuracy_vs_flops",
-    "accuracy_vs_wallclock",
-    "bound_gap",
-    "executed_by_layer",
-    "executed_by_position",
-    "executed_in_run",
-    "flops_vs_wallclock",
-    "gaps",
-    "importance",
-    "main_metric",
-    "on_front",
-    "points",
-    "read_tables",
-    "readable",
-    "reference",
-    "retained",
-    "retained_by_task",
-    "routing_heatmap",
-    "task_table",
-    "training_curve",
-    "written",
-]
 
 FORMATS = ("png", "svg")
 Drawing = Callable[[], "Figure"]

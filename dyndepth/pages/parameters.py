@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from dyndepth.markdown import markup, table
+from dyndepth.pages.markdown import markup, table
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
+
 
 BEFORE = "target_speedup", "seed"
 """Parameters that every method has."""

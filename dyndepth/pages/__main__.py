@@ -17,7 +17,7 @@ from typing import Any
 from dyndepth.common.commands import Parser
 from dyndepth.common.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("results/embedded")
 COMMAND = "`make docs`"
 
@@ -33,7 +33,7 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     Raises:
         UserError: a page asks for a block that there is none of, or a table is not as it should be.
     """
-    from dyndepth.page_blocks import Source
+    from dyndepth.pages.blocks import Source
 
     source = Source(root, results)
     found = cards(source) | {Path("docs/tables.md"): table_reference()}
@@ -53,7 +53,7 @@ def filled(text: str, path: Path, source: Any) -> str:
     """
     import yaml
 
-    from dyndepth.page_blocks import BLOCKS
+    from dyndepth.pages.blocks import BLOCKS
 
     def block(match: re.Match[str]) -> str:
         name, written = match[1], match[2]
@@ -78,9 +78,8 @@ def filled(text: str, path: Path, source: Any) -> str:
 
 def cards(source: Any) -> dict[Path, str]:
     """The methods' pages and their index."""
-    from dyndepth.card_status import study_rows
-    from dyndepth.cards import card
-    from dyndepth.page_blocks import method_classes, methods
+    from dyndepth.pages.blocks import method_classes, methods
+    from dyndepth.pages.cards import card, study_rows
     from dyndepth.results.published import published
 
     measured = source.rows(source.results, "leaderboard.csv")
@@ -112,7 +111,7 @@ def cards(source: Any) -> dict[Path, str]:
 def table_reference() -> str:
     """The page of all tables: what a row is, and of each column type, emptiness and meaning."""
     from dyndepth.cells.identity import LEADING
-    from dyndepth.markdown import table
+    from dyndepth.pages.markdown import table
     from dyndepth.results.columns import Table
     from dyndepth.results.schema import tables
 

@@ -17,8 +17,7 @@ from dyndepth.cells.naming import label
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
-from dyndepth.markdown import Record, joined, number, read, spread, table
-from dyndepth.page_sentences import sentences
+from dyndepth.pages.markdown import Record, joined, number, read, spread, table
 
 Options = dict[str, Any]
 
@@ -47,7 +46,7 @@ class Source:
 
 def methods(source: Source, options: Options) -> str:
     """The methods: name, rule, what decides, source. Option ``cards``: where the cards lie."""
-    from dyndepth.cards import kind, summary, training
+    from dyndepth.pages.cards import kind, summary, training
 
     folder = options.get("cards", ".")
     lines = []
@@ -102,7 +101,7 @@ def leaderboard(source: Source, options: Options) -> str:
     Options: ``target``; ``phases`` (default: both); ``recovered`` (default: false). Seeds are
     averaged; an interval then reaches from the lowest end of any seed's to the highest.
     """
-    from dyndepth.cards import wall
+    from dyndepth.pages.cards import wall
 
     target, phases = float(options.get("target", 1.5)), options.get("phases", "both")
     rows = source.rows(source.results, "leaderboard.csv")
@@ -271,6 +270,22 @@ def routes(source: Source, options: Options) -> str:
     )
 
 
+def sentences(source: Source, options: dict[str, Any]) -> str:
+    """A list, one item a sentence. See the module's docstring.
+
+    Raises:
+        UserError: a value that not exactly one row has, or that is empty.
+    """
+    if not (source.root / source.results / "leaderboard.csv").is_file():
+        return source.missing()
+    defaults = options.get("defaults", {})
+    lines = []
+    for sentence in options["sentences"]:
+        found = [value(source, defaults | asked) for asked in sentence.get("values", [])]
+        lines.append(f"- {sentence['text'].strip().format(*found)}")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[Source, Options], str]] = {
     "methods": methods,
     "run": run,
@@ -283,3 +298,45 @@ BLOCKS: dict[str, Callable[[Source, Options], str]] = {
     "sentences": sentences,
 }
 """Name in a page's marker -> what writes the block."""
+
+
+OWN = frozenset({"folder", "table", "show", "form", "count"})
+"""Keys of a value that are no columns to choose rows by."""
+BY_FLOPS = ("curves", "equal_flops")
+"""Tables with rows for block FLOPs, which are quoted unless told otherwise, and for all FLOPs."""
+
+
+def value(source: Source, asked: dict[str, Any]) -> str:
+    """What ``asked`` describes, as text."""
+    folder = Path(asked.get("folder", source.results))
+    table = folder / f"{asked['table']}.csv"
+    wanted = {key: each for key, each in asked.items() if key not in OWN and each is not None}
+    if table.stem in BY_FLOPS:
+        wanted.setdefault("flops", "block")
+    rows = [row for row in source.rows(folder, table.name) if _fits(row, wanted)]
+    if asked.get("count"):
+        return str(len(rows))
+    if len(rows) != 1:
+        raise UserError(f"{table} has {len(rows)} rows with {wanted}; a sentence quotes one")
+    show = asked["show"]
+    text = _shown(rows[0], show, asked.get("form", "{:.3f}"))
+    if not text:
+        raise UserError(f"{table} has no {show} where {wanted}")
+    return text
+
+
+def _shown(row: Record, show: str, form: str) -> str:
+    # Of equal_flops.csv, ``low`` and ``high`` are the ends of ``value``.
+    ends = ("low", "high") if show == "value" else (f"{show}_low", f"{show}_high")
+    return spread(row, show, *ends, form)
+
+
+def _fits(row: Record, wanted: dict[str, Any]) -> bool:
+    for column, each in wanted.items():
+        found = label(row) if column == "label" else row.get(column)
+        if isinstance(each, int | float) and not isinstance(each, bool):
+            if not found or abs(float(found) - each) > 1e-9:
+                return False
+        elif found != str(each):
+            return False
+    return True
