@@ -153,13 +153,12 @@ class Windows:
         return self.stream[self.starts[rows, None] + torch.arange(self.length)]
 
 
-def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
+def load_corpus(name: str | Path, tokenizer: Any) -> Corpus:
     """The corpus ``name``: "embedded", or the path of a .txt or .jsonl file.
 
     A .txt file holds documents with a blank line between them; a .jsonl file one a line, a
     string or an object with the key ``text``. Both are UTF-8; a byte-order mark and the kind of
-    line ends make no difference. ``tokenizer`` defaults to the embedded model's.
-    Raises UserError if the file is missing or holds something else.
+    line ends make no difference. Raises UserError if the file is missing or holds something else.
     """
     name = expanded(name)
     if name == "embedded":
@@ -172,10 +171,6 @@ def load_corpus(name: str | Path = "embedded", tokenizer: Any = None) -> Corpus:
         texts = _jsonl_texts(Path(name))
     else:
         raise UserError(f"the corpus {str(name)!r} is neither a .txt nor a .jsonl file")
-    if tokenizer is None:
-        from dyndepth.models.loading import load_tokenizer
-
-        tokenizer = load_tokenizer()
     return Corpus(texts, tokenizer)
 
 

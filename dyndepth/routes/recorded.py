@@ -14,7 +14,6 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import paragraphs, read_text
 from dyndepth.common.paths import path_of
-from dyndepth.method import DynamicDepthMethod
 from dyndepth.sweep.settings import Settings
 
 PASSAGES = "wikipedia_bpb"
@@ -56,6 +55,7 @@ class Job:
         """
         from dyndepth.fitting.recovery.adapters import adapted
         from dyndepth.fitting.recovery.kept import fit_and_recover
+        from dyndepth.method import DynamicDepthMethod
 
         method = self.plan.build() if self.plan else rebuilt(self.identity or {})
         if type(method).candidates is not DynamicDepthMethod.candidates:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dyndepth.data.capacity import check_length
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dyndepth.data.corpus import Corpus

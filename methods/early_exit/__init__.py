@@ -26,73 +26,19 @@ the state at the first exit).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from .rule import ExitRule
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
 
 
 @dataclass(kw_only=True)
-class EarlyExit(DynamicDepthMethod):
-    """See the module's docstring.
-
-    Fields:
-        confidence: ``margin``, ``max_prob``, ``saturation``, or ``fixed``.
-        layer: block before which every token leaves, instead of any confidence.
-        first_exit: first block before which a token may leave; None: a third of the depth.
-        every: blocks from one candidate exit to the next.
-        phases: ``generation`` (full depth on the prompt) or ``both``.
-    """
-
-    name: ClassVar[str] = "early_exit"
-    granularity: ClassVar[Granularity] = "token"
-    paper: ClassVar[str] = "arXiv 2207.07061"
-
-    phases: Literal["generation", "both"] = "generation"
-    confidence: Literal["margin", "max_prob", "saturation", "fixed"] = "margin"
-    layer: int | None = None
-    first_exit: int | None = None
-    every: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("layer", "first_exit", "every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.layer is not None or self.confidence == "fixed":
-            self.granularity = "static"  # type: ignore[misc]
-
-    def exits(self, layers: int) -> range:
-        """Blocks at whose entry a token may leave; UserError if the model has none of them."""
-        found = range(self.first_exit or max(1, layers // 3), layers, self.every)
-        if not found:
-            raise UserError(
-                f"early_exit: first_exit={self.first_exit} is beyond the {layers} blocks of this "
-                f"model; give at most {layers - 1}"
-            )
-        return found
-
-    def fixed_depth(self, layers: int) -> int | None:
-        """Blocks that every token executes, where that needs no confidence; else None."""
-        if self.layer is not None:
-            return min(self.layer, layers)
-        if self.confidence == "fixed":
-            return max(1, int(layers / self.target_speedup + 1e-9))
-        return layers if self.target_speedup == 1.0 else None
-
-    def max_speedup(self, layers: int) -> float:
-        """Every token leaves at the first chance."""
-        if self.granularity == "static":
-            return layers / min(self.layer or 1, layers)
-        return layers / self.exits(layers)[0]
+class EarlyExit(ExitRule):
+    """See the module's docstring, and ``ExitRule`` for the fields."""
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Solve the threshold on calibration text; a fixed depth needs none.
@@ -108,42 +54,3 @@ class EarlyExit(DynamicDepthMethod):
 
         if self.granularity == "token" and self.target_speedup > 1.0:
             solve(self, model, corpus)
-
-    def start(self, context: ForwardContext) -> Tensor | None:
-        """A plan where the depth is fixed, else None. Raises UserError before ``fit``."""
-        depth = self.fixed_depth(context.layers)
-        if depth is not None:
-            return (torch.arange(context.layers) < depth)[:, None].repeat(1, 2)
-        if "threshold" not in self.facts:
-            raise UserError("early_exit has no threshold yet; call fit(model, corpus) first")
-        running = torch.ones(context.batch, context.tokens, dtype=torch.bool, device=context.device)
-        for limit in (context.valid, context.generation if self.phases == "generation" else None):
-            running = running if limit is None else running & limit
-        self.context = context
-        self._exits = self.exits(context.layers)
-        self._running = running
-        self._gate: Gate = True
-        self._previous = running  # replaced by the stream before it is used
-        return None
-
-    @torch.no_grad()
-    def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
-        """At a candidate, let the confident tokens go; open for those still running."""
-        if layer in self._exits:
-            # Blocks of a model that is spread over devices lie on different ones.
-            self._running = self._running.to(hidden.device)
-            stay = self._running.clone()
-            stay[self._running] = self.token_confidence(hidden) < self.facts["threshold"]
-            self._running = self._gate = stay
-        self._previous = hidden
-        return self._gate, self._gate
-
-    def token_confidence(self, hidden: Tensor) -> Tensor:
-        """Confidence of the tokens still running: float32 ``[running]``."""
-        if self.confidence == "saturation":
-            running = self._running.to(hidden.device)
-            before, now = self._previous.to(hidden.device)[running], hidden[running]
-            return cosine_similarity(before.float(), now.float(), dim=-1)
-        logits = self.context.readout(hidden, self._running).float()
-        best = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-        return best[:, 0] - best[:, 1] if self.confidence == "margin" else best[:, 0]

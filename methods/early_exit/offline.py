@@ -28,10 +28,11 @@ from dyndepth.common.digests import method_code
 from dyndepth.common.files import build_once, cache_root
 from dyndepth.fitting.removal import key_of
 from dyndepth.method import ForwardContext, Gate
-from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.models.blocks import blocks, decoder
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
+
+from .rule import ExitRule
 
 _FILE = "confidence.safetensors"
 
@@ -101,7 +102,7 @@ class Table:
 
 
 def table(
-    method: EarlyExit, model: nn.Module, windows: Tensor, targets: Tensor | None = None
+    method: ExitRule, model: nn.Module, windows: Tensor, targets: Tensor | None = None
 ) -> Table:
     """The table of ``windows``, int64 ``[sequences, tokens]``, each its own document; on the CPU.
 
@@ -111,14 +112,14 @@ def table(
     return _table(method, model, windows, *_pass(method, model, windows, targets))
 
 
-def kept_table(method: EarlyExit, model: nn.Module, windows: Tensor) -> Table:
+def kept_table(method: ExitRule, model: nn.Module, windows: Tensor) -> Table:
     """``table`` without targets, whose pass is made once for all targets, phases and processes.
 
     What it recorded lies under ``cache_root()/early_exit/<key>``, addressed by content; what can't
     be read there is made again.
     """
     exits = list(method.exits(len(blocks(model))))
-    key = key_of(model, windows, method.confidence, exits, method_code(EarlyExit))
+    key = key_of(model, windows, method.confidence, exits, method_code(type(method)))
     folder = cache_root() / method.name / key
 
     def build(work: Path) -> None:
@@ -137,14 +138,14 @@ def kept_table(method: EarlyExit, model: nn.Module, windows: Tensor) -> Table:
     return _table(method, model, windows, found)
 
 
-def _table(method: EarlyExit, model: nn.Module, windows: Tensor, *recorded: Tensor) -> Table:
+def _table(method: ExitRule, model: nn.Module, windows: Tensor, *recorded: Tensor) -> Table:
     costs = BlockCosts.of(model)
     blocks_run = torch.from_numpy(costs.attention(windows.shape[1]) + costs.mlp).double().cumsum(0)
     depth = torch.tensor([*method.exits(len(blocks_run)), len(blocks_run)])
     return Table(depth, (blocks_run / blocks_run[-1])[depth - 1], *recorded)
 
 
-class _Recorder(EarlyExit):
+class _Recorder(ExitRule):
     """Lets nobody go, and records of each forward what the candidates say of every token."""
 
     wanted: Tensor | None
@@ -172,7 +173,7 @@ class _Recorder(EarlyExit):
 
 @torch.no_grad()
 def _pass(
-    method: EarlyExit, model: nn.Module, windows: Tensor, targets: Tensor | None = None
+    method: ExitRule, model: nn.Module, windows: Tensor, targets: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Confidences, and log-probabilities and hits where there are targets; as in ``Table``."""
     # Any target above 1: at 1.0 it would ask no confidence.

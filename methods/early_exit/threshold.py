@@ -14,10 +14,10 @@ import torch
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.fitting.calibration import block_speedup, prompt_phase, solve_threshold
-from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.models.blocks import blocks
 
 from .offline import kept_table
+from .rule import ExitRule
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
@@ -27,7 +27,7 @@ _WINDOWS, _LENGTH = 4, 256
 _ROUNDS = 4
 
 
-def solve(method: EarlyExit, model: torch.nn.Module, corpus: Corpus | None) -> None:
+def solve(method: ExitRule, model: torch.nn.Module, corpus: Corpus | None) -> None:
     """Set ``threshold`` and ``achieved_speedup`` in ``method.facts``.
 
     Raises UserError if ``corpus`` is None or the target is beyond ``max_speedup``.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dyndepth.data.corpus import Corpus
-    from dyndepth.methods.skipgpt import SkipGPT
+
+    from .rule import RouterRule
 
 
 ROUTERS = Path(__file__).parent / "routers"
@@ -40,7 +41,7 @@ def router_files(model: torch.nn.Module, target_speedup: float) -> tuple[Path, P
 
 
 def load_shipped(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = None
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and facts shipped for just this; None where ``missing`` has a reason."""
     if missing(method, model, corpus):
@@ -49,7 +50,7 @@ def load_shipped(
     return load_file(tensors), json.loads(card.read_text(encoding="utf-8"))
 
 
-def missing(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = None) -> str:
+def missing(method: RouterRule, model: torch.nn.Module, corpus: Corpus | None = None) -> str:
     """Why no shipped routers serve, for people; empty where some do."""
     own = [f for f in fields(method) if f.repr and f.name not in _FREE]
     set_here = [
@@ -72,7 +73,7 @@ def missing(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None = Non
     return ""
 
 
-def save_shipped(method: SkipGPT, model: torch.nn.Module, card: dict[str, Any]) -> Path:
+def save_shipped(method: RouterRule, model: torch.nn.Module, card: dict[str, Any]) -> Path:
     """Write a trained method's routers and its card; returns the tensors' path."""
     tensors, facts = router_files(model, method.target_speedup)
     tensors.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,9 @@ def save_shipped(method: SkipGPT, model: torch.nn.Module, card: dict[str, Any]) 
     return tensors
 
 
-def load_named(method: SkipGPT, model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_named(
+    method: RouterRule, model: torch.nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts from the folder that ``method.routers`` names.
 
     Raises UserError if they are no routers of this method, of another model, or of wrong shapes.

@@ -26,10 +26,10 @@ from dyndepth.fitting.routers import (
     trained_along,
     tune_router,
 )
-from dyndepth.methods.skipgpt import SkipGPT
 from dyndepth.models.blocks import blocks, decoder
 
 from .router import LinearRouter, MLPRouter, kaiming
+from .rule import RouterRule
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
@@ -46,7 +46,7 @@ _STEPS_ALONG = 60
 
 
 def train(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None, *, progress: bool = True
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus | None, *, progress: bool = True
 ) -> Curve:
     """Train and calibrate ``method`` in place; returns the training curve.
 
@@ -97,7 +97,7 @@ def train(
 
 
 def initial_router(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus, *, progress: bool = True
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus, *, progress: bool = True
 ) -> tuple[LinearRouter | MLPRouter, Curve]:
     """Routers before training, as the recipe's ``initial`` says, and the curve of finding them."""
     recipe = method.recipe
@@ -144,7 +144,7 @@ def _difference(layers: int, size: int, random: torch.Generator) -> Tensor:
 
 
 def _initial_biases(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus, progress: bool
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus, progress: bool
 ) -> Tensor:
     recipe = method.recipe
     if recipe.initial == "damage":
@@ -156,14 +156,14 @@ def _initial_biases(
     return ordered_biases(order, shares, target)
 
 
-def _removal_windows(method: SkipGPT, model: torch.nn.Module, corpus: Corpus) -> Tensor:
+def _removal_windows(method: RouterRule, model: torch.nn.Module, corpus: Corpus) -> Tensor:
     length = min(_REMOVAL_LENGTH, window_length(method, model))
     windows = corpus.windows(length, _REMOVAL_WINDOWS, method.seed, model=model)
     return windows.to(next(model.parameters()).device)
 
 
 def _order(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus, until: float, progress: bool
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus, until: float, progress: bool
 ) -> list[Removal]:
     """The greedy removal order down to ``until``; to a third if more, to serve other targets."""
     shares = budget_shares(model, window_length(method, model), method.recipe.budget)
@@ -172,7 +172,7 @@ def _order(
 
 
 def _gains(
-    method: SkipGPT, model: torch.nn.Module, corpus: Corpus, progress: bool
+    method: RouterRule, model: torch.nn.Module, corpus: Corpus, progress: bool
 ) -> tuple[Tensor, Tensor, Curve]:
     """Weights and biases by regression over the sublayers that removal would take first."""
     recipe = method.recipe
@@ -208,7 +208,7 @@ def _gains(
     )
 
 
-def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) -> None:
+def calibrate(method: RouterRule, model: torch.nn.Module, corpus: Corpus | None) -> None:
     """Solve ``threshold`` so that the measured speedup meets the target; both go into the facts.
 
     Where the recipe fixes the threshold at zero, the speedup is measured only.
@@ -228,7 +228,7 @@ def calibrate(method: SkipGPT, model: torch.nn.Module, corpus: Corpus | None) ->
     meet_target(model, method, windows, span=5.0 if method.recipe.normalise else 50.0, steps=steps)
 
 
-def window_length(method: SkipGPT, model: torch.nn.Module) -> int:
+def window_length(method: RouterRule, model: torch.nn.Module) -> int:
     """Tokens of a window: those asked for, else the preset's or as many as fit."""
     return method.length or fitting(model, method.recipe.length)
 
