@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate, Phase
+from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import (
     Block,
     cache_argument,
@@ -34,7 +34,7 @@ from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Limits, Settled, Settler
 from dyndepth.runtime.patching import Stock, places
-from dyndepth.runtime.trace import Backend, Trace
+from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Runtime:
             kwargs = kwargs | {cache_argument(module): cache}
         valid = None if mask is None else mask[:, -width:].bool()
         now.forward = forward = Forward(
-            documents=_per_row(self.trace.documents, batch, "document ids"),
+            documents=per_row(self.trace.documents, batch, "document ids"),
             phase="prompt" if past == 0 else "generation",
             batch=batch,
             width=width,
@@ -177,7 +177,7 @@ class Runtime:
         )
         if self.trace.prompt_length is not None:
             length = self.trace.prompt_length
-            forward.phase, forward.generation = _phase_of_tokens(context, length)
+            forward.phase, forward.generation = phase_of_tokens(context, length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         now.settler = Settler(self.method, forward, self.masked, inputs.device)
@@ -413,30 +413,6 @@ class Runtime:
 def _in_backward() -> bool:
     """Whether this thread is in a backward pass, which computes a checkpointed forward again."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
-    """Phase of a forward under an explicit prompt length, and the mask if it holds both."""
-    if isinstance(length, Tensor):
-        rows: Tensor = _per_row(length, context.batch, "prompt lengths")
-        length = rows.to(context.device)[:, None]
-    generation = context.positions >= length
-    seen = generation if context.valid is None else generation[context.valid]
-    if bool(seen.all()):
-        return "generation", None
-    return "prompt", generation if bool(seen.any()) else None
-
-
-def _per_row(values: Any, batch: int, what: str) -> Any:
-    """One value a sequence; each is repeated where the batch is a multiple (beams)."""
-    if values is None or len(values) == batch:
-        return values
-    if not len(values) or batch % len(values):
-        raise UserError(f"{len(values)} {what} were given for a batch of {batch} sequences")
-    times = batch // len(values)
-    if isinstance(values, Tensor):
-        return values.repeat_interleave(times)
-    return [value for value in values for _ in range(times)]
 
 
 def _multiplied(branch: Tensor, gate: Settled) -> Tensor:

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dyndepth.common.errors import UserError
+from dyndepth.method import ForwardContext, Phase
 from dyndepth.runtime.flops import Ledger
+
+
+def phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
+    """Phase of a forward under an explicit prompt length, and the mask if it holds both."""
+    if isinstance(length, Tensor):
+        rows: Tensor = per_row(length, context.batch, "prompt lengths")
+        length = rows.to(context.device)[:, None]
+    generation = context.positions >= length
+    seen = generation if context.valid is None else generation[context.valid]
+    if bool(seen.all()):
+        return "generation", None
+    return "prompt", generation if bool(seen.any()) else None
+
+
+def per_row(values: Any, batch: int, what: str) -> Any:
+    """One value a sequence; each is repeated where the batch is a multiple (beams)."""
+    if values is None or len(values) == batch:
+        return values
+    if not len(values) or batch % len(values):
+        raise UserError(f"{len(values)} {what} were given for a batch of {batch} sequences")
+    times = batch // len(values)
+    if isinstance(values, Tensor):
+        return values.repeat_interleave(times)
+    return [value for value in values for _ in range(times)]
+
 
 Backend = Literal["sparse", "masked"]
 
