@@ -1,1 +1,5 @@
-"""Room."""
+"""Scores, FLOPs and routing of a method on tasks; for bounds, the outcomes of many plans.
+
+Stands on ``runtime`` and ``tasks``. Sweeps and what computes cells again may import it; all of it
+counts for every cell's digest.
+"""

@@ -1,1 +1,5 @@
-"""Room."""
+"""What README and docs say of methods, tables and results: cards, blocks and sentences made from
+committed tables.
+
+Stands on ``results`` and ``studies``. Its command alone imports it.
+"""

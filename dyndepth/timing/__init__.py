@@ -1,1 +1,5 @@
-"""Room."""
+"""The clock: interleaved pairs of passes, what a time depends on, from which skipped fraction
+routing pays.
+
+Stands on ``runtime``. Sweeps and benches may import it; no scored number runs through it.
+"""
