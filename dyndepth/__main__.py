@@ -1,79 +1,74 @@
-"""``python -m dyndepth ls methods|models|tasks``: what there is to choose from."""
+"""The command ``dyndepth``: every command of the suite by its name.
+
+``dyndepth sweep ...`` and ``python -m dyndepth.sweep ...`` are the same.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from dyndepth.common.commands import Parser, print_table
-from dyndepth.common.errors import UserError
+from dyndepth.common.spec import nearest
+
+COMMANDS = {
+    "assets": "bring the embedded model and data",
+    "ls": "list methods, models and tasks",
+    "sweep": "score, count and time methods at several speedups",
+    "fit": "fit one method to a model",
+    "recovered": "train adapters under a method's gates",
+    "importance": "rank a model's blocks or sublayers",
+    "timing": "time one method; `timing break-even`, `timing limits`: when skipping pays",
+    "routes": "record which sublayers each token runs",
+    "tables": "write a run's tables anew",
+    "leaderboard": "merge runs into one table and page",
+    "comparison": "compare methods on the same documents, at equal FLOPs",
+    "plots": "draw every figure that a run allows",
+    "studies": "run a study's sweeps and test its claims",
+    "rerun": "print the command that computes a cell again",
+    "verify": "check a run against itself, and compute cells again",
+    "bench": "measure what the suite itself costs",
+    "pages": "write the generated parts of the documentation",
+}
+"""Every command with a line for people, in the order in which they are met."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Returns 0, or 2 for wrong input."""
-    parser = Parser(
-        prog="python -m dyndepth",
-        description="Benchmarks of dynamic depth. Sweeps: python -m dyndepth.sweep --help",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("ls", help="list what there is")
-    listing.add_argument("what", choices=("methods", "models", "tasks"))
-    try:
-        options = parser.parse_args(arguments)
-        {"methods": list_methods, "models": list_models, "tasks": list_tasks}[options.what]()
-    except UserError as fault:
-        print(f"dyndepth: {fault}", file=sys.stderr)
+    """Command line. Returns the exit status of the command that is named first."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_listed())
+        return 0 if given else 2
+    name, rest = given[0], given[1:]
+    if name == "--version":
+        from dyndepth import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        sentence = f"there is no command {name!r}; {nearest(name, COMMANDS)}--help lists them"
+        print(f"dyndepth: {sentence}", file=sys.stderr)
         return 2
-    return 0
+    door = import_module(f"dyndepth.{name}")
+    if hasattr(door, "__path__"):
+        door = import_module(f"dyndepth.{name}.__main__")
+    return int(door.main(rest))
 
 
-def list_methods() -> None:
-    """Print every registered method with its declared facts and parameters."""
-    from dataclasses import fields
-
-    from dyndepth.common.registry import method_class, methods
-
-    rows = []
-    for name in methods():
-        cls = method_class(name)
-        parameters = ", ".join(
-            f"{f.name}={f.default!r}"
-            for f in fields(cls)
-            if f.init and f.name not in ("target_speedup", "seed")
-        )
-        facts = [name, cls.granularity, "yes" if cls.needs_training else "", parameters, cls.paper]
-        rows.append(facts)
-    _print(("method", "granularity", "trains", "parameters", "paper"), rows)
-
-
-def list_models() -> None:
-    """Print the embedded model and the architectures of which any model can be loaded."""
-    from dyndepth.data.wheels import EMBEDDED
-    from dyndepth.models.families import supported
-
-    rows = [[EMBEDDED, "comes with `python -m dyndepth.assets`; needs no hub and no GPU"]]
-    rows += [[kind, "hub id or local path of a model of this type"] for kind in supported()]
-    _print(("model", "how to get it"), rows)
-
-
-def list_tasks() -> None:
-    """Print the offline tasks and the named suites."""
-    from dyndepth.tasks import OFFLINE, SUITES
-
-    rows = [[name, "task", "offline"] for name in OFFLINE]
-    rows += [[name, "suite", ", ".join(tasks)] for name, tasks in SUITES.items()]
-    _print(("name", "kind", "what"), rows)
-    print("any other lm-eval task works by its name, given a hub or --include_path")
-
-
-def _print(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*headings)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    print_table(table)
+def _listed() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dyndepth COMMAND ...",
+            "",
+            "Benchmarks of dynamic depth for decoder-only language models.",
+            "",
+            *lines,
+            "",
+            "`dyndepth COMMAND --help` says more; `python -m dyndepth.COMMAND` is the same.",
+        ]
+    )
 
 
 if __name__ == "__main__":

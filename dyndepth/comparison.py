@@ -9,24 +9,25 @@ import sys
 from collections.abc import Sequence
 
 from dyndepth.cells.merging import check_rows, merged
-from dyndepth.common.commands import Parser, underscored
-from dyndepth.common.errors import UserError
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import check_folder, path_of
 from dyndepth.results.comparison import compared, left_out, texts
+from dyndepth.results.console import show_comparison
 from dyndepth.results.curve_tables import BUDGETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: compare the cells of runs."""
+    """Command line. Returns 0, or 2 for wrong input."""
+    return run("comparison", _comparison, arguments)
+
+
+def _comparison(given: list[str]) -> None:
     parser = Parser(
-        prog="python -m dyndepth.comparison",
-        description="Compare cells with dense, and methods at equal FLOPs, on the same documents.",
-        allow_abbrev=False,
+        "comparison",
+        "Compare cells with dense, and methods at equal FLOPs, on the same documents.",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path"
-    )
+    parser.runs()
     parser.add_argument(
         "--at",
         nargs="+",
@@ -37,33 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
     parser.add_argument(
-        "--output_path", type=path_of, help="folder to write the three CSV files to"
+        "--output_path",
+        type=path_of,
+        metavar="FOLDER",
+        help="folder to write the three CSV files to",
     )
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parser.parse_args([underscored(word) for word in given])
-        if options.output_path:
-            options.output_path = check_folder("output_path", options.output_path)
-        cells = merged(options.runs)
-        check_rows(cells, compared=True)
-        tables = compared(cells, options.tasks, options.at)
-        apart = left_out(cells, options.tasks)
-    except UserError as fault:
-        print(f"dyndepth.comparison: {fault}", file=sys.stderr)
-        return 2
-    from dyndepth.results.console import show_comparison
-
+    options = parser.parse_args(given)
+    if options.output_path:
+        options.output_path = check_folder("output_path", options.output_path)
+    cells = merged(options.runs)
+    check_rows(cells, compared=True)
+    tables = compared(cells, options.tasks, options.at)
+    apart = left_out(cells, options.tasks)
     show_comparison(tables)
     if apart:
         print(f"left out, no means over single documents: {', '.join(apart)}")
-    failed = [cell for cell in cells if not cell.evaluated]
-    for cell in failed:
-        print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}")
+    for cell in cells:
+        if not cell.evaluated:
+            print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}")
     if options.output_path:
         for name, text in texts(tables).items():
             write_atomically(options.output_path / name, text)
         print(f"written to {options.output_path}: {', '.join(texts(tables))}")
-    return 0
 
 
 if __name__ == "__main__":

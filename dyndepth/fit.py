@@ -8,24 +8,21 @@ same command goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.recipe import parse_recovery
-from dyndepth.common.commands import CHOICES, INTERRUPTED, Parser, underscored
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
-from dyndepth.common.paths import check_folder, file_part, slug
+from dyndepth.common.paths import EMBEDDED, check_folder, file_part, slug
 from dyndepth.data.capacity import check_length
-from dyndepth.data.wheels import EMBEDDED
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -36,61 +33,34 @@ _COMMON = ("target_speedup", "seed")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if training failed, 2 for wrong input, 130 after Ctrl-C."""
-    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    debug = "--debug" in given
-    try:
-        options = vars(parser(given).parse_args(given))
-        run(options)
-    except UserError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.fit: {fault}", file=sys.stderr)
-        return 2
-    except FloatingPointError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.fit: {fault}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return run("fit", _fit, arguments, "interrupted; the same command goes on where it stopped")
 
 
-def parser(given: Sequence[str]) -> argparse.ArgumentParser:
+def parser(given: Sequence[str]) -> Parser:
     """The command line; a method named in ``given`` brings a flag for each of its parameters."""
     built = Parser(
-        prog="python -m dyndepth.fit",
-        description="Fit a method to a model: train its routers, solve its thresholds.",
-        epilog="Dashes and underscores in flags are the same. `python -m dyndepth.fit METHOD "
-        "--help` lists the method's own parameters. For several GPUs: accelerate launch -m "
-        "dyndepth.fit ...",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "fit",
+        "Fit a method to a model: train its routers, solve its thresholds.",
+        "`dyndepth fit METHOD --help` lists the method's own parameters. For several GPUs: "
+        "accelerate launch -m dyndepth.fit ...",
     )
     add = built.add_argument
-    add("method", metavar="METHOD", help="`python -m dyndepth ls methods` lists them")
-    add("--model", default=EMBEDDED, help="'embedded' (default), a hub id or a local path")
-    add("--target_speedup", type=float, default=1.25, help="dense / executed block FLOPs (1.25)")
-    add("--seed", type=int, default=0, help="of everything random (default: 0)")
-    add("--corpus", default=EMBEDDED, help="training text: 'embedded', a .txt or a .jsonl file")
+    add("method", metavar="METHOD", help="`dyndepth ls methods` lists them")
+    built.model()
+    add("--target_speedup", type=float, default=1.25, help=f"{HELP['speedup']} (default: 1.25)")
+    built.whole("seed", 0, "of everything random", 0)
+    built.shared("corpus", EMBEDDED)
     add(
         "--recovery",
         default="none",
         help="none, lora or joint, with settings in brackets: 'lora(rank=8, steps=100)'",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", default="float32", choices=CHOICES["dtype"], help="of the model's weights")
-    add("--revision", help="branch, tag or commit of a hub model")
-    add("--trust_remote_code", action="store_true", help="let a hub model run code of its own")
-    add("--threads", type=int, help="processor threads (default: torch's own choice)")
-    add("--output_path", help="folder for what was found (default: runs/fits/...)")
+    add("--output_path", metavar="FOLDER", help="for what was found (default: runs/fits/...)")
     add(
         "--refresh",
         action="store_true",
         help="fit again, whatever is kept or comes with the project",
     )
-    add("--debug", action="store_true", help="print the whole traceback of every error")
     from dyndepth.common.registry import method_class, methods
 
     first = given[0] if given and not given[0].startswith("-") else None
@@ -121,25 +91,21 @@ def build(options: dict[str, Any]) -> DynamicDepthMethod:
     return load_method(options["method"], **parameters, **common)
 
 
-def run(options: dict[str, Any]) -> None:
+def _fit(given: list[str]) -> None:
     """Fit, recover if asked to, and write; the last line printed is one JSON document."""
+    options = vars(parser(given).parse_args(given))
     method = build(options)
     recipe = parse_recovery(options["recovery"])
     if recipe is not None and recipe.kind == "joint" and not method.needs_training:
         raise UserError(
             f"{method.name} trains nothing, so there is nothing to train jointly; use lora"
         )
-    for name, least in (("seed", 0), ("threads", 1)):
-        if options[name] is not None and options[name] < least:
-            raise UserError(
-                f"--{name} takes a whole number of at least {least}, not {options[name]}"
-            )
     output = check_folder("output_path", Path(options["output_path"] or _default_path(options)))
 
-    from dyndepth.models.loading import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, loaded, longest_window, named, resolve_device
 
-    named = (options["model"], options["revision"], options["trust_remote_code"])
-    layers, most = layer_count(*named), longest_window(*named)
+    model_named = named(options)
+    layers, most = layer_count(*model_named), longest_window(*model_named)
     check_length(most, method.window_length, method.name)
     if recipe is not None and recipe.kind == "lora":
         check_length(most, recipe.length, f"recovery {recipe.kind!r}")
@@ -157,23 +123,16 @@ def run(options: dict[str, Any]) -> None:
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fitting.fits import fit_cached, save_fit
     from dyndepth.fitting.recovery.adapters import adaptable
-    from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
+    from dyndepth.models.loading import load_tokenizer
     from dyndepth.plots.fits import training_curve
 
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
     steady_allocator()
     device = resolve_device(options["device"])
     state = PartialState(cpu=device == "cpu")
-    corpus = load_corpus(options["corpus"], load_tokenizer(*named))
-    model = load_model(
-        options["model"],
-        dtype=options["dtype"],
-        # Under `accelerate launch` each process has a device of its own.
-        device=str(state.device) if state.num_processes > 1 else device,
-        revision=options["revision"],
-        trust_remote_code=options["trust_remote_code"],
-    )
+    corpus = load_corpus(options["corpus"], load_tokenizer(*model_named))
+    # Under `accelerate launch` each process has a device of its own.
+    own = {"device": str(state.device)} if state.num_processes > 1 else {}
+    model = loaded(options | own)
     if recipe is not None:
         adaptable(model, recipe)
     began = time.monotonic()

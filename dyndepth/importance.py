@@ -6,21 +6,18 @@ Prints a table of scores and ranks (1 = first to go), and with ``--output_path``
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
-from dyndepth.data.wheels import EMBEDDED
+from dyndepth.common.paths import EMBEDDED, path_of
 
 if TYPE_CHECKING:
     from dyndepth.fitting.importance import Settings
@@ -39,27 +36,12 @@ Tables = dict[str, list[dict[str, Any]]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 2 for wrong input, 130 after Ctrl-C."""
-    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    debug = "--debug" in given
-    try:
-        run(vars(_parser().parse_args(given)))
-    except UserError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.importance: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was measured is kept", file=sys.stderr)
-        return 130
-    return 0
+    return run("importance", _importance, arguments, "interrupted; what was measured is kept")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     built = Parser(
-        prog="python -m dyndepth.importance",
-        description="Rank a model's blocks or sublayers by importance on calibration text.",
-        epilog="Dashes and underscores in flags are the same.",
-        allow_abbrev=False,
+        "importance", "Rank a model's blocks or sublayers by importance on calibration text."
     )
     add = built.add_argument
     add(
@@ -69,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="block_influence, angular, perplexity, greedy, taylor, attention, mlp, joint, last, "
         f"random (default: {' '.join(_UNASKED)})",
     )
-    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: embedded)")
+    built.model()
     add("--unit", choices=("block", "sublayer"), help="what is ranked (default: the criterion's)")
     add("--windows", type=int, help="of calibration text (default: the criterion's)")
     add("--length", type=int, help="tokens of each window (default: the criterion's)")
@@ -87,20 +69,15 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             help=f"{end} blocks that are left out (default: none; 1 for {' and '.join(_SEARCHED)})",
         )
-    add("--seed", type=int, default=0, help="of the text's windows, and of random (default: 0)")
-    add("--corpus", default=EMBEDDED, help=f"{HELP['corpus']} (default: embedded)")
-    add("--device", default="auto", help=f"{HELP['device']} (default: auto)")
-    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
-    add("--revision", help=HELP["revision"])
-    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    add("--threads", type=int, help="processor threads (default: torch's own choice)")
-    add("--output_path", metavar="DIR", help="folder for importance.csv and importance.png")
-    add("--debug", action="store_true", help=HELP["debug"])
+    built.whole("seed", 0, "of the text's windows, and of random", 0)
+    built.shared("corpus", EMBEDDED)
+    add("--output_path", metavar="FOLDER", help="for importance.csv and importance.png")
     return built
 
 
-def run(options: dict[str, Any]) -> None:
-    """Measure, print, write; the last line printed is one JSON document. Raises UserError."""
+def _importance(given: list[str]) -> None:
+    """Measure, print, write; the last line printed is one JSON document."""
+    options = vars(_parser().parse_args(given))
     from dyndepth.fitting.importance import CRITERIA, rank
 
     output = path_of(options["output_path"]) if options["output_path"] else None
@@ -157,33 +134,16 @@ def _loaded(options: dict[str, Any], chosen: Iterable[Settings]) -> tuple[Any, A
     """Model and corpus. Raises UserError for a model that is not supported or has too few blocks
     for what is ``chosen``."""
     from dyndepth.data.capacity import check_length
-    from dyndepth.models.loading import layer_count, longest_window
+    from dyndepth.data.corpus import load_corpus
+    from dyndepth.models.loading import layer_count, load_tokenizer, loaded, longest_window, named
 
-    named = (options["model"], options["revision"], options["trust_remote_code"])
-    check_length(longest_window(*named), options["length"], "--length", "give fewer")
-    layers = layer_count(*named)
+    which = named(options)
+    check_length(longest_window(*which), options["length"], "--length", "give fewer")
+    layers = layer_count(*which)
     for each in chosen:
         each.ranked(layers, options["run"])
-    if options["threads"] is not None and options["threads"] < 1:
-        raise UserError(f"--threads takes a whole number of at least 1, not {options['threads']}")
-
-    import torch
-
-    from dyndepth.data.corpus import load_corpus
-    from dyndepth.models.loading import load_model, load_tokenizer, resolve_device
-
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    tokenizer = load_tokenizer(*named)
-    corpus = load_corpus(options["corpus"], tokenizer)
-    model = load_model(
-        options["model"],
-        dtype=options["dtype"],
-        device=resolve_device(options["device"]),
-        revision=options["revision"],
-        trust_remote_code=options["trust_remote_code"],
-    )
-    return model, corpus
+    corpus = load_corpus(options["corpus"], load_tokenizer(*which))
+    return loaded(options), corpus
 
 
 def _first(rows: Sequence[Mapping[str, Any]], count: int = 5) -> list[str]:

@@ -11,41 +11,40 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 
 from dyndepth.cells.recipe import parse_recovery
-from dyndepth.common.commands import Parser
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.fitting.recovery.kept import recover_cached, ship
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 if training failed, 2 for wrong input, 130 after Ctrl-C."""
+    return run("recovered", _recovered, arguments, "interrupted; what was trained is kept")
+
+
+def _recovered(given: list[str]) -> None:
     """Recover methods, print a line of JSON each and, with --ship, put them where they ship."""
-    parser = Parser(prog="python -m dyndepth.recovered", description="Recover methods by adapters.")
+    parser = Parser("recovered", "Recover methods by adapters.")
+    parser.model()
     add = parser.add_argument
-    add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")
-    add("--methods", required=True, help='names, or "name(parameter=value, ...)"')
-    add("--speedups", default="1.25,1.5,2.0", help="targets, comma-separated")
+    add("--methods", required=True, help=HELP["methods"])
+    add("--speedups", default="1.25,1.5,2.0", help=f"{HELP['speedups']} (default: 1.25,1.5,2.0)")
     add("--recovery", default="lora", help='"lora(rank=8, steps=100)", joint, ... (default: lora)')
-    add("--corpus", default="embedded", help="text to train on: .txt, .jsonl, 'embedded'")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    add("--seed", type=int, default=0)
+    parser.shared("corpus", EMBEDDED)
+    parser.whole("seed", 0, "of everything random", 0)
     add("--ship", action="store_true", help="copy the adapters into the methods' own folders")
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parser.parse_args(given)
-        options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
-        _recover_all(options)
-    except (UserError, FloatingPointError) as fault:
-        print(f"dyndepth.recovered: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
-    return 0
+    options = parser.parse_args(given)
+    options.command = f"python -m dyndepth.recovered {shlex.join(given)}"
+    _recover_all(options)
 
 
 def _recover_all(options: argparse.Namespace) -> None:
     from dyndepth.common.registry import parse_methods
     from dyndepth.fitting.recovery.adapters import CARD
-    from dyndepth.models.loading import layer_count, longest_window
+    from dyndepth.models.loading import layer_count, load_tokenizer, loaded, longest_window, named
     from dyndepth.sweep.grid import plans
     from dyndepth.sweep.settings import settings
 
@@ -61,17 +60,17 @@ def _recover_all(options: argparse.Namespace) -> None:
         }
     )
     # A sweep always has its yardstick; here only what was named is made.
-    named = {name for name, _ in parse_methods(options.methods)}
-    found = plans(chosen, layer_count(options.model), longest_window(options.model))
-    cells = [plan for plan in found if plan.method in named]
+    wanted = {name for name, _ in parse_methods(options.methods)}
+    which = named(vars(options))
+    found = plans(chosen, layer_count(*which), longest_window(*which))
+    cells = [plan for plan in found if plan.method in wanted]
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models.loading import load_model, load_tokenizer
 
     steady_allocator()
-    corpus = load_corpus(options.corpus, load_tokenizer(options.model))
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    corpus = load_corpus(options.corpus, load_tokenizer(*which))
+    model = loaded(vars(options))
     for plan in cells:
         method, adapter = recover_cached(plan.build(), model, corpus, recipe)
         if options.ship:

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dyndepth.common.commands import Parser
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.sweep.rerun import (
-    _OWN,
     OUTPUT,
+    OWN,
     PLACEHOLDERS,
     chosen,
     command,
@@ -24,22 +24,18 @@ from dyndepth.sweep.rerun import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 for wrong input."""
-    parser = Parser(
-        prog="python -m dyndepth.rerun",
-        description="Print the command that computes a run's cells again.",
-    )
-    parser.add_argument("run", type=path_of, metavar="RUN", help="a sweep's output path")
+    return run("rerun", _rerun, arguments)
+
+
+def _rerun(given: list[str]) -> None:
+    parser = Parser("rerun", "Print the command that computes a run's cells again.")
+    parser.add_argument("run", type=path_of, metavar="RUN", help=HELP["run"])
     parser.add_argument(
         "cells", nargs="*", metavar="CELL", help="hashes, or how they begin (default: all cells)"
     )
-    parser.add_argument("--output_path", "--output-path", default=OUTPUT, help=argparse.SUPPRESS)
+    parser.add_argument("--output_path", default=OUTPUT, help=argparse.SUPPRESS)
     parser.add_argument("--merged", action="store_true", help="as few commands as will do")
-    try:
-        _print(parser.parse_args(arguments))
-    except UserError as fault:
-        print(f"dyndepth.rerun: {fault}", file=sys.stderr)
-        return 2
-    return 0
+    _print(parser.parse_args(given))
 
 
 def _print(options: argparse.Namespace) -> None:
@@ -61,7 +57,7 @@ def _print(options: argparse.Namespace) -> None:
     for cell in cells:
         print(f"# cell {cell.key}, made with: {made_with(cell.identity)}")
         for flag in missing(cell.identity, {}):
-            used = _OWN[flag].format(**cell.identity)
+            used = OWN[flag].format(**cell.identity)
             print(f"# it used {used}: name them in place of {PLACEHOLDERS[flag]}")
         if cell.provenance.get("remote_code"):
             print("# its model ran code of its own: add --trust_remote_code if you trust that")

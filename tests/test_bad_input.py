@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ from dyndepth.cells.cell import Cell
 from dyndepth.cells.store import Store
 from dyndepth.common.files import cache_root
 from dyndepth.results.tables import write_tables
-
-MAINS = {
-    "ls": "dyndepth.__main__",
-    "timing": "dyndepth.timing.__main__",
-    "routes": "dyndepth.routes.recorded",
-    "importance": "dyndepth.importance",
-    "import": "dyndepth.methods.skipgpt.published",
-}
-"""Command -> module of its ``main``, where that is not ``dyndepth.<command>``."""
 
 PROGRESS = re.compile(r"|Loading weights: .*it/s\]")
 """Lines on stderr that are no sentences: the bar of a library that loads a model."""
@@ -175,12 +165,12 @@ def flags() -> list[Case]:
         Case("rerun-flag", "rerun run --mergd", "--mergd", help_),
         Case("rerun-cell", "rerun run zz", "'zz'", "first column"),
         Case("pages-flag", "pages --chek", "--chek", help_),
-        Case("ls-what", "ls ls cats", "'cats'", "methods"),
-        Case("ls-nothing", "ls", "command", help_),
+        Case("ls-what", "ls cats", "'cats'", "methods"),
+        Case("ls-nothing", "ls", "what", help_),
         Case("bench-part", "bench --parts shape", "'shape'", help_),
         Case("bench-repeats", "bench --repeats 0", "--repeats", least),
         Case("recovered-none", f"recovered --methods uls {TINY} --recovery none", "none", "lora"),
-        Case("recovered-flag", "recovered --method uls --x", "--x", help_),
+        Case("recovered-flag", "recovered --methods uls --x", "--x", help_),
     ]  # fmt: skip
 
 
@@ -657,8 +647,13 @@ def _content(folder: Path) -> dict[str, str]:
 
 def _main(words: list[str]) -> int:
     """The exit status of a command, run in this process."""
-    command, *arguments = words
-    status = import_module(MAINS.get(command, f"dyndepth.{command}")).main(arguments)
+    if words[0] == "import":
+        from dyndepth.methods.skipgpt.published import main
+
+        words = words[1:]
+    else:
+        from dyndepth.__main__ import main
+    status = main(words)
     assert isinstance(status, int)
     return status
 

@@ -198,8 +198,8 @@ class TestCommandLine:
         )
         described = {each for names in break_even_command.COLUMNS for each in names.split(", ")}
         conditions = list(rows[0])[list(rows[0]).index("device") :]
-        assert {*rows[0]} - {*conditions} | {"device ... gpu"} == described
-        assert conditions[-1] == "gpu"
+        assert {*rows[0]} - {*conditions} | {"device ... timing_code"} == described
+        assert conditions[-1] == "timing_code"
 
     def test_help_needs_no_torch_and_describes_the_columns(self):
         code = (

@@ -226,14 +226,13 @@ CASES = [
 
 @pytest.mark.parametrize(("command", "line", "says"), CASES, ids=[" ".join(c[:2]) for c in CASES])
 def test_commands_say_it_in_one_sentence(command, line, says, models, monkeypatch, capfd):
-    from importlib import import_module
+    from dyndepth.__main__ import main
 
     monkeypatch.chdir(models)
-    module = command if command in ("sweep", "fit", "recovered") else f"{command}_command"
     words = line.split()
     if "--corpus" not in words and command != "timing":
         words += ["--corpus", "corpus.txt"]
-    status = import_module(f"dyndepth.{module}").main(words)
+    status = main([command, *words])
     told = [row for row in capfd.readouterr().err.splitlines() if row and "it/s" not in row]
     assert status == 2
     assert len(told) == 1

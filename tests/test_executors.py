@@ -250,7 +250,7 @@ class TestDriver:
         assert cell.error == "given up after 1 s (--cell_timeout)"
 
     def test_a_full_disk_ends_the_run_with_a_sentence(self, tmp_path, monkeypatch):
-        from dyndepth.common import files as stores
+        from dyndepth.cells import store as stores
         from dyndepth.common.errors import RunFailed
 
         def full(path: Path, data: Any) -> None:

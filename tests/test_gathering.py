@@ -113,5 +113,5 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_wrong_inputs(capsys, given, told):
-    assert timing_command.limits_main(given) == 2
-    assert capsys.readouterr().err == f"error: {told}\n"
+    assert timing_command.main(["limits", *given]) == 2
+    assert capsys.readouterr().err == f"dyndepth.timing: {told}\n"

@@ -414,7 +414,7 @@ class TestTimes:
 
     @pytest.mark.parametrize("count", [2, 10, 20])
     def test_targets_stand_beside_the_marks_and_cover_nothing(self, count):
-        from dyndepth.plot_targets import label_targets
+        from dyndepth.plots.labels import label_targets
         from dyndepth.plots.style import figure_of
 
         generator = np.random.default_rng(0)

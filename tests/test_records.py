@@ -119,9 +119,9 @@ def test_killed_writer_leaves_the_old_cell_and_a_leftover_that_goes(tmp_path):
     script = f"""
         import os, signal
         from cells import cell
-        from dyndepth import store
-        store.os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-        store.Store({str(tmp_path)!r}).write(cell([0, 0, 0, 0]))
+        from dyndepth.cells.store import Store
+        os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+        Store({str(tmp_path)!r}).write(cell([0, 0, 0, 0]))
     """
     here = os.path.dirname(__file__)
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=here, check=False)

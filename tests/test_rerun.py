@@ -17,8 +17,8 @@ from dyndepth.cells.cell import HIDDEN, CellSpec, method_identity
 from dyndepth.cells.identity import IDENTITY, Row
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.common.registry import method_class, methods
-from dyndepth.data.wheels import EMBEDDED
 from dyndepth.sweep import rerun
 from dyndepth.sweep.grid import limits, plans
 from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read

@@ -33,7 +33,6 @@ from toys import Toy
 from transformers import dynamic_module_utils
 from weak_code import findings
 
-from dyndepth import tables as dyndepth_tables
 from dyndepth.cells.store import Store
 from dyndepth.common import files as common_files
 from dyndepth.common import provenance
@@ -556,7 +555,7 @@ def test_figures_of_hostile_tasks_stay_in_their_folder(tmp_path, monkeypatch):
         each.compute = spoilt(each.compute)
         each.samples = spoilt(each.samples)
     # The schemas know no such task.
-    monkeypatch.setattr(dyndepth_tables, "validate", lambda name, rows: None)
+    monkeypatch.setattr(tables, "validate", lambda name, rows: None)
     tables.write_tables(hits, tmp_path)
     names = [name for name, _ in figures(tmp_path)]
     assert len([name for name in names if name.startswith("bound_gap_")]) == len(HOSTILE) - 1
@@ -576,7 +575,7 @@ def test_no_name_ends_the_element_that_holds_the_data():
         for row in [*each.accuracy, *each.compute, *each.samples]:
             row["task"] = ENDS
     text = leaderboard_page.html(leaderboard_page.board(hits, leaderboard(hits)))
-    template = (ROOT / "dyndepth" / "leaderboard.html").read_text("utf-8")
+    template = (ROOT / "dyndepth" / "results" / "leaderboard.html").read_text("utf-8")
     for mark in ("</script", "<script", "<!--", "<b>", "\u2028"):
         assert text.count(mark) == template.count(mark), mark
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)

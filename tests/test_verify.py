@@ -14,11 +14,10 @@ import pytest
 from cells import cell as made_by_hand
 from folders import tiny_folder
 
-from dyndepth import tables
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import FORMAT, Store
-from dyndepth.results import schema
+from dyndepth.results import schema, tables
 from dyndepth.results.tables import write_tables
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep.settings import read

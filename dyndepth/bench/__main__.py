@@ -16,33 +16,31 @@ The last line of output is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from dyndepth.bench.shapes import MORE_WORKS, PHASES, WORKS, Lines, shapes
-from dyndepth.common.commands import Parser
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 
 PARTS = ("shapes", "routes", "evaluation", "sweep")
 DTYPES = ("float32", "bfloat16")
 SKIPPING = ("both", "generation")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = Parser(prog="python -m dyndepth.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="embedded", help="hub id, path, or 'embedded' (default)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds a shape (default: 9)")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=100,
-        help="that routes, evaluation and sweep score (default: 100)",
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 if a goal is missed with ``--check fail``, 2 for wrong input."""
+    return run("bench", _bench, arguments)
+
+
+def _parser() -> Parser:
+    parser = Parser("bench", "How near the runtime comes to the arithmetic limit.")
+    parser.model(dtype=False)
+    parser.whole("repeats", 1, "rounds a shape", 9)
+    parser.whole("documents", 1, "that routes, evaluation and sweep score", 100)
     for flag, name, choices, default in (
         ("parts", "part", PARTS, PARTS),
         ("works", "work", WORKS + MORE_WORKS, WORKS),
@@ -67,34 +65,26 @@ def main(arguments: list[str] | None = None) -> int:
         help="say which goals of the part shapes are met, set for the embedded model on one "
         "thread of a CPU; 'fail': exit status 1 if one is missed by more than noise",
     )
-    try:
-        options = parser.parse_args(arguments)
-        reached = bench(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if options.check == "fail" and not reached else 0
+    return parser
 
 
-def bench(options: argparse.Namespace) -> bool:
-    """Run the chosen lines and print them. True if no goal that was checked is missed."""
+def _bench(given: list[str]) -> int:
+    """Run the chosen lines and print them."""
     import torch
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models.loading import load_tokenizer
+    from dyndepth.models.loading import load_tokenizer, named, resolve_device
 
-    for name in ("repeats", "threads", "documents"):
-        given = getattr(options, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name} takes a whole number of at least 1, not {given}")
+    options = _parser().parse_args(given)
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.device = resolve_device(options.device)
     if options.device == "cpu":
         steady_allocator()
-    corpus = load_corpus("embedded", load_tokenizer(options.model))
+    corpus = load_corpus(EMBEDDED, load_tokenizer(*named(vars(options))))
     print(f"threads {torch.get_num_threads()}, device {options.device}, torch {torch.__version__}")
     found: dict[str, Any] = {}
     if "shapes" in options.parts:
@@ -113,7 +103,7 @@ def bench(options: argparse.Namespace) -> bool:
         found["sweep"] = sweep(options)
     reached = not options.check or _reached(found["bench"])
     print(json.dumps(found))
-    return reached
+    return 1 if options.check == "fail" and not reached else 0
 
 
 def _reached(lines: Lines) -> bool:

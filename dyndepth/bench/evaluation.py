@@ -16,7 +16,7 @@ from dyndepth.common.registry import load_method
 from dyndepth.evaluation import language_model
 from dyndepth.evaluation.evaluate import drawn_tasks, quiet_lm_eval
 from dyndepth.evaluation.language_model import DyndepthLM
-from dyndepth.models.loading import load_model, load_tokenizer
+from dyndepth.models.loading import load_tokenizer, loaded, named
 from dyndepth.timing.pairing import interleave, ratio
 
 TASKS = {
@@ -39,8 +39,8 @@ def evaluation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     whose answer is another (None where there is no answer), ``gap`` is the largest difference of
     two log-likelihoods in nats, ``gap_a_token`` the same divided by the text's tokens.
     """
-    model = load_model(options.model, device=options.device)
-    tokenizer = load_tokenizer(options.model)
+    model = loaded(vars(options), "float32")
+    tokenizer = load_tokenizer(*named(vars(options)))
     lines = {}
     for name, (task, shots) in TASKS.items():
         with quiet_lm_eval():

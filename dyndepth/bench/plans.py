@@ -19,7 +19,7 @@ from dyndepth.evaluation import plan_scoring as continuations
 from dyndepth.evaluation import scoring
 from dyndepth.evaluation.scoring import Group
 from dyndepth.models.blocks import blocks
-from dyndepth.models.loading import load_model
+from dyndepth.models.loading import loaded
 from dyndepth.runtime.attach import attach
 from dyndepth.timing.jobs import given
 from dyndepth.timing.pairing import interleave, ratio
@@ -37,7 +37,7 @@ def routes(corpus: Any, options: argparse.Namespace) -> dict[str, dict[str, floa
     log-likelihoods of the two (nats).
     """
     dtype = options.dtypes[0]
-    model = load_model(options.model, dtype=dtype, device=options.device)
+    model = loaded(vars(options), dtype)
     plans = spaced_and_random(len(blocks(model)))
     documents = questions(corpus, options.documents, model)
     parts = [documents[start : start + BATCH] for start in range(0, len(documents), BATCH)]

@@ -48,14 +48,14 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     """The chosen works on the chosen shapes, a printed line each."""
     import torch
 
-    from dyndepth.models.loading import load_model
+    from dyndepth.models.loading import loaded
     from dyndepth.timing.jobs import STEPS, Decode, Prefill
 
     headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
     print(f"{'':42}{headings}{'peak':>7}")
     lines: Lines = {}
     for dtype in options.dtypes:
-        model = load_model(options.model, dtype=dtype, device=options.device)
+        model = loaded(vars(options), dtype)
         for phase in options.phases:
             batch, length = PHASES[phase]
             tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration", model=model)

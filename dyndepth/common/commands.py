@@ -1,11 +1,22 @@
-"""What every command does alike: it reads flags and prints tables."""
+"""What every command does alike: flags and their words, errors in one sentence, exit statuses,
+printed tables.
+
+A door reads its command line by a ``Parser`` inside of ``run``.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.paths import EMBEDDED, path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +38,8 @@ def print_table(table: Table) -> None:
     (console if console.is_terminal else Console(width=PIPE_WIDTH)).print(table)
 
 
+_SPELLING = "Dashes and underscores in flags are the same."
+
 CHOICES = {
     "phases": ("both", "generation", "published"),
     "timing": ("off", "quick", "full"),
@@ -39,9 +52,9 @@ CHOICES = {
 
 HELP = {
     "methods": "methods to compare, with parameters in brackets where wanted: "
-    "'one,other(layer=3, mode=name)'; `python -m dyndepth ls methods` lists them",
+    "'one,other(layer=3, mode=name)'; `dyndepth ls methods` lists them",
     "model": "'embedded', a hub id or a local path",
-    "tasks": "tasks or suites; `python -m dyndepth ls tasks` lists them",
+    "tasks": "tasks or suites; `dyndepth ls tasks` lists them",
     "speedups": "target speedups, dense block FLOPs / executed block FLOPs",
     "phases": "where methods that let one choose skip: in prompt and generation, in generation "
     "only, or as published",
@@ -79,15 +92,115 @@ HELP = {
     "trackers": "installed experiment trackers, such as tensorboard or wandb; each cell is a step",
     "dry_run": "print the cells and an estimate of their cost, run nothing",
     "debug": "print the whole traceback of every error",
+    "speedup": "target speedup, dense block FLOPs / executed block FLOPs",
+    "threads": "processor threads; torch's own choice unless given",
+    "run": "a sweep's output path",
     "config": "YAML file with any of these settings; flags override it",
 }
 
 
+def run(
+    command: str,
+    body: Callable[[list[str]], int | None],
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "interrupted",
+) -> int:
+    """The exit status of a command whose ``body`` is given its words, flags underscored.
+
+    0, or what ``body`` returns; 2 for wrong input and 1 where what was computed came to no good,
+    with a sentence on stderr (before it the traceback, with ``--debug``); 130 after Ctrl-C, with
+    ``interrupted``.
+    """
+    given = [underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        return body(given) or 0
+    except (UserError, RunFailed, FloatingPointError) as fault:
+        if "--debug" in given:
+            traceback.print_exc()
+        print(f"dyndepth.{command}: {fault}", file=sys.stderr)
+        return 2 if isinstance(fault, UserError) else 1
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence."""
+    """The command line of ``python -m dyndepth.<command>``, or of ``dyndepth <command>``: flags
+    are written out, with dashes or underscores, and complaints are one sentence.
+
+    ``debug``: it has the flag ``--debug``, which ``run`` obeys.
+    """
+
+    def __init__(
+        self, command: str, description: str, epilog: str = "", debug: bool = True
+    ) -> None:
+        script = Path(sys.argv[0]).stem == "dyndepth"
+        super().__init__(
+            prog=f"dyndepth {command}" if script else f"python -m dyndepth.{command}",
+            description=_wrapped(description),
+            epilog=_wrapped(f"{epilog}\n\n{_SPELLING}".strip()),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if debug:
+            self.add_argument("--debug", action="store_true", help=HELP["debug"])
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; ``run`` has underscored the flags, anybody else's are here."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())}; --help lists the flags")
+
+    def shared(self, name: str, default: Any = None, **how: Any) -> None:
+        """Add a flag that several commands have, in the words of ``HELP``."""
+        text = HELP[name] + (f": {', '.join(CHOICES[name])}" if name in CHOICES else "")
+        text += "" if default is None else f" (default: {default})"
+        self.add_argument(f"--{name}", default=default, metavar=name.upper(), help=text, **how)
+
+    def whole(self, name: str, least: int, text: str, default: int | None = None) -> None:
+        """Add a flag that takes a whole number of at least ``least``."""
+
+        def checked(word: str) -> int:
+            try:
+                value = int(word)
+            except ValueError:
+                value = least - 1
+            if value < least:
+                raise UserError(f"--{name} takes a whole number of at least {least}, not {word}")
+            return value
+
+        said = "" if default is None else f" (default: {default})"
+        self.add_argument(
+            f"--{name}", type=checked, default=default, metavar=name.upper(), help=text + said
+        )
+
+    def runs(self) -> None:
+        """Add the runs that a command reads."""
+        self.add_argument("runs", nargs="+", type=path_of, metavar="RUN", help=HELP["run"])
+
+    def model(self, dtype: bool = True) -> None:
+        """Add the flags of a model, and of what it computes on; ``dtype``: its precision, too."""
+        self.shared("model", EMBEDDED)
+        self.shared("device", "auto")
+        if dtype:
+            self.shared("dtype", "float32", choices=CHOICES["dtype"])
+        self.shared("attn_implementation", choices=CHOICES["attn_implementation"])
+        self.shared("revision")
+        self.add_argument(
+            "--trust_remote_code", action="store_true", help=HELP["trust_remote_code"]
+        )
+        self.whole("threads", 1, HELP["threads"])
+
+
+def _wrapped(text: str) -> str:
+    """``text`` in lines that fit the terminal; its own line ends stay."""
+    width = min(shutil.get_terminal_size().columns, PIPE_WIDTH) - 2
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  " * line.startswith(" "))
+        for line in text.split("\n")
+    )
 
 
 def underscored(argument: str) -> str:

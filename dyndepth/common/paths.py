@@ -10,6 +10,9 @@ from pathlib import Path
 
 from dyndepth.common.errors import UserError
 
+EMBEDDED = "embedded"
+"""What stands in place of a path for the model, or the text, that comes with the project."""
+
 _LONGEST = 255
 """Bytes in one part of a path, on the usual file systems."""
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import build_once, cache_root, writing_to
 
-EMBEDDED = "embedded"
-
 _REGISTRY_DATA = "evals/registry/data"
 _STAMP = "asset.json"
 

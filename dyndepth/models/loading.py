@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,9 @@ from typing import Any
 
 from dyndepth.common import files as assets
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import expanded
+from dyndepth.common.paths import EMBEDDED, expanded
 from dyndepth.data import wheels
 from dyndepth.data.capacity import check_vocabulary, longest
-from dyndepth.data.wheels import EMBEDDED
 from dyndepth.models.fingerprints import checksum, fingerprint, values_digest
 
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
@@ -118,6 +117,30 @@ def load_model(
     return model
 
 
+def named(flags: Mapping[str, Any]) -> tuple[str, str | None, bool]:
+    """Of a command's flags what says which model: its name, revision, and whether it may run code
+    of its own."""
+    return flags["model"], flags["revision"], flags["trust_remote_code"]
+
+
+def loaded(flags: Mapping[str, Any], dtype: str | None = None) -> Any:
+    """The model that a command's flags ask for, as ``Parser.model`` adds them, on as many threads;
+    ``dtype`` in place of the flag's. Raises UserError as ``load_model`` does."""
+    import torch
+
+    if flags["threads"] is not None:
+        torch.set_num_threads(flags["threads"])
+    name, revision, trust_remote_code = named(flags)
+    return load_model(
+        name,
+        dtype=dtype or flags["dtype"],
+        device=resolve_device(flags["device"]),
+        attn_implementation=flags["attn_implementation"],
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def _values_of_the_file(name: str, how: dict[str, Any]) -> str:
     """Digest of a model's values before float16 cuts them off; the model is let go again."""
     import torch
@@ -186,7 +209,8 @@ def layer_count(
     """Number of blocks of model ``name``, from its configuration alone."""
     if name == EMBEDDED:
         return EMBEDDED_LAYERS
-    config = checked_config(name, revision, trust_remote_code)
+    config = _load_config(name, revision, trust_remote_code)
+    _check_causal(name, config)
     return int(config.get_text_config().num_hidden_layers)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common.commands import Parser
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,10 +169,14 @@ def differing(root: Path, found: dict[Path, str]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if ``--check`` finds a difference, 2 for wrong input."""
+    return run("pages", _pages, arguments)
+
+
+def _pages(given: list[str]) -> int:
     parser = Parser(
-        prog="python -m dyndepth.pages",
-        description="Write the methods' cards, the reference of the tables, and the generated "
-        "parts of README and docs from the committed results.",
+        "pages",
+        "Write the methods' cards, the reference of the tables, and the generated parts of README "
+        "and docs from the committed results.",
     )
     parser.add_argument(
         "--results",
@@ -184,19 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 and name what differs"
     )
-    root = ROOT
-    try:
-        options = parser.parse_args(arguments)
-        if not (root / "docs").is_dir():
-            raise UserError(f"{root} has no docs/: pages are written in a checkout of the project")
-        found = pages(root, options.results)
-        changed, old = differing(root, found), stale(root, found)
-        if options.check:
-            return _report(changed, old)
-        _write(root, {path: found[path] for path in changed}, old)
-    except UserError as fault:
-        print(f"dyndepth.pages: {fault}", file=sys.stderr)
-        return 2
+    options, root = parser.parse_args(given), ROOT
+    if not (root / "docs").is_dir():
+        raise UserError(f"{root} has no docs/: pages are written in a checkout of the project")
+    found = pages(root, options.results)
+    changed, old = differing(root, found), stale(root, found)
+    if options.check:
+        return _report(changed, old)
+    _write(root, {path: found[path] for path in changed}, old)
     return 0
 
 

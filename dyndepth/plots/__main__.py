@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import Parser, underscored
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import check_folder, file_part, path_of
 from dyndepth.plots.retention import bound_gap, retained_by_task
@@ -29,15 +29,15 @@ Drawing = Callable[[], "Figure"]
 
 
 def figures(
-    run: str | Path, tables: dict[str, pd.DataFrame] | None = None
+    folder: str | Path, tables: dict[str, pd.DataFrame] | None = None
 ) -> Iterator[tuple[str, Drawing]]:
-    """Name and drawing of every figure of a run folder; a drawing raises UserError, saying why, if
-    the run's tables do not allow it. ``tables`` are the run's, if they were read already.
+    """Name and drawing of every figure of a run; a drawing raises UserError, saying why, if the
+    run's tables do not allow it. ``tables`` are the run's, if they were read already.
 
     Where a run holds several models or settings of data, each has its own figures, in a folder
     ``setting_1`` and so on. Raises UserError if the folder is no run.
     """
-    tables = read_tables(run) if tables is None else tables
+    tables = read_tables(folder) if tables is None else tables
     board = tables["leaderboard"]
     keys = [key for key in SETTING if key in board]
     settings = board.groupby(keys, sort=False, dropna=False)["cell"].apply(set).tolist()
@@ -47,10 +47,10 @@ def figures(
             for name, table in tables.items()
             if "cell" in table
         }
-        folder = f"setting_{number}/" if len(settings) > 1 else ""
+        place = f"setting_{number}/" if len(settings) > 1 else ""
         for name, draw in _of_setting(own):
-            yield folder + name, draw
-    yield from _of_records(Path(run))
+            yield place + name, draw
+    yield from _of_records(Path(folder))
 
 
 def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]]:
@@ -139,41 +139,39 @@ def _refused(reason: str) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write every figure that a run's tables allow; say which they do not."""
+    """Command line. Returns 0, or 2 for wrong input."""
+    return run("plots", _plots, arguments)
+
+
+def _plots(given: list[str]) -> None:
     parser = Parser(
-        prog="python -m dyndepth.plots",
-        description="Write every figure that a run's tables allow, and say which they do not.",
-        allow_abbrev=False,
+        "plots", "Write every figure that a run's tables allow, and say which they do not."
     )
-    parser.add_argument("run", type=path_of, metavar="RUN", help="a sweep's output folder")
+    parser.add_argument("run", type=path_of, metavar="RUN", help=HELP["run"])
     parser.add_argument(
-        "--output_path", type=path_of, help="folder to write to (default: RUN/figures)"
+        "--output_path",
+        type=path_of,
+        metavar="FOLDER",
+        help="folder to write to (default: RUN/figures)",
     )
     parser.add_argument(
         "--formats", nargs="+", choices=(*FORMATS, "pdf"), default=FORMATS, help="(default: both)"
     )
-    given = sys.argv[1:] if arguments is None else arguments
-    count = 0
-    try:
-        options = parser.parse_args([underscored(word) for word in given])
-        tables = read_tables(options.run)
-        output = check_folder("output_path", options.output_path or options.run / "figures")
-        for name, draw in figures(options.run, tables):
-            try:
-                figure = draw()
-            except UserError as reason:
-                print(f"not drawn: {name}: {reason}")
-                continue
-            paths = [output / f"{name}.{ending}" for ending in options.formats]
-            for path in paths:
-                written(figure, path)
-            print(f"written: {', '.join(map(str, paths))}")
-            count += 1
-    except UserError as fault:
-        print(f"dyndepth.plots: {fault}", file=sys.stderr)
-        return 2
+    options, count = parser.parse_args(given), 0
+    tables = read_tables(options.run)
+    output = check_folder("output_path", options.output_path or options.run / "figures")
+    for name, draw in figures(options.run, tables):
+        try:
+            figure = draw()
+        except UserError as reason:
+            print(f"not drawn: {name}: {reason}")
+            continue
+        paths = [output / f"{name}.{ending}" for ending in options.formats]
+        for path in paths:
+            written(figure, path)
+        print(f"written: {', '.join(map(str, paths))}")
+        count += 1
     print(f"{count} figures in {output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ that run, rebuilt from its identity, into ``RUN/routes/<cell>.safetensors``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from dyndepth.cells.cell import DENSE, method_identity
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import Store
-from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.commands import CHOICES, HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.routes.recorded import Bench, Job, documents
@@ -33,60 +31,37 @@ FREE = (*LISTS, "model", "phases", "dtype", "attn_implementation", "revision", "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if a cell could not be recorded, 2 for wrong input."""
-    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    debug = "--debug" in given
-    try:
-        return run(vars(_parser().parse_args(given)))
-    except UserError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.routes: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was recorded is kept", file=sys.stderr)
-        return 130
+    return run("routes", _routes, arguments, "interrupted; what was recorded is kept")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     built = Parser(
-        prog="python -m dyndepth.routes",
-        description="Record which sublayers each token executes, by method or by a sweep's cell.",
-        epilog="Dashes and underscores in flags are the same.",
-        allow_abbrev=False,
+        "routes", "Record which sublayers each token executes, by method or by a sweep's cell."
     )
     add = built.add_argument
-    add("run", nargs="?", metavar="RUN", help="a sweep's output folder: record its cells again")
+    add("run", nargs="?", metavar="RUN", help=f"{HELP['run']}: record its cells again")
     for name in FREE:
         text = HELP[name] + (f": {', '.join(CHOICES[name])}" if name in CHOICES else "")
         add(f"--{name}", nargs="+" if name in LISTS else None, metavar=name.upper(), help=text)
     add("--corpus", help=f"{HELP['corpus']} (default: embedded)")
     add("--device", help=f"{HELP['device']} (default: auto)")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    add("--documents", type=int, default=8, help="evaluation passages to record (default: 8)")
-    add("--length", type=int, default=256, help="longer documents are cut (default: 256 tokens)")
-    add(
-        "--prompt_length",
-        type=int,
-        default=1,
-        help="tokens of each document that count as prompt (default: 1; the rest is generation, "
-        "as when passages are scored)",
+    built.whole("documents", 1, "evaluation passages to record", 8)
+    built.whole("length", 1, "tokens; longer documents are cut", 256)
+    built.whole(
+        "prompt_length",
+        0,
+        "tokens of each document that count as prompt; the rest is generation, as when passages "
+        "are scored",
+        1,
     )
     add("--text", metavar="FILE", help="text file to record, an empty line between documents")
-    add("--debug", action="store_true", help=HELP["debug"])
     return built
 
 
-def run(options: dict[str, Any]) -> int:
-    """Record; the last line printed is one JSON document. Returns the exit status.
-
-    Raises:
-        UserError: wrong input; nothing was written.
-    """
-    for name, least in (("documents", 1), ("length", 1), ("prompt_length", 0)):
-        if options[name] < least:
-            raise UserError(
-                f"--{name} takes a whole number of at least {least}, not {options[name]}"
-            )
+def _routes(given: list[str]) -> int:
+    """Record; the last line printed is one JSON document."""
+    options = vars(_parser().parse_args(given))
     started = time.monotonic()
     jobs, output = _cells(options) if options["run"] else _methods(options)
     texts = documents(options["text"], options["documents"])

@@ -6,30 +6,26 @@ is compared at equal achieved block FLOPs and written to ``claims.csv`` and ``cl
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from dyndepth.common import commands
-from dyndepth.common.commands import INTERRUPTED
+from dyndepth.common.commands import HELP, INTERRUPTED, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.studies.study import FLAGS, Study, load_study, studies
 from dyndepth.sweep.settings import Settings
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line; values are checked as the sweep checks them."""
-    built = commands.Parser(
-        prog="python -m dyndepth.studies",
-        description="Run the sweeps of a study; print its claims with verdicts and intervals.",
-        epilog="Dashes and underscores in flags are the same.",
-        allow_abbrev=False,
+    built = Parser(
+        "studies",
+        "Run the sweeps of a study; print its claims with verdicts and intervals.",
+        debug=False,
     )
     names = ", ".join(studies()) or "none installed"
     built.add_argument("name", metavar="NAME", help=f"the study: {names}")
@@ -40,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     defaults = {setting.name: setting.default for setting in fields(Settings)}
     for flag in FLAGS:
-        text = commands.HELP[flag].replace("%", "%%")
+        text = HELP[flag].replace("%", "%%")
         if isinstance(defaults[flag], bool):
             built.add_argument(f"--{flag}", action="store_true", default=None, help=text)
         else:
@@ -51,27 +47,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if a cell failed, 2 for wrong input, 130 after Ctrl-C."""
-    debug = False
     # A scheduler's polite kill is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        given = sys.argv[1:] if arguments is None else arguments
-        flags = vars(parser().parse_args([commands.underscored(word) for word in given]))
-        name, only_report = flags.pop("name"), flags.pop("only_report")
-        flags = {key: value for key, value in flags.items() if value is not None}
-        debug = bool(flags.get("debug"))
-        return run(load_study(name), flags, only_report)
-    except UserError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.studies: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
-        return INTERRUPTED
+    resumes = "interrupted; the same command resumes where it stopped"
+    return run("studies", _studies, arguments, resumes)
 
 
-def run(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
+def _studies(given: list[str]) -> int:
+    flags = vars(parser().parse_args(given))
+    name, only_report = flags.pop("name"), flags.pop("only_report")
+    flags = {key: value for key, value in flags.items() if value is not None}
+    return work_through(load_study(name), flags, only_report)
+
+
+def work_through(study: Study, flags: dict[str, Any], only_report: bool = False) -> int:
     """Run the study's sweeps, then report; see ``main`` for the status returned.
 
     Raises:

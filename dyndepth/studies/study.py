@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from dyndepth.cells.recipe import NONE, parse_recoveries
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import check_path, slug
-from dyndepth.data.wheels import EMBEDDED
+from dyndepth.common.paths import EMBEDDED, check_path, slug
 from dyndepth.sweep import settings as options
 from dyndepth.sweep.settings import OTHERS, Settings
 

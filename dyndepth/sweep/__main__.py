@@ -5,34 +5,27 @@ from __future__ import annotations
 
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dyndepth.common.commands import INTERRUPTED
-from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.commands import run
 from dyndepth.sweep.run import sweep
 from dyndepth.sweep.settings import read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if a cell failed, 2 for wrong input, 130 after Ctrl-C."""
-    words = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in words
     # A scheduler's polite kill is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        settings = read(words)
-        debug = settings.debug
-        return sweep(settings)
-    except (UserError, RunFailed) as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.sweep: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
-        return INTERRUPTED
+    resumes = "interrupted; the same command resumes where it stopped"
+    return run("sweep", _sweep, arguments, resumes)
+
+
+def _sweep(given: list[str]) -> int:
+    settings = read(given)
+    if settings.debug and "--debug" not in given:
+        given.append("--debug")  # the file of --config asked for it
+    return sweep(settings)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -17,9 +17,9 @@ from dyndepth.cells.identity import Row, setting, today
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.commands import CHOICES
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.common.spec import parameters_of, value
 from dyndepth.data.corpus import EMBEDDED_TEXT
-from dyndepth.data.wheels import EMBEDDED
 from dyndepth.sweep.grid import plans
 from dyndepth.sweep.settings import OTHERS, Settings, limit_text, read, settings
 
@@ -33,7 +33,7 @@ OF_METHOD = ("method", "parameters", "phases", "target_speedup", "seed", "recove
 
 PLACEHOLDERS = {"include_path": "FOLDER_OF_TASK_FILES", "corpus": "FILE_OF_TEXT"}
 """Flags whose value no identity holds, and what stands there in a printed command."""
-_OWN = {
+OWN = {
     "include_path": "task files of its own (data fingerprint {data_fingerprint})",
     "corpus": "a text of its own (corpus fingerprint {corpus_fingerprint})",
 }
@@ -69,7 +69,7 @@ def check_given(
     """Raises UserError for the first of ``flags`` that ``missing`` finds."""
     for flag in missing(identity, given):
         if flag in flags:
-            raise UserError(f"this run used {_OWN[flag].format(**identity)}: give --{flag}")
+            raise UserError(f"this run used {OWN[flag].format(**identity)}: give --{flag}")
 
 
 def commands(identities: Iterable[Row]) -> list[str]:

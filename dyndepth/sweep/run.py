@@ -18,6 +18,7 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.store import Store
 from dyndepth.common.commands import INTERRUPTED
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.sweep.driver import Driver, Tally
 from dyndepth.sweep.executors import Executor, Inline, Processes
 from dyndepth.sweep.grid import limits, plans
@@ -45,12 +46,14 @@ def sweep(settings: Settings) -> int:
     trackers.check(settings.trackers)
     quiet_libraries(settings.debug)
 
-    from dyndepth.models.loading import layer_count, longest_window
+    from dyndepth.models.loading import checked_config, layer_count, longest_window
     from dyndepth.tasks import resolve
     from dyndepth.timing.measure import check_shapes
 
     model = (settings.model, settings.revision, settings.trust_remote_code)
     layers, longest = layer_count(*model), longest_window(*model)
+    if settings.model != EMBEDDED:
+        checked_config(*model)
     which, count = settings.shard
     cells = plans(settings, layers, longest)[which - 1 :: count]
     if settings.timing != "off":

@@ -14,11 +14,10 @@ from typing import Any
 
 from dyndepth.cells.mirror import is_url, mirrored
 from dyndepth.cells.recipe import NONE, parse_recoveries
-from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.commands import CHOICES, HELP, Parser
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
-from dyndepth.common.paths import check_folder, check_path, expanded, path_of, slug
-from dyndepth.data.wheels import EMBEDDED
+from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
 
 SUITE = "offline"
 
@@ -92,14 +91,12 @@ OPTIONAL = frozenset(
 """Settings that may be None."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line. Values are checked later, the same way as those of a YAML file."""
     built = Parser(
-        prog="python -m dyndepth.sweep",
-        description="Score, count and time methods at several speedups; write tidy tables.",
-        epilog="Dashes and underscores in flags are the same.",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "sweep",
+        "Score, count and time methods at several speedups; write tidy tables.",
+        debug=False,
     )
     for setting in fields(Settings):
         name, default = setting.name, setting.default
@@ -150,7 +147,7 @@ def read(arguments: Sequence[str]) -> Settings:
     Raises:
         UserError: an unknown flag or key, or a value of the wrong kind.
     """
-    flags = vars(parser().parse_args([underscored(argument) for argument in arguments]))
+    flags = vars(parser().parse_args(list(arguments)))
     config = flags.pop("config")
     chosen = read_config(path_of(config)) if config else {}
     chosen |= {key: value for key, value in flags.items() if value is not None}

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import CHOICES, HELP, Parser, underscored
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
+from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.data.capacity import check_length
-from dyndepth.data.wheels import EMBEDDED
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.limits import COUNTS, measure_limits
 from dyndepth.timing.measure import LEVELS, check_shapes, measure
@@ -26,77 +25,46 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time one method; returns the exit status."""
+    """Command line. Returns 0, or 2 for wrong input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for name, command in ((BREAK_EVEN, break_even_main), (LIMITS, limits_main)):
+    for name, body in ((BREAK_EVEN, _break_even), (LIMITS, _limits)):
         if given[:1] == [name]:
-            return command(given[1:])
-    try:
-        _run(_parser().parse_args(given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            return run("timing", body, given[1:])
+    return run("timing", _timing, given)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _timing(given: list[str]) -> None:
+    """Time one method; the last line printed is one JSON document."""
     parser = Parser(
-        prog="python -m dyndepth.timing",
-        description="Time a method against the stock model, in interleaved pairs.",
-        epilog=f"`python -m dyndepth.timing {BREAK_EVEN} --help`: from which skipped "
-        f"fraction on routing pays; `{LIMITS} --help`: when tokens are gathered.",
+        "timing",
+        "Time a method against the stock model, in interleaved pairs.",
+        f"`dyndepth timing {BREAK_EVEN} --help`: from which skipped fraction on routing pays; "
+        f"`dyndepth timing {LIMITS} --help`: when tokens are gathered.",
     )
     add = parser.add_argument
-    add("--model", default="embedded", help="hub id, local path, or 'embedded' (default)")
     add("--method", required=True, help='name, or "name(parameter=value, ...)"')
-    add("--speedup", type=float, help="target speedup (default: 1.5, or what the method names)")
-    add("--level", choices=list(LEVELS), default="quick")
-    add("--corpus", default="embedded", help="text to fit and time on: .txt, .jsonl, 'embedded'")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    add(
-        "--attn_implementation",
-        "--attn-implementation",
-        choices=CHOICES["attn_implementation"],
-        help="the model's own choice unless given",
-    )
-    add("--revision", help="of a hub model")
-    add("--trust_remote_code", "--trust-remote-code", action="store_true")
-    add("--threads", type=int, help="default: torch's own choice")
-    add("--seed", type=int, default=0)
-    return parser
+    add("--speedup", type=float, help=f"{HELP['speedup']} (default: 1.5, or what the method names)")
+    add("--level", choices=list(LEVELS), default="quick", help="how thoroughly (default: quick)")
+    parser.model()
+    parser.shared("corpus", EMBEDDED)
+    parser.whole("seed", 0, "of the method, texts and order", 0)
+    options = parser.parse_args(given)
 
+    from dyndepth.models.loading import layer_count, load_tokenizer, loaded, longest_window, named
 
-def _run(options: argparse.Namespace) -> None:
-    """Load, fit, measure, print."""
-    from dyndepth.models.loading import layer_count, longest_window
-
-    named = (options.model, options.revision, options.trust_remote_code)
-    method = _method(options, layer_count(*named))
-    most = longest_window(*named)
+    which = named(vars(options))
+    method = _method(options, layer_count(*which))
+    most = longest_window(*which)
     check_shapes(most, options.level)
     check_length(most, method.window_length, method.name)
-    import torch
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
     from dyndepth.fitting.fits import fit_cached
-    from dyndepth.models.loading import load_model, load_tokenizer
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UserError(f"--threads takes a whole number of at least 1, not {options.threads}")
-        torch.set_num_threads(options.threads)
     steady_allocator()
-    corpus = load_corpus(options.corpus, load_tokenizer(*named))
-    model = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+    corpus = load_corpus(options.corpus, load_tokenizer(*which))
+    model = loaded(vars(options))
     method = fit_cached(method, model, corpus)
     rows = measure(model, method, corpus, level=options.level, seed=options.seed)
     show_timing(f"{method!r} on {options.model}", rows)
@@ -148,35 +116,25 @@ COLUMNS = {
     "pays_from": "smallest fraction measured from which on the whole interval of the speedup lies "
     "above 1; empty if there is none",
     "model": "as given",
-    "device ... gpu": "conditions: device, dtype, threads, cores, attention, allocator, load",
+    "device ... timing_code": "conditions: device, dtype, threads, cores, attention, allocator, "
+    "load, and a digest of the code that times",
 }
 
 
-def break_even_main(arguments: Sequence[str]) -> int:
-    """Measure and print; returns 0, or 2 for wrong input."""
-    try:
-        _run_break_even(_break_even_parser().parse_args([underscored(each) for each in arguments]))
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _break_even_parser() -> argparse.ArgumentParser:
+def _break_even(given: list[str]) -> None:
+    """Measure, print, write; the last line printed is one JSON document."""
     columns = "\n".join(f"  {name}: {text}" for name, text in COLUMNS.items())
     built = Parser(
-        prog=f"python -m dyndepth.timing {BREAK_EVEN}",
-        description="From which skipped fraction on does token routing pay on this machine? Random "
-        "token masks, given and not computed, timed in turns with the stock model.",
-        epilog=f"columns of the CSV, a row for each phase and fraction:\n{columns}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        f"timing {BREAK_EVEN}",
+        "From which skipped fraction on does token routing pay on this machine? Random token "
+        "masks, given and not computed, timed in turns with the stock model.",
+        f"columns of the CSV, a row for each phase and fraction:\n{columns}",
     )
     add = built.add_argument
-    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: {EMBEDDED})")
+    built.model()
     add("--phases", nargs="+", choices=PHASES, default=PHASES, help="(default: both)")
-    add("--batch", type=int, default=1, help="sequences (default: 1)")
-    add("--length", type=int, default=512, help="tokens of the prompt (default: 512)")
+    built.whole("batch", 1, "sequences", 1)
+    built.whole("length", 1, "tokens of the prompt", 512)
     add(
         "--fractions",
         nargs="+",
@@ -186,56 +144,29 @@ def _break_even_parser() -> argparse.ArgumentParser:
         help=f"skipped fractions (default: {' '.join(map(str, FRACTIONS))})",
     )
     add("--sublayers", choices=("both", "attention", "mlp"), default="both", help="that skip")
-    add(
-        "--router",
-        type=int,
-        default=0,
-        metavar="SIZE",
-        help="hidden size of a two-layer router timed along in each block (default: 0, none)",
+    built.whole(
+        "router", 0, "hidden size of a two-layer router timed along in each block; 0: none", 0
     )
-    add("--repeats", type=int, default=15, help="rounds, 6 or more (default: 15)")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
-    add("--attn_implementation", choices=CHOICES["attn_implementation"])
-    add("--revision", help=HELP["revision"])
-    add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    add("--threads", type=int, help="default: torch's own choice")
-    add("--seed", type=int, default=0, help="of masks, tokens and order (default: 0)")
+    built.whole("repeats", 6, "rounds", 15)
+    built.whole("seed", 0, "of masks, tokens and order", 0)
     add("--output_path", type=path_of, metavar="FILE", help="CSV to write")
-    return built
-
-
-def _run_break_even(options: argparse.Namespace) -> None:
-    """Load, measure, print, write; the last line printed is one JSON document.
-
-    Raises:
-        UserError: wrong input; nothing was measured.
-    """
+    options = built.parse_args(given)
     _check_break_even(options)
-    import torch
 
     from dyndepth.common.files import write_atomically
     from dyndepth.common.machine import steady_allocator
-    from dyndepth.models.loading import load_model
-    from dyndepth.timing.break_even import Regime, measure
+    from dyndepth.models.loading import loaded
+    from dyndepth.timing.break_even import Regime
+    from dyndepth.timing.break_even import measure as measure_curve
     from dyndepth.timing.conditions import conditions
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    model = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model = loaded(vars(options))
     if model.device.type == "cpu":
         steady_allocator()
     rows: list[dict[str, Any]] = []
     for phase in dict.fromkeys(options.phases):
         regime = Regime(phase, options.batch, options.length, options.sublayers, options.router)
-        curve = measure(
+        curve = measure_curve(
             model, regime, options.fractions, repeats=options.repeats, seed=options.seed
         )
         own = [row | {"model": options.model} | conditions(model) for row in curve.rows()]
@@ -248,11 +179,6 @@ def _run_break_even(options: argparse.Namespace) -> None:
 
 def _check_break_even(options: argparse.Namespace) -> None:
     """Raises UserError for the first value that cannot be."""
-    least = {"batch": 1, "length": 1, "threads": 1, "repeats": 6, "router": 0, "seed": 0}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name} takes a whole number of at least {bound}, not {value}")
     for fraction in options.fractions:
         if not 0 < fraction < 1:
             raise UserError(f"--fractions takes numbers between 0 and 1, not {fraction:g}")
@@ -271,53 +197,25 @@ def _check_break_even(options: argparse.Namespace) -> None:
 LIMITS = "limits"
 
 
-def limits_main(arguments: Sequence[str]) -> int:
-    """Measure, print and keep; returns 0, or 2 for wrong input."""
+def _limits(given: list[str]) -> None:
+    """Measure, print, keep."""
     built = Parser(
-        prog=f"python -m dyndepth.timing {LIMITS}",
-        description="Measure for which executed shares gathering the selected tokens is faster "
-        "than computing all, and keep it for this device, precision and width.",
-        allow_abbrev=False,
+        f"timing {LIMITS}",
+        "Measure for which executed shares gathering the selected tokens is faster than computing "
+        "all, and keep it for this device, precision and width.",
     )
-    add = built.add_argument
-    add("--model", default=EMBEDDED, help=f"{HELP['model']} (default: {EMBEDDED})")
-    add("--tokens", type=int, default=512, help="of the forward (default: 512)")
-    add("--repeats", type=int, default=15, help="rounds, 6 or more (default: 15)")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=CHOICES["dtype"], help=HELP["dtype"])
-    add("--attn_implementation", choices=CHOICES["attn_implementation"])
-    add("--threads", type=int, help="default: torch's own choice")
-    try:
-        _run_limits(built.parse_args([underscored(each) for each in arguments]))
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run_limits(options: argparse.Namespace) -> None:
-    """Load, measure, print, keep. Raises UserError for wrong input."""
-    for name, least in (("tokens", max(COUNTS)), ("repeats", 6), ("threads", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} takes a whole number of at least {least}, not {value}")
-    import torch
+    built.model()
+    built.whole("tokens", max(COUNTS), "of the forward", 512)
+    built.whole("repeats", 6, "rounds", 15)
+    options = built.parse_args(given)
 
     from dyndepth.common.machine import steady_allocator
-    from dyndepth.data.capacity import check_length
-    from dyndepth.models.loading import load_model
+    from dyndepth.models.loading import loaded
     from dyndepth.runtime.gates import keep
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.device == "cpu":
+    model = loaded(vars(options))
+    if model.device.type == "cpu":
         steady_allocator()
-    model = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-    )
     check_length(model, options.tokens, "--tokens", f"it takes {max(COUNTS)} or more")
     found = measure_limits(model, options.tokens, options.repeats, say=print)
     print(f"gather attention up to {found.attention:g} and MLP up to {found.mlp:g} of the tokens,")

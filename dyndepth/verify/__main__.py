@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import HELP, INTERRUPTED, Parser, underscored
+from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
 from dyndepth.sweep.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
@@ -35,31 +33,18 @@ FLAGS = ("model", "device", "corpus", "include_path")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 if anything failed, 2 for wrong input, 130 after Ctrl-C."""
-    given = [underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    debug = "--debug" in given
-    try:
-        options = _parser().parse_args(given)
-        return run(options)
-    except UserError as fault:
-        if debug:
-            traceback.print_exc()
-        print(f"dyndepth.verify: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing can be said", file=sys.stderr)
-        return INTERRUPTED
+    return run("verify", _verify, arguments, "interrupted; nothing can be said")
 
 
 def _parser() -> Parser:
     built = Parser(
-        prog="python -m dyndepth.verify",
-        description="Check a run against itself, and compute some of its cells again.",
-        epilog="Exit status: 0 all is well, 1 something failed, 2 wrong input. "
-        "Wall-clock is not measured again.",
-        allow_abbrev=False,
+        "verify",
+        "Check a run against itself, and compute some of its cells again.",
+        "Exit status: 0 all is well, 1 something failed, 2 wrong input. Wall-clock is not measured "
+        "again.",
     )
+    built.runs()
     add = built.add_argument
-    add("runs", nargs="+", type=path_of, metavar="RUN", help="a sweep's output path")
     add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
     add("--all", action="store_true", help="compute all cells again")
     add(
@@ -68,7 +53,7 @@ def _parser() -> Parser:
         metavar="N",
         help=f"documents a task to compute again, or 'all' (default: {DOCUMENTS})",
     )
-    add("--seed", type=int, default=0, help="of the draw of cells and documents (default: 0)")
+    built.whole("seed", 0, "of the draw of cells and documents", 0)
     add("--only_stored", action="store_true", help="compute nothing again")
     add(
         "--write_manifest",
@@ -81,15 +66,14 @@ def _parser() -> Parser:
         )
         add(f"--{name}", metavar=name.upper(), help=f"{HELP[name]} ({told})")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    add("--debug", action="store_true", help=HELP["debug"])
     return built
 
 
-def run(options: argparse.Namespace) -> int:
-    """Verify; returns the exit status. Raises UserError for wrong input."""
+def _verify(given: list[str]) -> int:
     from dyndepth.verify.again import drawn
     from dyndepth.verify.stored import check, write_manifest
 
+    options = _parser().parse_args(given)
     sample, documents = _amounts(options)
     failures = 0
     for path in options.runs:

@@ -1,0 +1,73 @@
+"""The command line ``python -m dyndepth.ls methods|models|tasks``: what there is to choose from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dyndepth.common.commands import Parser, print_table, run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 for wrong input."""
+    return run("ls", _ls, arguments)
+
+
+def _ls(given: list[str]) -> None:
+    kinds = {"methods": list_methods, "models": list_models, "tasks": list_tasks}
+    parser = Parser("ls", "List what there is to choose from.")
+    parser.add_argument("what", choices=list(kinds), help="which kind")
+    kinds[parser.parse_args(given).what]()
+
+
+def list_methods() -> None:
+    """Print every registered method with its declared facts and parameters."""
+    from dataclasses import fields
+
+    from dyndepth.common.registry import method_class, methods
+
+    rows = []
+    for name in methods():
+        cls = method_class(name)
+        parameters = ", ".join(
+            f"{f.name}={f.default!r}"
+            for f in fields(cls)
+            if f.init and f.name not in ("target_speedup", "seed")
+        )
+        facts = [name, cls.granularity, "yes" if cls.needs_training else "", parameters, cls.paper]
+        rows.append(facts)
+    _print(("method", "granularity", "trains", "parameters", "paper"), rows)
+
+
+def list_models() -> None:
+    """Print the embedded model and the architectures of which any model can be loaded."""
+    from dyndepth.common.paths import EMBEDDED
+    from dyndepth.models.families import supported
+
+    rows = [[EMBEDDED, "comes with `python -m dyndepth.assets`; needs no hub and no GPU"]]
+    rows += [[kind, "hub id or local path of a model of this type"] for kind in supported()]
+    _print(("model", "how to get it"), rows)
+
+
+def list_tasks() -> None:
+    """Print the offline tasks and the named suites."""
+    from dyndepth.tasks import OFFLINE, SUITES
+
+    rows = [[name, "task", "offline"] for name in OFFLINE]
+    rows += [[name, "suite", ", ".join(tasks)] for name, tasks in SUITES.items()]
+    _print(("name", "kind", "what"), rows)
+    print("any other lm-eval task works by its name, given a hub or --include_path")
+
+
+def _print(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    print_table(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
