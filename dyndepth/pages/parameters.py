@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from dyndepth.pages.markdown import markup, table
@@ -64,11 +65,7 @@ def presets(cls: type[DynamicDepthMethod]) -> tuple[str, Mapping[Any, Any]]:
     Found in the method's module or the modules beneath it: a mapping whose keys are the choices of
     a parameter, and whose values are dataclasses with fields of the method's names.
     """
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name == cls.__module__ or name.startswith(f"{cls.__module__}.")
-    ]
+    modules = _modules(cls)
     own = {field.name for field in fields(cls)}
     for parameter, known in choices(cls).items():
         for value in (value for module in modules for value in list(vars(module).values())):
@@ -96,14 +93,23 @@ def preset_table(cls: type[DynamicDepthMethod]) -> str:
 
 def descriptions(cls: type[DynamicDepthMethod]) -> dict[str, str]:
     """Parameter -> what docstrings say of it, as Markdown: the class's own first, then those of
-    the dataclasses that its module uses (settings that it repeats as parameters)."""
-    names = vars(sys.modules[cls.__module__]).values()
+    the dataclasses that its modules use (settings that it repeats as parameters)."""
+    names = (value for module in _modules(cls) for value in list(vars(module).values()))
     # What comes from elsewhere may have names in common and mean something else by them.
     own = (each for each in names if getattr(each, "__module__", "").startswith(cls.__module__))
     found: dict[str, str] = {}
     for source in (cls, *filter(is_dataclass, own)):
         found = _described(inspect.cleandoc(source.__doc__ or "")) | found
     return found
+
+
+def _modules(cls: type) -> list[ModuleType]:
+    """The method's module and those beneath it."""
+    return [
+        module
+        for name, module in sorted(sys.modules.items())
+        if name == cls.__module__ or name.startswith(f"{cls.__module__}.")
+    ]
 
 
 def _described(text: str) -> dict[str, str]:
