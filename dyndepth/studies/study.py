@@ -1,4 +1,5 @@
-"""A study: the sweeps that a set of claims needs, and the claims, as plain data.
+"""A study: the sweeps that a set of claims needs, and the claims, as plain data; and, at will, a
+function that says what its committed run shows.
 
 It lies with the methods: a ``Study`` that a distribution names in the entry-point group
 ``dyndepth.studies``.
@@ -97,8 +98,9 @@ class Study:
         claims: in the order of the report; none: its sweeps are all there is.
         limit: documents by task; the tasks are its keys. For the embedded model only: every other
             model is scored on all documents unless --limit says otherwise.
-        findings: what its committed run shows: one paragraph of Markdown after another, wrapped at
-            will, every number quoted from the ``Numbers`` that it is given. None: nothing is said.
+        findings: yields what its committed run shows, one paragraph of Markdown after another with
+            line breaks at will, and quotes numbers from the ``Numbers`` that it is given. None:
+            nothing is said.
     """
 
     name: str
