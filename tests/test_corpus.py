@@ -140,8 +140,7 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     from dyndepth.common import files
     from dyndepth.fitting import fits
     from dyndepth.fitting.recovery import adapters
-    from dyndepth.pages import markdown
-    from dyndepth.results import published
+    from dyndepth.results import numbers, published
     from dyndepth.routes.recorded import documents
     from dyndepth.sweep.settings import read_config
     from dyndepth.verify import stored as manifest
@@ -156,7 +155,7 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     assert list(found.values()) == ["one", "two"]
     written("published.csv", ",".join(published.COLUMNS) + "\n")
     assert published.parse(files.read_text(tmp_path / "published.csv"), "here") == []
-    assert markdown.read(written("a.csv", "cell,value\n1,2\n")) == [{"cell": "1", "value": "2"}]
+    assert numbers.read(written("a.csv", "cell,value\n1,2\n")) == [{"cell": "1", "value": "2"}]
     assert fits.read_curve(written("curve.csv", "step,loss\n1,2.5\n")) == [{"loss": 2.5}]
     card = dict.fromkeys(adapters._CARD_KEYS, "x") | {"layout": adapters._LAYOUT}
     written(adapters.CARD, json.dumps(card))

@@ -20,13 +20,15 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import method_class, methods
 from dyndepth.pages import __main__ as pages
 from dyndepth.pages import blocks as page_blocks
-from dyndepth.pages import markdown
 from dyndepth.pages.blocks import Source, averaged
 from dyndepth.pages.cards import card, kind
-from dyndepth.pages.markdown import joined, layout, spread, table
+from dyndepth.pages.markdown import joined, layout, table
 from dyndepth.pages.parameters import descriptions, parameters
+from dyndepth.results import numbers
+from dyndepth.results.numbers import Numbers, spread
 from dyndepth.results.schema import TABLES, tables
 from dyndepth.results.tables import entry
+from dyndepth.studies.study import Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path("results/embedded")
@@ -130,7 +132,7 @@ def test_a_card_without_a_method_goes(repository, capsys):
 
 def test_the_main_run_may_lie_elsewhere(repository):
     _write(repository / "results" / "other" / "leaderboard.csv", [_row("dense", target_speedup=1)])
-    (repository / "results" / "README.md").unlink()  # its sentences quote the committed run
+    (repository / "results" / "README.md").unlink()  # its findings quote the committed run
     assert pages.main(["--results", "results/other"]) == 0
     assert "`results/other/`: 1 cells (0 failed)" in (repository / "README.md").read_text()
     assert "`results/other/leaderboard.csv`" in (repository / "docs/methods/dense.md").read_text()
@@ -234,7 +236,7 @@ def test_a_study_column_that_nothing_compares_is_refused(repository):
 
 def test_verdicts_are_counted(repository):
     made = page_blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
-    rows = markdown.read(repository / "results" / "skipgpt" / "claims.csv")
+    rows = numbers.read(repository / "results" / "skipgpt" / "claims.csv")
     better = sum(row["claim"] == "tokens" and row["verdict"] == "better" for row in rows)
     assert f"| better: {better}, no difference shown: " in made
     assert len(made.splitlines()) == 2 + len({row["claim"] for row in rows})
@@ -346,22 +348,7 @@ def test_texts():
     assert spread({"v": ""}, "v", "l", "h") == ""
 
 
-class TestSentences:
-    ASKED: dict[str, Any] = {
-        "defaults": {"table": "leaderboard", "target_speedup": 1.5, "show": "mean_acc"},
-        "sentences": [
-            {
-                "text": "It has {0}, dense {1}, of {2} rows.",
-                "values": [
-                    {"label": "uls", "form": "{:.2f}"},
-                    {"label": "dense", "target_speedup": 1, "show": "bits_per_byte"},
-                    {"target_speedup": None, "method": "dense", "count": True},
-                ],
-            },
-            {"text": "No numbers."},
-        ],
-    }
-
+class TestFindings:
     @pytest.fixture
     def source(self, tmp_path) -> Source:
         rows = [
@@ -373,27 +360,106 @@ class TestSentences:
         _write(tmp_path / RESULTS / "leaderboard.csv", rows)
         return Source(tmp_path, RESULTS)
 
-    def test_quote_rows_with_their_intervals(self, source):
-        assert page_blocks.sentences(source, self.ASKED) == (
+    @pytest.fixture
+    def told(self, monkeypatch):
+        """Makes ``findings`` those of every study that is asked for."""
+
+        def tell(findings: Any) -> None:
+            study = Study("any", "Any", (), (), {}, findings)
+            monkeypatch.setattr("dyndepth.studies.study.load_study", lambda name: study)
+
+        return tell
+
+    def test_quote_rows_with_their_intervals(self, source, told):
+        def findings(numbers):
+            accuracy = numbers.of(
+                "leaderboard", "mean_acc", digits=2, label="uls", target_speedup=1.5
+            )
+            bits = numbers.of("leaderboard", "bits_per_byte", label="dense")
+            yield f"""
+                It has {accuracy}, dense {bits},
+                of {numbers.count("leaderboard", method="dense")} rows.
+            """
+            yield "No numbers."
+
+        told(findings)
+        assert page_blocks.findings(source, {"study": "any"}) == (
             "- It has 0.40 [0.30, 0.50], dense 1.250, of 1 rows.\n- No numbers."
         )
 
     @pytest.mark.parametrize(
-        ("value", "said"),
+        ("show", "where", "said"),
         [
-            ({"label": "uls", "target_speedup": 2}, "has 2 rows with"),
-            ({"label": "none"}, "has 0 rows with"),
-            ({"label": "uls", "show": "bits_per_byte"}, "has no bits_per_byte where"),
+            ("mean_acc", {"label": "uls", "target_speedup": 2}, "has 2 rows with"),
+            ("mean_acc", {"label": "none", "target_speedup": 1.5}, "has 0 rows with"),
+            ("mean_acc", {"label": "uls", "no_column": 1.5}, "has 0 rows with"),
+            (
+                "bits_per_byte",
+                {"label": "uls", "target_speedup": 1.5},
+                "results/embedded/leaderboard.csv has no bits_per_byte where",
+            ),
         ],
     )
-    def test_a_value_that_is_not_one_is_refused(self, source, value, said):
-        asked = self.ASKED | {"sentences": [{"text": "{0}", "values": [value]}]}
+    def test_a_value_that_is_not_one_is_refused(self, source, told, show, where, said):
+        def findings(numbers):
+            yield numbers.of("leaderboard", show, **where)
+
+        told(findings)
         with pytest.raises(UserError, match=said):
-            page_blocks.sentences(source, asked)
+            page_blocks.findings(source, {"study": "any"})
+
+    def test_a_table_that_is_not_there_has_no_rows(self, source):
+        own = Numbers(source.root, source.results)
+        assert own.count("timing") == 0
+        with pytest.raises(UserError, match="results/other/timing.csv has 0 rows"):
+            own.within("results/other").of("timing", "wall_speedup")
+
+    def test_block_flops_are_quoted_unless_told_otherwise(self, source):
+        rows = [
+            _row("uls", reference_speedup=1.5, value=3, low=2, high=4) | {"flops": "block"},
+            _row("uls", reference_speedup=1.5, value=5, low="", high="") | {"flops": "total"},
+        ]
+        _write(source.root / RESULTS / "equal_flops.csv", rows)
+        own = Numbers(source.root, source.results)
+        chosen = {"label": "uls", "reference_speedup": 1.5}
+        assert own.of("equal_flops", "value", **chosen) == "3.000 [2.000, 4.000]"
+        assert own.of("equal_flops", "value", flops="total", **chosen) == "5.000"
+        assert own.count("equal_flops", **chosen) == 1
+        assert own.count("equal_flops", label="uls", reference_speedup=1.25) == 0
 
     def test_without_a_run_say_how_to_make_one(self, tmp_path):
-        said = page_blocks.sentences(Source(tmp_path, RESULTS), self.ASKED)
+        source = Source(tmp_path, RESULTS)
+        said = page_blocks.findings(source, {"study": "embedded"})
         assert said.startswith("No run is committed")
+        assert page_blocks.dense_by_run(source, {"folders": ["results/embedded"]}) == said
+
+    def test_a_study_that_says_nothing_is_told(self, source):
+        with pytest.raises(UserError, match="the study 'skipgpt' has no findings"):
+            page_blocks.findings(source, {"study": "skipgpt"})
+        with pytest.raises(UserError, match="unknown study 'sleep'"):
+            page_blocks.findings(source, {"study": "sleep"})
+        with pytest.raises(UserError, match="needs 'study' among its options"):
+            _fill("<!-- generated: findings -->\n<!-- end -->", source)
+
+    def test_dense_in_each_run(self, source):
+        dense = _row("dense", bits_per_byte=1.5, bits_per_byte_low=1.25)
+        dense |= {"bits_per_byte_high": "1.75"}
+        _write(source.root / "results" / "other" / "leaderboard.csv", [dense])
+        folders = ["results/embedded", "results/other"]
+        assert page_blocks.dense_by_run(source, {"folders": folders}) == (
+            "- Bits per byte of dense: 1.250 in `embedded/`, 1.500 [1.250, 1.750] in `other/`."
+        )
+        with pytest.raises(UserError, match="results/none/leaderboard.csv has 0 rows"):
+            page_blocks.dense_by_run(source, {"folders": ["results/none"]})
+
+    @pytest.mark.parametrize("folder", ["embedded", "bounds"])
+    def test_a_committed_row_that_is_gone_is_told(self, repository, capsys, folder):
+        path = repository / "results" / folder / "equal_flops.csv"
+        rows = numbers.read(path)
+        _write(path, [row for row in rows if row["task"] != "socialiqa"][:1])
+        assert pages.main(["--check"]) == 2
+        said = capsys.readouterr().err
+        assert f"results/{folder}/equal_flops.csv has 0 rows with" in said
 
 
 def _rounds_to(value: float, text: str) -> bool:

@@ -17,7 +17,8 @@ from dyndepth.cells.naming import label
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
-from dyndepth.pages.markdown import Record, joined, number, read, spread, table
+from dyndepth.pages.markdown import joined, table
+from dyndepth.results.numbers import Numbers, Record, number, read, spread
 
 Options = dict[str, Any]
 
@@ -270,20 +271,29 @@ def routes(source: Source, options: Options) -> str:
     )
 
 
-def sentences(source: Source, options: dict[str, Any]) -> str:
-    """A list, one item a sentence. See the module's docstring.
-
-    Raises:
-        UserError: a value that not exactly one row has, or that is empty.
-    """
+def dense_by_run(source: Source, options: Options) -> str:
+    """Dense's bits per byte in each of several runs. Option ``folders``: of the runs."""
     if not (source.root / source.results / "leaderboard.csv").is_file():
         return source.missing()
-    defaults = options.get("defaults", {})
-    lines = []
-    for sentence in options["sentences"]:
-        found = [value(source, defaults | asked) for asked in sentence.get("values", [])]
-        lines.append(f"- {sentence['text'].strip().format(*found)}")
-    return "\n".join(lines)
+    numbers = Numbers(source.root, source.results)
+    found = []
+    for folder in options["folders"]:
+        bits = numbers.within(folder).of("leaderboard", "bits_per_byte", label=DENSE)
+        found.append(f"{bits} in `{Path(folder).name}/`")
+    return f"- Bits per byte of dense: {', '.join(found)}."
+
+
+def findings(source: Source, options: Options) -> str:
+    """What a study shows, an item a sentence, as the study itself says it. Option ``study``."""
+    from dyndepth.studies.study import load_study
+
+    study = load_study(options["study"])
+    if study.findings is None:
+        raise UserError(f"the study {study.name!r} has no findings")
+    if not (source.root / source.results / "leaderboard.csv").is_file():
+        return source.missing()
+    said = study.findings(Numbers(source.root, source.results))
+    return "\n".join(f"- {' '.join(text.split())}" for text in said)
 
 
 BLOCKS: dict[str, Callable[[Source, Options], str]] = {
@@ -295,48 +305,7 @@ BLOCKS: dict[str, Callable[[Source, Options], str]] = {
     "dense": dense,
     "verdicts": verdicts,
     "routes": routes,
-    "sentences": sentences,
+    "dense_by_run": dense_by_run,
+    "findings": findings,
 }
 """Name in a page's marker -> what writes the block."""
-
-
-OWN = frozenset({"folder", "table", "show", "form", "count"})
-"""Keys of a value that are no columns to choose rows by."""
-BY_FLOPS = ("curves", "equal_flops")
-"""Tables with rows for block FLOPs, which are quoted unless told otherwise, and for all FLOPs."""
-
-
-def value(source: Source, asked: dict[str, Any]) -> str:
-    """What ``asked`` describes, as text."""
-    folder = Path(asked.get("folder", source.results))
-    table = folder / f"{asked['table']}.csv"
-    wanted = {key: each for key, each in asked.items() if key not in OWN and each is not None}
-    if table.stem in BY_FLOPS:
-        wanted.setdefault("flops", "block")
-    rows = [row for row in source.rows(folder, table.name) if _fits(row, wanted)]
-    if asked.get("count"):
-        return str(len(rows))
-    if len(rows) != 1:
-        raise UserError(f"{table} has {len(rows)} rows with {wanted}; a sentence quotes one")
-    show = asked["show"]
-    text = _shown(rows[0], show, asked.get("form", "{:.3f}"))
-    if not text:
-        raise UserError(f"{table} has no {show} where {wanted}")
-    return text
-
-
-def _shown(row: Record, show: str, form: str) -> str:
-    # Of equal_flops.csv, ``low`` and ``high`` are the ends of ``value``.
-    ends = ("low", "high") if show == "value" else (f"{show}_low", f"{show}_high")
-    return spread(row, show, *ends, form)
-
-
-def _fits(row: Record, wanted: dict[str, Any]) -> bool:
-    for column, each in wanted.items():
-        found = label(row) if column == "label" else row.get(column)
-        if isinstance(each, int | float) and not isinstance(each, bool):
-            if not found or abs(float(found) - each) > 1e-9:
-                return False
-        elif found != str(each):
-            return False
-    return True

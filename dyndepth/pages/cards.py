@@ -22,8 +22,9 @@ from dyndepth.cells.naming import label
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.errors import UserError
 from dyndepth.common.spec import parameters_of
-from dyndepth.pages.markdown import Record, joined, layout, markup, number, read, spread, table
+from dyndepth.pages.markdown import joined, layout, markup, table
 from dyndepth.pages.parameters import choices, parameters, preset_table
+from dyndepth.results.numbers import Record, number, read, spread
 from dyndepth.results.published import kind_of, nearest
 
 if TYPE_CHECKING:

@@ -1,33 +1,12 @@
-"""Markdown from the committed tables (rows, numbers) and from docstrings."""
+"""Markdown from rows of texts and from docstrings."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from dyndepth.common.errors import UserError
-from dyndepth.common.files import read_text
-
-Record = dict[str, str]
-"""A row of a CSV file: column -> text, empty where the value is missing."""
 
 _SECTION = re.compile(r"([A-Z][A-Za-z]*(?: [a-z]+){0,4}(?: \([^)]*\))?): ?(.*)")
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
-
-
-def read(path: Path) -> list[Record]:
-    """The rows of a CSV file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        return list(csv.DictReader(io.StringIO(read_text(path))))
-    except OSError as fault:
-        raise UserError(f"{path} cannot be read: {fault}") from None
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -38,21 +17,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def number(text: str | None, form: str = "{:.3f}") -> str:
-    """The number that a field holds, formatted; empty for an empty field."""
-    return form.format(float(text)) if text else ""
-
-
-def spread(row: Record, value: str, low: str, high: str, form: str = "{:.3f}") -> str:
-    """``value [low, high]`` from the columns of these names; without interval where there is none,
-    empty where there is no value."""
-    if not row.get(value):
-        return ""
-    ends = [number(row.get(end), form) for end in (low, high)]
-    interval = f" [{', '.join(ends)}]" if all(ends) else ""
-    return number(row[value], form) + interval
 
 
 def joined(texts: Iterable[str]) -> str:

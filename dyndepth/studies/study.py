@@ -1,4 +1,5 @@
-"""A study: the sweeps that a set of claims needs, and the claims, as plain data.
+"""A study: the sweeps that a set of claims needs, and the claims, as plain data; and, at will, a
+function that says what its committed run shows.
 
 It lies with the methods: a ``Study`` that a distribution names in the entry-point group
 ``dyndepth.studies``.
@@ -6,6 +7,7 @@ It lies with the methods: a ``Study`` that a distribution names in the entry-poi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Literal
 from dyndepth.cells.recipe import NONE, parse_recoveries
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, check_path, slug
+from dyndepth.results.numbers import Numbers
 from dyndepth.sweep import settings as options
 from dyndepth.sweep.settings import OTHERS, Settings
 
@@ -94,6 +97,9 @@ class Study:
         claims: in the order of the report; none: its sweeps are all there is.
         limit: documents by task; the tasks are its keys. For the embedded model only: every other
             model is scored on all documents unless --limit says otherwise.
+        findings: yields what its committed run shows, one paragraph of Markdown after another with
+            line breaks at will, and quotes numbers from the ``Numbers`` that it is given. None:
+            nothing is said.
     """
 
     name: str
@@ -101,6 +107,7 @@ class Study:
     sweeps: tuple[dict[str, Any], ...]
     claims: tuple[Claim, ...]
     limit: dict[str, int | None]
+    findings: Callable[[Numbers], Iterator[str]] | None = None
 
     def __post_init__(self) -> None:
         for sweep in self.sweeps:

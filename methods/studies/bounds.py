@@ -7,6 +7,7 @@ generation.
 
 from __future__ import annotations
 
+from dyndepth.methods.studies import findings
 from dyndepth.studies.study import Study
 
 BUDGETS = (1.25, 1.5)
@@ -26,4 +27,5 @@ STUDY = Study(
         {"methods": "oracle(depths=6)", "speedups": (1.1, 1.25, 1.5, 2.0)},
     ),
     claims=(),
+    findings=findings.bounds,
 )

@@ -8,6 +8,7 @@ to be sure of 3% takes some ten minutes per cell. What bounds could do is anothe
 
 from __future__ import annotations
 
+from dyndepth.methods.studies import findings
 from dyndepth.studies.study import Study
 
 BUDGETS = (1.1, 1.25, 1.5, 2.0)
@@ -50,4 +51,5 @@ STUDY = Study(
         {"methods": "uls(spacing=even)", "speedups": (1.25,), "timing": "full"},
     ),
     claims=(),
+    findings=findings.embedded,
 )

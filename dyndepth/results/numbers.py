@@ -1,0 +1,107 @@
+"""Numbers of committed tables as text, and ``Numbers``, by which sentences quote them.
+
+A function that writes sentences gets a ``Numbers`` and puts what that finds into f-strings::
+
+    f"Dense has {numbers.of('leaderboard', 'bits_per_byte', label='dense')} bits per byte."
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dyndepth.cells.naming import label
+from dyndepth.common.errors import UserError
+from dyndepth.common.files import read_text
+
+Record = dict[str, str]
+"""A row of a CSV file: column -> text, empty where the value is missing."""
+
+BY_FLOPS = ("curves", "equal_flops")
+"""Tables with rows for block FLOPs, which are quoted unless told otherwise, and for all FLOPs."""
+
+
+def read(path: Path) -> list[Record]:
+    """The rows of a CSV file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path))))
+    except OSError as fault:
+        raise UserError(f"{path} cannot be read: {fault}") from None
+
+
+def number(text: str | None, form: str = "{:.3f}") -> str:
+    """The number that a field holds, formatted; empty for an empty field."""
+    return form.format(float(text)) if text else ""
+
+
+def spread(row: Record, value: str, low: str, high: str, form: str = "{:.3f}") -> str:
+    """``value [low, high]`` from the columns of these names; without interval where there is none,
+    empty where there is no value."""
+    if not row.get(value):
+        return ""
+    ends = [number(row.get(end), form) for end in (low, high)]
+    interval = f" [{', '.join(ends)}]" if all(ends) else ""
+    return number(row[value], form) + interval
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the tables of a committed run say: the repository's ``root``, and the run's ``folder``,
+    relative to it.
+
+    Rows are chosen by ``where``, column=value. A number is compared as a number, and ``label``,
+    which is no column, with the one name that a row's method has everywhere (``cells.naming``).
+    """
+
+    root: Path
+    folder: Path
+
+    def within(self, folder: str | Path) -> Numbers:
+        """The same of another run."""
+        return replace(self, folder=Path(folder))
+
+    def of(self, table: str, show: str, /, *, digits: int = 3, **where: Any) -> str:
+        """The column ``show`` of the one row that fits, with so many digits after the point, as
+        ``value [low, high]`` where the table has an interval.
+
+        Raises:
+            UserError: not exactly one row fits, or it has no value.
+        """
+        where = _wanted(table, where)
+        rows = self._rows(table, where)
+        path = self.folder / f"{table}.csv"
+        if len(rows) != 1:
+            raise UserError(f"{path} has {len(rows)} rows with {where}; a sentence quotes one")
+        # Of equal_flops.csv, ``low`` and ``high`` are the ends of ``value``.
+        ends = ("low", "high") if show == "value" else (f"{show}_low", f"{show}_high")
+        text = spread(rows[0], show, *ends, f"{{:.{digits}f}}")
+        if not text:
+            raise UserError(f"{path} has no {show} where {where}")
+        return text
+
+    def count(self, table: str, /, **where: Any) -> int:
+        """How many rows fit; none where there is no such table."""
+        return len(self._rows(table, _wanted(table, where)))
+
+    def _rows(self, table: str, where: dict[str, Any]) -> list[Record]:
+        path = self.root / self.folder / f"{table}.csv"
+        rows = read(path) if path.is_file() else []
+        return [row for row in rows if all(_fits(row, *each) for each in where.items())]
+
+
+def _wanted(table: str, where: dict[str, Any]) -> dict[str, Any]:
+    return {"flops": "block"} | where if table in BY_FLOPS else where
+
+
+def _fits(row: Record, column: str, wanted: str | float) -> bool:
+    found = label(row) if column == "label" else row.get(column)
+    if isinstance(wanted, str):
+        return found == wanted
+    return abs(float(found) - wanted) < 1e-9 if found else False
