@@ -41,7 +41,7 @@ def test_computed_counts_beginnings_once():
 
 
 def test_routes_agree_and_are_reported(tiny, tiny_corpus, monkeypatch, capsys):
-    monkeypatch.setattr(bench_routes, "load_model", lambda *_, **__: tiny("llama", "sdpa"))
+    monkeypatch.setattr(bench_routes, "loaded", lambda *_, **__: tiny("llama", "sdpa"))
     options = argparse.Namespace(
         dtypes=["float32"],
         model="tiny",
@@ -72,9 +72,7 @@ def test_prompts_kept_whole_are_timed_on_request_alone(monkeypatch):
 
 
 def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "dyndepth.models.loading.load_model", lambda *_, **__: tiny("llama", "sdpa")
-    )
+    monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
     monkeypatch.setattr(bench_shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
     works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", bench_shapes.REFERENCE]
     options = argparse.Namespace(

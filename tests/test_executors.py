@@ -309,7 +309,7 @@ def test_memory_that_runs_out_halves_the_batch_and_leaves_the_scores(tiny):
             "timing": "off",
         }
     )
-    bench = Workbench(settings, ["quartz"])
+    bench = Workbench(settings, {"quartz": 8})
     plan = CellSpec("dense")
     sizes: list[tuple[int, ...]] = []
     room = 10**9

@@ -560,7 +560,7 @@ def identity(place):
     tasks._manager.cache_clear()
     given = {"model": str(place / "model"), "corpus": str(place / "corpus.txt"), "methods": "uls"}
     given |= {"tasks": "own", "include_path": str(place / "tasks"), "device": "cpu"}
-    return Workbench(settings(given), ["own"]).shared_identity
+    return Workbench(settings(given), {"own": None}).shared_identity
 
 
 def edit(file, old, new):

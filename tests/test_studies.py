@@ -281,15 +281,15 @@ class ToyBench:
     broken: tuple[str, ...] = ()
     asked = 0
 
-    def __init__(self, settings, tasks) -> None:
-        self.settings, self.tasks = settings, tasks
+    def __init__(self, settings, documents) -> None:
+        self.settings, self.documents = settings, documents
 
     @property
     def shared_identity(self):
         keys = ("model", "dtype", "sample_seed", "num_fewshot", "batch_size")
         found = identity(harness_code="now", torch="1", model_fingerprint="f")
         found |= {key: getattr(self.settings, key) for key in keys}
-        found |= {"tasks": self.tasks, "limit": grid.limits(self.settings, self.tasks)}
+        found |= {"tasks": list(self.documents), "limit": self.documents}
         own = {*method_identity(CellSpec("dense").build())}
         return {key: value for key, value in found.items() if key not in own}
 
@@ -303,8 +303,7 @@ class ToyBench:
         ToyBench.asked += 1
         if plan.method in self.broken:
             raise ValueError("no such layer")
-        limit = grid.limits(self.settings, self.tasks)["quartz"]
-        right = outcomes(plan.method, plan.seed, limit)
+        right = outcomes(plan.method, plan.seed, self.documents["quartz"])
         return SimpleNamespace(**tables(plan.method, plan.target_speedup, right))
 
 

@@ -20,6 +20,7 @@ from dyndepth.cells.recipe import Recipe
 from dyndepth.cells.store import Store
 from dyndepth.common import commands, digests, provenance, registry
 from dyndepth.common.errors import UserError
+from dyndepth.evaluation.evaluate import Evaluation
 from dyndepth.sweep import __main__
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep import settings as options
@@ -28,7 +29,6 @@ from dyndepth.sweep.executors import Inline
 from dyndepth.sweep.grid import limits, plans
 from dyndepth.sweep.progress.people import Lines
 from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
-from dyndepth.sweep.workbench import Tables, together
 from dyndepth.sweep.worker import Worker
 
 CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0)]
@@ -451,8 +451,8 @@ class TestProvenance:
 def test_evaluations_of_different_tasks_become_one():
     def one(tokens, executed):
         row = {"task": "all", "phase": "all", "layer": 0, "sublayer": "mlp", "executed": executed}
-        return Tables([{}], [{"phase": "all", "tokens": tokens}], [row], [{}, {}])
+        return Evaluation([{}], [{"phase": "all", "tokens": tokens}], [row], [{}, {}])
 
-    found = together([one(100, 1.0), one(300, 0.5)])
+    found = Evaluation.joined([one(100, 1.0), one(300, 0.5)])
     assert [len(getattr(found, name)) for name in ("accuracy", "compute", "samples")] == [2, 2, 4]
     assert [row["executed"] for row in found.routing] == [(100 + 150) / 400]

@@ -16,6 +16,7 @@ The last line of output is one JSON object.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -69,14 +70,19 @@ def _parser() -> Parser:
 
 
 def _bench(given: list[str]) -> int:
-    """Run the chosen lines and print them."""
+    options = _parser().parse_args(given)
+    reached = bench(options)
+    return 1 if options.check == "fail" and not reached else 0
+
+
+def bench(options: argparse.Namespace) -> bool:
+    """Run the chosen lines and print them. True if no goal that was checked is missed."""
     import torch
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
     from dyndepth.models.loading import load_tokenizer, named, resolve_device
 
-    options = _parser().parse_args(given)
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
     if options.threads:
@@ -103,7 +109,7 @@ def _bench(given: list[str]) -> int:
         found["sweep"] = sweep(options)
     reached = not options.check or _reached(found["bench"])
     print(json.dumps(found))
-    return 1 if options.check == "fail" and not reached else 0
+    return reached
 
 
 def _reached(lines: Lines) -> bool:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dyndepth.cells.cell import DENSE, CellSpec, cell_identity
@@ -27,7 +28,6 @@ from dyndepth.sweep.driver import Driver
 from dyndepth.sweep.executors import Inline
 from dyndepth.sweep.progress.people import Lines
 from dyndepth.sweep.settings import Settings
-from dyndepth.sweep.workbench import Tables
 from dyndepth.sweep.worker import Worker
 
 CELLS = 2000
@@ -63,7 +63,7 @@ class _Bench:
     def provenance(self, plan: CellSpec) -> Row:
         return {"threads": 1}
 
-    def evaluate(self, plan: CellSpec) -> Tables:
+    def evaluate(self, plan: CellSpec) -> SimpleNamespace:
         self.memory.append(_resident())
         hits = [(plan.seed >> document) % 2 for document in range(DOCUMENTS)]
         shared = {"task": "one", "metric": "acc", "filter": "none", "task_version": "1"}
@@ -78,7 +78,9 @@ class _Bench:
         compute = {"task": "one", "phase": "all", "tokens": 100, "block_flops_per_token": 1.0}
         compute |= {"total_flops_per_token": 2.0, "block_speedup": 2.0, "total_speedup": 1.5}
         place = {"task": "all", "phase": "all", "layer": 0, "sublayer": "mlp", "executed": 0.5}
-        return Tables([shared | accuracy], [compute], [place], samples)
+        return SimpleNamespace(
+            accuracy=[shared | accuracy], compute=[compute], routing=[place], samples=samples
+        )
 
     def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
         return []

@@ -23,7 +23,14 @@ from lm_eval.evaluator import evaluate as run_lm_eval
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.language_model import ROWS, DyndepthLM
 from dyndepth.evaluation.outcomes import outcomes_of
-from dyndepth.evaluation.rows import Row, accuracy_rows, compute_rows, routing_rows, sample_rows
+from dyndepth.evaluation.rows import (
+    Row,
+    accuracy_rows,
+    compute_rows,
+    joined_routing,
+    routing_rows,
+    sample_rows,
+)
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime.trace import Backend
 from dyndepth.tasks import resolve, task_manager
@@ -60,6 +67,17 @@ class Evaluation:
     compute: list[Row]
     routing: list[Row]
     samples: list[Row]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Evaluation]) -> Evaluation:
+        """Evaluations of different tasks as one; routing is averaged by tokens."""
+        each = list(parts)
+        return cls(
+            accuracy=[row for one in each for row in one.accuracy],
+            compute=[row for one in each for row in one.compute],
+            routing=joined_routing((one.routing, one.compute) for one in each),
+            samples=[row for one in each for row in one.samples],
+        )
 
 
 def evaluate(

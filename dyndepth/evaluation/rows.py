@@ -102,6 +102,26 @@ def routing_rows(costs: Iterable[Cost]) -> Iterator[Row]:
                 }
 
 
+def joined_routing(parts: Iterable[tuple[Sequence[Row], Sequence[Row]]]) -> list[Row]:
+    """Routing rows of several evaluations as one, averaged by the tokens that the compute rows
+    beside each tell of its phase."""
+    executed: dict[tuple[Any, ...], list[float]] = {}
+    for routing, compute in parts:
+        tokens: dict[str, float] = {}
+        for row in compute:
+            tokens[row["phase"]] = tokens.get(row["phase"], 0.0) + row["tokens"]
+        for row in routing:
+            place = (row["task"], row["phase"], row["layer"], row["sublayer"])
+            sums = executed.setdefault(place, [0.0, 0.0])
+            sums[0] += row["executed"] * tokens[row["phase"]]
+            sums[1] += tokens[row["phase"]]
+    keys = ("task", "phase", "layer", "sublayer")
+    return [
+        dict(zip(keys, place, strict=True)) | {"executed": part / whole}
+        for place, (part, whole) in executed.items()
+    ]
+
+
 def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Two dictionaries of numbers, one level of nesting allowed, summed by key."""
     return {

@@ -62,13 +62,15 @@ SHARES = ("rouge_l",)
 """Those of them that lie between 0 and 1."""
 
 
-def leaderboard(cells: Iterable[Cell]) -> list[Row]:
-    """Rows of leaderboard.csv, in the order of ``cells``, identity included."""
+def leaderboard(cells: Iterable[Cell], leading: Iterable[Row] | None = None) -> list[Row]:
+    """Rows of leaderboard.csv, in the order of ``cells``, identity included; ``leading``: the
+    columns of each that lead its row, if they are known."""
     cells = list(cells)
+    leading = map(identity_columns, cells) if leading is None else leading
     dense = {setting(cell.identity): outcomes(cell) for cell in cells if is_dense(cell)}
     return [
-        {**identity_columns(cell), **_row(cell, dense.get(setting(cell.identity)))}
-        for cell in cells
+        {**first, **_row(cell, dense.get(setting(cell.identity)))}
+        for cell, first in zip(cells, leading, strict=True)
     ]
 
 

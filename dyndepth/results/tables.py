@@ -77,11 +77,12 @@ def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
     # The leaderboard is a table too, and it is written with this module's functions.
     from dyndepth.results.leaderboard import leaderboard
 
+    leading = [identity_columns(cell) for cell in cells]
     rows = {
-        "accuracy.csv": accuracy(cells),
-        "leaderboard.csv": leaderboard(cells),
-        **{f"{name}.csv": _rows(cells, name) for name in ("compute", "timing")},
-        **{f"{name}.parquet": _rows(cells, name) for name in ("routing", "samples")},
+        "accuracy.csv": accuracy(cells, leading),
+        "leaderboard.csv": leaderboard(cells, leading),
+        **{f"{name}.csv": _rows(cells, leading, name) for name in ("compute", "timing")},
+        **{f"{name}.parquet": _rows(cells, leading, name) for name in ("routing", "samples")},
     }
     for name in CHECKED:
         validate(name, rows[name])
@@ -91,24 +92,25 @@ def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
     return [path / name for name in NAMES]
 
 
-def accuracy(cells: Iterable[Cell]) -> list[Row]:
-    """Rows of accuracy.csv; a cell without results has one row that says so in ``status``."""
+def accuracy(cells: Iterable[Cell], leading: Iterable[Row]) -> list[Row]:
+    """Rows of accuracy.csv; a cell without results has one row that says so in ``status``.
+
+    ``leading`` are the columns that lead the rows of each cell.
+    """
     rows = []
-    for cell in cells:
-        leading = {**identity_columns(cell), "status": cell.status}
+    for cell, first in zip(cells, leading, strict=True):
         guessed = by_task(cell)
         for row in cell.accuracy or [{}]:
             of_accuracy = row.get("metric") in OF_ACCURACY
             chance = guessed.get(row["task"]) if of_accuracy else None
-            rows.append({**leading, **row, "chance": chance or None})
+            rows.append({**first, "status": cell.status, **row, "chance": chance or None})
     return rows
 
 
-def _rows(cells: Iterable[Cell], name: str) -> list[Row]:
+def _rows(cells: Iterable[Cell], leading: Iterable[Row], name: str) -> list[Row]:
     found = []
-    for cell in cells:
-        leading = identity_columns(cell)
-        found += [{**leading, **row} for row in getattr(cell, name)]
+    for cell, first in zip(cells, leading, strict=True):
+        found += [{**first, **row} for row in getattr(cell, name)]
     return found
 
 

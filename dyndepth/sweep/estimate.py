@@ -7,13 +7,13 @@ are assumed, and the rate is that of a matrix product measured here, times an as
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from dyndepth.cells.cell import CellSpec
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.commands import print_table
-from dyndepth.sweep.grid import limits
+from dyndepth.sweep.grid import Grid
 from dyndepth.sweep.settings import Settings
 
 TOKENS = 100
@@ -44,13 +44,12 @@ def skeleton(settings: Settings) -> Any:
         )
 
 
-def cell_flops(plan: CellSpec, settings: Settings, tasks: Sequence[str], model: Any) -> float:
+def cell_flops(plan: CellSpec, documents: Iterable[int | None], model: Any) -> float:
     """FLOPs of scoring one cell: blocks at the target speedup, LM head on every token."""
     from dyndepth.runtime.flops import BlockCosts
 
     costs = BlockCosts.of(model)
-    documents = sum(number or DOCUMENTS for number in limits(settings, tasks).values())
-    tokens = documents * TOKENS
+    tokens = sum(number or DOCUMENTS for number in documents) * TOKENS
     return tokens * (costs.block(TOKENS / 2) / plan.target_speedup + costs.lm_head)
 
 
@@ -75,7 +74,7 @@ def measured_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     return 2 * size**3 * runs / (time.perf_counter() - started)
 
 
-def print_estimate(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
+def print_estimate(settings: Settings, found: Grid) -> None:
     """Print the cells with FLOPs and rough seconds each, and what was assumed."""
     from rich.markup import escape
     from rich.table import Table
@@ -89,10 +88,11 @@ def print_estimate(settings: Settings, cells: Sequence[CellSpec], tasks: Sequenc
     table = Table(title="Cells of this sweep (dry run: nothing was written)")
     for heading in ("#", "cell", "trains", "GFLOPs", "seconds"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
-    whole = None in limits(settings, tasks).values()
+    documents = found.documents.values()
+    whole = None in documents
     total, tried = 0.0, False
-    for index, plan in enumerate(cells, start=1):
-        flops = cell_flops(plan, settings, tasks, model)
+    for index, plan in enumerate(found.cells, start=1):
+        flops = cell_flops(plan, documents, model)
         seconds = flops / (UTILISATION * rate) + TIMING_SECONDS[settings.timing]
         total += seconds
         method = plan.build()

@@ -12,13 +12,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.sweep.grid import Grid
 from dyndepth.sweep.progress.interface import no_bars
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.worker import Work, Worker, hired
@@ -87,12 +88,10 @@ class Processes:
     With CUDA devices, workers take turns in choosing one. A process that dies is replaced.
     """
 
-    def __init__(
-        self, settings: Settings, tasks: Sequence[str], cells: int, grace: float = GRACE
-    ) -> None:
-        self.settings, self._tasks = settings, tuple(tasks)
+    def __init__(self, settings: Settings, found: Grid, grace: float = GRACE) -> None:
+        self.settings, self._documents = settings, found.documents
         self._devices = gpu_count(settings.device)
-        self._slots, self._threads = shares(settings, cells, self._devices)
+        self._slots, self._threads = shares(settings, len(found.cells), self._devices)
         limit = settings.cell_timeout
         self._limit = None if limit is None else limit + grace
         self._pool: Any = None
@@ -111,7 +110,7 @@ class Processes:
             max_workers=self._slots,
             context=context,
             initializer=_settle,
-            initargs=(self.settings, self._tasks, seats, self._threads, self._devices),
+            initargs=(self.settings, self._documents, seats, self._threads, self._devices),
         )
         try:
             found: Row = self._pool.schedule(_shared).result()
@@ -191,7 +190,7 @@ _hire: Callable[[], Worker] | None = None
 
 
 def _settle(
-    settings: Settings, tasks: Sequence[str], seats: Any, threads: int, devices: int
+    settings: Settings, documents: dict[str, int | None], seats: Any, threads: int, devices: int
 ) -> None:
     """Make this process a worker. The model is loaded with the first cell, so that a model that
     cannot be loaded is an answer and not a process that dies."""
@@ -203,7 +202,7 @@ def _settle(
     seat = _seat(seats)
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(seat % devices)
-    _hire = lambda: hired(settings, tasks)  # noqa: E731
+    _hire = lambda: hired(settings, documents)  # noqa: E731
 
 
 def _end_with_parent(parent: int) -> None:

@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dyndepth.cells.cell import DENSE, CellSpec
 from dyndepth.cells.recipe import NONE, parse_recovery
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.data.capacity import check_length
 from dyndepth.sweep.settings import DEFAULT_LIMIT, OTHERS, Settings
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep is about to compute, looked up once and handed to all who need it.
+
+    Attributes:
+        cells: in the order in which they are computed; of a shard, its own.
+        documents: how many are scored, by task in their order; None: all.
+    """
+
+    cells: tuple[CellSpec, ...]
+    documents: dict[str, int | None]
+
+
+def grid(settings: Settings) -> Grid:
+    """The grid of a sweep, everything checked that needs no weights.
+
+    Raises:
+        UserError: a model, method, speedup or task that cannot be had, or windows of text that are
+            longer than the model takes.
+    """
+    from dyndepth.models.loading import checked_config, layer_count, longest_window
+    from dyndepth.tasks import resolve
+    from dyndepth.timing.measure import check_shapes
+
+    model = (settings.model, settings.revision, settings.trust_remote_code)
+    layers, longest = layer_count(*model), longest_window(*model)
+    if settings.model != EMBEDDED:
+        checked_config(*model)
+    which, count = settings.shard
+    cells = plans(settings, layers, longest)[which - 1 :: count]
+    if settings.timing != "off":
+        check_shapes(longest, settings.timing)
+    tasks = resolve(settings.tasks, settings.include_path)
+    return Grid(tuple(cells), limits(settings, tasks))
 
 
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,6 +17,7 @@ from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.sweep.executors import GRACE, WorkerDied, shared
+from dyndepth.sweep.grid import Grid
 from dyndepth.sweep.progress.interface import no_bars
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.worker import Work, Worker, hired
@@ -28,9 +28,7 @@ CPUS_PER_CELL = 1.0
 class Ray:
     """See ``executors.Executor``. ``grace`` as there."""
 
-    def __init__(
-        self, settings: Settings, tasks: Sequence[str], cells: int, grace: float = GRACE
-    ) -> None:
+    def __init__(self, settings: Settings, found: Grid, grace: float = GRACE) -> None:
         try:
             import ray
         except ImportError:
@@ -38,7 +36,8 @@ class Ray:
                 "--executor ray needs Ray: pip install 'dyndepth[ray]', or choose processes"
             ) from None
         self._ray: Any = ray
-        self.settings, self._tasks, self._cells = settings, tuple(tasks), cells
+        self.settings, self._documents = settings, found.documents
+        self._cells = len(found.cells)
         limit = settings.cell_timeout
         self._limit = None if limit is None else limit + grace
         self._idle: list[Any] = []
@@ -107,7 +106,7 @@ class Ray:
             num_gpus=self._gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         )
-        return actor.remote(self.settings, self._tasks)
+        return actor.remote(self.settings, self._documents)
 
     def submit(self, work: Work) -> Future[Cell]:
         worker = self._idle.pop() if self._idle else self._hire()
@@ -168,13 +167,13 @@ def _check_address(address: str | None) -> None:
 class _Actor:
     """Lives in a process of the cluster; the model is loaded with the first call."""
 
-    def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
-        self._settings, self._tasks = settings, tasks
+    def __init__(self, settings: Settings, documents: dict[str, int | None]) -> None:
+        self._settings, self._documents = settings, documents
         self._worker: Worker | None = None
 
     def _own(self) -> Worker:
         if self._worker is None:
-            self._worker = hired(self._settings, self._tasks)
+            self._worker = hired(self._settings, self._documents)
         return self._worker
 
     def shared(self) -> Row:

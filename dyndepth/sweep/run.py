@@ -18,10 +18,9 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.store import Store
 from dyndepth.common.commands import INTERRUPTED
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED
 from dyndepth.sweep.driver import Driver, Tally
 from dyndepth.sweep.executors import Executor, Inline, Processes
-from dyndepth.sweep.grid import limits, plans
+from dyndepth.sweep.grid import Grid, grid
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.worker import hired, quiet_libraries
 
@@ -46,27 +45,15 @@ def sweep(settings: Settings) -> int:
     trackers.check(settings.trackers)
     quiet_libraries(settings.debug)
 
-    from dyndepth.models.loading import checked_config, layer_count, longest_window
-    from dyndepth.tasks import resolve
-    from dyndepth.timing.measure import check_shapes
-
-    model = (settings.model, settings.revision, settings.trust_remote_code)
-    layers, longest = layer_count(*model), longest_window(*model)
-    if settings.model != EMBEDDED:
-        checked_config(*model)
-    which, count = settings.shard
-    cells = plans(settings, layers, longest)[which - 1 :: count]
-    if settings.timing != "off":
-        check_shapes(longest, settings.timing)
-    tasks = resolve(settings.tasks, settings.include_path)
-    announce(settings, cells, tasks)
+    found = grid(settings)
+    announce(settings, found)
     if settings.dry_run:
         from dyndepth.sweep.estimate import print_estimate
 
-        print_estimate(settings, cells, tasks)
+        print_estimate(settings, found)
         return 0
 
-    executor = executor_for(settings, tasks, len(cells))
+    executor = executor_for(settings, found)
     listener = listener_for(settings, settings.executor != "inline")
     print(f"loading {settings.model}", flush=True)
     try:
@@ -74,26 +61,32 @@ def sweep(settings: Settings) -> int:
         store.check_model(settings.model, shared["model_fingerprint"])
         with store.locked():
             store.sweep_up()
+            identify = partial(cell_identity, shared=shared)
             return run(
-                cells, executor, store, settings, listener, partial(cell_identity, shared=shared)
+                found.cells,
+                executor,
+                store,
+                settings,
+                listener,
+                identify,
             )
     finally:
         executor.close()
 
 
-def executor_for(settings: Settings, tasks: Sequence[str], cells: int) -> Executor:
+def executor_for(settings: Settings, found: Grid) -> Executor:
     """The executor that ``settings`` name, not started.
 
     Raises:
         UserError: what it needs is not installed.
     """
     if settings.executor == "processes":
-        return Processes(settings, tasks, cells)
+        return Processes(settings, found)
     if settings.executor == "ray":
         from dyndepth.sweep.ray import Ray
 
-        return Ray(settings, tasks, cells)
-    return Inline(lambda: hired(settings, tasks))
+        return Ray(settings, found)
+    return Inline(lambda: hired(settings, found.documents))
 
 
 def run(
@@ -129,13 +122,15 @@ def run(
     return 1 if driver.tally.failed else 0
 
 
-def announce(settings: Settings, cells: Sequence[CellSpec], tasks: Sequence[str]) -> None:
+def announce(settings: Settings, found: Grid) -> None:
     """Say what is about to be done and how sharp the result will be."""
     from dyndepth.results.statistics.intervals import expected_margin
 
-    print(f"{len(cells)} cells on {settings.model}; documents, and the most that the 95% margin")
+    print(
+        f"{len(found.cells)} cells on {settings.model}; documents, and the most that the 95% margin"
+    )
     print("of an accuracy over them can be (differences to dense are paired and sharper):")
-    for task, documents in limits(settings, tasks).items():
+    for task, documents in found.documents.items():
         margin = f"±{100 * expected_margin(documents):.1f} points" if documents else ""
         print(f"  {task}: {documents or 'all'} {margin}".rstrip())
     sys.stdout.flush()

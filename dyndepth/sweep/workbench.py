@@ -6,9 +6,8 @@ import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import CellSpec, cell_identity
 from dyndepth.cells.identity import Row
@@ -17,8 +16,10 @@ from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.models.loading import SPREAD, resolve_device
-from dyndepth.sweep.grid import limits
 from dyndepth.sweep.settings import Settings
+
+if TYPE_CHECKING:
+    from dyndepth.evaluation.evaluate import Evaluation
 
 
 def free_memory() -> None:
@@ -29,26 +30,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-TABLES = ("accuracy", "compute", "routing", "samples")
-
-
 class Workbench:
     """One model, loaded once, on which every cell of the sweep is computed.
 
-    Everything that can be wrong besides the weights is looked at before they are read.
+    ``documents`` says how many are scored, by task in their order (None: all). Everything that can
+    be wrong besides the weights is looked at before they are read.
 
     Raises:
         UserError: a missing or unsupported model, a missing corpus, a tampered asset.
     """
 
-    def __init__(self, settings: Settings, tasks: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, documents: dict[str, int | None]) -> None:
         from dyndepth.data.corpus import load_corpus
         from dyndepth.fitting.recovery.adapters import adaptable
         from dyndepth.models.loading import checked_config, load_model, load_tokenizer
 
         self.settings = settings
-        self.tasks = list(tasks)
-        self.limits = limits(settings, tasks)
+        self.tasks, self.limits = list(documents), documents
         self.device = resolve_device(settings.device)
         named = (settings.model, settings.revision, settings.trust_remote_code)
         self.tokenizer = load_tokenizer(*named)
@@ -140,7 +138,7 @@ class Workbench:
 
         return fit_and_recover(plan.build(), self.model, self.corpus, plan.recovery)
 
-    def evaluate(self, plan: CellSpec) -> Tables:
+    def evaluate(self, plan: CellSpec) -> Evaluation:
         """Score the plan's cell.
 
         Where the device has no room for a batch, this cell and those after it are scored in
@@ -160,14 +158,12 @@ class Workbench:
                 self.batch_size //= 2
                 free_memory()
 
-    def _evaluate(self, method: Any) -> Tables:
-        from dyndepth.evaluation.evaluate import evaluate
+    def _evaluate(self, method: Any) -> Evaluation:
+        from dyndepth.evaluation.evaluate import Evaluation, evaluate
 
-        return together(
-            [
-                evaluate(self.model, self.tokenizer, method, tasks, **how)
-                for tasks, how in self._tasks_by_limit()
-            ]
+        return Evaluation.joined(
+            evaluate(self.model, self.tokenizer, method, tasks, **how)
+            for tasks, how in self._tasks_by_limit()
         )
 
     def _tasks_by_limit(self) -> list[tuple[list[str], dict[str, Any]]]:
@@ -208,37 +204,6 @@ class Workbench:
                     samples, reader, self.num_fewshot, self.settings.include_path
                 ),
             )
-
-
-@dataclass
-class Tables:
-    """Rows of four tables, as ``dyndepth.evaluation.evaluate.Evaluation`` has them."""
-
-    accuracy: list[Row]
-    compute: list[Row]
-    routing: list[Row]
-    samples: list[Row]
-
-
-def together(evaluations: Sequence[Any]) -> Tables:
-    """Evaluations of different tasks as one; routing is averaged by tokens."""
-    found = Tables(*([row for one in evaluations for row in getattr(one, t)] for t in TABLES))
-    executed: dict[tuple[Any, ...], list[float]] = {}
-    for one in evaluations:
-        tokens: dict[str, float] = {}
-        for row in one.compute:
-            tokens[row["phase"]] = tokens.get(row["phase"], 0.0) + row["tokens"]
-        for row in one.routing:
-            place = (row["task"], row["phase"], row["layer"], row["sublayer"])
-            sums = executed.setdefault(place, [0.0, 0.0])
-            sums[0] += row["executed"] * tokens[row["phase"]]
-            sums[1] += tokens[row["phase"]]
-    keys = ("task", "phase", "layer", "sublayer")
-    found.routing = [
-        dict(zip(keys, place, strict=True)) | {"executed": part / whole}
-        for place, (part, whole) in executed.items()
-    ]
-    return found
 
 
 def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -132,8 +132,8 @@ def quiet_libraries(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def hired(settings: Settings, tasks: Sequence[str]) -> Worker:
-    """A worker with a workbench of its own.
+def hired(settings: Settings, documents: dict[str, int | None]) -> Worker:
+    """A worker with a workbench of its own, for so many ``documents`` of each task.
 
     Raises:
         UserError: as ``workbench.Workbench``.
@@ -141,7 +141,7 @@ def hired(settings: Settings, tasks: Sequence[str]) -> Worker:
     quiet_libraries(settings.debug)
     from dyndepth.sweep.workbench import Workbench
 
-    return Worker(Workbench(settings, tasks), settings)
+    return Worker(Workbench(settings, documents), settings)
 
 
 AGAIN = 1.0

@@ -82,6 +82,7 @@ def again(cells: Sequence[Cell], how: How) -> Iterator[tuple[Cell, list[Finding]
         UserError: a model, corpus or task that cannot be had.
     """
     from dyndepth.models.loading import layer_count
+    from dyndepth.sweep.grid import limits
     from dyndepth.sweep.workbench import Workbench
     from dyndepth.tasks import resolve
 
@@ -98,7 +99,8 @@ def again(cells: Sequence[Cell], how: How) -> Iterator[tuple[Cell, list[Finding]
     for members in groups.values():
         shared = _shared(members[0][1])
         layers = layer_count(shared.model, shared.revision, shared.trust_remote_code)
-        bench = Workbench(shared, resolve(shared.tasks, shared.include_path))
+        tasks = resolve(shared.tasks, shared.include_path)
+        bench = Workbench(shared, limits(shared, tasks))
         for cell, wanted in members:
             try:
                 found = _of_cell(cell, plan_of(cell.identity, wanted, layers), bench, how)
