@@ -42,7 +42,7 @@ from dyndepth.fitting.removal import losses_alone, ranked_biases, units_of
 from dyndepth.fitting.routers import Tuning, budget_shares, stream_statistics, tune_router
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder, blocks
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
@@ -211,7 +211,7 @@ class LayerController(DynamicDepthMethod):
 
 def initial_router(method: LayerController, model: nn.Module, corpus: Corpus) -> BlockRouter:
     """Controllers before training, as ``method.initial`` says."""
-    layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
+    layers, hidden = Decoder.of(model).shape
     if method.initial == "damage":
         windows = corpus.windows(method.length, _DAMAGE_WINDOWS, method.seed, model=model)
         bias = torch.full((layers,), _ALWAYS)

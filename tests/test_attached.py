@@ -17,7 +17,7 @@ from test_runtime import LAYERS, ids, padded
 from torch import nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import blocks, cache_argument, causal_lm, decoder
+from dyndepth.models.blocks import Block, Decoder, blocks, cache_argument, causal_lm, decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach, attached
 
@@ -225,6 +225,34 @@ def test_a_block_in_several_places(tiny):
             torch.testing.assert_close([trace.totals(), trace.executed(), trace.gates()], counts)
             torch.testing.assert_close(model(ids(2, 6), use_cache=False).logits, want)
     assert type(decoder(model).layers[1]) is type(decoder(plain).layers[1])
+
+
+def test_parts_are_of_the_moment(tiny):
+    """A model's parts are looked up anew, and split once, whenever a method is attached."""
+    model, other, split = tiny(), tiny(seed=1), []
+    parts = Decoder.of(model)
+    decoder(model).layers[2] = decoder(other).layers[2]
+    model.lm_head = other.lm_head
+    now = Decoder.of(model)
+    assert [a is b for a, b in zip(parts.layers, now.layers, strict=True)].count(False) == 1
+    assert now.blocks[2].layer is decoder(other).layers[2] is not parts.blocks[2].layer
+    assert now.head is other.lm_head is not parts.head
+    want = model(ids(2, 5)).logits
+    make = Block.__init__
+
+    def count(block, *given):
+        split.append(block)
+        make(block, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "__init__", count)
+        with attach(model, RandomMask(rate=1.0)) as trace:
+            assert len(split) == LAYERS
+            torch.testing.assert_close(model(ids(2, 5)).logits, want)
+            assert trace.totals()["block_flops"] == trace.totals()["dense_block_flops"]
+        with attach(model, PLAN):
+            pass
+    assert len(split) == 2 * LAYERS
 
 
 def test_blocks_that_came_after_attach_are_refused(tiny):

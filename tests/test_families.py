@@ -13,7 +13,7 @@ from support import CHECKS, FAMILIES, PAGE, found, placed, table, version
 from test_runtime import ids
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import blocks, causal_lm, decoder, readout
+from dyndepth.models.blocks import Decoder, blocks, causal_lm, decoder
 from dyndepth.models.families import supported
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
@@ -63,7 +63,7 @@ def test_readout_is_the_models_own(tiny, family, attn):
     """Scoring reads logits off hidden states; caps and scales of the causal LM are not lost."""
     model, tokens = tiny(family, attn), ids(2, 7)
     hidden = decoder(model)(input_ids=tokens).last_hidden_state
-    assert torch.equal(readout(model)(hidden), model(tokens).logits)
+    assert torch.equal(Decoder.of(model).readout(hidden), model(tokens).logits)
 
 
 @variants()

@@ -17,7 +17,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.evaluation.forwards import rows_of
 from dyndepth.evaluation.generation import Prompt, generate
 from dyndepth.evaluation.scoring import Group, score
-from dyndepth.models.blocks import cache_argument, cache_of, decoder, final_norm, readout
+from dyndepth.models.blocks import Decoder, cache_argument, cache_of, decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
@@ -66,8 +66,9 @@ def expected(model, tokens, **kwargs):
     """Likeliest next tokens after each depth, from the stock model's hidden states."""
     states = model(tokens, output_hidden_states=True, **kwargs).hidden_states
     # The last one has been through the final norm.
-    normed = [final_norm(model)(state) for state in states[:-1]] + [states[-1]]
-    return torch.stack([readout(model)(state).argmax(-1) for state in normed])
+    parts = Decoder.of(model)
+    normed = [parts.norm(state) for state in states[:-1]] + [states[-1]]
+    return torch.stack([parts.readout(state).argmax(-1) for state in normed])
 
 
 families = pytest.mark.parametrize("family", FAMILIES)

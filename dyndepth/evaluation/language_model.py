@@ -32,8 +32,7 @@ from dyndepth.evaluation.generation_settings import GenerationSettings
 from dyndepth.evaluation.rows import Cost
 from dyndepth.evaluation.scoring import Group, Scored
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import causal_lm
-from dyndepth.models.families import family
+from dyndepth.models.blocks import Decoder
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.trace import Backend, Trace
 
@@ -106,7 +105,7 @@ class DyndepthLM(HFLM):
         probed = repr(self.tokenizer(list(PROBE))["input_ids"])
         self._reads = (probed, self.add_bos_token, self.prefix_token_id)
         check_vocabulary(pretrained, self.tokenizer)
-        record = family(causal_lm(pretrained))
+        record = Decoder.of(pretrained).record
         if not record.rotary and record.bias is None:  # learned: there is none beyond the last one
             check_length(pretrained, max_length, "max_length", "give as many or less")
         self.method = method

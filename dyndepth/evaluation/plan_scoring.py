@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.scoring import Group
-from dyndepth.models.blocks import Block, cache_argument, causal_lm, decoder, position_bias
+from dyndepth.models.blocks import Block, cache_argument, decoder
 from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.runtime.many_plans import BATCH_TOKENS, Trie
 
@@ -173,11 +173,12 @@ def _forward(
     ``segments`` and ``positions`` are those of all keys; ``cache`` holds those before the packed
     tokens.
     """
-    dtype = causal_lm(trie.model).get_input_embeddings().weight.dtype
-    windows = {block.window for block in trie.split} | {None}
+    parts = trie.parts
+    dtype = parts.model.get_input_embeddings().weight.dtype
+    windows = {block.window for block in parts.blocks} | {None}
     masks = {window: tree_mask(packed, segments, positions, window, dtype) for window in windows}
 
-    bias = position_bias(trie.model, positions, dtype)
+    bias = parts.position_bias(positions, dtype)
 
     def override(block: Block) -> dict[str, Any]:
         given: dict[str, Any] = {"attention_mask": masks[block.window], **bias}

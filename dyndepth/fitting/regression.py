@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dyndepth.fitting.loop import Checkpoint, Curve, seeded
 from dyndepth.fitting.routers import divergence, inverse_scale
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder
 from dyndepth.runtime.attach import attach
 
 KEPT = 10.0
@@ -151,14 +151,14 @@ def regress_gains(
     curve with a row a batch: ``loss`` (nats a token), ``executed``, ``wanted`` and ``tokens`` read.
     """
     device = next(model.parameters()).device
-    hidden = int(decoder(model).config.hidden_size)
+    layers, hidden = Decoder.of(model).shape
     size = 1 if settings.constant else hidden
     half = windows.shape[1] // 2 if settings.phases == "generation" else 0
     method = _Probe(removable.to(device), settings)
     places = [(layer, kind) for layer, kind in removable.nonzero().tolist()]
     moments = {place: _Moments(size) for place in places}
-    weight = torch.zeros(len(blocks(model)), 2, size)
-    bias = torch.full((len(blocks(model)), 2), KEPT)
+    weight = torch.zeros(layers, 2, size)
+    bias = torch.full((layers, 2), KEPT)
     curve: Curve = []
 
     def state() -> dict[str, Any]:

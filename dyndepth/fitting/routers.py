@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder, blocks
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
@@ -215,7 +215,8 @@ def stream_statistics(
     Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
     root mean square if ``normalise``; a deviation is kept from falling below a thousandth.
     """
-    found: list[list[Tensor]] = [[] for _ in blocks(model)]
+    parts = Decoder.of(model)
+    found: list[list[Tensor]] = [[] for _ in parts.layers]
 
     def watch(index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -225,17 +226,17 @@ def stream_statistics(
         return hook
 
     hooks = [
-        block.layer.register_forward_pre_hook(watch(index), with_kwargs=True)
-        for index, block in enumerate(blocks(model))
+        layer.register_forward_pre_hook(watch(index), with_kwargs=True)
+        for index, layer in enumerate(parts.layers)
     ]
     forget(model)
     try:
         for ids in windows.to(next(model.parameters()).device).split(2):
-            decoder(model)(input_ids=ids, use_cache=False)
+            parts.owner(input_ids=ids, use_cache=False)
     finally:
         for each in hooks:
             each.remove()
-    streams = [torch.cat(parts) for parts in found]
+    streams = [torch.cat(seen) for seen in found]
     # On the CPU, where routers begin, whichever device each block lies on.
     mean = torch.stack([stream.mean(0).cpu() for stream in streams])
     deviation = torch.stack([stream.std(0).cpu() for stream in streams]) + 1e-3

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from dyndepth.common.files import cache_root, write_atomically
 from dyndepth.fitting.removal import key_of, losses_alone, units_of
 from dyndepth.fitting.routers import loss
-from dyndepth.models.blocks import Block, blocks, decoder
+from dyndepth.models.blocks import Block, Decoder, blocks
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.patching import run_by
 
@@ -59,16 +59,16 @@ def streams(model: nn.Module, ids: Tensor, *, progress: bool = True) -> Streams:
 
 @torch.no_grad()
 def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]:
-    split = blocks(model)
-    layers = len(split)
+    parts = Decoder.of(model)
+    layers = len(parts.layers)
     sums = torch.zeros(layers, 3, dtype=torch.float64)
     angles: list[Tensor] = []
     rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
     bar = tqdm(total=len(ids), desc="dense pass", unit="window", disable=not progress)
     forget(model)
-    with bar, _watched(split) as seen:
+    with bar, _watched(parts.blocks) as seen:
         for part in ids.split(rows):
-            decoder(model)(input_ids=part, use_cache=False)
+            parts.owner(input_ids=part, use_cache=False)
             for layer in range(layers):
                 x, y, z = (seen[layer, place].float() for place in range(3))
                 for column, (before, after) in enumerate(((x, z), (x, y), (y, z))):

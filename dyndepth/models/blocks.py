@@ -7,6 +7,8 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -271,57 +273,103 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """The parts of a model by their roles, as they were when it was made.
+
+    Holds references, owns no parameters. Modules of a model may be replaced: where that can have
+    happened since, another is made.
+
+    Attributes:
+        model: the causal LM, out of a peft wrapper.
+        record: what is peculiar to its architecture.
+        owner: the module that owns the list of blocks and sees the cache at the start of each
+            forward.
+        layers: the modules of the blocks, in order.
+        norm: stands between the last block and the LM head.
+        head: the LM head.
+    """
+
+    model: Any
+    record: Family
+    owner: Any
+    layers: tuple[nn.Module, ...]
+    norm: Any
+    head: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Decoder:
+        """The parts of ``model``. Raises UserError for an architecture that can't be split."""
+        inside = causal_lm(model)
+        record = family(inside)
+        owner = inside.get_submodule(record.decoder)
+        held: Any = getattr(owner, record.layers)
+        return cls(
+            model=inside,
+            record=record,
+            owner=owner,
+            layers=tuple(islice(held, inside.config.num_hidden_layers)),
+            norm=getattr(owner, record.final_norm),
+            head=inside.get_output_embeddings(),
+        )
+
+    @property
+    def config(self) -> Any:
+        """The causal LM's."""
+        return self.model.config
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of blocks, and size of the stream between them."""
+        return len(self.layers), int(self.config.hidden_size)
+
+    @functools.cached_property
+    def blocks(self) -> Sequence[Block]:
+        """``layers``, each split into its branches when this is first asked for."""
+        return tuple(Block(layer, self.record, self.config) for layer in self.layers)
+
+    @property
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        """Logits of final hidden states: the LM head, and what the causal LM does to its output.
+
+        They lie on the states' device, wherever the head does.
+        """
+        record, config, head = self.record, self.config, self.head
+        divisor = getattr(config, record.logit_divisor) if record.logit_divisor else None
+        cap = getattr(config, record.logit_softcap) if record.logit_softcap else None
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = head(hidden).to(hidden.device)
+            if divisor is not None:
+                found = found / divisor
+            return found if cap is None else torch.tanh(found / cap) * cap
+
+        return logits
+
+    def position_bias(self, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Argument of every block by which scores depend on the keys' positions; none where rotary
+        or learned embeddings do that.
+
+        ``positions`` is int64 ``[batch, keys]``. A decoder that biases scores counts positions from
+        its attention mask, and so has no way to be told others.
+        """
+        if self.record.bias is None:
+            return {}
+        every = torch.ones(1, int(positions.max()) + 1, dtype=torch.long, device=positions.device)
+        heads = self.config.num_attention_heads
+        slopes = self.owner.build_alibi_tensor(every, heads, dtype)[:, 0]  # [heads, position]
+        return {self.record.bias: slopes[:, positions].transpose(0, 1).flatten(0, 1)[:, None]}
+
+
 def decoder(model: nn.Module) -> Any:
-    """The module that owns the list of blocks and sees the cache at the start of each forward."""
-    return causal_lm(model).get_submodule(family(causal_lm(model)).decoder)
-
-
-def blocks(model: nn.Module) -> list[Block]:
-    """The model's decoder blocks, in order, each split into its branches."""
-    record = family(causal_lm(model))
-    layers = getattr(decoder(model), record.layers)
-    config = causal_lm(model).config
-    return [Block(layer, record, config) for layer in layers[: config.num_hidden_layers]]
-
-
-def final_norm(model: nn.Module) -> Any:
-    """The norm between the last block and the LM head."""
-    return getattr(decoder(model), family(causal_lm(model)).final_norm)
-
-
-def position_bias(model: nn.Module, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Argument of every block by which scores depend on the keys' positions; none where rotary or
-    learned embeddings do that.
-
-    ``positions`` is int64 ``[batch, keys]``. A decoder that biases scores counts positions from its
-    attention mask, and so has no way to be told others.
-    """
-    record = family(causal_lm(model))
-    if record.bias is None:
-        return {}
-    every = torch.ones(1, int(positions.max()) + 1, dtype=torch.long, device=positions.device)
-    heads = causal_lm(model).config.num_attention_heads
-    slopes = decoder(model).build_alibi_tensor(every, heads, dtype)[:, 0]  # [heads, position]
-    return {record.bias: slopes[:, positions].transpose(0, 1).flatten(0, 1)[:, None]}
-
-
-def readout(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Logits of final hidden states: the LM head, and what the causal LM does to its output.
-
-    They lie on the states' device, wherever the head does.
-    """
+    """``Decoder.owner`` alone, for what is called at every forward."""
     owner = causal_lm(model)
-    record, config, head = family(owner), owner.config, owner.get_output_embeddings()
-    divisor = getattr(config, record.logit_divisor) if record.logit_divisor else None
-    cap = getattr(config, record.logit_softcap) if record.logit_softcap else None
+    return owner.get_submodule(family(owner).decoder)
 
-    def logits(hidden: Tensor) -> Tensor:
-        found = head(hidden).to(hidden.device)
-        if divisor is not None:
-            found = found / divisor
-        return found if cap is None else torch.tanh(found / cap) * cap
 
-    return logits
+def blocks(model: nn.Module) -> Sequence[Block]:
+    """``Decoder.blocks`` alone."""
+    return Decoder.of(model).blocks
 
 
 def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
@@ -330,17 +378,16 @@ def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
     Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP); one
     module may have several. Raises UserError if a block has no such module.
     """
-    record = family(causal_lm(model))
-    roles = tuple(roles)
-    found = {}
-    for index in range(len(blocks(model))):
+    parts, roles = Decoder.of(model), tuple(roles)
+    record, found = parts.record, {}
+    for index in range(len(parts.layers)):
         for role in roles:
             path: str = getattr(record, role)
             if role != "gate":
                 path = f"{record.attention}.{path}"
             name = f"{record.decoder}.{record.layers}.{index}.{path}"
             try:
-                found[name] = causal_lm(model).get_submodule(name)
+                found[name] = parts.model.get_submodule(name)
             except AttributeError:
                 raise UserError(
                     f"block {index} has no {role} projection ({path}), "

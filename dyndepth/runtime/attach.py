@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import blocks, causal_lm, decoder
+from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.execution import Runtime
 from dyndepth.runtime.gates import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by
@@ -26,7 +26,10 @@ _MARK = "_dyndepth_runtime"
 
 def attached(model: nn.Module) -> bool:
     """Whether a method is attached to ``model`` now; not to what it is a copy of."""
-    owner = decoder(model)
+    return _marked(decoder(model))
+
+
+def _marked(owner: nn.Module) -> bool:
     return getattr(vars(owner).get(_MARK), "owner", None) is owner
 
 
@@ -61,13 +64,13 @@ def attach(
         raise TypeError(f"{method.name} foresees but does not say that it uses labels")
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
-    owner = decoder(model)
-    if any(part._compiled_call_impl is not None for part in (model, causal_lm(model), owner)):
+    parts = Decoder.of(model)
+    owner = parts.owner
+    if any(part._compiled_call_impl is not None for part in (model, parts.model, owner)):
         raise UserError("a model that was compiled in place cannot be attached to; load it anew")
-    if attached(model):
+    if _marked(owner):
         raise UserError("the model already has a method attached; leave that attach first")
-    split = blocks(model)
-    runtime = Runtime(model, split, method, backend, limits or limits_of(model))
+    runtime = Runtime(parts, method, backend, limits or limits_of(model))
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     handles = [
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
@@ -78,7 +81,7 @@ def attach(
     try:
         with (
             called_in(owner, runtime.around),
-            run_by(split, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
+            run_by(parts.blocks, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
         ):
             yield runtime.trace
     finally:

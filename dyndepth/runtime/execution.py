@@ -17,16 +17,7 @@ from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import (
-    Block,
-    cache_argument,
-    cache_of,
-    causal_lm,
-    decoder,
-    final_norm,
-    readout,
-)
-from dyndepth.models.families import family
+from dyndepth.models.blocks import Block, Decoder, cache_argument, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import skip_tokens
@@ -60,31 +51,26 @@ class Runtime:
     """One method attached to one model."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        split: list[Block],
-        method: DynamicDepthMethod,
-        backend: Backend,
-        limits: Limits,
+        self, parts: Decoder, method: DynamicDepthMethod, backend: Backend, limits: Limits
     ) -> None:
-        self.blocks = split
+        self.blocks = parts.blocks
         self.method = method
         self.limits = limits
         self.masked = backend == "masked"
         self.project = method.kv_policy == "project"
-        self.config = causal_lm(model).config
-        self.norm: nn.Module = final_norm(model)
-        self.head: nn.Module = causal_lm(model).get_output_embeddings()
-        self.ledger = Ledger(BlockCosts.of(model))
-        self.readout = readout(model)
+        self.config = parts.config
+        self.norm: nn.Module = parts.norm
+        self.head: nn.Module = parts.head
+        self.ledger = Ledger(BlockCosts.of_parts(parts))
+        self.readout = parts.readout
         self.trace = Trace(self.ledger, self.readout)
-        self.owner: nn.Module = decoder(model)
-        self.layers = {id(block.layer) for block in split}
-        self.list_name = family(causal_lm(model)).layers
-        self.repeated = {each[0]: each for each in places(split).values() if len(each) > 1}
+        self.owner: nn.Module = parts.owner
+        self.layers = set(map(id, parts.layers))
+        self.list_name = parts.record.layers
+        self.repeated = {each[0]: each for each in places(self.blocks).values() if len(each) > 1}
         self.passes: list[_Pass] = []
         self.warned = False
-        self.foresight = Foresight(model, self.block) if method.foresees else None
+        self.foresight = Foresight(parts, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
     def __deepcopy__(self, memo: Any) -> Runtime:

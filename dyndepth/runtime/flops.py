@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.method import ATTENTION, MLP
-from dyndepth.models.blocks import blocks, causal_lm
+from dyndepth.models.blocks import Decoder
 from dyndepth.models.projections import linear_flops
 
 if TYPE_CHECKING:
@@ -52,14 +52,19 @@ class BlockCosts:
     @classmethod
     def of(cls, model: nn.Module) -> BlockCosts:
         """Costs read off the modules of a supported model."""
-        split = blocks(model)
+        return cls.of_parts(Decoder.of(model))
+
+    @classmethod
+    def of_parts(cls, parts: Decoder) -> BlockCosts:
+        """``of``, for a model whose parts are known."""
+        split = parts.blocks
         projections = [block.query_flops + block.key_value_flops for block in split]
         return cls(
             projections=np.array(projections, dtype=np.int64),
             score=np.array([block.score_flops for block in split], dtype=np.int64),
             key_value=np.array([block.key_value_flops for block in split], dtype=np.int64),
             mlp=np.array([block.mlp_flops for block in split], dtype=np.int64),
-            lm_head=linear_flops([causal_lm(model).get_output_embeddings()]),
+            lm_head=linear_flops([parts.head]),
         )
 
     def attention(self, context: float) -> np.ndarray:

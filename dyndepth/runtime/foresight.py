@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import (
-    CACHE_ARGUMENTS,
-    blocks,
-    cache_argument,
-    causal_lm,
-    decoder,
-    final_norm,
-)
+from dyndepth.models.blocks import CACHE_ARGUMENTS, Decoder, cache_argument
 from dyndepth.runtime.cache import dense_lane, has_lane
 from dyndepth.runtime.flops import Forward
 
@@ -38,11 +31,11 @@ class Foresight:
     on blocks see both.
     """
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self._owner = decoder(model)
-        self._norm: nn.Module = final_norm(model)
-        self._head: nn.Module = causal_lm(model).get_output_embeddings()
-        self._layers = len(blocks(model))
+    def __init__(self, parts: Decoder, run: Run) -> None:
+        self._owner = parts.owner
+        self._norm: nn.Module = parts.norm
+        self._head: nn.Module = parts.head
+        self._layers = len(parts.layers)
         self._run = run
         self._seen: list[Tensor] | None = None
         self._found: Tensor | None = None

@@ -7,7 +7,7 @@ caches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import Block, blocks, causal_lm, decoder, final_norm, readout
+from dyndepth.models.blocks import Block, Decoder
 from dyndepth.models.rotary import forget, tables
 from dyndepth.models.selection import Selection
 from dyndepth.models.watching import watched
@@ -44,8 +44,8 @@ class Trie:
 
     def __init__(self, model: nn.Module, plans: Tensor, *, narrows: bool = False) -> None:
         self.model = model
-        self.split = _split(model)
-        self.schedule = Schedule(_checked(plans, len(self.split)), narrows)
+        self.parts = _parts(model)
+        self.schedule = Schedule(_checked(plans, len(self.parts.layers)), narrows)
         self.device = next(model.parameters()).device
 
     def forward(
@@ -58,40 +58,40 @@ class Trie:
         ``[streams, read, hidden]``, or for None ``[streams x batch, tokens, hidden]``.
         """
         forget(self.model)
-        work = _Pass(self.split, self.schedule, read, override)
-        with run_by(self.split, work.run):
-            decoder(self.model)(use_cache=False, **arguments)
-        return final_norm(self.model)(work.ended()).to(self.device)
+        work = _Pass(self.parts.blocks, self.schedule, read, override)
+        with run_by(self.parts.blocks, work.run):
+            self.parts.owner(use_cache=False, **arguments)
+        return self.parts.norm(work.ended()).to(self.device)
 
     def logits(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits, at least float32, and their targets, in parts.
 
         ``states`` is ``[n, hidden]``, ``targets`` ``[n, ...]``.
         """
-        vocabulary = causal_lm(self.model).get_output_embeddings().weight.shape[0]
-        read, most = readout(self.model), max(1, _LOGITS // vocabulary)
+        vocabulary = self.parts.head.weight.shape[0]
+        read, most = self.parts.readout, max(1, _LOGITS // vocabulary)
         for part, wanted in zip(states.split(most), targets.split(most), strict=True):
             logits = read(part)
             yield logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted
 
 
-def _split(model: nn.Module) -> list[Block]:
-    """The model's blocks; UserError for a model whose blocks cannot be run by others."""
+def _parts(model: nn.Module) -> Decoder:
+    """The model's parts; UserError for a model whose blocks cannot be run by others."""
     if attached(model):
         raise UserError("plans can't run together while a method is attached; leave that attach")
-    split = blocks(model)
-    implementation = causal_lm(model).config._attn_implementation
+    parts = Decoder.of(model)
+    implementation = parts.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UserError(
             f"plans run together with the attention 'sdpa' or 'eager', not {implementation!r}"
         )
-    for index, block in enumerate(split):
+    for index, block in enumerate(parts.blocks):
         if watched(block.attention):
             raise UserError(
                 f"plans can't run together past a hook: the attention of block {index} has one, or "
                 "a forward of its own; remove it"
             )
-    return split
+    return parts
 
 
 def _checked(plans: Tensor, layers: int) -> Any:
@@ -115,7 +115,7 @@ class _Pass:
 
     def __init__(
         self,
-        split: list[Block],
+        split: Sequence[Block],
         schedule: Schedule,
         read: Tensor | None,
         override: Override | None,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dyndepth.models.blocks import Block
+    from dyndepth.models.blocks import Decoder
     from dyndepth.runtime.gates import Limits
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -48,14 +48,15 @@ def _faster(
     """Whether gathering ``share`` of ``tokens`` is faster than the dense kernel."""
     import torch
 
-    from dyndepth.models.blocks import blocks
+    from dyndepth.models.blocks import Decoder
     from dyndepth.models.selection import Selection
     from dyndepth.timing.pairing import interleave, ratio
 
-    split = blocks(model)
-    block = split[len(split) // 2]
+    parts = Decoder.of(model)
+    middle = len(parts.layers) // 2
+    block = parts.blocks[middle]
     with torch.inference_mode():
-        hidden, arguments = _entering(model, split, len(split) // 2, tokens)
+        hidden, arguments = _entering(parts, middle, tokens)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
         mask = (order < round(share * tokens))[None].to(hidden.device)
         selection = Selection(mask, round(share * tokens), round(share * tokens))
@@ -94,14 +95,11 @@ def _faster(
     return found.median > 1.0
 
 
-def _entering(
-    model: Any, split: list[Block], index: int, tokens: int
-) -> tuple[Tensor, dict[str, Any]]:
+def _entering(parts: Decoder, index: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:
     """What the block ``index`` is given in a forward of as many tokens, without a cache."""
     import torch
 
     from dyndepth.data.capacity import embeddings
-    from dyndepth.models.blocks import decoder
     from dyndepth.runtime.patching import run_by
 
     seen: list[tuple[Tensor, dict[str, Any]]] = []
@@ -112,7 +110,8 @@ def _entering(
         return stock(hidden, **arguments)
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embeddings(model), (1, tokens), generator=generator)
-    with run_by(split, run):
-        decoder(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    ids = torch.randint(embeddings(parts.model), (1, tokens), generator=generator)
+    with run_by(parts.blocks, run):
+        device = next(parts.model.parameters()).device
+        parts.owner(input_ids=ids.to(device), use_cache=False)
     return seen[0]

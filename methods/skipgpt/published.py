@@ -30,7 +30,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.method import SUBLAYERS
 from dyndepth.methods.skipgpt import SkipGPT
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.router_(attention|mlp)\.weight_predictor\.(weight|bias)")
 _MLP = re.compile(
@@ -50,7 +50,7 @@ def read_published(
     another depth or width.
     """
     state = _state_dict(path_of(path))
-    layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
+    layers, hidden = Decoder.of(model).shape
     weight, bias = torch.zeros(layers, 2, hidden), torch.zeros(layers, 2)
     needed = {
         f"model.layers.{layer}.router_{kind}.weight_predictor.{part}": (layer, sublayer, part)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dyndepth.cells.identity import today
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.fits import read_fit
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder
 from dyndepth.models.fingerprints import fingerprint
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_named(
             f"the routers in {folder!r} are for another model (fingerprint {record['model']}, not "
             f"{here}); train them on this one"
         )
-    check_shapes(folder, tensors, len(blocks(model)), int(decoder(model).config.hidden_size))
+    check_shapes(folder, tensors, *Decoder.of(model).shape)
     return tensors, record["facts"]
 
 

@@ -26,7 +26,7 @@ from dyndepth.fitting.routers import (
     trained_along,
     tune_router,
 )
-from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.blocks import Decoder
 
 from .router import LinearRouter, MLPRouter, kaiming
 from .rule import RouterRule
@@ -101,7 +101,7 @@ def initial_router(
 ) -> tuple[LinearRouter | MLPRouter, Curve]:
     """Routers before training, as the recipe's ``initial`` says, and the curve of finding them."""
     recipe = method.recipe
-    layers, hidden = len(blocks(model)), int(decoder(model).config.hidden_size)
+    layers, hidden = Decoder.of(model).shape
     random = torch.Generator().manual_seed(method.seed)
     weight = torch.zeros(layers, 2, hidden)
     curve: Curve = []

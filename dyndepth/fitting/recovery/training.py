@@ -29,7 +29,7 @@ from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
 from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
 from dyndepth.fitting.routers import mark_along
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import causal_lm, decoder, readout
+from dyndepth.models.blocks import Decoder, causal_lm
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.trace import Trace
 
@@ -150,9 +150,10 @@ def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
     They are computed once more in the backward pass: beside a small model with a large vocabulary
     the logits of a batch and their gradients outweigh everything else.
     """
-    read = readout(model)
+    parts = Decoder.of(model)
+    read = parts.readout
     # A model that is spread over devices ends on another one than it began on.
-    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state.to(ids.device)
+    hidden = parts.owner(input_ids=ids, use_cache=False).last_hidden_state.to(ids.device)
 
     def nats(row: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(read(row).float(), wanted)
