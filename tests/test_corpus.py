@@ -9,7 +9,7 @@ import torch
 from conftest import CharacterTokenizer
 
 from dyndepth.common.errors import UserError
-from dyndepth.data import wheels as assets
+from dyndepth.data import wheels
 from dyndepth.data.corpus import EMBEDDED_TEXT, Corpus, load_corpus
 
 TOKENIZER = CharacterTokenizer()
@@ -143,7 +143,7 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     from dyndepth.results import numbers, published
     from dyndepth.routes.recorded import documents
     from dyndepth.sweep.settings import read_config
-    from dyndepth.verify import stored as manifest
+    from dyndepth.verify import stored
 
     def written(name, text):
         path = tmp_path / name
@@ -160,8 +160,8 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
     card = dict.fromkeys(adapters._CARD_KEYS, "x") | {"layout": adapters._LAYOUT}
     written(adapters.CARD, json.dumps(card))
     assert adapters.read_card(tmp_path) == card
-    written(manifest.NAME, json.dumps({"format": manifest.FORMAT, "cells": {}}))
-    assert manifest.read_manifest(tmp_path) == manifest.Manifest({}, ())
+    written(stored.NAME, json.dumps({"format": stored.FORMAT, "cells": {}}))
+    assert stored.read_manifest(tmp_path) == stored.Manifest({}, ())
     for name, read in (("a.yaml", read_config), ("a.txt", lambda file: documents(str(file), 9))):
         (tmp_path / name).write_text("a: b", encoding="utf-16")
         with pytest.raises(UserError, match=f"{name} is not UTF-8 text but UTF-16"):
@@ -171,7 +171,7 @@ def test_every_text_file_of_a_user_is_read_alike(tmp_path):
 def test_the_embedded_corpus_holds_nothing_that_is_evaluated_on(corpus):
     assert len(corpus.texts) > 1000
     held = "\n".join(corpus.texts)
-    data = assets.asset("data")
+    data = wheels.asset("data")
     rows = [json.loads(line) for line in (data / "wikipedia.jsonl").read_text().splitlines()]
     mixed = (data / "text_compression.jsonl").read_text().splitlines()
     passages = [row["0"] for row in rows]

@@ -29,7 +29,7 @@ import dyndepth
 from dyndepth import attach
 from dyndepth.common.registry import GROUP, parse_methods
 from dyndepth.models.families import FAMILIES
-from dyndepth.pages import __main__ as pages
+from dyndepth.pages import __main__ as door
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -235,7 +235,7 @@ def test_links_lead_somewhere(page: Path):
 
 def test_generated_text_is_that_of_the_results(capsys: pytest.CaptureFixture[str]):
     """Fails when a number in a page and the results, or a page and the code, differ."""
-    status = pages.main(["--check"])
+    status = door.main(["--check"])
     assert status == 0, capsys.readouterr().out
 
 

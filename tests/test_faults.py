@@ -31,7 +31,7 @@ from test_executors import SCORES, _children
 from dyndepth.cells.store import Store
 from dyndepth.common.files import cache_root
 from dyndepth.sweep.driver import TRIES, _Tables
-from dyndepth.verify import __main__ as verify
+from dyndepth.verify import __main__ as door
 
 pytestmark = pytest.mark.faults
 
@@ -367,7 +367,7 @@ def test_spoilt_cells_are_computed_again(tiny, tmp_path):
 def test_a_value_changed_by_hand_is_found_by_verification_alone(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(tiny / "calm/run", run)
-    assert verify.main([str(run), "--only_stored"]) == 0
+    assert door.main([str(run), "--only_stored"]) == 0
     path = sorted(run.glob("cells/*.json"))[2]
     body = json.loads(path.read_text())
     body["accuracy"][0]["value"] += 0.25
@@ -378,7 +378,7 @@ def test_a_value_changed_by_hand_is_found_by_verification_alone(tiny, tmp_path, 
     assert summary(again)["reused"] == CELLS
     unchanged(before, run)
     capsys.readouterr()
-    assert verify.main([str(run), "--only_stored"]) == 1
+    assert door.main([str(run), "--only_stored"]) == 1
     assert body["cell"] in capsys.readouterr().out
     path.unlink()
     resumes(tmp_path, tiny)

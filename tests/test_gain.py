@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from dyndepth.fitting import loop
-from dyndepth.fitting import regression as gain
+from dyndepth.fitting import loop, regression
 from dyndepth.fitting.regression import (
     KEPT,
     Regression,
@@ -147,9 +146,9 @@ def test_only_generated_tokens_are_observed(tiny, windows, removable):
         for ids in windows.split(2):
             _slopes(model, method, ids, 12)
             gains.append(-torch.stack([leaf.grad for leaf in method.leaves]))
-    gain = torch.cat(gains, 1).clamp(-4, 4)
-    assert (gain[:, :, :12] == 0).all()
-    expected = gain[:, :, 12:].mean((1, 2))[removable] / shares[removable]
+    regression = torch.cat(gains, 1).clamp(-4, 4)
+    assert (regression[:, :, :12] == 0).all()
+    expected = regression[:, :, 12:].mean((1, 2))[removable] / shares[removable]
     order = bias[removable].argsort().tolist()
     assert order == expected.argsort().tolist()
 
@@ -165,7 +164,7 @@ def test_a_killed_regression_goes_on_with_the_same_curve(
     def regress():
         return regress_gains(model, windows, removable, shares, 0.8, SETTINGS, progress=False)
 
-    expected, measured, calls = regress(), gain._slopes, []
+    expected, measured, calls = regress(), regression._slopes, []
 
     def killed(*given):
         calls.append(None)
@@ -174,10 +173,10 @@ def test_a_killed_regression_goes_on_with_the_same_curve(
         return measured(*given)
 
     with loop.checkpoints(tmp_path):
-        monkeypatch.setattr(gain, "_slopes", killed)
+        monkeypatch.setattr(regression, "_slopes", killed)
         with pytest.raises(KeyboardInterrupt):
             regress()
-        monkeypatch.setattr(gain, "_slopes", measured)
+        monkeypatch.setattr(regression, "_slopes", measured)
         again = regress()
     assert again[2] == expected[2]
     assert torch.equal(again[0], expected[0])

@@ -11,7 +11,7 @@ from test_runtime import ids
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.gates import ALWAYS, Limits, keep, limits_of
-from dyndepth.timing import __main__ as timing_command
+from dyndepth.timing import __main__ as door
 from dyndepth.timing import limits as limits_command
 from dyndepth.timing.pairing import Ratio
 
@@ -91,13 +91,13 @@ def test_the_limits_are_where_gathering_stops_to_pay(monkeypatch):
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
-    from dyndepth.models import loading as models
+    from dyndepth.models import loading
     from dyndepth.timing import pairing
 
     model = make_tiny()
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(pairing, "ratio", lambda *_: Ratio(1.2, 1.1, 1.3, 6))
-    assert timing_command.main(["limits", "--tokens", "256", "--repeats", "6"]) == 0
+    assert door.main(["limits", "--tokens", "256", "--repeats", "6"]) == 0
     out = capsys.readouterr().out
     assert "gather attention up to 0.95 and MLP up to 0.95 of the tokens,\nin forwards of" in out
     assert "of at least 8 tokens; kept in" in out
@@ -113,5 +113,5 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_wrong_inputs(capsys, given, told):
-    assert timing_command.main(["limits", *given]) == 2
+    assert door.main(["limits", *given]) == 2
     assert capsys.readouterr().err == f"dyndepth.timing: {told}\n"

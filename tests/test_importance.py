@@ -16,8 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from dyndepth import importance as importance_command
 from dyndepth.common.errors import UserError
 from dyndepth.data.corpus import Corpus
-from dyndepth.fitting import importance, removal
-from dyndepth.fitting import unit_scores as influence
+from dyndepth.fitting import importance, removal, unit_scores
 from dyndepth.fitting.importance import CRITERIA, Settings, rank
 from dyndepth.fitting.removal import plan_without, units_of
 from dyndepth.fitting.unit_scores import streams, taylor
@@ -186,7 +185,7 @@ def test_taylor_leaves_the_model_as_it_was(tiny, ids, monkeypatch):
     with torch.no_grad():
         taylor(model, ids, progress=False)
     unchanged()
-    monkeypatch.setattr(influence, "loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(unit_scores, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         taylor(model, ids[:2], progress=False)
     unchanged()

@@ -12,8 +12,7 @@ from cells import cell, identity
 
 from dyndepth.cells.cell import Cell, order
 from dyndepth.common.errors import UserError
-from dyndepth.results import leaderboard_pages as leaderboard_page
-from dyndepth.results import published
+from dyndepth.results import leaderboard_pages, published
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.leaderboard_pages import board, html, markdown, write
 
@@ -69,7 +68,7 @@ def _one(right: int, **changes: object) -> Cell:
 
 @pytest.fixture(autouse=True)
 def papers(monkeypatch):
-    monkeypatch.setattr(leaderboard_page, "published", lambda: [dict(PAPER)])
+    monkeypatch.setattr(leaderboard_pages, "published", lambda: [dict(PAPER)])
 
 
 def _board(methods: int = 3) -> dict:
@@ -237,7 +236,7 @@ def _contrast(colour: str, ground: str) -> float:
 
 
 def test_every_colour_of_a_line_stands_out_from_its_ground():
-    text = (Path(leaderboard_page.__file__).parent / "leaderboard.html").read_text()
+    text = (Path(leaderboard_pages.__file__).parent / "leaderboard.html").read_text()
     themes = re.findall(r"--paper: (#\w{6});.*?((?:--c\d: #\w{6};\s*)+)", text, re.DOTALL)
     assert len(themes) == 2
     for ground, colours in themes:
@@ -430,7 +429,7 @@ def test_no_value_without_recovery_stands_beside_a_recovered_row():
 
 def test_papers_enter_no_average(monkeypatch):
     with_papers = _board()
-    monkeypatch.setattr(leaderboard_page, "published", list)
+    monkeypatch.setattr(leaderboard_pages, "published", list)
     without = _board()
     assert with_papers["entries"] == without["entries"]
     assert with_papers["published"][0]["measured"]["block"] == 1.5

@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny
 
 from dyndepth.common.errors import UserError
-from dyndepth.data import wheels as assets
+from dyndepth.data import wheels
 from dyndepth.models.fingerprints import fingerprint
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer, prepare_embedded
 
@@ -152,7 +152,7 @@ def test_the_embedded_copy_holds_the_values_of_the_file(embedded_model):
         "output_norm.weight": "model.norm.weight",
     }
     weights = embedded_model.state_dict()
-    tensors = {x.name: x for x in GGUFReader(assets.asset("model") / "model.gguf").tensors}
+    tensors = {x.name: x for x in GGUFReader(wheels.asset("model") / "model.gguf").tensors}
     for name, ours in names.items():
         values = torch.tensor(dequantize(tensors[name].data[:192], tensors[name].tensor_type))
         assert torch.equal(weights[ours][:192], values)

@@ -14,8 +14,7 @@ from lm_eval.api import metrics
 
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import cache_root
-from dyndepth.evaluation import outcomes as module
-from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation import outcomes, plan_scoring
 from dyndepth.evaluation.evaluate import quiet_lm_eval, sample, set_shots
 from dyndepth.evaluation.language_model import DyndepthLM
 from dyndepth.evaluation.outcomes import outcomes_of
@@ -128,8 +127,8 @@ def test_the_documents_of_a_sample_are_those_that_are_scored(ask, run):
 
 def test_outcomes_are_kept_and_garbled_ones_made_again(ask, monkeypatch):
     calls = []
-    stock = continuations.score
-    monkeypatch.setattr(continuations, "score", lambda *a, **k: calls.append(a) or stock(*a, **k))
+    stock = plan_scoring.score
+    monkeypatch.setattr(plan_scoring, "score", lambda *a, **k: calls.append(a) or stock(*a, **k))
     first, again = ask("choice", "both"), ask("choice", "both")
     assert len(calls) == 1
     for name in ("quality", "weights", "flops", "dense_flops"):
@@ -168,7 +167,7 @@ def test_perplexities_count_by_their_logarithm():
             aggregation=lambda: {"m": aggregation},
             higher_is_better=lambda: {"m": higher},
         )
-        return module._quality(task, "m", item)
+        return outcomes._quality(task, "m", item)
 
     assert quality(metrics.perplexity, -900.0, False) == (-900.0, 1.0)
     assert quality(metrics.weighted_perplexity, (-900.0, 3), False) == (-300.0, 3.0)

@@ -18,8 +18,8 @@ from dyndepth.cells.identity import LEADING
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import method_class, methods
-from dyndepth.pages import __main__ as pages
-from dyndepth.pages import blocks as page_blocks
+from dyndepth.pages import __main__ as door
+from dyndepth.pages import blocks
 from dyndepth.pages.blocks import Source, averaged
 from dyndepth.pages.cards import card, kind
 from dyndepth.pages.markdown import joined, layout, table
@@ -88,13 +88,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cells")
         )
     shutil.copy(REPOSITORY / "README.md", tmp_path)
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.main([]) == 0
+    monkeypatch.setattr(door, "ROOT", tmp_path)
+    assert door.main([]) == 0
     return tmp_path
 
 
 def _fill(text: str, source: Source) -> str:
-    return pages.filled(text, Path("page.md"), source)
+    return door.filled(text, Path("page.md"), source)
 
 
 def test_a_changed_number_is_named_and_written_anew(repository, capsys):
@@ -103,44 +103,44 @@ def test_a_changed_number_is_named_and_written_anew(repository, capsys):
     assert "| 1.1x | 1.222 |" in right
     page.write_text(right.replace("| 1.1x | 1.222 |", "| 1.1x | 1.122 |"))
     capsys.readouterr()
-    assert pages.main(["--check"]) == 1
+    assert door.main(["--check"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "README.md is not what the results and the code give; `make docs` writes it anew"
     ]
-    assert pages.main([]) == 0
+    assert door.main([]) == 0
     assert page.read_text() == right
-    assert pages.main(["--check"]) == 0
+    assert door.main(["--check"]) == 0
 
 
 def test_changed_results_change_the_pages(repository, capsys):
     path = repository / "results" / "skipgpt" / "claims.csv"
     path.write_text(path.read_text().replace("1.221842015", "1.321842015"))
-    assert pages.main(["--check"]) == 1
+    assert door.main(["--check"]) == 1
     assert "README.md" in capsys.readouterr().out
-    assert pages.main([]) == 0
+    assert door.main([]) == 0
     assert "| 1.1x | 1.322 |" in (repository / "README.md").read_text()
 
 
 def test_a_card_without_a_method_goes(repository, capsys):
     old = repository / "docs" / "methods" / "gone.md"
     old.write_text("# gone\n")
-    assert pages.main(["--check"]) == 1
+    assert door.main(["--check"]) == 1
     assert "gone.md is of no method" in capsys.readouterr().out
-    assert pages.main([]) == 0
+    assert door.main([]) == 0
     assert not old.exists()
 
 
 def test_the_main_run_may_lie_elsewhere(repository):
     _write(repository / "results" / "other" / "leaderboard.csv", [_row("dense", target_speedup=1)])
     (repository / "results" / "README.md").unlink()  # its findings quote the committed run
-    assert pages.main(["--results", "results/other"]) == 0
+    assert door.main(["--results", "results/other"]) == 0
     assert "`results/other/`: 1 cells (0 failed)" in (repository / "README.md").read_text()
     assert "`results/other/leaderboard.csv`" in (repository / "docs/methods/dense.md").read_text()
 
 
 def test_what_is_no_checkout_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.main([]) == 2
+    monkeypatch.setattr(door, "ROOT", tmp_path)
+    assert door.main([]) == 2
     assert "has no docs/" in capsys.readouterr().err
 
 
@@ -171,13 +171,13 @@ def test_blocks_that_cannot_be_made(source, text, sentence):
 def test_without_a_run_the_page_says_how_to_make_one(tmp_path):
     source = Source(tmp_path, RESULTS)
     for name in ("run", "leaderboard", "equal_flops"):
-        made = page_blocks.BLOCKS[name](source, {})
+        made = blocks.BLOCKS[name](source, {})
         assert made.startswith("No run is committed in `results/embedded/` yet.")
         assert "`python -m dyndepth.sweep --output_path results/embedded`" in made
 
 
 def test_leaderboard_rows(source):
-    lines = page_blocks.leaderboard(source, {"target": 1.5}).splitlines()[2:]
+    lines = blocks.leaderboard(source, {"target": 1.5}).splitlines()[2:]
     cells = [[entry.strip() for entry in line.strip("|").split("|")] for line in lines]
     assert [(entry[0], entry[1], entry[2], entry[3]) for entry in cells] == [
         ("`dense`", "1", "1.250", ""),
@@ -185,9 +185,9 @@ def test_leaderboard_rows(source):
         ("`uls(spacing=even)`", "2", "4.000", "0.375"),
         ("`oracle` (bound)", "1", "1.500", ""),
     ]
-    recovered = page_blocks.leaderboard(source, {"target": 1.5, "recovered": True})
+    recovered = blocks.leaderboard(source, {"target": 1.5, "recovered": True})
     assert "`uls + lora`" in recovered
-    assert "9.500" in page_blocks.leaderboard(source, {"target": 1.5, "phases": "generation"})
+    assert "9.500" in blocks.leaderboard(source, {"target": 1.5, "phases": "generation"})
 
 
 def test_seeds_are_averaged_and_intervals_widened():
@@ -219,7 +219,7 @@ def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
         row("uls", 1.5, 0.9, flops="total"),
     ]
     _write(source.root / RESULTS / "equal_flops.csv", rows)
-    lines = page_blocks.equal_flops(source, {"task": "t", "metric": "m"}).splitlines()
+    lines = blocks.equal_flops(source, {"task": "t", "metric": "m"}).splitlines()
     assert lines[0] == "| method | 1.25x | 1.5x |"
     assert lines[2:] == [
         "| `random_skip` |  | 0.750 |",
@@ -231,11 +231,11 @@ def test_equal_budgets_are_sorted_best_first_and_bounds_last(source):
 def test_a_study_column_that_nothing_compares_is_refused(repository):
     options = {"folder": "results/skipgpt", "task": "wikipedia_bpb", "metric": "bits_per_byte"}
     with pytest.raises(UserError, match="compares no 'sleep'"):
-        page_blocks.study(Source(repository, RESULTS), options | {"columns": {"nap": "sleep"}})
+        blocks.study(Source(repository, RESULTS), options | {"columns": {"nap": "sleep"}})
 
 
 def test_verdicts_are_counted(repository):
-    made = page_blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
+    made = blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
     rows = numbers.read(repository / "results" / "skipgpt" / "claims.csv")
     better = sum(row["claim"] == "tokens" and row["verdict"] == "better" for row in rows)
     assert f"| better: {better}, no difference shown: " in made
@@ -245,17 +245,17 @@ def test_verdicts_are_counted(repository):
 def test_the_bench_speaks_once_it_was_kept(source):
     options = {"file": "results/bench/routes.json"}
     path = source.root / options["file"]
-    assert "No measurement of it is committed" in page_blocks.routes(source, options)
+    assert "No measurement of it is committed" in blocks.routes(source, options)
     line = {"ratio": 0.5, "low": 0.25, "high": 0.75, "computed": 0.625}
     path.parent.mkdir(parents=True)
     path.write_text("threads 1\n" + json.dumps({"routes": {"routes/both/float32": line}}) + "\n")
-    assert "`routes/both/float32`: 0.50 [0.25, 0.75] of" in page_blocks.routes(source, options)
+    assert "`routes/both/float32`: 0.50 [0.25, 0.75] of" in blocks.routes(source, options)
     path.write_text("[]\n")
     with pytest.raises(UserError, match="does not end in the JSON line"):
-        page_blocks.routes(source, options)
+        blocks.routes(source, options)
 
 
-@pytest.mark.parametrize("cls", page_blocks.method_classes(), ids=lambda cls: cls.name)
+@pytest.mark.parametrize("cls", blocks.method_classes(), ids=lambda cls: cls.name)
 def test_cards_hold_parameters_facts_and_text(cls):
     made = card(cls, [], [], "nothing measured")
     for parameter in _own(cls):
@@ -268,7 +268,7 @@ def test_cards_hold_parameters_facts_and_text(cls):
 
 
 def test_every_parameter_is_described():
-    for cls in page_blocks.method_classes():
+    for cls in blocks.method_classes():
         assert set(_own(cls)) <= set(descriptions(cls)), cls.name
 
 
@@ -299,7 +299,7 @@ def test_cards_show_measured_and_published_values():
 def test_methods_of_others_have_no_page_here(monkeypatch):
     known = methods() | {"toy": EntryPoint("toy", "toys:Toy", registry.GROUP)}
     monkeypatch.setattr(registry, "methods", lambda: known)
-    assert "toy" not in {cls.name for cls in page_blocks.method_classes()}
+    assert "toy" not in {cls.name for cls in blocks.method_classes()}
 
 
 def test_a_parameter_table_of_none():
@@ -307,7 +307,7 @@ def test_a_parameter_table_of_none():
 
 
 def test_all_columns_of_all_tables_stand_in_the_reference():
-    made = pages.table_reference()
+    made = door.table_reference()
     for name, described in tables().items():
         section = made.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         for column in set(described.columns) - set(LEADING):
@@ -383,7 +383,7 @@ class TestFindings:
             yield "No numbers."
 
         told(findings)
-        assert page_blocks.findings(source, {"study": "any"}) == (
+        assert blocks.findings(source, {"study": "any"}) == (
             "- It has 0.40 [0.30, 0.50], dense 1.250, of 1 rows.\n- No numbers."
         )
 
@@ -406,7 +406,7 @@ class TestFindings:
 
         told(findings)
         with pytest.raises(UserError, match=said):
-            page_blocks.findings(source, {"study": "any"})
+            blocks.findings(source, {"study": "any"})
 
     def test_a_table_that_is_not_there_has_no_rows(self, source):
         own = Numbers(source.root, source.results)
@@ -429,15 +429,15 @@ class TestFindings:
 
     def test_without_a_run_say_how_to_make_one(self, tmp_path):
         source = Source(tmp_path, RESULTS)
-        said = page_blocks.findings(source, {"study": "embedded"})
+        said = blocks.findings(source, {"study": "embedded"})
         assert said.startswith("No run is committed")
-        assert page_blocks.dense_by_run(source, {"folders": ["results/embedded"]}) == said
+        assert blocks.dense_by_run(source, {"folders": ["results/embedded"]}) == said
 
     def test_a_study_that_says_nothing_is_told(self, source):
         with pytest.raises(UserError, match="the study 'skipgpt' has no findings"):
-            page_blocks.findings(source, {"study": "skipgpt"})
+            blocks.findings(source, {"study": "skipgpt"})
         with pytest.raises(UserError, match="unknown study 'sleep'"):
-            page_blocks.findings(source, {"study": "sleep"})
+            blocks.findings(source, {"study": "sleep"})
         with pytest.raises(UserError, match="needs 'study' among its options"):
             _fill("<!-- generated: findings -->\n<!-- end -->", source)
 
@@ -446,18 +446,18 @@ class TestFindings:
         dense |= {"bits_per_byte_high": "1.75"}
         _write(source.root / "results" / "other" / "leaderboard.csv", [dense])
         folders = ["results/embedded", "results/other"]
-        assert page_blocks.dense_by_run(source, {"folders": folders}) == (
+        assert blocks.dense_by_run(source, {"folders": folders}) == (
             "- Bits per byte of dense: 1.250 in `embedded/`, 1.500 [1.250, 1.750] in `other/`."
         )
         with pytest.raises(UserError, match="results/none/leaderboard.csv has 0 rows"):
-            page_blocks.dense_by_run(source, {"folders": ["results/none"]})
+            blocks.dense_by_run(source, {"folders": ["results/none"]})
 
     @pytest.mark.parametrize("folder", ["embedded", "bounds"])
     def test_a_committed_row_that_is_gone_is_told(self, repository, capsys, folder):
         path = repository / "results" / folder / "equal_flops.csv"
         rows = numbers.read(path)
         _write(path, [row for row in rows if row["task"] != "socialiqa"][:1])
-        assert pages.main(["--check"]) == 2
+        assert door.main(["--check"]) == 2
         said = capsys.readouterr().err
         assert f"results/{folder}/equal_flops.csv has 0 rows with" in said
 

@@ -22,12 +22,12 @@ from dyndepth.fitting import fits
 from dyndepth.fitting.recovery import adapters
 from dyndepth.models.fingerprints import fingerprint
 from dyndepth.models.loading import ModelInfo, layer_count, load_model, load_tokenizer
-from dyndepth.routes import trace as routes
+from dyndepth.routes import trace
 from dyndepth.sweep import __main__ as sweep
 from dyndepth.sweep.progress.json_log import JsonLog
 from dyndepth.sweep.settings import PATHS, Settings, read
 from dyndepth.tasks import resolve
-from dyndepth.verify import stored as manifest
+from dyndepth.verify import stored
 
 TASK = """task: mine
 dataset_path: json
@@ -124,16 +124,16 @@ def test_python_takes_what_flags_take(home):
     assert (home / "fit" / "facts.json").is_file()
     with pytest.raises(UserError, match=f"adapter in '{home}/none'"):
         adapters.read_card("~/none")
-    found = routes.Routes(
+    found = trace.Routes(
         torch.ones(2, 4, 2, dtype=torch.bool).numpy(), torch.arange(2).numpy(), ("a",), (2,), (1,),
         {0: "x", 1: "y"},
     )  # fmt: skip
     found.save("~/routes/one.safetensors")
-    assert routes.Routes.load("~/routes/one.safetensors").documents == ("a",)
+    assert trace.Routes.load("~/routes/one.safetensors").documents == ("a",)
     Store("~/run").write(cell())
     assert len(Store(home / "run").all()) == len(Store("~/run").all()) == 1
-    manifest.write_manifest("~/run")
-    assert manifest.read_manifest("~/run") == manifest.read_manifest(home / "run")
+    stored.write_manifest("~/run")
+    assert stored.read_manifest("~/run") == stored.read_manifest(home / "run")
     log = JsonLog("~/logs/log.json", print)
     log.note("here")
     log.close({})
@@ -144,7 +144,7 @@ def test_python_takes_what_flags_take(home):
 def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, monkeypatch):
     """Own tasks and an own text are asked for before anything is computed."""
     from dyndepth import rerun
-    from dyndepth.verify import __main__ as verify
+    from dyndepth.verify import __main__ as door
 
     (home / "settings.yaml").write_text(
         "model: ~/model\ncorpus: ~/corpus.txt\ninclude_path: ~/tasks\ntasks: mine\n"
@@ -162,13 +162,13 @@ def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, mo
             ("corpus corpus.txt", "include_path"),
             ("include_path tasks", "corpus"),
         ):
-            assert verify.main(["~/swept", *f"--{given}".split()]) == 2
+            assert door.main(["~/swept", *f"--{given}".split()]) == 2
             told = capsys.readouterr().err
             assert "this run used " in told
             assert f"of its own ({'data' if flag == 'include_path' else 'corpus'} finger" in told
             assert f": give --{flag}" in told
     words = ["~/swept", "--include_path", "~/tasks", "--corpus", "~/corpus.txt"]
-    assert verify.main(words) == 0, capsys.readouterr()
+    assert door.main(words) == 0, capsys.readouterr()
     capsys.readouterr()
     assert rerun.main(["~/swept"]) == 0
     assert "--include_path FOLDER_OF_TASK_FILES --corpus FILE_OF_TEXT" in capsys.readouterr().out
@@ -176,9 +176,9 @@ def test_a_run_by_tilde_is_resumed_by_another_path_and_verified(home, capsys, mo
 
 
 def test_what_no_adapter_can_sit_on_is_told_before_the_first_cell(home, monkeypatch, capsys):
-    from dyndepth.models import loading as models
+    from dyndepth.models import loading
 
-    load = models.load_model
+    load = loading.load_model
 
     def quantised(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -187,8 +187,8 @@ def test_what_no_adapter_can_sit_on_is_told_before_the_first_cell(home, monkeypa
         map_.weight = torch.nn.Parameter(weight, requires_grad=False)
         return model
 
-    monkeypatch.setattr(models, "load_model", quantised)
-    monkeypatch.setattr(models, "fingerprint", lambda model: "x")
+    monkeypatch.setattr(loading, "load_model", quantised)
+    monkeypatch.setattr(loading, "fingerprint", lambda model: "x")
     line = "--model model --corpus corpus.txt --tasks quartz --limit 1 --timing off"
     line += " --recovery none lora(length=32) --output_path refused"
     assert sweep.main(line.split()) == 2

@@ -18,7 +18,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fitting import loop
 from dyndepth.fitting.fits import CURVE
-from dyndepth.fitting.recovery import training as recovery
+from dyndepth.fitting.recovery import training
 from dyndepth.fitting.recovery.adapters import (
     CARD,
     CONFIG,
@@ -73,7 +73,7 @@ def assert_same(before, model):
 def random_adapter(folder, model, recipe=QUICK, scale=0.3):
     """An adapter of random factors, written and read again."""
     with injected(model, recipe) as layers:
-        shapes = {n: (x.lora_A[recovery._NAME].weight, x.lora_B[recovery._NAME].weight)
+        shapes = {n: (x.lora_A[training._NAME].weight, x.lora_B[training._NAME].weight)
                   for n, x in layers.items()}  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         factors = {
@@ -178,7 +178,7 @@ def test_model_is_restored_after_an_exception(tiny_corpus, monkeypatch, where):
     if where == "peft":
         monkeypatch.setattr("peft.tuners.lora.LoraLayer.update_layer", fail)
     else:
-        monkeypatch.setattr(recovery, "window_loss", fail)
+        monkeypatch.setattr(training, "window_loss", fail)
     with pytest.raises(RuntimeError, match="struck"):
         recover(THIN, model, tiny_corpus, QUICK, progress=False)
     assert_same(before, model)
@@ -189,7 +189,7 @@ def gradients(model, method, ids, backend="sparse", run=None):
     with injected(model, QUICK) as layers:
         generator = torch.Generator().manual_seed(2)
         for layer in layers.values():
-            second = layer.lora_B[recovery._NAME].weight
+            second = layer.lora_B[training._NAME].weight
             second.data.copy_(0.1 * torch.randn(second.shape, generator=generator))
         if run is not None:
             nats = run(model)
@@ -393,7 +393,7 @@ def test_killed_training_goes_on_with_the_same_curve(tiny_corpus, monkeypatch, c
     method = load_method("uls", target_speedup=2.0)
     calm = recover(method, model, tiny_corpus, recipe, method.seed, progress=False)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
-    whole, calls = recovery.window_loss, []
+    whole, calls = training.window_loss, []
 
     def struck(*arguments):
         calls.append(1)
@@ -401,7 +401,7 @@ def test_killed_training_goes_on_with_the_same_curve(tiny_corpus, monkeypatch, c
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(recovery, "window_loss", struck)
+    monkeypatch.setattr(training, "window_loss", struck)
     with pytest.raises(KeyboardInterrupt):
         recover_cached(method, model, tiny_corpus, recipe, progress=False)
     _, adapter = recover_cached(method, model, tiny_corpus, recipe, progress=False)
@@ -475,7 +475,7 @@ def test_merged_equals_peft(tmp_path, family):
 
 
 def test_an_adapter_from_before_digests_were_as_today_is_taken(tmp_path, monkeypatch):
-    from dyndepth.cells import identity as fingerprints
+    from dyndepth.cells import identity
 
     model = make_tiny()
     before = fingerprint(model)
@@ -484,7 +484,7 @@ def test_an_adapter_from_before_digests_were_as_today_is_taken(tmp_path, monkeyp
     card.write_text(card.read_text().replace(before, "0123456789abcdef"))
     with pytest.raises(UserError, match="another model"):
         load_adapter(tmp_path / "a", model)
-    monkeypatch.setitem(fingerprints.FORMER, "0123456789abcdef", before)
+    monkeypatch.setitem(identity.FORMER, "0123456789abcdef", before)
     older = load_adapter(tmp_path / "a", model)
     with adapted(model, adapter):
         inside = fingerprint(model)

@@ -16,7 +16,7 @@ from packaging.version import Version
 from test_scoring import METHODS
 
 from dyndepth.common.errors import UserError
-from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation import plan_scoring
 from dyndepth.evaluation.agreement import agree
 from dyndepth.evaluation.forwards import forward
 from dyndepth.evaluation.generation import Prompt, generate
@@ -30,7 +30,7 @@ from dyndepth.models.blocks import blocks, decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.routes.trace import _executed
-from dyndepth.runtime import many_plans as trie
+from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 from dyndepth.studies.similarity import cosines
 from dyndepth.timing.measure import Level, Shape, measure
@@ -338,7 +338,7 @@ def test_many_plans_at_once(family, rope, attn, phases):
     model, groups = made(family, rope, attn), some_groups()
     plans = torch.tensor([plan_without(LAYERS), plan_without(LAYERS, (0, 0), (1, 1), (2, 0))])
     seen = []
-    for index, results in continuations.score(model, plans, groups, phases=phases):
+    for index, results in plan_scoring.score(model, plans, groups, phases=phases):
         seen.append(index)
         for number, plan in enumerate(plans):
             method = GivenPlan(plan=tuple(map(tuple, plan.tolist())), phases=phases)
@@ -358,7 +358,7 @@ def test_states_of_texts_of_several_lengths(rope, side):
     mask = torch.zeros(5, width).long()
     for row, length in enumerate(lengths):
         mask[row, slice(width - length, None) if side == "left" else slice(length)] = 1
-    which, states = trie.streams(model, plans, ids, mask=mask)
+    which, states = many_plans.streams(model, plans, ids, mask=mask)
     assert states.shape == (1, 5, width, 32)
     assert which.tolist() == [0]
     for row in range(5):
@@ -419,8 +419,8 @@ USES = {
     "stream_statistics": lambda m: stream_statistics(m, WINDOWS, normalise=True)[0],
     "streams": lambda m: torch.tensor(_dense_pass(m, WINDOWS, False)["sublayer"]),
     "gradients": lambda m: torch.tensor(_salience(m, WINDOWS, False)),
-    "losses": lambda m: trie.losses(m, torch.ones(1, LAYERS, 2).bool(), WINDOWS),
-    "states": lambda m: trie.streams(m, torch.ones(1, LAYERS, 2).bool(), WINDOWS)[1],
+    "losses": lambda m: many_plans.losses(m, torch.ones(1, LAYERS, 2).bool(), WINDOWS),
+    "states": lambda m: many_plans.streams(m, torch.ones(1, LAYERS, 2).bool(), WINDOWS)[1],
     "cosines": lambda m: torch.tensor(
         [
             one["cosine"]

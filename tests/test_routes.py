@@ -18,7 +18,7 @@ from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.recipe import parse_recovery
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.routes import __main__ as routes_command
+from dyndepth.routes import __main__ as door
 from dyndepth.routes import recorded
 from dyndepth.routes.trace import Routes, record
 from dyndepth.runtime.attach import attach
@@ -231,7 +231,7 @@ def command(folder, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
 
     def call(*arguments: str) -> tuple[int, str, str]:
         common = ("--corpus", str(folder / "corpus.txt"), "--text", str(folder / "text.txt"))
-        status = routes_command.main([*arguments, *common])
+        status = door.main([*arguments, *common])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 

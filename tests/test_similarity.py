@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from dyndepth.common.registry import load_method
 from dyndepth.models.blocks import decoder
-from dyndepth.routes import recorded as routes_command
+from dyndepth.routes import recorded
 from dyndepth.studies import similarity
 from dyndepth.sweep.settings import settings
 
@@ -50,9 +50,9 @@ def test_cells_are_measured_once_and_averaged_over_seeds(tiny, tmp_path, monkeyp
             bench.model, bench.tokenizer = model, None
             return nullcontext(load_method("random_skip", target_speedup=2.0, phases="both"))
 
-    monkeypatch.setattr(routes_command, "documents", lambda *_: {"a": "", "b": ""})
+    monkeypatch.setattr(recorded, "documents", lambda *_: {"a": "", "b": ""})
     monkeypatch.setattr(similarity, "tokens_of", lambda *_: DOCUMENTS)
-    monkeypatch.setattr(routes_command, "Job", Job)
+    monkeypatch.setattr(recorded, "Job", Job)
     cells = [cell(seed=seed) for seed in (0, 1)]
     assert similarity.point(cells, tmp_path) is None
     similarity.record(cells, settings({}), tmp_path)
@@ -61,5 +61,5 @@ def test_cells_are_measured_once_and_averaged_over_seeds(tiny, tmp_path, monkeyp
     assert found.fraction == pytest.approx(0.5)
     assert found.weights.tolist() == [16, 9]
     assert found.cells == tuple(each.key for each in cells)
-    monkeypatch.setattr(routes_command, "documents", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(recorded, "documents", lambda *_: pytest.fail("measured again"))
     similarity.record(cells, settings({}), tmp_path)

@@ -18,13 +18,12 @@ from dyndepth.cells.cell import Cell, CellSpec, method_identity
 from dyndepth.cells.store import Store
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
-from dyndepth.models import loading as models
+from dyndepth.models import loading
 from dyndepth.results import tables as tables_module
 from dyndepth.routes.trace import Routes
-from dyndepth.studies import __main__, similarity
-from dyndepth.studies import recordings as routed
+from dyndepth.studies import __main__ as door
+from dyndepth.studies import recordings, similarity, verdicts
 from dyndepth.studies import study as studies
-from dyndepth.studies import verdicts as claims
 from dyndepth.studies.recordings import position_table, trace_file
 from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.studies.verdicts import COLUMNS, chosen, likened, report
@@ -313,15 +312,17 @@ def toy(monkeypatch, tmp_path):
     entry = SimpleNamespace(load=lambda: STUDY)
     monkeypatch.setattr(studies, "studies", lambda: {"toy": entry})
     monkeypatch.setattr(workbench, "Workbench", ToyBench)
-    monkeypatch.setattr(claims, "harness_code", lambda: "now")
-    monkeypatch.setattr(models, "layer_count", lambda *_: 12)
+    monkeypatch.setattr(verdicts, "harness_code", lambda: "now")
+    monkeypatch.setattr(loading, "layer_count", lambda *_: 12)
     # The sweep's own tables are tested elsewhere.
     monkeypatch.setattr(tables_module, "write_tables", lambda *_: [])
     monkeypatch.setattr(ToyBench, "asked", 0)
-    monkeypatch.setattr(routed, "record", lambda cells, _, path: [trace(c, path) for c in cells])
+    monkeypatch.setattr(
+        recordings, "record", lambda cells, _, path: [trace(c, path) for c in cells]
+    )
     monkeypatch.setattr(ToyBench, "broken", ())
     path = tmp_path / "run"
-    return lambda *flags: __main__.main(["toy", "--output-path", str(path), *flags])
+    return lambda *flags: door.main(["toy", "--output-path", str(path), *flags])
 
 
 class TestCommand:
@@ -411,7 +412,7 @@ class TestCommand:
         assert [each.timing for each in timed.settings({"timing": "quick"})] == ["quick"] * 2
 
     def test_unknown_study(self, capsys):
-        assert __main__.main(["nope"]) == 2
+        assert door.main(["nope"]) == 2
         assert "unknown study 'nope'" in capsys.readouterr().err
 
     def test_sweeps_may_not_differ_in_what_must_be_shared(self):

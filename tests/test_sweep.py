@@ -21,7 +21,7 @@ from dyndepth.cells.store import Store
 from dyndepth.common import commands, digests, provenance, registry
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.evaluate import Evaluation
-from dyndepth.sweep import __main__
+from dyndepth.sweep import __main__ as door
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep import settings as options
 from dyndepth.sweep.driver import Driver, Tally
@@ -417,7 +417,7 @@ class TestRun:
 
     def test_termination_is_taken_as_an_interruption(self, tmp_path):
         old = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, __main__._interrupt)
+        signal.signal(signal.SIGTERM, door._interrupt)
         settings, bench = _settings(tmp_path), FakeBench()
         waiting = threading.Event()
         ended = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))

@@ -16,7 +16,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.evaluation.scoring import Group, score
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.runtime.attach import attach
-from dyndepth.timing import __main__ as timing_command
+from dyndepth.timing import __main__ as door
 from dyndepth.timing import passes
 from dyndepth.timing.measure import LEVELS, Level, Shape, measure
 from dyndepth.timing.passes import Side, Stopwatch, decode, prefill, rescore
@@ -366,22 +366,22 @@ class TestCommandLine:
         ],
     )
     def test_wrong_input_exits_with_2(self, arguments, message, capsys):
-        assert timing_command.main(arguments) == 2
+        assert door.main(arguments) == 2
         assert message in capsys.readouterr().err
 
     def test_last_line_is_json(self, tiny, tiny_corpus, tmp_path, monkeypatch, capsys):
         from dyndepth.data import corpus
-        from dyndepth.models import loading as models
+        from dyndepth.models import loading
         from dyndepth.timing import measure as timing
 
         model = tiny()
-        monkeypatch.setattr(models, "layer_count", lambda *_: 4)
-        monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
-        monkeypatch.setattr(models, "load_tokenizer", lambda *_: None)
+        monkeypatch.setattr(loading, "layer_count", lambda *_: 4)
+        monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
+        monkeypatch.setattr(loading, "load_tokenizer", lambda *_: None)
         monkeypatch.setattr(corpus, "load_corpus", lambda *_: tiny_corpus)
         monkeypatch.setitem(timing.LEVELS, "quick", SHORT)
         monkeypatch.setenv("DYNDEPTH_CACHE", str(tmp_path))
-        assert timing_command.main(["--method", "dense"]) == 0
+        assert door.main(["--method", "dense"]) == 0
         out = capsys.readouterr().out.splitlines()
         found = json.loads(out[-1])["timing"]
         assert len(found["rows"]) == 4

@@ -11,11 +11,11 @@ from gating import GivenPlan, plan_without
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndepth.common.errors import UserError
-from dyndepth.evaluation import plan_scoring as continuations
+from dyndepth.evaluation import plan_scoring
 from dyndepth.evaluation.scoring import Group
 from dyndepth.evaluation.scoring import score as score_alone
 from dyndepth.models.blocks import blocks, decoder
-from dyndepth.runtime import many_plans as trie_pass
+from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 
 LAYERS = 4
@@ -94,7 +94,7 @@ def check(model, plans: torch.Tensor, phases: str, **settings) -> None:
     """Trie against attach, every plan and document."""
     groups = some_groups()
     seen = set()
-    for index, results in continuations.score(model, plans, groups, phases=phases, **settings):
+    for index, results in plan_scoring.score(model, plans, groups, phases=phases, **settings):
         seen.add(index)
         for number, plan in enumerate(plans):
             expected = alone(model, plan, groups[index], phases)
@@ -118,8 +118,8 @@ def test_scores_equal_each_plan_alone(tiny, family, attn, phases):
 @both_phases
 @pytest.mark.parametrize("batch_tokens", [1, 600, 2**20])
 def test_scores_do_not_depend_on_batches(tiny, phases, batch_tokens, monkeypatch):
-    monkeypatch.setattr(trie_pass, "_CALL_TOKENS", 40)
-    monkeypatch.setattr(trie_pass, "_LOGITS", 7 * 96)
+    monkeypatch.setattr(many_plans, "_CALL_TOKENS", 40)
+    monkeypatch.setattr(many_plans, "_LOGITS", 7 * 96)
     check(tiny("llama", "sdpa"), some_plans(), phases, batch_tokens=batch_tokens)
 
 
@@ -159,7 +159,7 @@ def test_streams_equal_each_plan_alone(tiny, family, attn, padded):
             "attention_mask": real.long(),
             "position_ids": (real.long().cumsum(1) - 1).clamp_min(0),
         }
-    which, found = trie_pass.streams(model, plans, tokens, mask=mask)
+    which, found = many_plans.streams(model, plans, tokens, mask=mask)
     assert found.shape == (len(set(which.tolist())), 3, 12, 32)
     assert len(found) == len({tuple(plan.flatten().tolist()) for plan in plans})
     for number, plan in enumerate(plans):
@@ -172,7 +172,7 @@ def test_streams_equal_each_plan_alone(tiny, family, attn, padded):
 @every_variant
 def test_losses_equal_each_plan_alone(tiny, family, attn, monkeypatch):
     model, plans, tokens = tiny(family, attn), some_plans(), ids(5, 11)
-    whole = trie_pass.losses(model, plans, tokens)
+    whole = many_plans.losses(model, plans, tokens)
     assert whole.shape == (len(plans), 5)
     assert whole.dtype == torch.float64
     for number, plan in enumerate(plans):
@@ -180,10 +180,10 @@ def test_losses_equal_each_plan_alone(tiny, family, attn, monkeypatch):
             logits = model(tokens).logits[:, :-1]
         each = -logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0].double()
         torch.testing.assert_close(whole[number], each.mean(1), atol=TOLERANCE, rtol=0)
-    monkeypatch.setattr(trie_pass, "BATCH_TOKENS", 600)
-    monkeypatch.setattr(trie_pass, "_LOGITS", 7 * 96)
+    monkeypatch.setattr(many_plans, "BATCH_TOKENS", 600)
+    monkeypatch.setattr(many_plans, "_LOGITS", 7 * 96)
     torch.testing.assert_close(
-        trie_pass.losses(model, plans, tokens), whole, atol=TOLERANCE, rtol=0
+        many_plans.losses(model, plans, tokens), whole, atol=TOLERANCE, rtol=0
     )
 
 
@@ -199,7 +199,7 @@ def test_shared_sublayers_run_once(tiny, attn):
                 computed[sublayer] += out.shape[:-1].numel()
 
             handles.append(norm.register_forward_hook(count))
-    trie_pass.streams(model, plans, tokens)
+    many_plans.streams(model, plans, tokens)
     for handle in handles:
         handle.remove()
     ends = [prefix[-1][1] for prefix in prefixes(plans)]
@@ -223,7 +223,7 @@ def test_scoring_costs_no_more_than_its_prefixes(tiny):
     ends = {tuple(plan.flatten().tolist()) for plan in plans}
     head = 2 * 32 * 96 * scored * len(ends)
     with FlopCounterMode(display=False) as counter:
-        list(continuations.score(model, plans, [group]))
+        list(plan_scoring.score(model, plans, [group]))
     assert counter.get_total_flops() - head < 0.9 * most
     # MLPs after the last attention see the scored positions alone, each prefix once.
     full = set()
@@ -238,7 +238,7 @@ def test_scoring_costs_no_more_than_its_prefixes(tiny):
         block.mlp_modules[0].register_forward_hook(lambda _, __, out: seen.append(out.shape[0]))
         for block in blocks(model)
     ]
-    list(continuations.score(model, plans, [group]))
+    list(plan_scoring.score(model, plans, [group]))
     for handle in handles:
         handle.remove()
     assert sum(seen) == expected
@@ -248,7 +248,7 @@ def test_dense_contexts_run_once(tiny):
     model, plans = tiny("llama", "eager"), some_plans(40)
     group = Group("only", list(range(3, 43)), [[5], [6]])
     with FlopCounterMode(display=False) as counter:
-        list(continuations.score(model, plans, [group], phases="generation"))
+        list(plan_scoring.score(model, plans, [group], phases="generation"))
     with FlopCounterMode(display=False) as once:
         model(torch.tensor([group.context], device=DEVICE), logits_to_keep=1)
     assert counter.get_total_flops() == once.get_total_flops()
@@ -258,20 +258,20 @@ def test_the_model_is_restored(tiny):
     model, plans, tokens = tiny("llama", "sdpa"), some_plans(), ids(2, 9)
     before = model(tokens).logits
     classes = [type(module) for module in model.modules()]
-    scores = continuations.score(model, plans, some_groups(), batch_tokens=1)
+    scores = plan_scoring.score(model, plans, some_groups(), batch_tokens=1)
     next(scores)
     assert torch.equal(model(tokens).logits, before)  # between the batches, too
-    trie_pass.streams(model, plans, tokens)
-    trie_pass.losses(model, plans, tokens)
+    many_plans.streams(model, plans, tokens)
+    many_plans.losses(model, plans, tokens)
 
     def fail(*_):
         raise RuntimeError("in the depth of a pass")
 
     handle = blocks(model)[2].mlp_modules[1].register_forward_pre_hook(fail)
     for run in (
-        lambda: trie_pass.streams(model, plans, tokens),
-        lambda: list(continuations.score(model, plans, some_groups())),
-        lambda: list(continuations.score(model, plans, some_groups(), phases="generation")),
+        lambda: many_plans.streams(model, plans, tokens),
+        lambda: list(plan_scoring.score(model, plans, some_groups())),
+        lambda: list(plan_scoring.score(model, plans, some_groups(), phases="generation")),
     ):
         with pytest.raises(RuntimeError, match="depth"):
             run()
@@ -285,33 +285,33 @@ def test_refusals(tiny):
     model, plans, tokens = tiny("llama", "sdpa"), some_plans(), ids(2, 9)
     for wrong in (plans.float(), plans[0], plans[:, :3], plans[..., :1]):
         with pytest.raises(UserError, match=r"plans must be bool \[plans, 4, 2\]"):
-            trie_pass.streams(model, wrong, tokens)
+            many_plans.streams(model, wrong, tokens)
         with pytest.raises(UserError, match="plans must be bool"):
-            list(continuations.score(model, wrong, some_groups()))
+            list(plan_scoring.score(model, wrong, some_groups()))
     with pytest.raises(UserError, match="no plans"):
-        trie_pass.losses(model, plans[:0], tokens)
+        many_plans.losses(model, plans[:0], tokens)
     with pytest.raises(UserError, match="2 tokens"):
-        trie_pass.losses(model, plans, tokens[:, :1])
+        many_plans.losses(model, plans, tokens[:, :1])
     with pytest.raises(UserError, match="phases"):
-        list(continuations.score(model, plans, some_groups(), phases="prompt"))
+        list(plan_scoring.score(model, plans, some_groups(), phases="prompt"))
     with attach(model, GivenPlan(plan=plan_without(LAYERS))):
         with pytest.raises(UserError, match="attached"):
-            trie_pass.streams(model, plans, tokens)
+            many_plans.streams(model, plans, tokens)
         with pytest.raises(UserError, match="attached"):
-            list(continuations.score(model, plans, some_groups()))
+            list(plan_scoring.score(model, plans, some_groups()))
     layer = decoder(model).layers[1]
     layer.forward = layer.forward
     with pytest.raises(UserError, match="forward of its own"):
-        trie_pass.losses(model, plans, tokens)
+        many_plans.losses(model, plans, tokens)
     del layer.forward
     handle = blocks(model)[2].attention.register_forward_hook(lambda *_: None)
     with pytest.raises(UserError, match="the attention of block 2 has one"):
-        trie_pass.losses(model, plans, tokens)
+        many_plans.losses(model, plans, tokens)
     handle.remove()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(UserError, match="'sdpa' or 'eager'"):
-        trie_pass.losses(model, plans, tokens)
+        many_plans.losses(model, plans, tokens)
 
 
 def test_no_documents(tiny):
-    assert list(continuations.score(tiny("llama", "sdpa"), some_plans(), [])) == []
+    assert list(plan_scoring.score(tiny("llama", "sdpa"), some_plans(), [])) == []

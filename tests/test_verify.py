@@ -21,7 +21,7 @@ from dyndepth.results import schema, tables
 from dyndepth.results.tables import write_tables
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep.settings import read
-from dyndepth.verify import __main__ as verify
+from dyndepth.verify import __main__ as door
 from dyndepth.verify.again import drawn, excuse
 from dyndepth.verify.differences import COARSE, EXACT, differences
 from dyndepth.verify.findings import means
@@ -59,7 +59,7 @@ def told(tiny, capsys) -> Callable[..., tuple[int, str]]:
     """Calls the command; returns its status and what it printed, on one line a finding."""
 
     def call(path: Path, *arguments: str) -> tuple[int, str]:
-        status = verify.main([str(path), "--corpus", str(tiny / "corpus.txt"), *arguments])
+        status = door.main([str(path), "--corpus", str(tiny / "corpus.txt"), *arguments])
         printed = capsys.readouterr()
         return status, printed.out + printed.err
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dyndepth.evaluation import plan_scoring as continuations
-from dyndepth.evaluation import scoring
+from dyndepth.evaluation import plan_scoring, scoring
 from dyndepth.evaluation.scoring import Group
 from dyndepth.models.blocks import blocks
 from dyndepth.models.loading import loaded
@@ -145,7 +144,7 @@ class Together:
 
     def score(self, part: list[Group], plans: Tensor) -> Tensor:
         """Log-likelihoods of one part."""
-        results = dict(continuations.score(self.model, plans, part, phases=self.skipping))
+        results = dict(plan_scoring.score(self.model, plans, part, phases=self.skipping))
         logs = [log.sum(1) for index in range(len(part)) for log, _ in results[index]]
         return torch.stack(logs, 1)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import paragraphs, read_text
 from dyndepth.common.paths import expanded
-from dyndepth.data import wheels as assets
+from dyndepth.data import wheels
 from dyndepth.data.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.data.tokenizers import tokenizer_fingerprint
 
@@ -176,7 +176,7 @@ def load_corpus(name: str | Path, tokenizer: Any) -> Corpus:
 
 def _embedded_texts() -> list[str]:
     """Web text only: passages from OpenWebText, C4 and OSCAR."""
-    folder = assets.asset("data")
+    folder = wheels.asset("data")
     texts = [row["0"] for row in _rows(folder / "openwebtext.jsonl")]
     mixed = _rows(folder / "text_compression.jsonl")
     texts += [row["text"] for row in mixed if row["type"] in _WEB_TYPES]

@@ -85,13 +85,13 @@ def _scored(
     reader: DyndepthLM, task: Task, plans: Tensor, asked: Asked
 ) -> tuple[list[list[Any]], dict[str, np.ndarray]]:
     """Log-likelihoods; see ``responses_of``."""
-    from dyndepth.evaluation import plan_scoring as continuations
+    from dyndepth.evaluation import plan_scoring
 
     phases = reader.method.phases
     logs = np.zeros((len(asked.requests), len(plans)))
     greedy = np.ones(logs.shape, dtype=bool)
     with reader.progress_bar(len(asked.groups), f"outcomes of {task.task_name}") as bar:
-        for index, results in continuations.score(reader.model, plans, asked.groups, phases=phases):
+        for index, results in plan_scoring.score(reader.model, plans, asked.groups, phases=phases):
             for owner, (log, likeliest) in zip(asked.owners[index], results, strict=True):
                 logs[owner] += log.sum(1).cpu().numpy()
                 greedy[owner] &= likeliest.all(1).cpu().numpy()

@@ -65,10 +65,9 @@ _KINDS = ("method", "control", "bound")
 
 def method_classes() -> list[Any]:
     """The classes of the methods that come with the suite, sorted by name."""
-    from dyndepth.common import digests as provenance
-    from dyndepth.common import registry
+    from dyndepth.common import digests, registry
 
-    own = f"{provenance.METHODS}."
+    own = f"{digests.METHODS}."
     found = registry.methods()
     return [registry.method_class(name) for name in found if found[name].value.startswith(own)]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dyndepth.cells import naming
+from dyndepth.cells.cell import DENSE
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.plots.labels import label_targets
 from dyndepth.plots.style import (
     BLUE,
     CHANCE,
-    DENSE,
     FRONT,
     GRAY,
     IDEAL,

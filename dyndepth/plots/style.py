@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.cell import DENSE
 from dyndepth.common.paths import path_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ CHANCE = "chance"
 SUSPECT = "suspect: faster than its FLOPs allow"
 IDEAL = "ideal: all saved FLOPs become time"
 OTHERS = "the others"
-DENSE = "dense"
+
 """Legend entries that all panels of a figure share."""
 
 _DPI = 150

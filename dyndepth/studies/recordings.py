@@ -45,14 +45,14 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
 
     A cell that cannot be recorded is told and left out.
     """
-    from dyndepth.routes import recorded as routes_command
+    from dyndepth.routes import recorded
 
     missing = [cell for cell in cells if not trace_file(cell, folder).is_file()]
     if not missing:
         return
-    texts = routes_command.documents(None, DOCUMENTS)
+    texts = recorded.documents(None, DOCUMENTS)
     options = {"prompt_length": PROMPT, "length": LENGTH}
-    bench = routes_command.Bench(options)
+    bench = recorded.Bench(options)
 
     def trace(cell: Cell, job: Any) -> None:
         job.record(bench, texts, options).save(trace_file(cell, folder))
@@ -67,14 +67,14 @@ def again(
 
     A cell that cannot be rebuilt is told and left out.
     """
-    from dyndepth.routes import recorded as routes_command
+    from dyndepth.routes import recorded
 
     started = time.monotonic()
     for index, cell in enumerate(cells, start=1):
         label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
         elapsed = f"{time.monotonic() - started:.0f} s"
         print(f"[{index}/{len(cells)}] {what} of {label} ({elapsed})", flush=True)
-        job = routes_command.Job(label, cell.key, settings, identity=cell.identity)
+        job = recorded.Job(label, cell.key, settings, identity=cell.identity)
         try:
             run(cell, job)
         except UserError as fault:

@@ -39,13 +39,13 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
 
     A cell that cannot be rebuilt is told and left out.
     """
-    from dyndepth.routes import recorded as routes_command
+    from dyndepth.routes import recorded
 
     missing = [cell for cell in cells if not file_of(cell, folder).is_file()]
     if not missing:
         return
-    texts = routes_command.documents(None, DOCUMENTS)
-    bench = routes_command.Bench({})
+    texts = recorded.documents(None, DOCUMENTS)
+    bench = recorded.Bench({})
     whole: dict[str, Tensor] = {}  # the dense model's states, as long as its weights are the same
 
     def measure(cell: Cell, job: Any) -> None:

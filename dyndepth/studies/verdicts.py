@@ -31,8 +31,7 @@ from dyndepth.results.statistics.curves import (
 )
 from dyndepth.results.statistics.differences import Difference, difference, reach
 from dyndepth.results.statistics.verdicts import direction, holm
-from dyndepth.studies import recordings as routed
-from dyndepth.studies import similarity
+from dyndepth.studies import recordings, similarity
 from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.sweep.grid import limits
 from dyndepth.sweep.settings import Settings, limit_text
@@ -250,7 +249,7 @@ def _routed(
     groups = _by_target(chosen(claim.a, cells, phases))
     if not groups:
         yield {"metric": "executed"}, f"no finished cell of {claim.a.label}"
-    compare = routed.sublayers if claim.kind == "sublayers" else routed.positions
+    compare = recordings.sublayers if claim.kind == "sublayers" else recordings.positions
     yield from compare(claim.a.label, groups, folder)
 
 

@@ -212,11 +212,11 @@ def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: it cannot be had.
     """
-    from dyndepth.data import wheels as assets
+    from dyndepth.data import wheels
     from dyndepth.tasks import OFFLINE, task_manager
 
     if set(tasks) & set(OFFLINE):
-        assets.asset("data")
+        wheels.asset("data")
     found: dict[str, Any] = {}
     for name in tasks:
         try:
@@ -267,12 +267,12 @@ def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
     """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
     and the contents of all other ``tasks``, which are those of ``bring_tasks``, one by one; see
     ``records.same_data``."""
-    from dyndepth.data import wheels as assets
+    from dyndepth.data import wheels
     from dyndepth.tasks import OFFLINE
 
     parts = []
     if set(tasks) & set(OFFLINE):
-        parts.append(assets.data_fingerprint("data"))
+        parts.append(wheels.data_fingerprint("data"))
     if settings.include_path:
         parts.append(task_files(settings.include_path))
     contents: dict[str, str] = {}

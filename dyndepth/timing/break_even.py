@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dyndepth.timing.jobs import Decode, Job, Prefill
 
 
-SUBLAYERS = ("both", "attention", "mlp")
-DENSE = 0.0
+SKIPPING = ("both", "attention", "mlp")
+NOTHING_SKIPPED = 0.0
 """The stock model, among times by skipped fraction."""
 _LEVEL = 0.95
 _RESAMPLES = 1000
@@ -142,7 +142,7 @@ class Curve:
 
     Attributes:
         times: seconds by skipped fraction, one a round, of one forward; the stock model's by
-            ``DENSE``.
+            ``NOTHING_SKIPPED``.
         speedups: of each fraction over the stock model, with 95% intervals.
         total_speedups: dense FLOPs / executed FLOPs of the same forwards, the router included.
     """
@@ -160,7 +160,7 @@ class Curve:
             {
                 **vars(self.regime),
                 "skipped_fraction": fraction,
-                "dense_median_s": statistics.median(self.times[DENSE]),
+                "dense_median_s": statistics.median(self.times[NOTHING_SKIPPED]),
                 "routed_median_s": statistics.median(self.times[fraction]),
                 "wall_speedup": speedup.median,
                 "wall_speedup_low": speedup.low,
@@ -205,7 +205,7 @@ def measure(
     with tqdm(total=repeats, desc=label, unit=" rounds", disable=not progress, leave=False) as bar:
 
         def enough(times: Times) -> bool:
-            bar.update(len(times[str(DENSE)]) - bar.n)
+            bar.update(len(times[str(NOTHING_SKIPPED)]) - bar.n)
             return False
 
         with torch.inference_mode():
@@ -220,13 +220,13 @@ def measure(
             )
     steps = STEPS if regime.phase == "decode" else 1
     times = {fraction: [each / steps for each in found[str(fraction)]] for fraction in jobs}
-    thinned = {fraction: own for fraction, own in times.items() if fraction != DENSE}
+    thinned = {fraction: own for fraction, own in times.items() if fraction != NOTHING_SKIPPED}
     return Curve(
         regime,
         times,
-        {fraction: ratio(times[DENSE], own) for fraction, own in thinned.items()},
+        {fraction: ratio(times[NOTHING_SKIPPED], own) for fraction, own in thinned.items()},
         {fraction: jobs[fraction].flop_ideal for fraction in thinned},
-        break_even(times[DENSE], thinned, seed=seed),
+        break_even(times[NOTHING_SKIPPED], thinned, seed=seed),
     )
 
 
@@ -248,7 +248,7 @@ def _jobs(model: Any, regime: Regime, fractions: Sequence[float], seed: int) -> 
     drawn = torch.rand(2, len(blocks(model)), regime.batch, width, generator=generator)
     routers = _routers(model, regime.router) if regime.router else None
     with torch.inference_mode():
-        jobs = {DENSE: Job(model, None, shape)}
+        jobs = {NOTHING_SKIPPED: Job(model, None, shape)}
         for fraction in fractions:
             masks = _masks(drawn, fraction, regime.sublayers).to(model.device)
             method = given(masks, "generation" if decoding else "both", routers)
@@ -268,7 +268,7 @@ def _masks(drawn: Tensor, fraction: float, sublayers: str) -> Tensor:
         )
     masks = (ranks >= skipped).view_as(drawn).transpose(0, 1).contiguous()
     if sublayers != "both":
-        masks[:, 2 - SUBLAYERS.index(sublayers)] = True
+        masks[:, 2 - SKIPPING.index(sublayers)] = True
     return masks
 
 
