@@ -57,7 +57,7 @@ test-slow: setup
 	OMP_NUM_THREADS=1 $(RUN) -m $(PYTEST) -m slow
 
 requests: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -m slow tests/test_requests.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -m slow tests/evaluation/test_requests.py
 
 test-oldest: setup $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m $(PYTEST)
@@ -79,13 +79,13 @@ $(OLDEST_INSTALLED): pyproject.toml | setup
 
 # One process: the moments at which sweeps are hit are those of a machine that does little else.
 faults: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m faults tests/test_faults.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m faults tests/sweep/test_faults.py
 
 bench: setup
 	$(RUN) -m dyndepth.bench
 
 docs: setup
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/support.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/helpers:tests/runtime $(RUN) tests/helpers/support.py
 	OMP_NUM_THREADS=1 $(RUN) -m dyndepth.pages
 
 notebooks: setup
@@ -118,7 +118,7 @@ lint: $(INSTALLED)
 # Status 3 of the second: the audit could not be made, or not of everything.
 audit: $(INSTALLED)
 	$(RUN) -m bandit --quiet -r dyndepth methods -c pyproject.toml
-	$(RUN) tests/audit.py
+	$(RUN) tests/whole/audit.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import variants
 from gating import GivenPlan, RandomMask, plan_without
+from test_attach import LAYERS, ids, padded
 from test_flops import counted
-from test_runtime import LAYERS, ids, padded
 from torch import nn
 
 from dyndepth.common.errors import UserError

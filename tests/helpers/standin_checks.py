@@ -13,7 +13,7 @@ import standin
 import torch
 from conftest import make_tiny
 from gating import RandomMask
-from test_runtime import incremental
+from test_attach import incremental
 
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.evaluation import plan_scoring

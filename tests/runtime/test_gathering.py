@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE, make_tiny
 from gating import RandomMask
-from test_runtime import ids
+from test_attach import ids
 
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.attach import attach

@@ -654,7 +654,7 @@ def test_examples_are_the_tasks_own_unless_asked_for(model, tasks, both):
 
 
 def test_the_page_names_every_setting_that_is_obeyed_or_refused():
-    page = (Path(__file__).parent.parent / "docs" / "measures.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "measures.md").read_text(encoding="utf-8")
     requests_part = page.partition("## Requests")[2].partition("## Comparisons")[0]
     named = set(re.findall(r"`(\w+)(?:: true)?`", requests_part))
     assert set(OBEYED) <= named

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from test_runtime import ids, incremental
+from test_attach import ids, incremental
 
 from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gating import GivenPlan, RandomMask, plan_without
-from test_runtime import ids, padded
+from test_attach import ids, padded
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndepth.models.families import FAMILIES

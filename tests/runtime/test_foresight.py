@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import DEVICE
 from gating import GivenPlan, RandomMask, plan_without
+from test_attach import attached_and_failing, ids, incremental, padded
 from test_flops import counted
-from test_runtime import attached_and_failing, ids, incremental, padded
 from transformers import DynamicCache, StaticCache
 
 from dyndepth.common.errors import UserError

@@ -1,4 +1,4 @@
-"""Looks for known vulnerabilities of everything that is installed: ``python tests/audit.py``.
+"""Looks for known vulnerabilities of everything that is installed: ``python tests/whole/audit.py``.
 
 ``make audit`` runs it. pip-audit reports success where its service knows none of the packages, and
 skips a version with a local label such as ``+cpu``; here a package that was not audited is never

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_outcomes as tried
 import torch
-from test_runtime import ids
+from test_attach import ids
 
 from dyndepth.common.errors import UserError
 from dyndepth.lm_eval_plugin.model import NamedLM

@@ -30,7 +30,7 @@ from dyndepth.results.schema import TABLES, tables
 from dyndepth.results.tables import entry
 from dyndepth.studies.study import Study
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("results/embedded")
 COLUMNS = (*LEADING, *TABLES["leaderboard.csv"].own)
 

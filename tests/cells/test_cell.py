@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_killed_writer_leaves_the_old_cell_and_a_leftover_that_goes(tmp_path):
         os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
         Store({str(tmp_path)!r}).write(cell([0, 0, 0, 0]))
     """
-    here = os.path.dirname(__file__)
+    here = Path(__file__).parents[1] / "helpers"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=here, check=False)
     assert done.returncode == -9
     leftovers = list(store.folder.glob(".writing-*"))

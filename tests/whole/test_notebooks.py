@@ -10,9 +10,9 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from test_plots_curves import make_run
+from test_curves import make_run
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 RUN = NOTEBOOKS.parent / "results" / "embedded"
 LIMIT = 300_000

@@ -51,7 +51,7 @@ from dyndepth.studies import recordings, similarity
 from dyndepth.sweep import __main__ as door
 from dyndepth.sweep.settings import read
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "dyndepth").rglob("*.py"), *(ROOT / "methods").rglob("*.py")])
 
 
@@ -599,7 +599,7 @@ def test_the_audit_is_a_target_and_told():
     recipe = re.search(r"^audit:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert "bandit" in recipe[1]
     assert "-c pyproject.toml" in recipe[1]
-    assert "tests/audit.py" in recipe[1]
+    assert "tests/whole/audit.py" in recipe[1]
     assert "make audit " in makefile
     assert re.search(r"^\.PHONY:.*\baudit\b", makefile, re.MULTILINE)
 

@@ -14,7 +14,7 @@ from cells import cell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from test_stats import point, scored
+from test_statistics import point, scored
 
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOLERANCE, variants
+from test_attach import ids, incremental, padded
 from test_flops import counted
-from test_runtime import ids, incremental, padded
 
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fitting.fits import load_fit, save_fit
@@ -27,7 +27,7 @@ from dyndepth.runtime.attach import attach
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")
 DOCUMENTS = ["a", "b", "c"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 conforming = pytest.mark.parametrize(
     ("name", "phases"),

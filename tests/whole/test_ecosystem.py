@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import DEVICE, TOLERANCE, variants
 from gating import GivenPlan, RandomMask, plan_without
+from test_attach import LAYERS, METHODS, ids, incremental, padded
 from test_flops import counted
-from test_runtime import LAYERS, METHODS, ids, incremental, padded
 from torch import nn
 from transformers import DynamicCache, StaticCache
 

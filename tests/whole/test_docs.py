@@ -31,7 +31,7 @@ from dyndepth.common.registry import GROUP, parse_methods
 from dyndepth.models.families import FAMILIES
 from dyndepth.pages import __main__ as door
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 MARKS = {"needs-gpu", "needs-hub"}
 FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)

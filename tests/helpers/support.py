@@ -1,7 +1,6 @@
 """What holds for each family, found by running it; written into docs/families.md.
 
-``python tests/support.py`` (``make docs``) writes the matrix, ``test_families.py`` runs the same
-checks and compares.
+``make docs`` writes the matrix by it, ``test_families.py`` runs the same checks and compares.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.gates import ALWAYS
 
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOLERANCE = 1e-5
 IMPLEMENTATIONS = ("sdpa", "eager")
 _PLAN = GivenPlan(plan=plan_without(4, (0, 0), (0, 1), (2, 0), (3, 1)))

@@ -10,7 +10,7 @@ import torch
 from conftest import attentions, make_tiny, variants
 from gating import RandomMask
 from support import CHECKS, FAMILIES, PAGE, found, placed, table, version
-from test_runtime import ids
+from test_attach import ids
 
 from dyndepth.common.errors import UserError
 from dyndepth.models.blocks import Decoder, blocks, causal_lm, decoder

@@ -118,7 +118,7 @@ def test_too_few_windows_and_a_lost_loss_are_told():
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     """Through accelerate, on the processor: windows are shared out, gradients averaged."""
-    script = Path(__file__).parent / "two_processes.py"
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     alone = [sys.executable]
     together = [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
