@@ -138,8 +138,11 @@ IDENTITY = {
     "transformers": _text("Version of transformers, as `transformers==...`."),
     "lm_eval": _text("Version of lm-eval, as `lm_eval==...`."),
     "dyndepth": _text("Version of this suite, as `dyndepth==...`."),
-    "harness_code": _text("Digest of the suite's own code that can change a number."),
-    "method_code": _text("Digest of the method's code."),
+    "harness_code": _text("Digest of the suite's code that every score runs through."),
+    "method_code": _text(
+        "Digest of the method's code and of what it imports to be fitted; with a recovery, of what "
+        "trains that as well."
+    ),
     "git_commit": _text(
         "Commit of the code; `+changes` if it was edited; empty outside a repository; not hashed.",
         nullable=True,

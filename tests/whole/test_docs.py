@@ -32,7 +32,12 @@ from dyndepth.models.families import FAMILIES
 from dyndepth.pages import __main__ as door
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted(
+    [
+        *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+)
 MARKS = {"needs-gpu", "needs-hub"}
 FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- generated:.*?<!-- end -->", re.DOTALL)
@@ -239,7 +244,9 @@ def test_generated_text_is_that_of_the_results(capsys: pytest.CaptureFixture[str
     assert status == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
 def test_no_measured_number_is_written_by_hand(page: Path):
     """Outside of generated text nothing looks like a measurement: three decimals, an interval."""
     text = page.read_text(encoding="utf-8")
