@@ -80,7 +80,7 @@ def apart(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """For each row what its setting has and that of another row has not, as ``["bfloat16",
     "tasks=quartz", "code=1a2b3c"]``: nothing where all rows have one setting.
 
-    ``rows`` have the columns ``records.IDENTITY``, as tables write them. The model is told where
+    ``rows`` have the columns ``identity.IDENTITY``, as tables write them. The model is told where
     models or their weights differ, so that rows of two settings never have the same words. Where
     rows of one name and setting come from two fits (``FITTED``), that is told too.
     """

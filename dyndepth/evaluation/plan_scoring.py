@@ -1,6 +1,6 @@
 """Scores continuations under many static plans at once.
 
-Each document is one row (``packing``). From a stream's last attention on, only the positions that
+Each document is one row (``Packed``). From a stream's last attention on, only the positions that
 are scored go on. A batch holds what is read by the same rotary tables: a document whose
 continuations are not is in several.
 """
@@ -41,9 +41,9 @@ def score(
 
     The numbers are those of ``scoring.score`` with each plan attached alone. Under ``phases``
     "generation" contexts run at full depth, once for all plans, and only the continuations run
-    under the plans. ``plans`` as in ``trie.streams``; ``batch_tokens`` bounds the tokens of a batch
-    times the number of distinct plans, but for a single document that is longer. Yields (index of
-    the group, one pair a continuation) as batches are done, longest first.
+    under the plans. ``plans`` as in ``many_plans.streams``; ``batch_tokens`` bounds the tokens of a
+    batch times the number of distinct plans, but for a single document that is longer. Yields
+    (index of the group, one pair a continuation) as batches are done, longest first.
     """
     if phases not in ("both", "generation"):
         raise UserError(f"phases must be 'both' or 'generation', not {phases!r}")

@@ -5,7 +5,7 @@ The text is the docstring of the method's module, laid out as Markdown; everythi
 its class and from tables. Nothing is written by hand. What a method may offer for its page:
 ``Fields:`` in the docstring of its class; and, where one of its parameters names a set of settings,
 a mapping in its module from those names to dataclasses of such settings
-(``card_parameters.presets``).
+(``parameters.presets``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def card(
         measured: its rows of the main run's leaderboard.csv; empty: none are committed.
         published: its rows of the table of published values; empty: there are none.
         where: sentence that says where ``measured`` comes from, or why there is nothing.
-        studies: study -> leaderboard rows of any method, as ``card_status.study_rows`` gives.
+        studies: study -> leaderboard rows of any method, as ``study_rows`` gives.
     """
     text = _module(cls)
     first, _, rest = text.partition("\n")

@@ -54,10 +54,10 @@ def gaps(
 ) -> pd.DataFrame:
     """How much better each bound is than each competitor at the competitor's achieved budget.
 
-    ``table`` is of one task (``plot_points.task_table``): a bound spends more on one task and less
+    ``table`` is of one task (``tables.task_table``): a bound spends more on one task and less
     on another, so that what it executed over all says nothing of a score on one.
 
-    One row a competitor's point and bound: the columns of ``plot_points.points``, and ``bound_by``
+    One row a competitor's point and bound: the columns of ``tables.points``, and ``bound_by``
     (the bound's label), ``bound_value``, ``gap`` (positive where the bound is better, in units of
     ``metric``) with ``gap_low`` and ``gap_high``: the competitor's own 95% interval; the bound's is
     not in it. A bound's curve starts at dense and is linear in the executed share between its
@@ -149,7 +149,7 @@ def retained_by_task(
 ) -> Figure:
     """What each task retains of dense: a heatmap a task, methods by target speedups, in percent.
 
-    Each task's main metric (``plot_points.MAIN``) divided by dense's; where lower is better,
+    Each task's main metric (``tables.MAIN``) divided by dense's; where lower is better,
     dense's divided by the method's, so that less is worse in every panel (comparison.csv always
     divides by dense's). Seeds are averaged; a dash stands where nothing was measured. Targets of 1
     are left out. Raises UserError where there is nothing to draw.

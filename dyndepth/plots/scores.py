@@ -91,7 +91,7 @@ def accuracy_vs_flops(
 ) -> Figure:
     """A score against the FLOPs speedup (or executed share) that was achieved, a line a method.
 
-    ``table`` is a leaderboard, or one task of it (``plot_points.task_table``); ``metric`` one of
+    ``table`` is a leaderboard, or one task of it (``tables.task_table``); ``metric`` one of
     its columns, with a band where ``metric_low`` and ``metric_high`` are. Dense is a gray line in
     the band of its interval; a thin line is chance, where the table knows it; bounds are dashed and
     hollow. Competitors that no other with the same recovery beats in both are ringed and joined,

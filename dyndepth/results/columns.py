@@ -154,7 +154,7 @@ IDENTITY = {
         nullable=True,
     ),
 }
-"""The columns that lead every table: ``records.LEADING``."""
+"""The columns that lead every table: ``identity.LEADING``."""
 
 _TASK = _text("Name of the task.")
 _PHASE = _text(

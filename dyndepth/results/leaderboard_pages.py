@@ -1,7 +1,7 @@
 """The leaderboard for people: its data, and one HTML file that works offline.
 
 ``board`` turns cells and their leaderboard rows into plain data: one entry a method's parameters in
-a setting, averaged over its seeds. ``html`` and ``leaderboard_markdown`` only write that down; the
+a setting, averaged over its seeds. ``html`` and ``markdown`` only write that down; the
 page draws it in the browser.
 """
 
@@ -315,7 +315,7 @@ PAGES = ("leaderboard.md", "leaderboard.html")
 
 
 def markdown(found: Board) -> str:
-    """Markdown of what ``leaderboard_page.board`` gives: competitors and controls, bounds, failed
+    """Markdown of what ``board`` gives: competitors and controls, bounds, failed
     cells, what papers report, conditions."""
     fixed = [score for score in found["scores"] if any(score["key"] == key for key, *_ in SCORES)]
     competitors = [entry for entry in found["entries"] if not entry["bound"]]

@@ -70,7 +70,7 @@ written many times in a sweep: ``schema.validate_folder`` and the verification c
 
 
 def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
-    """Write the six tables of ``cells`` (in ``records.order``) under ``path``; return where.
+    """Write the six tables of ``cells`` (in ``cell.order``) under ``path``; return where.
 
     Raises UserError, before anything is written, if a value of a table in ``CHECKED`` cannot be.
     """
@@ -121,7 +121,7 @@ def columns_of(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The rows as CSV text (``dyndepth.results.tables``), every column of ``columns_of``."""
+    """The rows as CSV text as ``csv_text`` gives it, every column of ``columns_of``."""
     return csv_text(rows, columns_of(rows, columns))
 
 

@@ -19,7 +19,7 @@ from dyndepth.cells.store import Store
 from dyndepth.common.commands import CHOICES, HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.routes.recorded import Bench, Job, documents
+from dyndepth.routes.recorded import Loaded, Recording, documents
 from dyndepth.sweep.grid import plans
 from dyndepth.sweep.rerun import check_given, revision_of
 from dyndepth.sweep.settings import Settings, settings
@@ -67,12 +67,12 @@ def _routes(given: list[str]) -> int:
     texts = documents(options["text"], options["documents"])
     print(f"{len(jobs)} to record on {len(texts)} documents", flush=True)
     recorded = failed = 0
-    bench = Bench(options)
+    loaded = Loaded(options)
     for index, job in enumerate(jobs, start=1):
         where = f"[{index}/{len(jobs)}] {job.label}"
         print(f"{where}: recording ({time.monotonic() - started:.0f} s)", flush=True)
         try:
-            job.record(bench, texts, options).save(output / f"{job.file}.safetensors")
+            job.record(loaded, texts, options).save(output / f"{job.file}.safetensors")
             recorded += 1
         except UserError as fault:
             if not options["run"]:
@@ -89,7 +89,7 @@ def _routes(given: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
+def _methods(options: dict[str, Any]) -> tuple[list[Recording], Path]:
     """Jobs of ``--methods``, and where they go."""
     from dyndepth.common.registry import parse_methods
     from dyndepth.models.loading import layer_count, longest_window
@@ -107,11 +107,11 @@ def _methods(options: dict[str, Any]) -> tuple[list[Job], Path]:
             continue
         name = f"{plan.method}-x{plan.target_speedup:g}-seed{plan.seed}"
         file = f"{name}-{cell_hash(method_identity(plan.build(), plan.recovery))}"
-        jobs.append(Job(plan.describe(), file, chosen, plan=plan))
+        jobs.append(Recording(plan.describe(), file, chosen, plan=plan))
     return jobs, chosen.output_path
 
 
-def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
+def _cells(options: dict[str, Any]) -> tuple[list[Recording], Path]:
     """Jobs of a sweep's cells, and where they go; what can't be recorded is told and left out."""
     given = [f"--{name}" for name in FREE if options[name] is not None]
     if given:
@@ -138,7 +138,7 @@ def _cells(options: dict[str, Any]) -> tuple[list[Job], Path]:
                 "revision": revision_of(identity) or None,
             }
             wanted = _settings(options | of_cell, tuple(of_cell))
-            jobs.append(Job(label, cell.key, wanted, identity=identity))
+            jobs.append(Recording(label, cell.key, wanted, identity=identity))
     return jobs, folder / "routes"
 
 

@@ -21,7 +21,7 @@ PASSAGES = "wikipedia_bpb"
 
 
 @dataclass(frozen=True)
-class Job:
+class Recording:
     """One file to write: ``identity`` is a recorded cell's, None where a plan is run freely."""
 
     label: str
@@ -30,15 +30,15 @@ class Job:
     plan: CellSpec | None = None
     identity: Row | None = None
 
-    def record(self, bench: Bench, texts: dict[str, str], options: dict[str, Any]) -> Any:
+    def record(self, loaded: Loaded, texts: dict[str, str], options: dict[str, Any]) -> Any:
         """The routes. Raises UserError if a cell can't be rebuilt as it was."""
         from dyndepth.routes.trace import record
 
         identity = self.identity and self.identity | {"cell": self.file}
-        with self.ready(bench) as method:
+        with self.ready(loaded) as method:
             return record(
-                bench.model,
-                bench.tokenizer,
+                loaded.model,
+                loaded.tokenizer,
                 method,
                 texts,
                 options["prompt_length"],
@@ -47,8 +47,8 @@ class Job:
             )
 
     @contextmanager
-    def ready(self, bench: Bench) -> Iterator[Any]:
-        """The method, fitted; inside, ``bench.model`` has its adapter merged.
+    def ready(self, loaded: Loaded) -> Iterator[Any]:
+        """The method, fitted; inside, ``loaded.model`` has its adapter merged.
 
         Raises UserError if a cell can't be rebuilt as it was, or if its plans follow the outcomes
         of the documents that were scored: on others it has none.
@@ -63,14 +63,14 @@ class Job:
                 f"{method.name} chooses plans by the outcomes of the documents that are scored, so "
                 "there is nothing to record on others"
             )
-        bench.load(self.settings, self.identity)
+        loaded.load(self.settings, self.identity)
         recovery = self.identity["recovery"] if self.identity else NONE
-        method, adapter = fit_and_recover(method, bench.model, bench.corpus, recovery)
-        with adapted(bench.model, adapter):
+        method, adapter = fit_and_recover(method, loaded.model, loaded.corpus, recovery)
+        with adapted(loaded.model, adapter):
             yield method
 
 
-class Bench:
+class Loaded:
     """The model that is loaded, its tokenizer and its corpus."""
 
     def __init__(self, options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One forward of a model over all streams of a schedule (``prefixes``).
+"""One forward of a model over all streams of a schedule (``prefix_trie``).
 
 All streams that a sublayer runs for are computed together, in calls of a size that suits the
 caches.

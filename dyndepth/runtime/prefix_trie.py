@@ -3,7 +3,7 @@
 Skipping a sublayer is the identity, so two plans have the same hidden states, and are one *stream*,
 for as long as they executed the same sublayers. The streams form a trie of executed prefixes. It is
 walked layer by layer: at each sublayer the plans of a stream that execute it go on in a computed
-stream, the others keep the old one. Plain lists of numbers; ``trie_pass`` runs them.
+stream, the others keep the old one. Plain lists of numbers; ``many_plans`` runs them.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
         return
     texts = recorded.documents(None, DOCUMENTS)
     options = {"prompt_length": PROMPT, "length": LENGTH}
-    bench = recorded.Bench(options)
+    bench = recorded.Loaded(options)
 
     def trace(cell: Cell, job: Any) -> None:
         job.record(bench, texts, options).save(trace_file(cell, folder))
@@ -63,7 +63,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
 def again(
     cells: Sequence[Cell], settings: Settings, what: str, run: Callable[[Cell, Any], None]
 ) -> None:
-    """Have ``run`` measure ``what`` of each cell, given it and a ``routes_command.Job`` of it.
+    """Have ``run`` measure ``what`` of each cell, given it and a ``recorded.Recording`` of it.
 
     A cell that cannot be rebuilt is told and left out.
     """
@@ -74,7 +74,7 @@ def again(
         label = f"{cell.identity['method']} at {cell.identity['target_speedup']:g}x"
         elapsed = f"{time.monotonic() - started:.0f} s"
         print(f"[{index}/{len(cells)}] {what} of {label} ({elapsed})", flush=True)
-        job = recorded.Job(label, cell.key, settings, identity=cell.identity)
+        job = recorded.Recording(label, cell.key, settings, identity=cell.identity)
         try:
             run(cell, job)
         except UserError as fault:

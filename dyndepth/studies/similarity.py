@@ -45,7 +45,7 @@ def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
     if not missing:
         return
     texts = recorded.documents(None, DOCUMENTS)
-    bench = recorded.Bench({})
+    bench = recorded.Loaded({})
     whole: dict[str, Tensor] = {}  # the dense model's states, as long as its weights are the same
 
     def measure(cell: Cell, job: Any) -> None:

@@ -131,7 +131,7 @@ def label(pick: Pick) -> str:
 def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> list[Row]:
     """Rows of claims.csv for ``cells`` of the run in ``folder``.
 
-    Raises UserError as ``chosen`` and ``stats.measured`` do.
+    Raises UserError as ``chosen`` and ``curves.measured`` do.
     """
     rows = []
     for claim in study.claims:

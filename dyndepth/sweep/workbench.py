@@ -266,7 +266,7 @@ def _generating(tasks: Mapping[str, Any], model: Any) -> Iterator[Any]:
 def data_fingerprint(settings: Settings, tasks: Mapping[str, Any]) -> str:
     """What pins the evaluation data: that of the offline suite, the files of ``--include_path``,
     and the contents of all other ``tasks``, which are those of ``bring_tasks``, one by one; see
-    ``records.same_data``."""
+    ``identity.same_data``."""
     from dyndepth.data import wheels
     from dyndepth.tasks import OFFLINE
 

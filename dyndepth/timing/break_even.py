@@ -154,7 +154,7 @@ class Curve:
     break_even: BreakEven
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a fraction; ``break_even_command.COLUMNS`` says what the columns are."""
+        """One row a fraction; the command's help says what the columns are."""
         found = self.break_even
         return [
             {

@@ -52,7 +52,7 @@ def test_cells_are_measured_once_and_averaged_over_seeds(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(recorded, "documents", lambda *_: {"a": "", "b": ""})
     monkeypatch.setattr(similarity, "tokens_of", lambda *_: DOCUMENTS)
-    monkeypatch.setattr(recorded, "Job", Job)
+    monkeypatch.setattr(recorded, "Recording", Job)
     cells = [cell(seed=seed) for seed in (0, 1)]
     assert similarity.point(cells, tmp_path) is None
     similarity.record(cells, settings({}), tmp_path)

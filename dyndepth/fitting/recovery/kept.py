@@ -48,7 +48,7 @@ def recover_cached(
     the order of the text. A folder that the method ships is taken if it was made for this model,
     corpus, recipe, method and seed. The cache lies under ``cache_root()/recovery/<name>/<key>``; a
     training that was killed goes on; ``refresh`` trains again, whatever is kept or shipped. Raises
-    UserError as ``recovery.recover`` does, and where several processes train.
+    UserError as ``training.recover`` does, and where several processes train.
     """
     from accelerate import PartialState
 

@@ -145,7 +145,7 @@ def window_loss(
 
 
 def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """``training.loss``, with the logits of one window at a time in memory.
+    """``routers.loss``, with the logits of one window at a time in memory.
 
     They are computed once more in the backward pass: beside a small model with a large vocabulary
     the logits of a batch and their gradients outweigh everything else.

@@ -50,7 +50,7 @@ VARIED = ("target_speedup", "seed")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, and which FLOPs its budgets count (``stats.FLOPS``)."""
+    """One metric of one task, and which FLOPs its budgets count (``curves.FLOPS``)."""
 
     task: str
     metric: str

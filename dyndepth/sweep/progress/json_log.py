@@ -5,7 +5,7 @@ Every line has ``time`` (ISO 8601, UTC) and ``event``; by event it has besides:
 ========  ==========================================================================================
 event     keys
 ========  ==========================================================================================
-start     ``cells`` (how many the sweep has), ``settings`` (by name, as ``options.Settings``)
+start     ``cells`` (how many the sweep has), ``settings`` (by name, as ``Settings``)
 kept      JOB, CELL
 began     JOB
 scored    JOB, CELL, ``seconds`` (so far: it begins again to be timed)
