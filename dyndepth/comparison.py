@@ -12,9 +12,6 @@ from dyndepth.cells.merging import check_rows, merged
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import check_folder, path_of
-from dyndepth.results.comparison import compared, left_out, texts
-from dyndepth.results.console import show_comparison
-from dyndepth.results.curve_tables import BUDGETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +29,6 @@ def _comparison(given: list[str]) -> None:
         "--at",
         nargs="+",
         type=float,
-        default=BUDGETS,
         metavar="SPEEDUP",
         help="reference budgets, dense / executed FLOPs (default: 1.1 1.25 1.5 1.9)",
     )
@@ -44,11 +40,17 @@ def _comparison(given: list[str]) -> None:
         help="folder to write the three CSV files to",
     )
     options = parser.parse_args(given)
+
+    # numpy and scipy come late: --help must be instant.
+    from dyndepth.results.comparison import compared, left_out, texts
+    from dyndepth.results.console import show_comparison
+    from dyndepth.results.curve_tables import BUDGETS
+
     if options.output_path:
         options.output_path = check_folder("output_path", options.output_path)
     cells = merged(options.runs)
     check_rows(cells, compared=True)
-    tables = compared(cells, options.tasks, options.at)
+    tables = compared(cells, options.tasks, options.at or BUDGETS)
     apart = left_out(cells, options.tasks)
     show_comparison(tables)
     if apart:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dyndepth
+from dyndepth.common.digests import HARNESS
 
 ROOT = Path(dyndepth.__file__).parent
 METHODS = Path(__file__).parents[1] / "methods"
@@ -29,6 +30,7 @@ RANK = {
 }
 PUBLIC = {"dyndepth", "dyndepth.plots"}
 """Faces: their modules hand on names of others, the first only when a name is asked for."""
+OF_CELLS = ("dyndepth.cells.recipe", "dyndepth.cells.identity")
 TORCH = {"torch", "transformers", "lm_eval", "accelerate", "safetensors", "peft"}
 FILES = {
     "dyndepth." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -92,6 +94,19 @@ def test_imports_go_down(name):
             continue
         study = own == "methods" and other == "dyndepth.studies.study"
         assert study or RANK[room(other)] < RANK[own], f"{name} imports {other}"
+
+
+def test_what_a_digest_covers_runs_through_nothing_else():
+    """Code that scores imports code that ``harness_code`` covers, and ``common``, which computes
+    nothing; what fits, besides these, its own room and what a cell's recovery says."""
+    hashed = {place.removesuffix(".py") for place in HARNESS}
+    for name in LIBRARY:
+        if room(name) not in hashed | {"fitting"}:
+            continue
+        for other in imported(name):
+            if other.startswith("dyndepth.") and room(other) not in hashed | {"common"}:
+                assert room(name) == "fitting", f"{name} imports {other}"
+                assert other.startswith(("dyndepth.fitting", *OF_CELLS)), f"{name} imports {other}"
 
 
 def test_no_file_imports_itself_in_a_circle():

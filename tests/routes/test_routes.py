@@ -313,7 +313,10 @@ class TestCommand:
             (["--methods", "ulz", "--output_path", "x"], "unknown method 'ulz'; did you mean uls"),
             (["--methods", "uls", "--output_path", "x", "--speedups", "99"], "out of its reach"),
             (["--methods", "uls", "--documents", "0"], "--documents takes a whole number"),
-            (["--methods", "uls", "--length", "none"], "invalid int value: 'none'; --help"),
+            (
+                ["--methods", "uls", "--length", "none"],
+                "--length takes a whole number of at least 1",
+            ),
             (["nowhere"], "nowhere holds no cells; give the --output_path of a sweep"),
             (["nowhere", "--methods", "uls"], "--methods can't be given with a run's folder"),
             (["--nothing"], "--nothing"),
