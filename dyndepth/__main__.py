@@ -18,7 +18,7 @@ COMMANDS = {
     "fit": "fit one method to a model",
     "recovered": "train adapters under a method's gates",
     "importance": "rank a model's blocks or sublayers",
-    "timing": "time one method; `timing break-even`, `timing limits`: when skipping pays",
+    "timing": "time one method; with break-even or limits: when skipping pays",
     "routes": "record which sublayers each token runs",
     "tables": "write a run's tables anew",
     "leaderboard": "merge runs into one table and page",
@@ -60,7 +60,7 @@ def _listed() -> str:
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: dyndepth COMMAND ...",
+            "usage: dyndepth COMMAND ...  or  dyndepth --help | --version",
             "",
             "Benchmarks of dynamic depth for decoder-only language models.",
             "",
