@@ -153,7 +153,7 @@ def method_code(cls: type, recovered: bool = False) -> str:
         folder = path.parent if path.name == "__init__.py" else None
         files[name] = {path} if folder is None else {path, *_sources(folder)}
         waiting.append(name.rpartition(".")[0] if folder is None else "")
-        found = imports(path, name)
+        found = imports(path, name) if path.suffix == ".py" else frozenset()
         used |= found
         waiting += found
     shipped = getattr(cls, "shipped_adapters", None)

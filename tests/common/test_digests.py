@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,18 +112,23 @@ def test_a_methods_own_files(tmp_path, monkeypatch):
     (folder / "beside.py").write_text("A = 1\n")
     (folder / "late.py").write_text("B = 1\n")
     (folder / "other.py").write_text("C = 1\n")
+    (folder / "compiled.so").write_bytes(b"\x7fELF\x80\xff")
+    monkeypatch.setitem(
+        sys.modules, "own_methods.compiled", SimpleNamespace(__file__=str(folder / "compiled.so"))
+    )
     (folder / "one.py").write_text(
-        "from . import beside\nclass One:\n    def choose(self):\n"
+        "from . import beside, compiled\nclass One:\n    def choose(self):\n"
         "        from own_methods.late import B\n        return B\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     from own_methods.one import One  # type: ignore[import-not-found]
 
     try:
-        for name, counts in (("one", True), ("beside", True), ("late", True), ("other", False)):
+        counting = ("one.py", "beside.py", "late.py", "compiled.so")
+        for name in (*counting, "other.py"):
             before = digests.method_code(One)
-            (folder / f"{name}.py").open("a").write("# EDITED\n")
-            assert (digests.method_code(One) != before) is counts, name
+            (folder / name).open("a").write("# EDITED\n")
+            assert (digests.method_code(One) != before) is (name in counting), name
     finally:
         for name in [name for name in sys.modules if name.startswith("own_methods")]:
             del sys.modules[name]
