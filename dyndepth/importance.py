@@ -56,7 +56,12 @@ def _parser() -> Parser:
     add("--windows", type=int, help="of calibration text (default: the criterion's)")
     add("--length", type=int, help="tokens of each window (default: the criterion's)")
     add("--run", type=int, default=1, help="angular: blocks that go together (default: 1)")
-    add("--search", choices=("full", "lazy"), default="full", help="greedy: which search (full)")
+    add(
+        "--search",
+        choices=("full", "lazy"),
+        default="full",
+        help="greedy: which search (default: full)",
+    )
     add(
         "--until",
         type=float,

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _ls(given: list[str]) -> None:
     kinds = {"methods": list_methods, "models": list_models, "tasks": list_tasks}
     parser = Parser("ls", "List what there is to choose from.")
-    parser.add_argument("what", choices=list(kinds), help="which kind")
+    parser.add_argument("what", choices=list(kinds), help="of which kind")
     kinds[parser.parse_args(given).what]()
 
 

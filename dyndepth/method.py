@@ -163,7 +163,7 @@ class DynamicDepthMethod:
             suite uses them.
         fit_version: raise it when ``fit`` changes, so that cached fits are made again.
         shipped_adapters: folder of recovery adapters that come with the method, None if there are
-            none; ``dyndepth.recovered`` finds those that fit.
+            none; ``dyndepth.fitting.recovery.kept`` finds those that fit.
     """
 
     name: ClassVar[str]

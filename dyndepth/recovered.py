@@ -1,8 +1,6 @@
-"""Recovered methods: taken from what comes with the project, from the cache, or trained.
+"""The command line ``python -m dyndepth.recovered``: adapters trained under methods' gates.
 
-A folder holds the adapter, the training curve, and under ``fit`` what the method found when it was
-calibrated again under the adapted weights. ``python -m dyndepth.recovered`` makes the folders that
-a method ships.
+They are kept in the cache and, with --ship, put where the methods ship them.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def _recovered(given: list[str]) -> None:
     parser = Parser("recovered", "Recover methods by adapters.")
     parser.model()
     add = parser.add_argument
-    add("--methods", required=True, help=HELP["methods"])
+    add("--methods", required=True, help=HELP["methods"].replace("compare", "recover"))
     add("--speedups", default="1.25,1.5,2.0", help=f"{HELP['speedups']} (default: 1.25,1.5,2.0)")
     add("--recovery", default="lora", help='"lora(rank=8, steps=100)", joint, ... (default: lora)')
     parser.shared("corpus", EMBEDDED)

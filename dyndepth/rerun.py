@@ -31,7 +31,11 @@ def _rerun(given: list[str]) -> None:
     parser = Parser("rerun", "Print the command that computes a run's cells again.")
     parser.add_argument("run", type=path_of, metavar="RUN", help=HELP["run"])
     parser.add_argument(
-        "cells", nargs="*", metavar="CELL", help="hashes, or how they begin (default: all cells)"
+        "cells",
+        nargs="*",
+        default=[],
+        metavar="CELL",
+        help="hashes, or how they begin (default: all cells)",
     )
     parser.add_argument("--output_path", default=OUTPUT, help=argparse.SUPPRESS)
     parser.add_argument("--merged", action="store_true", help="as few commands as will do")

@@ -110,7 +110,7 @@ def gathered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     The marker ``rule`` leaves the rule in force.
     """
     from dyndepth.runtime import attach as runtime
-    from dyndepth.runtime.gates import ALWAYS
+    from dyndepth.runtime.limits import ALWAYS
 
     if request.node.get_closest_marker("rule") is None:
         monkeypatch.setattr(runtime, "limits_of", lambda model: ALWAYS)

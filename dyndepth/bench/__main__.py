@@ -47,7 +47,7 @@ def _parser() -> Parser:
         ("works", "work", WORKS + MORE_WORKS, WORKS),
         ("phases", "phase", PHASES, PHASES),
         ("dtypes", "dtype", DTYPES, DTYPES),
-        ("skipping", "phases", SKIPPING, SKIPPING[:1]),
+        ("skipping", "where", SKIPPING, SKIPPING[:1]),
     ):
         said = "all" if default is choices else " ".join(default)
         parser.add_argument(

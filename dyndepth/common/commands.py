@@ -124,6 +124,15 @@ def run(
         return INTERRUPTED
 
 
+def worded(name: str, text: str = "") -> str:
+    """What argparse is to say of a flag: ``text``, or what ``HELP`` has; and its choices, if that
+    does not name them."""
+    text = (text or HELP[name]).replace("%", "%%")
+    choices = CHOICES.get(name, ())
+    named = all(choice in text for choice in choices)
+    return text if named else f"{text}; one of {', '.join(choices)}"
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of ``python -m dyndepth.<command>``, or of ``dyndepth <command>``: flags
     are written out, with dashes or underscores, and complaints are one sentence.
@@ -155,9 +164,10 @@ class Parser(argparse.ArgumentParser):
 
     def shared(self, name: str, default: Any = None, **how: Any) -> None:
         """Add a flag that several commands have, in the words of ``HELP``."""
-        text = HELP[name] + (f": {', '.join(CHOICES[name])}" if name in CHOICES else "")
-        text += "" if default is None else f" (default: {default})"
-        self.add_argument(f"--{name}", default=default, metavar=name.upper(), help=text, **how)
+        said = "" if default is None else f" (default: {default})"
+        self.add_argument(
+            f"--{name}", default=default, metavar=name.upper(), help=worded(name) + said, **how
+        )
 
     def whole(self, name: str, least: int, text: str, default: int | None = None) -> None:
         """Add a flag that takes a whole number of at least ``least``."""

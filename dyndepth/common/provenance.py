@@ -1,4 +1,4 @@
-"""Where a number comes from: package versions, git commit, fingerprints of the code, hardware."""
+"""Where a number comes from: package versions, git commit, hardware."""
 
 from __future__ import annotations
 

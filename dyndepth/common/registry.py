@@ -40,8 +40,7 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
     """The class of method ``name``. Raises UserError, with the nearest names, if none is."""
     if name not in methods():
         raise UserError(
-            f"unknown method {name!r}; {nearest(name, methods())}"
-            "see `python -m dyndepth ls methods`"
+            f"unknown method {name!r}; {nearest(name, methods())}see `dyndepth ls methods`"
         )
     loaded: type[DynamicDepthMethod] = methods()[name].load()
     return loaded

@@ -1,5 +1,5 @@
 """Scores, FLOPs and routing of a method on tasks; for bounds, the outcomes of many plans.
 
-Stands on ``runtime`` and ``tasks``. Sweeps and what computes cells again may import it; all of it
+Stands on ``runtime`` and ``tasks``. Whoever scores a method may import it; all of it
 counts for every cell's digest.
 """

@@ -1,8 +1,8 @@
 """What each plan of a set answers to the requests of a task, and what it executes for that.
 
 Answers are log-likelihoods, for which plans are scored side by side
-(dyndepth.runtime.many_plans), or texts, for which they are rows of a batch
-(dyndepth.evaluation.responses). The FLOPs are the ledger's, in closed form.
+(``plan_scoring``), or texts, for which they are rows of a batch (``completions``). The
+FLOPs are the ledger's, in closed form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a task cost, summed from traces, and the rows of the compute and routing tables."""
+"""What a task cost, summed from traces, and rows: accuracy, compute, routing, samples."""
 
 from __future__ import annotations
 

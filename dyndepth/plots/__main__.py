@@ -155,7 +155,11 @@ def _plots(given: list[str]) -> None:
         help="folder to write to (default: RUN/figures)",
     )
     parser.add_argument(
-        "--formats", nargs="+", choices=(*FORMATS, "pdf"), default=FORMATS, help="(default: both)"
+        "--formats",
+        nargs="+",
+        choices=(*FORMATS, "pdf"),
+        default=FORMATS,
+        help=f"kinds of files (default: {' '.join(FORMATS)})",
     )
     options, count = parser.parse_args(given), 0
     tables = read_tables(options.run)

@@ -15,9 +15,8 @@ import numpy as np
 from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.errors import UserError
-from dyndepth.results import tables as sheets
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
-from dyndepth.results.curve_tables import BUDGETS
+from dyndepth.results.curve_tables import BUDGETS, curves, equal_flops
 from dyndepth.results.statistics.curves import LEAST, Point, Vector, check_paired, pareto
 from dyndepth.results.statistics.peers import (
     NO_DENSE,
@@ -31,6 +30,7 @@ from dyndepth.results.statistics.peers import (
 )
 from dyndepth.results.statistics.resampling import ratios
 from dyndepth.results.statistics.verdicts import Pending, adjust, is_binary, mcnemar, verdict
+from dyndepth.results.tables import as_csv, csv_text
 
 
 def against_dense(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Row]:
@@ -158,9 +158,6 @@ def compared(
         UserError: the cells are of different task versions or data; none scored a task of
             ``tasks``; or a budget is below 1.
     """
-    # numpy comes late: --help must be instant.
-    from dyndepth.results.curve_tables import curves, equal_flops
-
     cells = list(cells)
     scored = {row["task"] for cell in cells for row in cell.accuracy}
     unknown = [task for task in tasks or () if task not in scored]
@@ -177,20 +174,16 @@ def compared(
 
 def texts(tables: dict[str, list[Row]]) -> dict[str, str]:
     """The CSV text of every table of ``compared`` by its file name; equal rows, equal bytes."""
-    from dyndepth.results.tables import as_csv
-
     own = tuple(name for name in COMPARISON if name not in LEADING)
     return {
         "comparison.csv": as_csv(tables["comparison"], own),
-        "curves.csv": sheets.csv_text(tables["curves"], tuple(CURVES)),
-        "equal_flops.csv": sheets.csv_text(tables["equal_flops"], tuple(EQUAL_FLOPS)),
+        "curves.csv": csv_text(tables["curves"], tuple(CURVES)),
+        "equal_flops.csv": csv_text(tables["equal_flops"], tuple(EQUAL_FLOPS)),
     }
 
 
 def left_out(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[str]:
     """``task metric`` of all scores that cannot be paired: no means over single documents."""
-    from dyndepth.results.statistics.peers import peers
-
     found: dict[str, None] = {}
     for each in peers(cells):
         kept = each.comparable(tasks)

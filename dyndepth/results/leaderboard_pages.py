@@ -1,4 +1,4 @@
-"""The leaderboard for people: its data, and one HTML file that works offline.
+"""The leaderboard for people: its data, as Markdown and as one HTML file that works offline.
 
 ``board`` turns cells and their leaderboard rows into plain data: one entry a method's parameters in
 a setting, averaged over its seeds. ``html`` and ``markdown`` only write that down; the

@@ -20,7 +20,7 @@ from typing import Any
 from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.files import write_atomically
-from dyndepth.results.leaderboard import OF_ACCURACY, by_task
+from dyndepth.results.leaderboard import OF_ACCURACY, by_task, leaderboard
 from dyndepth.results.schema import TABLES, validate
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -74,9 +74,6 @@ def write_tables(cells: Sequence[Cell], path: Path) -> list[Path]:
 
     Raises UserError, before anything is written, if a value of a table in ``CHECKED`` cannot be.
     """
-    # The leaderboard is a table too, and it is written with this module's functions.
-    from dyndepth.results.leaderboard import leaderboard
-
     leading = [identity_columns(cell) for cell in cells]
     rows = {
         "accuracy.csv": accuracy(cells, leading),

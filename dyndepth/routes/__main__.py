@@ -16,7 +16,7 @@ from typing import Any
 from dyndepth.cells.cell import DENSE, method_identity
 from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import Store
-from dyndepth.common.commands import CHOICES, HELP, Parser, run
+from dyndepth.common.commands import HELP, Parser, run, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.routes.recorded import Loaded, Recording, documents
@@ -27,6 +27,10 @@ from dyndepth.sweep.settings import Settings, settings
 LISTS = ("methods", "speedups", "seed")
 FREE = (*LISTS, "model", "phases", "dtype", "attn_implementation", "revision", "output_path")
 """Flags that a recorded run decides by itself."""
+TEXTS = {
+    "methods": HELP["methods"].replace("compare", "record"),
+    "output_path": "folder for the recorded files; needed without RUN",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     built = Parser(
-        "routes", "Record which sublayers each token executes, by method or by a sweep's cell."
+        "routes",
+        "Record which sublayers each token executes, by method or by a sweep's cell.",
+        "Without RUN, flags that are not given are as a sweep has them.",
     )
     add = built.add_argument
     add("run", nargs="?", metavar="RUN", help=f"{HELP['run']}: record its cells again")
     for name in FREE:
-        text = HELP[name] + (f": {', '.join(CHOICES[name])}" if name in CHOICES else "")
+        text = worded(name, TEXTS.get(name, ""))
         add(f"--{name}", nargs="+" if name in LISTS else None, metavar=name.upper(), help=text)
     add("--corpus", help=f"{HELP['corpus']} (default: embedded)")
     add("--device", help=f"{HELP['device']} (default: auto)")

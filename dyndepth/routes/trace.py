@@ -1,9 +1,8 @@
 """Routing traces: which sublayers each token of some documents executed, in one compact file.
 
 ``record`` runs an attached model and keeps the gates as executed; a ``Routes`` is saved as
-safetensors (one bit a gate) and gives tidy tables by sublayer, by position and by token. The
-command ``python -m dyndepth.routes`` records methods on the evaluation passages, or every cell of a
-sweep again: see ``dyndepth.routes.recorded``.
+safetensors (one bit a gate) and gives tidy tables by sublayer, by position and by token. A
+recorded cell's method is made again in ``dyndepth.routes.recorded``.
 """
 
 from __future__ import annotations

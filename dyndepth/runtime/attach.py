@@ -17,7 +17,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.execution import Runtime
-from dyndepth.runtime.gates import Limits, limits_of
+from dyndepth.runtime.limits import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by
 from dyndepth.runtime.trace import Backend, Trace
 

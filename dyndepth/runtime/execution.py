@@ -23,7 +23,8 @@ from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import skip_tokens
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
-from dyndepth.runtime.gates import Limits, Settled, Settler
+from dyndepth.runtime.gates import Settled, Settler
+from dyndepth.runtime.limits import Limits
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
 

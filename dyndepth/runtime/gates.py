@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyndepth.common.files import cache_root, write_atomically
-from dyndepth.method import ATTENTION, DynamicDepthMethod, Gate
-from dyndepth.models.blocks import causal_lm
+from dyndepth.method import DynamicDepthMethod, Gate
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.flops import Forward
 
@@ -142,63 +136,3 @@ class Settler:
 
 def _decision(gate: Tensor) -> bool | Selection:
     return Selection.of([gate.detach() > 0.5], gate.numel())[0]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The largest executed shares of all tokens, padding included, for which a sublayer is
-    gathered, and the least number of tokens in a forward."""
-
-    attention: float
-    mlp: float
-    tokens: int
-
-    def gather(self, sublayer: int, selection: Selection) -> bool:
-        """Whether ``sublayer`` runs for the selected tokens alone."""
-        share = self.attention if sublayer == ATTENTION else self.mlp
-        total = selection.mask.numel()
-        return total >= self.tokens and selection.count <= share * total
-
-
-ALWAYS = Limits(attention=1.0, mlp=1.0, tokens=0)
-"""Nothing that is skipped is computed."""
-
-_EXACT = Limits(attention=0.85, mlp=0.90, tokens=64)
-_COARSE = Limits(attention=0.75, mlp=0.85, tokens=64)
-# An MLP paid up to 0.5 of 512 tokens and up to 0.9 of 4,096; attention at no share that was tried.
-_ACCELERATOR = Limits(attention=0.0, mlp=0.5, tokens=257)
-
-
-def limits_of(model: nn.Module) -> Limits:
-    """The rule for a model: as measured on this device, else by its kind and the precision."""
-    try:
-        found = json.loads(_file(model).read_text(encoding="utf-8"))
-        return Limits(float(found["attention"]), float(found["mlp"]), int(found["tokens"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        parameter = next(model.parameters())
-        if parameter.device.type != "cpu":
-            return _ACCELERATOR
-        return _EXACT if parameter.dtype in (torch.float32, torch.float64) else _COARSE
-
-
-def keep(model: nn.Module, limits: Limits) -> Path:
-    """Keep measured limits for models of this width and precision on this device."""
-    file = _file(model)
-    write_atomically(file, json.dumps(asdict(limits)))
-    return file
-
-
-def _file(model: nn.Module) -> Path:
-    parameter, config = next(model.parameters()), causal_lm(model).config
-    device = parameter.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    about = [
-        name,
-        str(parameter.dtype),
-        config.model_type,
-        config.hidden_size,
-        config.num_attention_heads,
-        config._attn_implementation,
-    ]
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    return cache_root() / "limits" / f"{key}.json"

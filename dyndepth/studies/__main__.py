@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from dyndepth.common.commands import HELP, INTERRUPTED, Parser, run
+from dyndepth.common.commands import INTERRUPTED, Parser, run, worded
 from dyndepth.common.errors import UserError
 from dyndepth.studies.study import FLAGS, Study, load_study, studies
 from dyndepth.sweep.settings import Settings
@@ -36,7 +36,7 @@ def parser() -> Parser:
     )
     defaults = {setting.name: setting.default for setting in fields(Settings)}
     for flag in FLAGS:
-        text = HELP[flag].replace("%", "%%")
+        text = worded(flag)
         if isinstance(defaults[flag], bool):
             built.add_argument(f"--{flag}", action="store_true", default=None, help=text)
         else:

@@ -17,8 +17,7 @@ from dyndepth.cells.recipe import NONE, parse_recoveries
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, check_path, slug
 from dyndepth.results.numbers import Numbers
-from dyndepth.sweep import settings as options
-from dyndepth.sweep.settings import OTHERS, Settings
+from dyndepth.sweep.settings import OTHERS, Settings, settings
 
 GROUP = "dyndepth.studies"
 SWEEP_KEYS = frozenset({"methods", "speedups", "seed", "recovery", "timing"})
@@ -131,7 +130,7 @@ class Study:
         }
         if model == EMBEDDED:
             shared["limit"] = {OTHERS: None} | self.limit
-        return [options.settings(shared | sweep | flags) for sweep in self.sweeps]
+        return [settings(shared | sweep | flags) for sweep in self.sweeps]
 
 
 def studies() -> dict[str, EntryPoint]:
@@ -143,6 +142,6 @@ def load_study(name: str) -> Study:
     """The study of that name. Raises UserError, with the names that there are, if none is."""
     found = studies()
     if name not in found:
-        raise UserError(f"unknown study {name!r}; there is {', '.join(found) or 'none installed'}")
+        raise UserError(f"unknown study {name!r}; there are {', '.join(found) or 'none installed'}")
     loaded: Study = found[name].load()
     return loaded

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def sweep(settings: Settings) -> int:
-    """Run the sweep that ``settings`` describe; see ``main`` for the status returned.
+    """Run the sweep that ``settings`` describe. Returns 0, 1 if a cell failed, 130 after Ctrl-C.
 
     Raises:
         UserError: wrong input; nothing was written.
@@ -97,7 +97,7 @@ def run(
     listener: Listener,
     identify: Callable[[CellSpec], Row],
 ) -> int:
-    """Compute what is missing of ``cells`` and say what came of it; see ``main`` for the status."""
+    """Compute what is missing of ``cells`` and say what came of it; returns as ``sweep``."""
     started = time.monotonic()
     driver = Driver(cells, executor, store, settings, listener, identify)
     listener.start(len(cells), settings)

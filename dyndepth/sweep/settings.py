@@ -14,7 +14,7 @@ from typing import Any
 
 from dyndepth.cells.mirror import is_url, mirrored
 from dyndepth.cells.recipe import NONE, parse_recoveries
-from dyndepth.common.commands import CHOICES, HELP, Parser
+from dyndepth.common.commands import CHOICES, HELP, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
@@ -100,14 +100,12 @@ def parser() -> Parser:
     )
     for setting in fields(Settings):
         name, default = setting.name, setting.default
-        text = HELP[name].replace("%", "%%")
+        text = worded(name)
         if isinstance(default, bool):
             built.add_argument(
                 f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
             )
             continue
-        if name in CHOICES:
-            text += f": {', '.join(CHOICES[name])}"
         built.add_argument(
             f"--{name}",
             nargs="+" if name in LISTS else None,

@@ -3,6 +3,8 @@
 The offline tasks are lm-eval task files (``*.yaml``) over data that the project fetches by itself;
 they need no dataset hub and are found without reading lm-eval's some 14,000 task files. Every other
 lm-eval task goes by its usual name.
+
+Stands on ``data``. Scores, sweeps and whatever names tasks may import it.
 """
 
 from __future__ import annotations
@@ -68,9 +70,7 @@ def resolve(names: str | Iterable[str], include_path: str | Path | None = None) 
     for name in expanded:
         if name not in known:
             near = difflib.get_close_matches(name, {*known, *SUITES}, n=3)
-            hint = (
-                f"did you mean {' or '.join(near)}?" if near else "see python -m dyndepth ls tasks"
-            )
+            hint = f"did you mean {' or '.join(near)}?" if near else "see dyndepth ls tasks"
             raise UserError(f"unknown task {name!r}; {hint}")
     return expanded
 

@@ -27,14 +27,19 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 for wrong input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for name, body in ((BREAK_EVEN, _break_even), (LIMITS, _limits)):
-        if given[:1] == [name]:
-            return run("timing", body, given[1:])
+    kinds = {BREAK_EVEN: _break_even, LIMITS: _limits}
+    first = given[0].replace("_", "-") if given else ""
+    if first in kinds:
+        return run("timing", kinds[first], given[1:])
     return run("timing", _timing, given)
 
 
 def _timing(given: list[str]) -> None:
     """Time one method; the last line printed is one JSON document."""
+    if given and not given[0].startswith("-"):
+        raise UserError(
+            f"there is no timing {given[0]!r}; say {BREAK_EVEN} or {LIMITS}, or give flags alone"
+        )
     parser = Parser(
         "timing",
         "Time a method against the stock model, in interleaved pairs.",
@@ -132,7 +137,9 @@ def _break_even(given: list[str]) -> None:
     )
     add = built.add_argument
     built.model()
-    add("--phases", nargs="+", choices=PHASES, default=PHASES, help="(default: both)")
+    add(
+        "--phases", nargs="+", choices=PHASES, default=PHASES, help="passes to time (default: both)"
+    )
     built.whole("batch", 1, "sequences", 1)
     built.whole("length", 1, "tokens of the prompt", 512)
     add(
@@ -143,7 +150,12 @@ def _break_even(given: list[str]) -> None:
         metavar="FRACTION",
         help=f"skipped fractions (default: {' '.join(map(str, FRACTIONS))})",
     )
-    add("--sublayers", choices=("both", "attention", "mlp"), default="both", help="that skip")
+    add(
+        "--sublayers",
+        choices=("both", "attention", "mlp"),
+        default="both",
+        help="that skip (default: both)",
+    )
     built.whole(
         "router", 0, "hidden size of a two-layer router timed along in each block; 0: none", 0
     )
@@ -205,13 +217,13 @@ def _limits(given: list[str]) -> None:
         "all, and keep it for this device, precision and width.",
     )
     built.model()
-    built.whole("tokens", max(COUNTS), "of the forward", 512)
+    built.whole("tokens", max(COUNTS), "of the forward, 256 or more", 512)
     built.whole("repeats", 6, "rounds", 15)
     options = built.parse_args(given)
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.models.loading import loaded
-    from dyndepth.runtime.gates import keep
+    from dyndepth.runtime.limits import keep
 
     model = loaded(vars(options))
     if model.device.type == "cpu":

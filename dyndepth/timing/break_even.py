@@ -1,4 +1,4 @@
-"""From which skipped fraction on does token routing pay? ``python -m dyndepth.timing break-even``.
+"""From which skipped fraction on does token routing pay?
 
 Random token masks, given and not computed, skip a growing fraction of the token-sublayers. Each
 fraction takes turns with the stock model in one process, so a wall speedup is a median over rounds,

@@ -73,7 +73,7 @@ def _gpu_state(device: torch.device) -> str | None:
 
 def _gather_limits(model: torch.nn.Module) -> str:
     """When the runtime gathers, see ``dyndepth.runtime.gates``: attention, MLP, least tokens."""
-    from dyndepth.runtime.gates import limits_of
+    from dyndepth.runtime.limits import limits_of
 
     limits = limits_of(model)
     return f"{limits.attention:g} {limits.mlp:g} {limits.tokens}"

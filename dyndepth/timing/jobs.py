@@ -1,4 +1,4 @@
-"""What the bench times: a method, or the stock model, on a prefill or on decode steps."""
+"""What is timed in turns: a method, given gates or the stock model, on given shapes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dyndepth.models.blocks import Decoder
-    from dyndepth.runtime.gates import Limits
+    from dyndepth.runtime.limits import Limits
+
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 COUNTS = (8, 16, 32, 64, 128, 256)
@@ -25,7 +26,7 @@ def measure_limits(
     model: Any, tokens: int, repeats: int, say: Callable[[str], None] = lambda line: None
 ) -> Limits:
     """The largest shares and the least number of tokens for which gathering is faster."""
-    from dyndepth.runtime.gates import Limits
+    from dyndepth.runtime.limits import Limits
 
     shares = []
     for which in (0, 1):

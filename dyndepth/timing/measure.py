@@ -1,4 +1,4 @@
-"""Does the saved arithmetic become saved time? ``measure``, and ``python -m dyndepth.timing``.
+"""Does the saved arithmetic become saved time?
 
 The stock model and the model with a method attached take turns in one process, on the same texts;
 a speedup is the median over pairs. Prefill and decode are apart. The FLOPs beside a wall speedup

@@ -100,6 +100,8 @@ def _amounts(options: argparse.Namespace) -> tuple[int | None, int | None]:
     """How many cells and documents to compute again; None: all."""
     if options.all and options.sample is not None:
         raise UserError("--all and --sample exclude each other")
+    if options.only_stored and (options.all or options.sample is not None):
+        raise UserError("--only_stored computes nothing again; leave --all and --sample out")
     sample = SAMPLE if options.sample is None else options.sample
     text = str(options.documents).strip().lower()
     documents = None if text == "all" else int(text) if text.isdecimal() else 0

@@ -1,6 +1,7 @@
 """Recomputes cells on some of their documents, on a sweep's own workbench, and compares.
 
-What is computed is what the command of ``dyndepth.rerun`` would: the same plan, fitted or taken
+What is computed is what the command of ``dyndepth.sweep.rerun``
+would: the same plan, fitted or taken
 from the cache of fits, the same tasks, prompts and batch size. Wall-clock is not measured again.
 
 Rounding depends on which documents share a batch, and at a gate's threshold it can decide. So what

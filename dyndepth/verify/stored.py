@@ -1,7 +1,8 @@
 """What can be wrong with a stored run, seen without a model: files, rows, versions and tables.
 
 Every cell is looked at. A cell's rows must agree with each other, its file with the manifest, all
-cells with one version of everything, and the tables with the cells.
+cells with one version of everything, and the tables with the cells. ``write_manifest`` writes what
+later checks hold the files against.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from gating import GivenPlan, RandomMask, plan_without
 
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
-from dyndepth.runtime.gates import ALWAYS
+from dyndepth.runtime.limits import ALWAYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOLERANCE = 1e-5

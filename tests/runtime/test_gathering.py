@@ -10,7 +10,7 @@ from test_attach import ids
 
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.attach import attach
-from dyndepth.runtime.gates import ALWAYS, Limits, keep, limits_of
+from dyndepth.runtime.limits import ALWAYS, Limits, keep, limits_of
 from dyndepth.timing import __main__ as door
 from dyndepth.timing import limits as limits_command
 from dyndepth.timing.pairing import Ratio

@@ -16,7 +16,7 @@ from test_flops import counted
 from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
-from dyndepth.runtime.gates import ALWAYS, Limits
+from dyndepth.runtime.limits import ALWAYS, Limits
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(monkeypatch):
     monkeypatch.setattr(module, "_manager", lambda *_, **__: offline)
     with pytest.raises(UserError, match="unknown task 'quarts'; did you mean quartz"):
         resolve(["socialiqa", "quarts"])
-    with pytest.raises(UserError, match="unknown task 'zzzzzzzz'; see python -m dyndepth ls tasks"):
+    with pytest.raises(UserError, match="unknown task 'zzzzzzzz'; see dyndepth ls tasks"):
         resolve("zzzzzzzz")
 
 

@@ -139,7 +139,7 @@ def flags() -> list[Case]:
         Case("routes-no-cells", "routes empty", "empty holds no", "--output_path of a sweep"),
         Case("routes-text", f"routes --methods uls --text absent.txt --output_path out {TINY}",
              "absent.txt", "can't be read"),
-        Case("studies-unknown", "studies skipgptt", "'skipgptt'", "there is .*skipgpt"),
+        Case("studies-unknown", "studies skipgptt", "'skipgptt'", "there are .*skipgpt"),
         Case("studies-no-name", "studies", "NAME", help_),
         Case("studies-flag", "studies skipgpt --tasks x", "--tasks", help_),
         Case("studies-model-long", f"studies skipgpt --model {'a' * 300}", "300 bytes", "shorter"),

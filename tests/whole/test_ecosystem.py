@@ -197,7 +197,7 @@ def test_the_dense_kernel_gives_the_same(tiny, name, side):
     tokens, mask, positions = padded(side)
     logits, totals = [], []
     for limits in (None, "always"):
-        from dyndepth.runtime.gates import ALWAYS
+        from dyndepth.runtime.limits import ALWAYS
 
         given = {"limits": ALWAYS} if limits else {}
         with attach(model, METHODS[name], documents=DOCUMENTS, **given) as trace:

@@ -1,4 +1,8 @@
-"""Recoveries that are kept: made once, in the cache, or shipped with a method."""
+"""Recovered methods: taken from what comes with the project, from the cache, or trained.
+
+A folder holds the adapter, the training curve, and under ``fit`` what the method found when it was
+calibrated again under the adapted weights.
+"""
 
 from __future__ import annotations
 
