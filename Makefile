@@ -105,7 +105,7 @@ results: setup
 
 routers: setup
 	$(RUN) -m dyndepth.methods.skipgpt.ship
-	$(RUN) -m dyndepth.recovered --methods skipgpt --speedups 1.1,1.25,1.5,2.0 --ship
+	$(RUN) -m dyndepth.recovered --device cpu --methods skipgpt --speedups 1.1,1.25,1.5,2.0 --ship
 
 study: setup
 	for name in $(STUDY); do $(RUN) -m dyndepth.studies $$name || exit 1; done

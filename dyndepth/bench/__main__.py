@@ -85,9 +85,11 @@ def bench(options: argparse.Namespace) -> bool:
 
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
+    options.device = resolve_device(options.device)
+    if options.check and options.device != "cpu":
+        raise UserError("the goals of --check are set for a CPU; add --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.device = resolve_device(options.device)
     if options.device == "cpu":
         steady_allocator()
     corpus = load_corpus(EMBEDDED, load_tokenizer(*named(vars(options))))

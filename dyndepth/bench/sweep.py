@@ -183,6 +183,10 @@ def _sweep(options: argparse.Namespace, executor: str, folder: Path) -> Row:
     command += ["--speedups", "1.25,1.5,2", "--tasks", "socialiqa", "--output_path", str(folder)]
     command += ["--limit", str(options.documents), "--executor", executor]
     command += ["--workers", str(WORKERS), "--cpus_per_cell", "1"]
+    for flag in ("revision", "attn_implementation"):
+        if getattr(options, flag) is not None:
+            command += [f"--{flag}", getattr(options, flag)]
+    command += ["--trust_remote_code"] if options.trust_remote_code else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(  # nosec B603  # our own command line, no shell
         command, env=environment, capture_output=True, text=True, check=False

@@ -206,7 +206,7 @@ class Parser(argparse.ArgumentParser):
 
 def _wrapped(text: str) -> str:
     """``text`` in lines that fit the terminal; its own line ends stay."""
-    width = min(shutil.get_terminal_size().columns, PIPE_WIDTH) - 2
+    width = max(11, min(shutil.get_terminal_size().columns, PIPE_WIDTH) - 2)
     return "\n".join(
         textwrap.fill(line, width, subsequent_indent="  " * line.startswith(" "))
         for line in text.split("\n")

@@ -9,12 +9,14 @@ import itertools
 import json
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dyndepth.common.paths import path_of
 
@@ -82,13 +84,24 @@ def _fitting(modules: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-@cache
 def imports(path: Path, name: str) -> frozenset[str]:
     """All that the module ``name`` in ``path`` may import, wherever in it: modules by full name,
-    and whatever is taken out of one as if it were a module."""
+    and whatever is taken out of one as if it were a module. Nothing where it is no Python source.
+    """
+    if path.suffix != ".py":
+        return frozenset()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return _imports(path.read_bytes(), package)
+
+
+@cache
+def _imports(source: bytes, package: str) -> frozenset[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return frozenset()
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -135,30 +148,61 @@ def _documents(*parts: Iterable[Any]) -> str:
 
 
 def method_code(cls: type, recovered: bool = False) -> str:
-    """12 hex digits over a method's module, what it imports from beside it, whole folders where a
-    method is one (shipped weights and adapters included), and the files of ``dyndepth.fitting``
-    that any of these import; ``recovered``: and those of recoveries."""
-    inside = METHODS if cls.__module__.startswith(f"{METHODS}.") else cls.__module__.split(".")[0]
-    files: dict[str, set[Path]] = {}
+    """12 hex digits over the modules of a method and of what it inherits from, what they import
+    from beside them and of our methods, whole folders where a method is one (shipped weights and
+    adapters included), and the files of ``dyndepth.fitting`` that any of these import;
+    ``recovered``: and those of recoveries.
+
+    One that looks others up by name is bound to all methods that come with the suite, and to all
+    of ``dyndepth.fitting``. A class without a file (of a notebook, say) has a code of its own each
+    time that it is defined: nobody knows what it stands on.
+    """
+    bases = [base for base in cls.__mro__ if base is not object and base.__module__ != CONTRACT]
+    if not all(map(_has_a_file, bases)):
+        return _without_file.setdefault(cls, secrets.token_hex(6))
+    homes = {METHODS, *(base.__module__.split(".")[0] for base in bases)} - {PACKAGE.name}
     used = _recovering() if recovered else set()
-    if any("fit" in vars(base) for base in cls.__mro__ if base.__module__ != CONTRACT):
+    if any("fit" in vars(base) for base in bases):
         used.add(f"{FITTING}.fits")  # through which every fit goes
-    waiting = [base.__module__ for base in cls.__mro__]
+    files: dict[str, set[Path]] = {}
+    own = {base.__module__ for base in bases}
+    waiting = list(own)
     while waiting:
         name = waiting.pop()
-        home = name == cls.__module__ or name.startswith(f"{inside}.")
+        home = name in own or any(name.startswith(f"{each}.") for each in homes)
         path = _file(name) if home and name not in files else None
         if path is None:
             continue
         folder = path.parent if path.name == "__init__.py" else None
         files[name] = {path} if folder is None else {path, *_sources(folder)}
         waiting.append(name.rpartition(".")[0] if folder is None else "")
-        found = imports(path, name) if path.suffix == ".py" else frozenset()
+        found = imports(path, name)
         used |= found
         waiting += found
+    read = {*_fitting(used)}.union(*files.values())
+    if f"{PACKAGE.name}.common.registry" in used:
+        read |= {*_placed(("fitting",)), *_sources(_methods_folder())}
     shipped = getattr(cls, "shipped_adapters", None)
-    own = set().union(*files.values(), _sources(shipped) if shipped is not None else ())
-    return _digest([*own, *_fitting(used)], None)
+    read |= _sources(shipped) if shipped is not None else set()
+    return _digest(list(read), None)
+
+
+def _methods_folder() -> Path:
+    place = _file(METHODS)
+    assert place is not None
+    return place.parent
+
+
+_without_file: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+
+
+def _has_a_file(cls: type) -> bool:
+    """Whether the source of a class is known; what runs as ``__main__`` may be a program around
+    it."""
+    path = _file(cls.__module__)
+    if path is not None and cls.__module__ == "__main__":
+        return f"class {cls.__name__}".encode() in path.read_bytes()
+    return path is not None
 
 
 def _file(module: str) -> Path | None:

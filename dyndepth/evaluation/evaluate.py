@@ -32,6 +32,7 @@ from dyndepth.evaluation.rows import (
     sample_rows,
 )
 from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.seeding import seeded
 from dyndepth.runtime.trace import Backend
 from dyndepth.tasks import resolve, task_manager
 
@@ -120,7 +121,8 @@ def evaluate(
         RuntimeError: batches give other log-likelihoods than documents alone; see
             ``dyndepth.evaluation.agreement``.
     """
-    with quiet_lm_eval():
+    # Whatever ran before: a rule that draws begins where it always does.
+    with quiet_lm_eval(), seeded(method.seed, next(model.parameters()).device):
         loaded, drawn = drawn_tasks(tasks, limit, seed, num_fewshot, include_path)
         language_model = DyndepthLM(
             model, method, tokenizer, batch_size, backend=backend, progress=progress

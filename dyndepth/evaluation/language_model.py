@@ -58,16 +58,16 @@ class DyndepthLM(HFLM):
         revision: of a hub model, which lm-eval records.
         max_length: tokens that a window may hold; the model's own limit by default.
         progress: show progress bars.
-        settings: ``add_bos_token``, ``prefix_token_id``, ``enable_thinking``, ``think_end_token``
-            and ``chat_template_args``, as lm-eval's ``hf`` takes them.
+        add_bos_token, prefix_token_id, enable_thinking, think_end_token, chat_template_args: as
+            lm-eval's ``hf`` takes them.
 
     Attributes:
         costs: by task, what its requests executed.
         document_index: by task, the index in the task's file of the n-th document scored. lm-eval
             numbers the documents of a sample anew; a task that is missing here was not sampled.
 
-    Raises UserError for a setting that is unknown or can't be had, and for a tokenizer without a
-    token that could stand for an empty context.
+    Raises UserError for a setting that can't be had, and for a tokenizer without a token that could
+    stand for an empty context.
     """
 
     def __init__(
@@ -81,7 +81,11 @@ class DyndepthLM(HFLM):
         revision: str | None = None,
         max_length: int | None = None,
         progress: bool = True,
-        **settings: Any,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast):
             raise UserError(
@@ -95,7 +99,11 @@ class DyndepthLM(HFLM):
                 batch_size=_batch_size(batch_size),
                 max_length=max_length,
                 revision=revision,
-                **settings,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+                enable_thinking=enable_thinking,
+                think_end_token=think_end_token,
+                chat_template_args=chat_template_args,
             )
         if self.prefix_token_id is None:
             raise UserError(

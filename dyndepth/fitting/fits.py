@@ -47,10 +47,8 @@ def fit_cached(
     kept fit that can't be read is made again. The cache lies under
     ``cache_root()/fits/<name>/<key>``; two processes may fit at once, the second waits and reads.
     """
-    import torch
     from accelerate import PartialState
 
-    from dyndepth.fitting.loop import checkpoints
     from dyndepth.models.fingerprints import at_rest
 
     alone = PartialState().num_processes == 1
@@ -66,10 +64,7 @@ def fit_cached(
         nonlocal fitted_here
         if refresh:
             shutil.rmtree(unfinished, ignore_errors=True)
-        method.anew = refresh
-        torch.manual_seed(method.seed)
-        with checkpoints(unfinished):
-            method.fit(model, corpus)
+        _fit(method, model, corpus, unfinished, refresh)
         _write(method, model, work)
         fitted_here = True
 
@@ -78,6 +73,22 @@ def fit_cached(
     build_once(folder, build, lambda: not refresh and _is_readable(folder))
     shutil.rmtree(unfinished, ignore_errors=True)
     return method if fitted_here else load_fit(method, model, folder)
+
+
+def _fit(
+    method: DynamicDepthMethod,
+    model: torch.nn.Module,
+    corpus: Corpus | None,
+    unfinished: Path,
+    refresh: bool,
+) -> None:
+    """Fit from the method's seed, what was left ``unfinished`` goes on."""
+    from dyndepth.fitting.loop import checkpoints
+    from dyndepth.models.seeding import seeded
+
+    method.anew = refresh
+    with seeded(method.seed, next(model.parameters()).device), checkpoints(unfinished):
+        method.fit(model, corpus)
 
 
 def _fit_together(
@@ -89,20 +100,14 @@ def _fit_together(
     refresh: bool,
 ) -> Method:
     """As ``fit_cached`` in each process of a distributed run: all train, the first one keeps."""
-    import torch
     from accelerate import PartialState
-
-    from dyndepth.fitting.loop import checkpoints
 
     kept = not refresh and _is_readable(folder)
     # Nobody may write before everybody has looked.
     PartialState().wait_for_everyone()
     if kept:
         return load_fit(method, model, folder)
-    method.anew = refresh
-    torch.manual_seed(method.seed)
-    with checkpoints(unfinished):
-        method.fit(model, corpus)
+    _fit(method, model, corpus, unfinished, refresh)
     if PartialState().is_main_process:
         build_once(folder, lambda work: _write(method, model, work), lambda: False)
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -291,7 +291,7 @@ def _greedy(
 
     ids = calibration_text(model, corpus, settings)
     shares = budget_shares(model, ids.shape[1])
-    key = key_of(model, ids, settings.search, units, shares.tolist())
+    key = key_of(model, ids, settings.search, units, shares.tolist(), measured_by=__name__)
     file = cache_root() / "importance" / f"greedy-{settings.kind}-{key}.json"
     return greedy_kept(
         file, model, ids, units, shares, until, kind=settings.search, progress=progress

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import file_part
+from dyndepth.models.seeding import seeded
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Windows
@@ -75,32 +76,6 @@ class Schedule:
         from accelerate import PartialState
 
         return self.steps * self.accumulate * self.batch * PartialState().num_processes
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from ``seed`` on inside, on the CPU and ``device``; as they were on exit.
-
-    So on all devices of that kind, over which a model may be spread, and on an accelerator that is
-    in use beside a CPU. One that is not in use is left alone: torch by itself would start it.
-    """
-    kind = _in_use() if device.type == "cpu" else device.type
-    if kind is None:
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed)
-            yield
-        return
-    count = torch.get_device_module(kind).device_count()
-    with torch.random.fork_rng(range(count), device_type=kind):
-        torch.manual_seed(seed)
-        yield
-
-
-def _in_use() -> str | None:
-    """The kind of accelerator that this process has started, if it has."""
-    kind = torch.accelerator.current_accelerator()
-    started = kind and getattr(torch.get_device_module(kind), "is_initialized", None)
-    return kind.type if kind and started and started() else None
 
 
 @contextmanager

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dyndepth.fitting.loop import Checkpoint, Curve, seeded
+from dyndepth.fitting.loop import Checkpoint, Curve
 from dyndepth.fitting.routers import divergence, inverse_scale
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder
+from dyndepth.models.seeding import seeded
 from dyndepth.runtime.attach import attach
 
 KEPT = 10.0

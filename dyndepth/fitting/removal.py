@@ -264,16 +264,16 @@ def greedy_kept(
     )  # fmt: skip
 
 
-def key_of(model: nn.Module, ids: Tensor, *facts: Any) -> str:
+def key_of(model: nn.Module, ids: Tensor, *facts: Any, measured_by: str) -> str:
     """24 hex digits over what decides a measurement: model, dtype, kind of device, text, facts,
-    and the code and libraries that measure."""
+    and the code and libraries that measure: the module ``measured_by`` and what it imports."""
     from dyndepth.common.digests import fitting_code
     from dyndepth.common.provenance import versions
     from dyndepth.models.fingerprints import fingerprint
 
     parameter = next(model.parameters())
     whole = [
-        fitting_code(__name__),
+        fitting_code(measured_by),
         versions(),
         causal_lm(model).config._attn_implementation,
         fingerprint(model),
@@ -314,7 +314,7 @@ def cached_order(
 
     What was kept serves a later call if it reaches as far; otherwise it is continued.
     """
-    key = key_of(model, ids, shares.tolist())
+    key = key_of(model, ids, shares.tolist(), measured_by=__name__)
     file = cache_root() / "removal" / f"{key}.json"
     units = units_of(len(shares), "sublayer")
     return _rows(

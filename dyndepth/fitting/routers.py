@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
+from dyndepth.fitting.loop import Curve, Schedule, optimise
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder, blocks
 from dyndepth.models.rotary import forget
+from dyndepth.models.seeding import seeded
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
 

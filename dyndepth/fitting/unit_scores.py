@@ -187,7 +187,7 @@ def without_each(model: nn.Module, ids: Tensor, kind: str, *, progress: bool = T
 
 def _kept(name: str, model: nn.Module, ids: Tensor, make: Callable[[], Any], shape: Any) -> Any:
     """Plain numbers from the cache, else made and kept; garbled or of another shape: made again."""
-    key = key_of(model, ids, name)
+    key = key_of(model, ids, name, measured_by=__name__)
     file = cache_root() / "importance" / f"{name}-{key}.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

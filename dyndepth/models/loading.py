@@ -134,7 +134,7 @@ def loaded(flags: Mapping[str, Any], dtype: str | None = None) -> Any:
     return load_model(
         name,
         dtype=dtype or flags["dtype"],
-        device=resolve_device(flags["device"]),
+        device="auto" if flags["device"] == SPREAD else resolve_device(flags["device"]),
         attn_implementation=flags["attn_implementation"],
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -12,17 +12,13 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
 from dyndepth.results.leaderboard_pages import PAGES
 from dyndepth.results.schema import COMPARED
 from dyndepth.results.tables import CHECKED, NAMES, write_tables
-
-if TYPE_CHECKING:
-    from dyndepth.verify.findings import Finding
-
+from dyndepth.verify.findings import Finding
 
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 """What tampered rows make the tables' functions say."""
@@ -31,7 +27,6 @@ _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisi
 def tables(run: Path, cells: Sequence[Cell]) -> Iterator[Finding]:
     """Tables of the run that are missing, or that differ from those made of ``cells``."""
     from dyndepth.results import schema
-    from dyndepth.verify.findings import Finding
 
     with TemporaryDirectory() as folder:
         try:
@@ -75,9 +70,12 @@ def _told(fault: Exception) -> str:
 
 
 def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
-    from dyndepth.verify.findings import Finding
-
     if stored == made:
+        return
+    added = _added(stored, made) if name.endswith(".csv") else []
+    if added:
+        what = f"was written before there was {', '.join(added)}"
+        yield Finding(name, what, found="`dyndepth tables RUN` adds it", failure=False)
         return
     what = "is not the function of the cells"
     try:
@@ -97,6 +95,21 @@ def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
 
 Difference = tuple[str, str, str]
 """Where two tables first differ, what is stored there, and what should be."""
+
+
+def _added(stored: bytes, made: bytes) -> list[str]:
+    """The columns by which ``stored`` would be ``made``, if all that it lacks are empty columns."""
+    try:
+        old, new = (list(csv.reader(io.StringIO(x.decode(), newline=""))) for x in (stored, made))
+    except (ValueError, csv.Error):
+        return []
+    header = new[0]
+    known = old[0] if old else header
+    kept = [place for place, column in enumerate(header) if column in known]
+    added = [place for place, column in enumerate(header) if column not in known]
+    empty = not any(row[place] for row in new[1:] for place in added)
+    same = [[row[place] for place in kept] for row in new] == old
+    return [header[place] for place in added] if empty and same else []
 
 
 def _first_csv(stored: bytes, made: bytes) -> Difference | None:

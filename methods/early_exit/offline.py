@@ -119,7 +119,8 @@ def kept_table(method: ExitRule, model: nn.Module, windows: Tensor) -> Table:
     be read there is made again.
     """
     exits = list(method.exits(len(blocks(model))))
-    key = key_of(model, windows, method.confidence, exits, method_code(type(method)))
+    code = method_code(type(method))
+    key = key_of(model, windows, method.confidence, exits, code, measured_by=__name__)
     folder = cache_root() / method.name / key
 
     def build(work: Path) -> None:

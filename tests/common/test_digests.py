@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from dyndepth.common import digests
 from dyndepth.common.registry import method_class, methods
 
-SHARED = ("harness", "ground", "timing", "removal")
+SHARED = ("harness", "ground", "timing", "removal", "unit_scores")
 METHODS = sorted(methods())
 
 
@@ -26,12 +28,12 @@ def package(tmp_path, monkeypatch):
 
 def codes() -> dict[str, str]:
     """All digests, as a process that has just begun would find them."""
-    digests.imports.cache_clear()
     found = {
         "harness": digests.harness_code.__wrapped__(),
         "ground": digests.ground_code.__wrapped__(),
         "timing": digests.timing_code.__wrapped__(),
         "removal": digests.fitting_code.__wrapped__("dyndepth.fitting.removal"),
+        "unit_scores": digests.fitting_code.__wrapped__("dyndepth.fitting.unit_scores"),
     }
     for name in METHODS:
         found[name] = digests.method_code(method_class(name))
@@ -65,7 +67,7 @@ def test_what_scores_and_what_everything_stands_on(package):
         "runtime/flops.py",
         "models/new.py",
     )
-    assert changed(package, *ground) == {"harness", "ground", "removal"}
+    assert changed(package, *ground) == {"harness", "ground", "removal", "unit_scores"}
     scores = ("evaluation/rows.py", "evaluation/new.py", "tasks/documents.py", "tasks/new.yaml")
     assert changed(package, *scores) == {"harness"}
 
@@ -93,14 +95,15 @@ def test_what_fits_touches_the_methods_that_use_it(package):
     fitted = using("fitting/fits.py", package)
     assert "skipgpt" in fitted
     assert not fitted & {"dense", "uls", "random_skip", "exit_oracle"}
-    assert "removal" in changed(package, "fitting/removal.py")
+    assert {"removal", "unit_scores"} <= changed(package, "fitting/removal.py")
+    assert {"unit_scores", "static_pruning"} <= changed(package, "fitting/unit_scores.py")
 
 
 def test_what_recovers_touches_recovered_cells(package):
     recovered = {f"{name}+recovery" for name in METHODS}
     files = ("adapters", "kept", "training")
     found = changed(package, *(f"fitting/recovery/{name}.py" for name in files))
-    assert found == recovered
+    assert found == recovered | {"random_mask"}  # which looks up other methods, whatever they use
     assert recovered <= changed(package, "fitting/loop.py")
 
 
@@ -132,3 +135,82 @@ def test_a_methods_own_files(tmp_path, monkeypatch):
     finally:
         for name in [name for name in sys.modules if name.startswith("own_methods")]:
             del sys.modules[name]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Makes modules of a package ``own_methods`` of somebody else."""
+    folder = tmp_path / "own_methods"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def module(name: str, *lines: str):
+        (folder / f"{name}.py").write_bytes("\n".join(lines).encode("latin-1"))
+        return import_module(f"own_methods.{name}")
+
+    yield module
+    for name in [name for name in sys.modules if name.startswith("own_methods")]:
+        del sys.modules[name]
+
+
+def files_of(cls) -> set[str]:
+    """Names of what the digest of a method reads."""
+    read: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "_digest", lambda files, root: read.extend(files))
+        digests.method_code(cls)
+    return {path.name for path in read}
+
+
+def test_a_method_built_on_one_of_ours_follows_it(elsewhere, package):
+    built = elsewhere(
+        "built",
+        "from dyndepth.methods.static_pruning import StaticPruning",
+        "class Built(StaticPruning): name = 'built'",
+    ).Built
+    assert {"built.py", "choice.py", "importance.py", "unit_scores.py"} <= files_of(built)
+    before = digests.method_code(built)
+    (package / "fitting" / "importance.py").open("a").write("# EDITED\n")
+    assert digests.method_code(built) != before
+
+
+def test_a_method_that_looks_others_up_is_bound_to_all(elsewhere):
+    lines = "from dyndepth.common.registry import load_method", "class Looking: pass"
+    names = files_of(elsewhere("looking", *lines).Looking)
+    assert {"looking.py", "uls.py", "choice.py", "regression.py", "kept.py"} <= names
+
+
+def test_sources_of_any_encoding_and_such_that_cannot_be_read(elsewhere):
+    latin = "# -*- coding: latin-1 -*-", "# \xe9", "class Latin: pass"
+    assert len(digests.method_code(elsewhere("latin", *latin).Latin)) == 12
+    whole = elsewhere(
+        "whole", "try:", "    from own_methods import broken", "except Exception: pass",
+        "class Whole: pass",
+    )  # fmt: skip
+    Path(whole.__file__).with_name("broken.py").write_text("class (\n")
+    assert "broken.py" in files_of(whole.Whole)
+    assert len(digests.method_code(whole.Whole)) == 12
+
+
+def test_imports_are_those_of_the_file_as_it_is(elsewhere):
+    one = elsewhere("one", "class One: pass")
+    beside = Path(one.__file__).with_name("beside.py")
+    beside.write_text("A = 1\n")
+    assert "beside.py" not in files_of(one.One)
+    Path(one.__file__).write_text("from own_methods import beside\nclass One: pass\n")
+    assert "beside.py" in files_of(one.One)
+
+
+def test_a_class_of_a_notebook_has_a_code_each_time_that_it_is_defined(monkeypatch):
+    def defined():
+        return type("Cell", (), {"__module__": "__main__", "fit": lambda self: None})
+
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())
+    one, other = defined(), defined()
+    assert digests.method_code(one) == digests.method_code(one)
+    assert digests.method_code(one) != digests.method_code(other)
+    # The program around it is no source of the class.
+    program = SimpleNamespace(__file__=str(Path(__file__).with_name("test_paths.py")))
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert digests.method_code(defined()) != digests.method_code(defined())

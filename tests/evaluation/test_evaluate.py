@@ -409,6 +409,24 @@ def test_the_model_is_left_as_it_was(model, run):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_rules_that_draw_begin_where_they_always_do(run, monkeypatch):
+    drawn = []
+
+    class Drawing(RandomMask):
+        def start(self, context):
+            drawn.append(torch.rand(1).item())
+            return super().start(context)
+
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        run(Drawing(rate=0.3), "choice", limit=2)
+        assert torch.equal(torch.get_rng_state(), before)
+    half = len(drawn) // 2
+    assert drawn[:half] == drawn[half:]
+    assert half
+
+
 def test_lm_eval_knows_the_name(model, tokenizer, tmp_path):
     from lm_eval.api.registry import get_model
 
@@ -425,6 +443,8 @@ def test_lm_eval_knows_the_name(model, tokenizer, tmp_path):
         DyndepthLM(model, Dense(), tokenizer, batch_size="auto")
     with pytest.raises(UserError, match="target_speedup: parameters go with a method's name"):
         NamedLM(model, Dense(), tokenizer, target_speedup=2.0)
+    with pytest.raises(TypeError, match="target_speedup"):
+        DyndepthLM(model, Dense(), tokenizer, target_speedup=2.0)
 
 
 def test_standard_errors_agree_with_resampling():

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_whatever_decides_the_fit_changes_its_address(tiny, tiny_corpus, monkeyp
     monkeypatch.setattr(Toy, "fit_version", 2)
     keys.append(fit_key(Toy(), model, tiny_corpus))
     assert len(set(keys)) == len(keys)
+
+
+def test_a_fit_draws_the_same_whatever_was_drawn_before(tiny, tiny_corpus, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Toy, "fit", lambda self, *_: drawn.append(torch.rand(3)) or self)
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        fit_cached(Toy(seed=3), tiny(), tiny_corpus, refresh=True)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(drawn) == 2
+    assert torch.equal(*drawn)
 
 
 def test_values_that_bfloat16_does_not_tell_apart_are_fitted_apart(tiny):
@@ -201,7 +214,7 @@ def test_the_key_is_the_same_in_another_process(tiny, tmp_path):
         "from dyndepth import load_model; from dyndepth.fitting.fits import fit_key\n"
         "print(fit_key(Toy(), load_model(sys.argv[1]), None))"
     )
-    arguments = [str(tmp_path / "model"), str(__file__).rpartition("/")[0]]
+    arguments = [str(tmp_path / "model"), str(Path(__file__).parents[1] / "helpers")]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )

@@ -191,6 +191,21 @@ def test_taylor_leaves_the_model_as_it_was(tiny, ids, monkeypatch):
     unchanged()
 
 
+def test_what_is_kept_is_bound_to_the_code_that_measured_it(tiny, tiny_corpus, ids, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dyndepth.common.digests.fitting_code", lambda *of: asked.append(of) or "")
+    streams(tiny(), ids, progress=False)
+    taylor(tiny(), ids, progress=False)
+    ranking(tiny(), tiny_corpus, "greedy", until=0.9)
+    removal.cached_order(tiny(), ids, torch.full((3, 2), 1 / 6), 0.9)
+    assert [of for (of,) in asked] == [
+        "dyndepth.fitting.unit_scores",
+        "dyndepth.fitting.unit_scores",
+        "dyndepth.fitting.importance",
+        "dyndepth.fitting.removal",
+    ]
+
+
 def test_greedy_follows_the_search(tiny, tiny_corpus, ids):
     found = ranking(tiny(), tiny_corpus, "greedy", until=0.0, keep_first=0, keep_last=0)
     alone = ranking(tiny(), tiny_corpus, "perplexity", keep_first=0, keep_last=0)

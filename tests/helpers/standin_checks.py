@@ -21,8 +21,8 @@ from dyndepth.evaluation.generation import Prompt, generate
 from dyndepth.evaluation.scoring import Group, score, score_alone
 from dyndepth.fitting import importance
 from dyndepth.fitting.fits import load_fit, save_fit
-from dyndepth.fitting.loop import seeded
 from dyndepth.models.families import family
+from dyndepth.models.seeding import seeded
 from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 

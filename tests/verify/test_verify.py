@@ -310,6 +310,25 @@ class TestMissing:
         assert any(what.startswith("compute: tokens of ") for what in found)
 
 
+def test_a_column_that_there_was_not_yet_is_a_note(run):
+    """As long as nothing stands in it; else the table is not that of the cells."""
+
+    def without(path: Path, column: str) -> None:
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        place = rows[0].index(column)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows(row[:place] + row[place + 1 :] for row in rows)
+
+    without(run / "timing.csv", "timing_code")
+    assert _failures(run) == []
+    (note,) = [each for each in check(run)[1] if each.cell == "timing.csv"]
+    assert note.what == "was written before there was timing_code"
+    without(run / "accuracy.csv", "value")
+    assert _failures(run) == [("accuracy.csv", "is not the function of the cells: columns")]
+
+
 def test_extra_cell(run):
     key = _change(_some(run), lambda body: body["identity"].update(target_speedup=9.0))
     extra = next((run / "cells").glob(f"*{key}.json"))

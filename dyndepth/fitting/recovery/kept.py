@@ -75,8 +75,6 @@ def recover_cached(
         shutil.rmtree(unfinished, ignore_errors=True)
 
     def build(work: Path) -> None:
-        import torch
-
         from dyndepth.fitting.fits import CURVE, fit_cached, save_fit, write_curve
         from dyndepth.fitting.loop import checkpoints
         from dyndepth.fitting.recovery.adapters import (
@@ -86,6 +84,7 @@ def recover_cached(
             write_adapter,
         )
         from dyndepth.fitting.recovery.training import recover
+        from dyndepth.models.seeding import seeded
 
         method.anew = refresh
         if not refresh and method.shipped_adapters is not None:
@@ -95,8 +94,7 @@ def recover_cached(
             )
         if recipe.kind == "lora":
             fit_cached(method, model, corpus)
-        torch.manual_seed(seed)
-        with checkpoints(unfinished):
+        with seeded(seed, next(model.parameters()).device), checkpoints(unfinished):
             found = recover(method, model, corpus, recipe, seed, progress=progress)
         write_adapter(
             work,

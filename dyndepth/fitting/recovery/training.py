@@ -25,11 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import prompt_phase
-from dyndepth.fitting.loop import Curve, Schedule, optimise, seeded
+from dyndepth.fitting.loop import Curve, Schedule, optimise
 from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
 from dyndepth.fitting.routers import mark_along
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, causal_lm
+from dyndepth.models.seeding import seeded
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.trace import Trace
 
