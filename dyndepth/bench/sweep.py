@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,15 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def _of_the_model(options: argparse.Namespace) -> Iterator[str]:
+    """The flags of the model that were given, beside its name and device."""
+    for flag in ("revision", "attn_implementation"):
+        if getattr(options, flag) is not None:
+            yield from (f"--{flag}", getattr(options, flag))
+    if options.trust_remote_code:
+        yield "--trust_remote_code"
+
+
 def _sweep(options: argparse.Namespace, executor: str, folder: Path) -> Row:
     """The summary of a sweep in a process of its own."""
     chosen = [
@@ -183,10 +193,7 @@ def _sweep(options: argparse.Namespace, executor: str, folder: Path) -> Row:
     command += ["--speedups", "1.25,1.5,2", "--tasks", "socialiqa", "--output_path", str(folder)]
     command += ["--limit", str(options.documents), "--executor", executor]
     command += ["--workers", str(WORKERS), "--cpus_per_cell", "1"]
-    for flag in ("revision", "attn_implementation"):
-        if getattr(options, flag) is not None:
-            command += [f"--{flag}", getattr(options, flag)]
-    command += ["--trust_remote_code"] if options.trust_remote_code else []
+    command += [*_of_the_model(options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(  # nosec B603  # our own command line, no shell
         command, env=environment, capture_output=True, text=True, check=False
