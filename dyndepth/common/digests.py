@@ -157,7 +157,7 @@ def method_code(cls: type, recovered: bool = False) -> str:
     of ``dyndepth.fitting``. A class without a file (of a notebook, say) has a code of its own each
     time that it is defined: nobody knows what it stands on.
     """
-    bases = [base for base in cls.__mro__ if base is not object and base.__module__ != CONTRACT]
+    bases = [cls, *filter(_is_method, cls.__mro__[1:])]
     if not all(map(_has_a_file, bases)):
         return _without_file.setdefault(cls, secrets.token_hex(6))
     homes = {METHODS, *(base.__module__.split(".")[0] for base in bases)} - {PACKAGE.name}
@@ -185,6 +185,11 @@ def method_code(cls: type, recovered: bool = False) -> str:
     shipped = getattr(cls, "shipped_adapters", None)
     read |= _sources(shipped) if shipped is not None else set()
     return _digest(list(read), None)
+
+
+def _is_method(cls: type) -> bool:
+    """Whether a class implements the contract, and not only lends something to one that does."""
+    return cls.__module__ != CONTRACT and any(each.__module__ == CONTRACT for each in cls.__mro__)
 
 
 def _methods_folder() -> Path:

@@ -175,6 +175,20 @@ def test_a_method_built_on_one_of_ours_follows_it(elsewhere, package):
     assert digests.method_code(built) != before
 
 
+def test_what_lends_something_to_a_method_is_no_part_of_it(elsewhere):
+    """Neither torch nor the standard library, nor what is built in."""
+    lines = (
+        "from abc import ABC",
+        "from torch.nn import Module",
+        "from dyndepth.method import DynamicDepthMethod",
+        "class Mixed(DynamicDepthMethod, Module, ABC): name = 'mixed'",
+        "class Plain(dict, DynamicDepthMethod): name = 'plain'",
+    )
+    mixed = elsewhere("mixed", *lines)
+    assert files_of(mixed.Mixed) == files_of(mixed.Plain) == {"mixed.py"}
+    assert digests.method_code(mixed.Plain) == digests.method_code(mixed.Mixed)
+
+
 def test_a_method_that_looks_others_up_is_bound_to_all(elsewhere):
     lines = "from dyndepth.common.registry import load_method", "class Looking: pass"
     names = files_of(elsewhere("looking", *lines).Looking)
