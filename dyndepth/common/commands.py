@@ -105,13 +105,13 @@ def run(
     arguments: Sequence[str] | None = None,
     interrupted: str = "interrupted",
 ) -> int:
-    """The exit status of a command whose ``body`` is given its words, flags underscored.
+    """The exit status of a command whose ``body`` is given its words.
 
     0, or what ``body`` returns; 2 for wrong input and 1 where what was computed came to no good,
     with a sentence on stderr (before it the traceback, with ``--debug``); 130 after Ctrl-C, with
     ``interrupted``.
     """
-    given = [underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return body(given) or 0
     except (UserError, RunFailed, FloatingPointError) as fault:
@@ -155,9 +155,9 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--debug", action="store_true", help=HELP["debug"])
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; ``run`` has underscored the flags, anybody else's are here."""
+        """As argparse does, flags with dashes as if they had underscores."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([underscored(word) for word in words], namespace)
+        return super().parse_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())}; --help lists the flags")
@@ -213,7 +213,7 @@ def _wrapped(text: str) -> str:
     )
 
 
-def underscored(argument: str) -> str:
+def _underscored(argument: str) -> str:
     """A flag with underscores for dashes, as it is declared; anything else as it is."""
     if not argument.startswith("--") or argument == "--":
         return argument
