@@ -51,6 +51,18 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     return None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What an attention does for all tokens: the normed stream ``[batch, tokens, hidden]``, keys
+    and values ``[batch, heads, past + tokens, head size]``, and the queries of all tokens where
+    they are made along."""
+
+    normed: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+
+
 class Block:
     """One decoder block seen as two branches. Holds references, owns no parameters.
 
@@ -172,8 +184,7 @@ class Block:
 
     def keep(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Put keys and values of all tokens into the cache, nothing else."""
-        _, keys, values = self._project(self._attention_norm(hidden), None)
-        self._merged(keys, values, arguments)
+        self.ahead(hidden, arguments)
 
     def _after(self, branch: Tensor, post: Sequence[Any]) -> Tensor:
         for module in post:
@@ -182,6 +193,64 @@ class Block:
 
     # --- selected tokens ------------------------------------------------------------------------
 
+    def ahead(self, hidden: Tensor, arguments: dict[str, Any]) -> Ahead:
+        """What an attention does for all tokens, whoever executes it; fills the cache."""
+        normed = self._attention_norm(hidden)
+        keys, values, queries = self._project.keys_values(normed)
+        return Ahead(normed, *self._merged(keys, values, arguments), queries)
+
+    @property
+    def lays(self) -> bool:
+        """Whether ``attention_laid`` can stand for its attention: where the stock one calls torch's
+        fused kernel, with nothing added to its scores."""
+        return (
+            self._config._attn_implementation == "sdpa"
+            and self.bias_argument is None
+            and self.gathers(ATTENTION)
+        )
+
+    def attention_laid(
+        self, ahead: Ahead, selection: Selection | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        """The attention branch of the selected tokens, ``[count, hidden]``; None: of all tokens,
+        ``[batch x tokens, hidden]``.
+
+        Their queries lie among zeros, so that the kernel is the one that the stock attention calls,
+        causal and without a mask where nothing is padded, and sees no shape of its own. The scores
+        of all are computed; every projection is of the selected.
+        """
+        batch, tokens = ahead.normed.shape[:2]
+        index = None if selection is None else selection.index
+        queries = self._heads(self._project.queries(ahead.normed, index, ahead.queries), 0)
+        if selection is None:
+            queries = queries.unflatten(0, (batch, tokens))
+        else:
+            queries = selection.laid(queries)
+        queries = queries.transpose(1, 2)
+        if self._rotary:
+            cosine, sine = arguments["position_embeddings"]
+            queries = rotate(queries, cosine[:, None], sine[:, None])
+        mask, keys, values = arguments.get("attention_mask"), ahead.keys, ahead.values
+        if mask is not None:
+            mask = mask[..., : keys.shape[2]]
+        grouped = queries.shape[1] != keys.shape[1]
+        if grouped and mask is not None:
+            groups = queries.shape[1] // keys.shape[1]
+            keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
+        out = scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and tokens > 1,
+            scale=getattr(self.attention, self._record.scale),
+            enable_gqa=grouped and mask is None,
+        )
+        rows = out.transpose(1, 2).flatten(2).flatten(0, 1)
+        if index is not None:
+            rows = rows.index_select(0, index)
+        return self._after(self._output(rows), self._attention_post)
+
     def attention_selected(
         self, hidden: Tensor, selection: Selection, arguments: dict[str, Any]
     ) -> Tensor:
@@ -189,11 +258,10 @@ class Block:
 
         Keys and values of all tokens are computed, and put into the cache where there is one.
         """
-        normed = self._attention_norm(hidden)
-        projected, keys, values = self._project(normed, selection.index)
-        assert projected is not None
-        keys, values = self._merged(keys, values, arguments)
-        queries = self._heads(projected, 0)
+        ahead = self.ahead(hidden, arguments)
+        keys, values = ahead.keys, ahead.values
+        rows = self._project.queries(ahead.normed, selection.index, ahead.queries)
+        queries = self._heads(rows, 0)
         if self._rotary:
             tables = (
                 selection.gather(table)[:, None] for table in arguments["position_embeddings"]

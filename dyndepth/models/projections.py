@@ -21,9 +21,9 @@ from dyndepth.models.watching import watched
 
 Layout = Literal["blocks", "heads"]
 """Of a fused map's output: all queries, all keys, all values; or query, key, value of each head."""
-Projected = tuple[Tensor | None, Tensor, Tensor]
-"""Queries ``[n, query size]`` of the selected tokens, None if none were asked for, keys and values
-``[batch, tokens, key size]`` of all."""
+KeysValues = tuple[Tensor, Tensor, Tensor | None]
+"""Keys and values ``[batch, tokens, key size]`` of all tokens, and the queries of all where one map
+that can't be divided made them along."""
 
 
 def linear_flops(modules: Sequence[Any]) -> int:
@@ -44,12 +44,16 @@ class Separate:
     key: Any
     value: Any
 
-    def __call__(self, normed: Tensor, index: Tensor | None) -> Projected:
-        """Project ``[batch, tokens, hidden]``; ``index`` int64 ``[n]`` says whose queries."""
-        queries = None
-        if index is not None:
-            queries = self.query(normed.flatten(0, 1).index_select(0, index))
-        return queries, self.key(normed), self.value(normed)
+    def keys_values(self, normed: Tensor) -> KeysValues:
+        """Keys and values of ``[batch, tokens, hidden]``."""
+        return self.key(normed), self.value(normed), None
+
+    def queries(self, normed: Tensor, index: Tensor | None, made: Tensor | None) -> Tensor:
+        """Queries ``[n, query size]`` of the tokens ``index``, int64 ``[n]``; None: of all.
+
+        ``made`` are those that ``keys_values`` made along.
+        """
+        return self.query(_rows(normed, index))
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -90,7 +94,7 @@ class Fused:
             and not watched(self.module)
         )
 
-    def __call__(self, normed: Tensor, index: Tensor | None) -> Projected:
+    def keys_values(self, normed: Tensor) -> KeysValues:
         """As ``Separate``. Raises UserError if the map was wrapped since this was made."""
         if self.divided and not self._divisible:
             raise UserError(
@@ -98,20 +102,21 @@ class Fused:
                 "values while a method is attached; put it there before attach"
             )
         if not self.divided:
-            all_queries, keys, values = self._apart(self.module(normed))
-            if index is not None:
-                return all_queries.flatten(0, 1).index_select(0, index), keys, values
-            return None, keys, values
-        queries = None
-        if index is not None:
-            queries = self._part(normed.flatten(0, 1).index_select(0, index), first=True)
+            queries, keys, values = self._apart(self.module(normed))
+            return keys, values, queries
         both = self._part(normed.flatten(0, 1), first=False).unflatten(0, normed.shape[:2])
         if self.layout == "blocks":
             keys, values = both.chunk(2, -1)
         else:
             keys, values = both.unflatten(-1, (self.heads, 2, self.size)).unbind(-2)
             keys, values = keys.flatten(-2), values.flatten(-2)
-        return queries, keys, values
+        return keys, values, None
+
+    def queries(self, normed: Tensor, index: Tensor | None, made: Tensor | None) -> Tensor:
+        """As ``Separate``."""
+        if self.divided:
+            return self._part(_rows(normed, index), first=True)
+        return _rows(self._apart(self.module(normed))[0] if made is None else made, index)
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -148,6 +153,12 @@ class Fused:
         if bias is not None:
             out = out + bias.view(shape)[:, part].flatten(1)[:, None]
         return out.transpose(0, 1).flatten(1)
+
+
+def _rows(states: Tensor, index: Tensor | None) -> Tensor:
+    """``[batch, tokens, size]`` as rows: those of the tokens ``index``, or all."""
+    rows = states.flatten(0, 1)
+    return rows if index is None else rows.index_select(0, index)
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

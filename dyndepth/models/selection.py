@@ -1,9 +1,10 @@
 """The tokens that one gate selects, and how they are gathered and put back.
 
 One object a mask. How many are selected is the one thing that the host must wait for the device to
-know; both masks of a block are asked about together. In a batch the selected queries of each
-sequence are laid into padded slots for the attention product alone; every projection runs on
-exactly the selected tokens.
+know; both masks of a block are asked about together, and the answer is read when it is needed.
+Every projection runs on exactly the selected tokens. For the attention product alone the selected
+queries of each sequence are laid into padded slots, or, where kernels want shapes that do not vary,
+to their places among zeros.
 """
 
 from __future__ import annotations
@@ -17,6 +18,33 @@ from torch import Tensor
 
 _KEYS_A_PART, _MOST_PARTS = 256, 8
 """In how many parts causal attention of gathered queries is computed."""
+UNREAD = -1
+"""The count of a selection that nobody needs to know."""
+
+
+class Counts:
+    """How many tokens each of several masks selects in each sequence: asked for, read later.
+
+    ``masks`` is ``[masks, batch, tokens]`` and must not select padding. On CUDA the answer is
+    copied by the device itself, behind what it has to do before, while the host goes on.
+    """
+
+    def __init__(self, masks: Tensor) -> None:
+        self._masks = masks
+        self._event = None
+        if masks.device.type == "cuda":
+            self._counts = masks.sum(-1).to("cpu", non_blocking=True)  # to pinned memory
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[list[int]]:
+        """The counts, by mask and sequence."""
+        if self._event is not None:
+            self._event.synchronize()
+            return self._counts.tolist()
+        if self._masks.shape[1:].numel() == 1:
+            return self._masks.flatten(1).int().tolist()
+        return self._masks.sum(-1).tolist()
 
 
 @dataclass(eq=False)
@@ -25,7 +53,7 @@ class Selection:
 
     Attributes:
         mask: bool ``[batch, tokens]``.
-        count: number of selected tokens.
+        count: number of selected tokens; UNREAD where all tokens are computed in any case.
         slots: slots a sequence in the attention product: the largest number selected in any.
     """
 
@@ -34,22 +62,15 @@ class Selection:
     slots: int
 
     @classmethod
-    def of(cls, masks: Sequence[Tensor], real: int) -> list[Selection | bool]:
-        """A selection each, or True or False where all ``real`` tokens or none are selected.
-
-        The masks must not select padding; ``real`` counts what is no padding.
-        """
-        if masks[0].numel() == 1:
-            return [bool(mask) for mask in masks]
-        stacked = torch.stack(list(masks)) if len(masks) > 1 else masks[0][None]
-        return [
-            cls.counted(mask, counts, real)
-            for mask, counts in zip(masks, stacked.sum(-1).tolist(), strict=True)
-        ]
+    def of(cls, masks: Tensor, counts: Counts, real: int) -> list[Selection | bool]:
+        """A selection for each of ``[masks, batch, tokens]``, or True or False where all ``real``
+        tokens, which are no padding, or none are selected."""
+        each = zip(masks.unbind(0), counts.read(), strict=True)
+        return [cls.counted(mask, counted, real) for mask, counted in each]
 
     @classmethod
     def counted(cls, mask: Tensor, counts: Sequence[int], real: int) -> Selection | bool:
-        """As ``of``, for one mask whose counts by sequence are known."""
+        """As ``of``, for one mask whose counts by sequence are given."""
         count = sum(counts)
         return count > 0 if count in (0, real) else cls(mask, count, max(counts))
 
@@ -59,7 +80,7 @@ class Selection:
         flat = self.mask.flatten()
         if flat.device.type == "cpu":
             return flat.nonzero()[:, 0]
-        return flat.logical_not().argsort(stable=True)[: self.count]  # nonzero would wait again
+        return torch.nonzero_static(flat, size=self.count)[:, 0]  # nonzero would wait again
 
     @cached_property
     def token(self) -> Tensor:
@@ -96,6 +117,11 @@ class Selection:
             return rows[None]
         padded = rows.new_zeros(self.mask.shape[0] * self.slots, *rows.shape[1:])
         return padded.index_copy_(0, self._slot, rows).unflatten(0, (-1, self.slots))
+
+    def laid(self, rows: Tensor) -> Tensor:
+        """``[count, ...]`` of the selected tokens into ``[batch, tokens, ...]``, zero elsewhere."""
+        whole = rows.new_zeros(self.mask.numel(), *rows.shape[1:])
+        return whole.index_copy_(0, self.index, rows).unflatten(0, self.mask.shape)
 
     def out_of_slots(self, padded: Tensor) -> Tensor:
         """``[batch, slots, size]`` back into ``[count, size]``."""

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import ATTENTION, MLP, DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Block, Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Ahead, Block, Decoder, cache_argument, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import skip_tokens
@@ -60,6 +60,7 @@ class Runtime:
         self.masked = backend == "masked"
         self.project = method.kv_policy == "project"
         self.config = parts.config
+        self.early = asks_early(next(parts.model.parameters()).device)
         self.norm: nn.Module = parts.norm
         self.head: nn.Module = parts.head
         self.ledger = Ledger(BlockCosts.of_parts(parts))
@@ -167,7 +168,8 @@ class Runtime:
             forward.phase, forward.generation = phase_of_tokens(context, length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
-        now.settler = Settler(self.method, forward, self.masked, inputs.device)
+        least = self.limits.tokens if self.early else 0
+        now.settler = Settler(self.method, forward, self.masked, inputs.device, least)
         now.plan = self._plan(context, now.settler)
         if self.foresight is not None:
             full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
@@ -275,17 +277,23 @@ class Runtime:
         if asked[0] is True and asked[1] is True:
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
-        gates = now.settler(asked, hidden)
+        settling, block = now.settler(asked, hidden), self.blocks[index]
+        ahead = None
+        if self.early and settling.waiting and not isinstance(asked[0], bool) and block.lays:
+            # Whatever the answer is, this has to be done: the wait for it hides behind.
+            ahead = block.ahead(hidden, arguments)
+            forward.laid.add(len(forward.calls))
+        gates = settling.read()
         forward.calls.append((index, *now.settler.decided(gates)))
-        if gates[0] is True and gates[1] is True:
+        if gates[0] is True and gates[1] is True and ahead is None:
             return stock(hidden, **arguments)
-        if arguments.get(self.blocks[index].cache_argument) is not None:
+        if arguments.get(block.cache_argument) is not None:
             forward.cached = True
         if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
-        return self.execute(forward, index, hidden, gates, arguments)
+        return self.execute(forward, index, hidden, gates, arguments, ahead)
 
     def _ask(self, now: _Pass, index: int, hidden: Tensor) -> tuple[int, tuple[Gate, Gate]]:
         """A block's place and its gates; one that stands in several has them in turn."""
@@ -346,18 +354,21 @@ class Runtime:
         hidden: Tensor,
         gates: tuple[Settled, Settled],
         arguments: dict[str, Any],
+        ahead: Ahead | None = None,
     ) -> Tensor:
-        """One block, the last call of ``forward``, whose gates are not both True."""
+        """One block, the last call of ``forward``.
+
+        Its gates are not both True, but where ``ahead`` holds the part that its attention does for
+        all tokens.
+        """
         block, entered, call = self.blocks[index], hidden, len(forward.calls) - 1
         attention, mlp = gates
         if isinstance(attention, Selection):
-            if self.limits.gather(ATTENTION, attention) and block.gathers(ATTENTION):
-                update = block.attention_selected(hidden, attention, arguments)
-                flat = hidden.flatten(0, 1)
-                hidden = flat.index_add(0, attention.index, update.to(flat.dtype)).view_as(hidden)
-            else:
-                forward.whole.add((call, ATTENTION))
-                hidden = attention.put(hidden, hidden + block.attention_branch(hidden, arguments))
+            hidden = self._attend(forward, block, hidden, attention, arguments, ahead)
+        elif ahead is not None:
+            if attention is True:
+                branch = block.attention_laid(ahead, None, arguments)
+                hidden = hidden + branch.view_as(hidden)
         elif attention is True or self.masked:
             hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), attention)
         else:
@@ -371,6 +382,34 @@ class Runtime:
         if mlp is True or self.masked:
             return hidden + _multiplied(block.mlp_branch(source), mlp)
         return hidden
+
+    def _attend(
+        self,
+        forward: Forward,
+        block: Block,
+        hidden: Tensor,
+        selection: Selection,
+        arguments: dict[str, Any],
+        ahead: Ahead | None,
+    ) -> Tensor:
+        """The stream after an attention that the selected tokens execute."""
+        can = ahead is not None or block.gathers(ATTENTION)
+        if not (can and self.limits.gather(ATTENTION, selection)):
+            forward.whole.add((len(forward.calls) - 1, ATTENTION))
+            if ahead is None:
+                branch = block.attention_branch(hidden, arguments)
+            else:
+                branch = block.attention_laid(ahead, None, arguments).view_as(hidden)
+            return selection.put(hidden, hidden + branch)
+        if self.early and ahead is None and block.lays:
+            ahead = block.ahead(hidden, arguments)
+            forward.laid.add(len(forward.calls) - 1)
+        if ahead is None:
+            update = block.attention_selected(hidden, selection, arguments)
+        else:
+            update = block.attention_laid(ahead, selection, arguments)
+        flat = hidden.flatten(0, 1)
+        return flat.index_add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
 
     def _skip_attention(
         self, block: Block, kept: bool, hidden: Tensor, arguments: dict[str, Any]
@@ -395,6 +434,12 @@ class Runtime:
         flat = hidden.flatten(0, 1)
         add = flat.index_add_ if owned else flat.index_add
         return add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
+
+
+def asks_early(device: torch.device) -> bool:
+    """Whether the host runs ahead of ``device``, so that what it asks is best read late, and shapes
+    that vary are best kept from kernels."""
+    return device.type != "cpu"
 
 
 def _in_backward() -> bool:

@@ -92,7 +92,9 @@ class Forward:
     ``calls`` holds, for each call of a block, the block and its two gates as executed: True, False
     or a Selection. They need not be all blocks, nor each once, nor in order. ``whole`` has the
     (call, sublayer) that ran for all tokens although their gate selects some, ``kept`` the calls
-    that nobody executed and whose keys and values are cached nevertheless.
+    that nobody executed and whose keys and values are cached nevertheless, ``laid`` those whose
+    attention made keys and values before its gate was known, and the scores of all tokens if any
+    executed it.
     ``cached`` says whether a cache was there, so that skipped tokens were projected under the
     policy ``project``. ``masked`` marks the backend that computes everything, ``foresight`` a
     forward that was looked ahead of: all blocks and a head after each, work done for nobody.
@@ -114,6 +116,7 @@ class Forward:
     calls: list[tuple[int, bool | Selection, bool | Selection]] = field(default_factory=list)
     whole: set[tuple[int, int]] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
+    laid: set[int] = field(default_factory=set)
     bills: list[Bill] = field(default_factory=list)
     heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
     foresight: bool = False
@@ -121,7 +124,7 @@ class Forward:
 
     def again(self) -> Forward:
         """The same forward with nothing done yet, for what does not count."""
-        return replace(self, calls=[], whole=set(), kept=set(), bills=[], heads=[])
+        return replace(self, calls=[], whole=set(), kept=set(), bills=[], heads=[], laid=set())
 
     def executed(self, layers: int) -> Tensor:
         """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
@@ -362,12 +365,13 @@ class _Sums:
             if attention is True or whole[ATTENTION]:
                 total += rectangle * (costs.projections[layer] + costs.score[layer] * forward.keys)
             elif attention is False:
-                keeps = forward.project or call in forward.kept
-                total += rectangle * costs.key_value[layer] * (keeps and forward.cached)
+                keeps = (forward.project or call in forward.kept) and forward.cached
+                total += rectangle * costs.key_value[layer] * (keeps or call in forward.laid)
             else:
                 total += attention.count * (costs.projections[layer] - costs.key_value[layer])
                 total += rectangle * costs.key_value[layer]
-                total += forward.batch * attention.slots * forward.keys * costs.score[layer]
+                slots = forward.width if call in forward.laid else attention.slots
+                total += forward.batch * slots * forward.keys * costs.score[layer]
             if mlp is True or whole[MLP]:
                 total += rectangle * costs.mlp[layer]
             elif mlp is not False:

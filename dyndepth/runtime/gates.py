@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.method import DynamicDepthMethod, Gate
-from dyndepth.models.selection import Selection
+from dyndepth.models.selection import UNREAD, Counts, Selection
 from dyndepth.runtime.flops import Forward
 
 Settled = bool | Selection | Tensor
@@ -22,28 +23,55 @@ Key = tuple[int, int, torch.device]
 _fresh = itertools.count()
 
 
+class Settling:
+    """Both gates of a block, or who reads them: the device was asked and has its time to answer."""
+
+    def __init__(self, found: Sequence[Settled] | Callable[[], Sequence[Settled]]) -> None:
+        self._found = found
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the host will wait for the device to read them."""
+        return callable(self._found)
+
+    def read(self) -> tuple[Settled, Settled]:
+        """The gates of attention and MLP."""
+        first, second = self._found() if callable(self._found) else self._found
+        return first, second
+
+
 class Settler:
-    """The gates of one forward. A mask that comes back for another block is settled once."""
+    """The gates of one forward. A mask that comes back for another block is settled once.
+
+    ``least``: a forward of fewer tokens, but for single ones over a cache, computes all of them in
+    any case, so that nobody need know how many are selected.
+    """
 
     def __init__(
-        self, method: DynamicDepthMethod, forward: Forward, masked: bool, device: torch.device
+        self,
+        method: DynamicDepthMethod,
+        forward: Forward,
+        masked: bool,
+        device: torch.device,
+        least: int = 0,
     ) -> None:
         self._method, self._forward, self._masked = method, forward, masked
         self._device = device
+        self._unread = forward.width > 1 and forward.batch * forward.width < least
         self._generation = forward.generation if method.phases == "generation" else None
         # By identity, with the gate itself, so that no other can take its place in memory.
         self._known: dict[Key, tuple[Gate, Settled]] = {}
         self._rows: dict[tuple[bool, ...], Gate] = {}
         self._own: set[int] = set()
 
-    def __call__(self, gates: tuple[Gate, Gate], hidden: Tensor) -> tuple[Settled, Settled]:
+    def __call__(self, gates: tuple[Gate, Gate], hidden: Tensor) -> Settling:
         """Both gates of a block whose tokens are ``hidden``, ``[batch, tokens, hidden]``.
 
         Raises TypeError for a gate that is none.
         """
         if self._masked:
-            return self._mask(gates[0], hidden), self._mask(gates[1], hidden)
-        new: dict[Key, tuple[Gate, Tensor]] = {}
+            return Settling([self._mask(gates[0], hidden), self._mask(gates[1], hidden)])
+        new: dict[Key, Gate] = {}
         found: list[Any] = []
         for gate in gates:
             if isinstance(gate, bool) and (gate or self._generation is None):
@@ -52,14 +80,27 @@ class Settler:
             key = found[0] if gate is gates[0] and found else self._key(gate, hidden.device)
             found.append(key)
             if key not in self._known and key not in new:
-                mask = cast(Tensor, self._mask(gate, hidden))
-                new[key] = (gate, self._real(mask))
-        if new:
-            selected = Selection.of([mask for _, mask in new.values()], self._count)
-            for (key, (gate, _)), selection in zip(new.items(), selected, strict=True):
-                self._known[key] = (gate, selection)
-        first, second = (one if isinstance(one, bool) else self._known[one][1] for one in found)
-        return first, second
+                new[key] = gate
+        if not new:
+            return Settling([self._settled(one) for one in found])
+        masks = self._real([cast(Tensor, self._mask(gate, hidden)) for gate in new.values()])
+        if self._unread:
+            self._know(new, [Selection(mask, UNREAD, UNREAD) for mask in masks.unbind(0)])
+            return Settling([self._settled(one) for one in found])
+        counts, real = Counts(masks), self._count
+
+        def read() -> list[Settled]:
+            self._know(new, Selection.of(masks, counts, real))
+            return [self._settled(one) for one in found]
+
+        return Settling(read)
+
+    def _know(self, new: dict[Key, Gate], selected: Sequence[Selection | bool]) -> None:
+        for (key, gate), selection in zip(new.items(), selected, strict=True):
+            self._known[key] = (gate, selection)
+
+    def _settled(self, one: bool | Key) -> Settled:
+        return one if isinstance(one, bool) else self._known[one][1]
 
     def decided(self, gates: tuple[Settled, Settled]) -> tuple[bool | Selection, bool | Selection]:
         """The decisions behind settled gates, as the ledger takes them."""
@@ -86,7 +127,7 @@ class Settler:
         if not self._masked and self._generation is None:
             # Counted here, so that the host need not wait for the device at each block.
             counts = [count * runs for count, runs in zip(self._by_row, pattern, strict=True)]
-            selection = Selection.counted(self._real(gate), counts, self._count)
+            selection = Selection.counted(self._real([gate])[0], counts, self._count)
             self._own.add(id(gate))
             self._known[self._key(gate, gate.device)] = (gate, selection)
         return gate
@@ -116,10 +157,11 @@ class Settler:
             return gate
         return torch.where(generation.to(hidden.device), gate, torch.ones_like(gate))
 
-    def _real(self, mask: Tensor) -> Tensor:
-        """Without padding, which is never executed; a copy, which the method can't write to."""
-        valid = self._forward.valid
-        return mask.clone() if valid is None else mask & valid.to(mask.device)
+    def _real(self, masks: Sequence[Tensor]) -> Tensor:
+        """Without padding, which is never executed: ``[masks, batch, tokens]``, copies, which the
+        method can't write to."""
+        valid, stacked = self._forward.valid, torch.stack(list(masks))
+        return stacked if valid is None else stacked & valid.to(stacked.device)
 
     @cached_property
     def _by_row(self) -> list[int]:
@@ -135,4 +177,5 @@ class Settler:
 
 
 def _decision(gate: Tensor) -> bool | Selection:
-    return Selection.of([gate.detach() > 0.5], gate.numel())[0]
+    masks = (gate.detach() > 0.5)[None]
+    return Selection.of(masks, Counts(masks), gate.numel())[0]

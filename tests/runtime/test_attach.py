@@ -87,7 +87,10 @@ def test_dense_equals_stock_and_detaching_restores(tiny, family, attn):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     classes = [type(m) for m in model.modules()]
     with attach(model, RandomMask(rate=1.0)):
-        assert torch.equal(model(tokens).logits, before)
+        found = model(tokens).logits
+    # Where queries are laid among zeros, one fused map of the stock block is two.
+    assert torch.equal(found, before) or DEVICE.type != "cpu"
+    torch.testing.assert_close(found, before, atol=TOLERANCE, rtol=0)
     with pytest.raises(UserError, match="2 document"):
         attached_and_failing(model)
     assert [type(m) for m in model.modules()] == classes

@@ -8,14 +8,14 @@ from conftest import DEVICE, make_tiny
 from gating import RandomMask
 from test_attach import ids
 
-from dyndepth.models.selection import Selection
+from dyndepth.models.selection import Counts, Selection
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.limits import ALWAYS, Limits, keep, limits_of
 from dyndepth.timing import __main__ as door
 from dyndepth.timing import limits as limits_command
 from dyndepth.timing.pairing import Ratio
 
-UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.0, 0.5, 257)
+UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.8, 0.85, 1024)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def test_zero_is_never():
     """Even of one token in a long forward; what nobody executes is no selection."""
     never = Limits(attention=0.0, mlp=0.0, tokens=0)
     assert not never.gather(0, selection(1, 4096))
-    assert Selection.of([selection(0, 4096).mask], 4096) == [False]
+    none = selection(0, 4096).mask[None]
+    assert Selection.of(none, Counts(none), 4096) == [False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +50,7 @@ def test_limits_go_by_the_kind_of_device(dtype):
     """``meta`` stands for whatever is no CPU."""
     model = make_tiny().to(dtype)
     assert limits_of(model.to("cpu")).attention > 0.7
-    assert limits_of(model.to("meta")) == Limits(attention=0.0, mlp=0.5, tokens=257)
+    assert limits_of(model.to("meta")) == Limits(attention=0.8, mlp=0.85, tokens=1024)
 
 
 @pytest.mark.rule

@@ -125,7 +125,8 @@ def test_gates_follow_the_blocks_to_their_device():
     forward = Forward(None, "prompt", 2, 3, 3, None, None, None, True, False, masked=True)
     settler = Settler(RandomMask(), forward, True, torch.device("cpu"))
     hidden = torch.empty(2, 3, 8, device="meta")
-    for gate in settler((torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3)), hidden):
+    gates = settler((torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3)), hidden)
+    for gate in gates.read():
         assert gate.device.type == "meta"
 
 
