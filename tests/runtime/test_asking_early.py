@@ -80,7 +80,7 @@ def test_ledger_equals_counter(tiny, family, name, limits):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that would be kernels on a device, and reads that its host would wait for."""
+    """Counts operators that would be kernels on a device, and reads that its host waits for."""
 
     FREE = {"view", "_unsafe_view", "transpose", "t", "unsqueeze", "expand", "slice", "select"}
     FREE |= {"permute", "detach", "alias", "unbind", "split", "as_strided", "squeeze", "empty"}
