@@ -157,6 +157,10 @@ class DynamicDepthMethod:
             to the one decided, and their positions, alone: documents then never share the forward
             of an equal beginning. By default true for granularity ``sequence``; a token method that
             reads the context's ``documents`` has to say it.
+        capturable: True if ``gates`` is the same operations on the device each time, on ``hidden``
+            and on tensors that stay where they are (``start`` may write to them): no branch on
+            values, nothing read by the host, nothing else that changes from forward to forward, and
+            bills for all tokens alone. Graphs then hold the gates, too.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
@@ -173,6 +177,7 @@ class DynamicDepthMethod:
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
     fit_version: ClassVar[int] = 1
     shipped_adapters: ClassVar[Path | None] = None

@@ -233,9 +233,12 @@ class Block:
         mask, keys, values = arguments.get("attention_mask"), ahead.keys, ahead.values
         if mask is not None:
             mask = mask[..., : keys.shape[2]]
-        grouped = queries.shape[1] != keys.shape[1]
-        if grouped and mask is not None:
-            groups = queries.shape[1] // keys.shape[1]
+        shape, groups = queries.shape, queries.shape[1] // keys.shape[1]
+        grouped = groups > 1
+        if grouped and tokens == 1:
+            # Heads that share their keys are queries of one head: nothing need be repeated.
+            queries, grouped = queries.reshape(batch, keys.shape[1], groups, -1), False
+        elif grouped and mask is not None:
             keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
         out = scaled_dot_product_attention(
             queries,
@@ -246,7 +249,7 @@ class Block:
             scale=getattr(self.attention, self._record.scale),
             enable_gqa=grouped and mask is None,
         )
-        rows = out.transpose(1, 2).flatten(2).flatten(0, 1)
+        rows = out.reshape(shape).transpose(1, 2).flatten(2).flatten(0, 1)
         if index is not None:
             rows = rows.index_select(0, index)
         return self._after(self._output(rows), self._attention_post)

@@ -36,6 +36,11 @@ def one_table(model: nn.Module, shortest: int, longest: int) -> bool:
     return tables(model, shortest) == tables(model, longest)
 
 
+def steady(model: nn.Module) -> bool:
+    """Whether texts of all lengths are read by the same tables."""
+    return all(one.get("rope_type", "default") in _ONE for one in _parameters(model))
+
+
 def forget(model: nn.Module) -> None:
     """Bring tables that have grown with what ``model`` has read back to those of a short text."""
     if not any(_grows(one) for one in _parameters(model)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -17,10 +18,13 @@ from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.execution import Runtime
+from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by
 from dyndepth.runtime.trace import Backend, Trace
 
+Mode = Literal["eager", "graphs"]
+MODES: tuple[Mode, ...] = ("eager", "graphs")
 _MARK = "_dyndepth_runtime"
 
 
@@ -42,6 +46,7 @@ def attach(
     documents: Sequence[str] | None = None,
     prompt_length: int | Tensor | None = None,
     limits: Limits | None = None,
+    mode: Mode | Graphs = "eager",
 ) -> Iterator[Trace]:
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
 
@@ -51,15 +56,27 @@ def attach(
     dense kernel runs instead, with the same result; by default the measured rule of
     ``dyndepth.runtime.gates``. On exit, also by an exception, the model is restored.
 
+    ``mode="graphs"`` decodes by CUDA graphs: a forward of one token a sequence over a dynamic cache
+    is recorded when it first comes and repeated from then on, with the same result. They are let go
+    on exit; a ``Graphs`` in its place keeps them for other attachments to the same model. Any other
+    forward runs as ever, which is always exact.
+
     The method is asked, and work is counted, in forwards of the decoder: those that complete, with
     the blocks that they call, in whatever order and however often. A block that is called outside
     of one, by hand or by another model that shares it, runs in full and is not counted.
 
     Raises UserError for an unsupported architecture, a model that already has a method attached,
-    and one that is compiled or whose blocks are wrapped by somebody else.
+    one that is compiled or whose blocks are wrapped by somebody else, and, in the mode ``graphs``,
+    for one that is not on one CUDA device or whose steps cannot be recorded.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
+    if isinstance(mode, str) and mode not in MODES:
+        raise UserError(f"mode must be 'eager' or 'graphs', not {mode!r}")
+    if mode != "eager" and (backend == "masked" or method.foresees):
+        raise UserError(
+            "graphs are of the backend 'sparse', for methods that do not foresee; take mode='eager'"
+        )
     if method.foresees and not method.uses_labels:
         raise TypeError(f"{method.name} foresees but does not say that it uses labels")
     if hasattr(model, "_orig_mod"):
@@ -72,6 +89,11 @@ def attach(
         raise UserError("the model already has a method attached; leave that attach first")
     runtime = Runtime(parts, method, backend, limits or limits_of(model))
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
+    run, forward, graphs = runtime.run, None, None
+    if mode != "eager":
+        graphs = Graphs() if isinstance(mode, str) else mode
+        stepper = Stepper(runtime, parts, graphs, runtime.run)
+        run, forward = stepper.block, stepper.decoder
     handles = [
         owner.register_forward_pre_hook(runtime.begin, with_kwargs=True),
         owner.register_forward_hook(runtime.end),
@@ -80,11 +102,13 @@ def attach(
     setattr(owner, _MARK, runtime)
     try:
         with (
-            called_in(owner, runtime.around),
-            run_by(parts.blocks, runtime.run, checkpointed=runtime.checkpointed, repeated=True),
+            called_in(owner, runtime.around, forward),
+            run_by(parts.blocks, run, checkpointed=runtime.checkpointed, repeated=True),
         ):
             yield runtime.trace
     finally:
         for handle in handles:
             handle.remove()
         delattr(owner, _MARK)
+        if isinstance(mode, str) and graphs is not None:
+            graphs.close()

@@ -127,7 +127,7 @@ class Runtime:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is not None and (mask.ndim != 2 or bool(mask.all())):
             mask = None
-        if self.foresight is not None and cache is None and self._asked(kwargs, "use_cache"):
+        if self.foresight is not None and cache is None and self.asked(kwargs, "use_cache"):
             # The decoder would make it later than it is needed.
             cache = DynamicCache(config=self.config)
             kwargs = kwargs | {cache_argument(module): cache}
@@ -174,8 +174,8 @@ class Runtime:
         if self.foresight is not None:
             full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
             self.foresight.end(full)
-        if self._asked(kwargs, "output_attentions"):
-            now.as_tuple = not self._asked(kwargs, "return_dict")
+        if self.asked(kwargs, "output_attentions"):
+            now.as_tuple = not self.asked(kwargs, "return_dict")
             kwargs = kwargs | {"return_dict": True}
             self._watch(now)
         return args, kwargs
@@ -197,7 +197,7 @@ class Runtime:
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
 
-    def _asked(self, kwargs: dict[str, Any], name: str) -> bool:
+    def asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
         value = kwargs.get(name)
         return bool(getattr(self.config, name, False) if value is None else value)

@@ -75,10 +75,15 @@ def run_by(
 
 
 @contextmanager
-def called_in(module: Any, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def called_in(
+    module: Any,
+    context: Callable[[], AbstractContextManager[None]],
+    forward: Callable[..., Any] | None = None,
+) -> Iterator[None]:
     """Inside, each call of ``module``, its hooks included, is made in a ``context()``.
 
-    That ends however the call does; of torch's hooks none runs when a call is interrupted.
+    That ends however the call does; of torch's hooks none runs when a call is interrupted. With
+    ``forward``, the module's own is ``forward(stock, *args, **kwargs)``.
     """
     stock = type(module)
 
@@ -86,7 +91,11 @@ def called_in(module: Any, context: Callable[[], AbstractContextManager[None]]) 
         with context():
             return stock.__call__(module, *args, **kwargs)
 
-    patched = _subclass(stock, {"__call__": call})
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert forward is not None
+        return forward(partial(stock.forward, module), *args, **kwargs)
+
+    patched = _subclass(stock, {"__call__": call} | ({} if forward is None else {"forward": run}))
     module.__class__ = patched
     try:
         yield

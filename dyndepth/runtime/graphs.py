@@ -1,0 +1,330 @@
+"""Decode steps recorded once and repeated: what a GPU can do when it need not wait for its host.
+
+A forward of one token a sequence over a cache is many small kernels, which a host launches more
+slowly than a GPU runs them. In the mode ``graphs`` such steps are recorded: whole where the gates
+are known before, else a piece a block and verdict, and the host reads each verdict while the device
+makes the block's keys and values, which are made whatever it is. All other forwards run as ever.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyndepth.common.errors import UserError
+from dyndepth.method import DynamicDepthMethod, Gate
+from dyndepth.models.blocks import CACHE_ARGUMENTS, Decoder, cache_of
+from dyndepth.models.rotary import steady
+from dyndepth.models.selection import UNREAD, Selection
+from dyndepth.runtime.cache import skip_tokens
+from dyndepth.runtime.flops import Forward
+from dyndepth.runtime.lanes import Lane, bucket
+from dyndepth.runtime.patching import Run
+from dyndepth.runtime.recorder import CudaRecorder, Recorder
+from dyndepth.runtime.steps import (
+    Pieces,
+    Place,
+    Rule,
+    Verdict,
+    Whole,
+    by_plan,
+    by_rule,
+    with_cache,
+)
+
+PAYS_BELOW = 0.8
+"""Share of the work that is executed, below which a piece a block is faster than the whole step."""
+_MEMORY = 0.9
+_OPEN = [(True, True)]
+_PASSED_ON = {"input_ids", "attention_mask", "position_ids", "use_cache", *CACHE_ARGUMENTS}
+
+
+class Graphs:
+    """Recorded steps of one model, for ``attach(..., mode=...)``.
+
+    They last as long as this, through any number of attachments, until ``close`` or the end of a
+    ``with`` block. Memory: a copy of the keys and values of a batch for each batch size.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
+        self._owner: Any = None
+        self._lanes: dict[int, Lane] = {}
+        self._recorded: dict[Any, Whole | Pieces] = {}
+        self._places: dict[int, Place] = {}
+        self._shares: dict[Any, Share] = {}
+
+    def __enter__(self) -> Graphs:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what was recorded, and of its memory."""
+        self._recorded.clear()
+        self._places.clear()
+        self._lanes.clear()
+        self._shares.clear()
+        self._owner = None
+
+    def of(self, parts: Decoder) -> Graphs:
+        """Itself, for this model. Raises UserError for a model that cannot be recorded, or another
+        than before."""
+        reason = obstacle(parts)
+        if reason is not None:
+            raise UserError(f"graphs cannot be recorded: {reason}; take mode='eager'")
+        if self._recorder is None:
+            self._recorder = CudaRecorder(next(parts.model.parameters()).device)
+        if self._owner not in (None, parts.owner):
+            raise UserError("these graphs are another model's; each model needs its own")
+        self._owner = parts.owner
+        return self
+
+    def place(self, parts: Decoder, batch: int, keys: int) -> Place:
+        """Where steps of ``batch`` sequences over at most ``keys`` keys are recorded."""
+        assert self._recorder is not None
+        lane = self._lanes.setdefault(batch, Lane(batch, next(parts.model.parameters()).device))
+        if lane.capacity < keys:
+            lane.grow(keys)
+            self._recorded = {k: v for k, v in self._recorded.items() if v.place.lane is not lane}
+            self._places.pop(batch, None)
+        if batch not in self._places:
+            self._places[batch] = Place(parts, lane, self._recorder)
+        return self._places[batch]
+
+    def share(self, key: Any) -> Share:
+        """What is known of the method ``key``."""
+        return self._shares.setdefault(key, Share())
+
+    def recorded(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was recorded under ``key``, else ``make()``."""
+        if key not in self._recorded:
+            self._recorded[key] = make()
+        return self._recorded[key]
+
+
+class Share:
+    """What share of the blocks' work a token method executes, lately."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def add(self, share: float) -> None:
+        """Take in one step."""
+        self._mean = share if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * share
+
+    @property
+    def pieces_pay(self) -> bool:
+        """Whether to wait for verdicts: they are, at first, how the share gets known."""
+        return self._mean is None or self._mean < PAYS_BELOW
+
+
+def obstacle(parts: Decoder) -> str | None:
+    """Why steps of a model cannot be recorded; None if they can."""
+    config = parts.config
+    if config._attn_implementation != "sdpa":
+        return f"attention is {config._attn_implementation!r}, not 'sdpa'"
+    takes = inspect.signature(type(parts.owner).forward).parameters
+    if parts.record.bias is not None or "position_ids" not in takes:
+        return f"a {config.model_type} counts positions by itself"
+    if not steady(parts.model):
+        return "its rotary tables change with the length of a text"
+    devices = {parameter.device for parameter in parts.model.parameters()}
+    if len(devices) > 1:
+        return "it lies on several devices"
+    return None
+
+
+class Stepper:
+    """One attachment's steps through graphs: stands in for the decoder's and the blocks' forward.
+
+    ``runtime`` is the attachment, ``run`` what its blocks do in all other forwards.
+    """
+
+    def __init__(self, runtime: Any, parts: Decoder, graphs: Graphs, run: Run) -> None:
+        self._runtime, self._parts, self._graphs, self._run = runtime, parts, graphs.of(parts), run
+        self._method: DynamicDepthMethod = runtime.method
+        self._recording: Place | None = None
+        self._identity: Any = None
+        costs = runtime.ledger.costs
+        self._work = np.stack([costs.projections - costs.key_value, costs.mlp], axis=1)
+        self._always = float(costs.key_value.sum())
+
+    def block(self, index: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The forward of a block."""
+        if self._recording is None:
+            return self._run(index, stock, hidden, arguments)
+        return self._recording.block(index, hidden, arguments)
+
+    def decoder(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of the decoder, whose stock one is ``stock``."""
+        now = self._runtime.passes[-1] if self._runtime.passes else None
+        if now is None or not self._can(now, args, kwargs):
+            return stock(*args, **kwargs)
+        cache, past, batch = cache_of(kwargs), now.forward.keys - 1, now.forward.batch
+        blocks, project = self._parts.blocks, self._runtime.project
+        kept = [
+            block.index
+            for block, (attention, _) in zip(blocks, now.plan or _OPEN * len(blocks), strict=True)
+            if project or attention is not False
+        ]
+        if not Lane.serves(cache, kept, past):
+            return stock(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            keys = bucket(past + 1)
+            place = self._graphs.place(self._parts, batch, keys)
+            new = place.lane.take(cache, kept, past, kwargs.get("attention_mask"))
+        if new and not all(block.lays for block in blocks):
+            return stock(*args, **kwargs)  # somebody watches modules, who would see nothing
+        self._recording = place
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                ids = args[0] if args else kwargs["input_ids"]
+                place.feed(ids, past, kwargs.get("position_ids"))
+                step = self._planned if now.plan is not None else self._routed
+                out = step(now, place, keys, stock)
+        finally:
+            self._recording = None
+        place.lane.give(cache, kept, past + 1)
+        for block in blocks if len(kept) < len(blocks) else ():
+            if block.index not in kept:
+                skip_tokens(cache, block.index, 1)
+        return with_cache(out, cache)
+
+    def _can(self, now: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a forward is a decode step with nothing to it that a recording leaves out."""
+        forward, mask = now.forward, kwargs.get("attention_mask")
+        return (
+            forward.width == 1
+            and forward.phase == "generation"
+            and forward.generation is None
+            and forward.valid is None
+            and now.weights is None
+            and cache_of(kwargs) is not None
+            and len(args) + (kwargs.get("input_ids") is not None) == 1
+            and all(not kwargs[name] for name in kwargs.keys() - _PASSED_ON)
+            and (mask is None or mask.ndim == 2)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cuda")
+            and self._runtime.asked(kwargs, "return_dict")
+            and not self._runtime.asked(kwargs, "output_hidden_states")
+            # Gates that are asked for may drop a token from one cache and keep it in another.
+            and (now.plan is not None or self._runtime.project)
+        )
+
+    def _planned(self, now: Any, place: Place, keys: int, stock: Callable[..., Any]) -> Any:
+        """A step whose gates are known."""
+        forward, project = now.forward, self._runtime.project
+        pattern = tuple((_known(attention), _known(mlp)) for attention, mlp in now.plan)
+        whole: Whole = self._graphs.recorded(
+            ("plan", pattern, project, forward.batch, keys),
+            lambda: Whole(place, stock, keys, by_plan(place, pattern, project)),
+        )
+        for layer, gates in enumerate(now.plan):
+            settled = now.settler(gates, place.hidden).read()
+            for sublayer, gate in enumerate(gates):
+                if not isinstance(gate, bool):
+                    place.flags[layer, sublayer].copy_(gate)
+            self._enter(forward, layer, settled)
+        return whole.step()
+
+    def _routed(self, now: Any, place: Place, keys: int, stock: Callable[..., Any]) -> Any:
+        """A step whose gates are found on the way."""
+        forward = now.forward
+        if not self._method.capturable:
+            pieces: Pieces = self._graphs.recorded(
+                ("pieces", forward.batch, keys), lambda: Pieces(place, stock, keys, None)
+            )
+            return pieces.step(lambda layer: self._ask(now, place, layer))
+        key = (self._known_as(), forward.batch, keys)
+        share = self._graphs.share(key)
+        billed = len(forward.bills)
+        if share.pieces_pay:
+            pieces = self._graphs.recorded(
+                ("pieces", *key), lambda: Pieces(place, stock, keys, self._rule(place, forward))
+            )
+            rule = pieces.rule
+            assert rule is not None
+            rule.mail.reset()
+            out = pieces.step(rule.mail.read)
+            verdicts = rule.mail.all_read()
+        else:
+            whole: Whole = self._graphs.recorded(
+                ("whole", *key), lambda: self._multiplied(place, stock, keys, forward)
+            )
+            rule = whole.rule
+            assert rule is not None
+            verdicts = rule.mail.all_read()  # of the step before, if the device is done with it
+            if verdicts is not None:
+                share.add(self._share(verdicts))
+                rule.mail.reset()
+            out, verdicts = whole.step(), None
+        del forward.bills[billed:]
+        forward.bills += rule.bills
+        if verdicts is not None:
+            share.add(self._share(verdicts))
+        flags = place.flags.clone() if forward.batch > 1 or verdicts is None else None
+        for layer in range(len(self._parts.layers)):
+            self._enter(forward, layer, _settled(layer, verdicts, flags))
+        return out
+
+    def _ask(self, now: Any, place: Place, layer: int) -> Verdict:
+        """The verdict of a method that is asked between pieces."""
+        settled = now.settler(self._method.gates(layer, place.hidden.clone()), place.hidden).read()
+        for sublayer, gate in enumerate(settled):
+            if place.lane.batch > 1:
+                mask = gate.mask if isinstance(gate, Selection) else gate
+                flags = place.flags[layer, sublayer]
+                flags.fill_(mask) if isinstance(mask, bool) else flags.copy_(mask)
+        self._enter(now.forward, layer, settled)
+        return settled[0] is not False, settled[1] is not False
+
+    def _enter(self, forward: Forward, layer: int, settled: tuple[Any, Any]) -> None:
+        """Tell the ledger what a block executed."""
+        call = len(forward.calls)
+        forward.calls.append((layer, *settled))
+        forward.cached = True
+        forward.whole |= {(call, s) for s in (0, 1) if isinstance(settled[s], Selection)}
+
+    def _rule(self, place: Place, forward: Forward) -> Rule:
+        return Rule(self._method, place, forward)
+
+    def _multiplied(self, place: Place, stock: Any, keys: int, forward: Forward) -> Whole:
+        rule = self._rule(place, forward)
+        return Whole(place, stock, keys, by_rule(place, rule), rule)
+
+    def _share(self, verdicts: Sequence[Verdict]) -> float:
+        """Of a block's work, keys and values included, what is executed."""
+        executed = float((self._work * np.array(verdicts)).sum()) + self._always
+        return executed / (float(self._work.sum()) + self._always)
+
+    def _known_as(self) -> Any:
+        """What the method's gates depend on, beside the stream."""
+        if self._identity is None:
+            method = self._method
+            tensors = tuple((name, each.data_ptr()) for name, each in method.tensors.items())
+            self._identity = id(method), repr(method), tensors, repr(method.facts)
+        return self._identity
+
+
+def _known(gate: Gate) -> bool | None:
+    return gate if isinstance(gate, bool) else None
+
+
+def _settled(
+    layer: int, verdicts: Sequence[Verdict] | None, flags: Tensor | None
+) -> tuple[bool | Selection, bool | Selection]:
+    """The gates of a block as the ledger takes them: what the host knows, else the flags."""
+    first, second = (
+        Selection(flags[layer, sublayer], UNREAD, UNREAD)
+        if flags is not None and (verdicts is None or verdicts[layer][sublayer])
+        else verdicts is not None and verdicts[layer][sublayer]
+        for sublayer in (0, 1)
+    )
+    return first, second

@@ -1,0 +1,164 @@
+"""Keys and values of a batch where they never move, so that a recorded step finds them.
+
+A lane serves one cache at a time, a dynamic cache of transformers: while it does, the cache's
+tensors are the filled parts of the lane's buffers. Whoever reads, crops, reorders or extends the
+cache by other means makes tensors of its own, which are brought back before the next step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+_SMALLEST = 256
+
+
+def bucket(tokens: int) -> int:
+    """How many keys a recorded step over ``tokens`` reads: few sizes, an eighth more at most,
+    from 2,048 on."""
+    step = max(_SMALLEST, (1 << tokens.bit_length()) // 16)
+    return -(-tokens // step) * step
+
+
+class Lane:
+    """Buffers for ``batch`` sequences.
+
+    Attributes:
+        length: tokens in the cache before the step, which is where its keys go: int64 ``[1]``.
+        valid: whether a key is no padding: bool ``[batch, capacity]``.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.batch = batch
+        self.length = torch.zeros(1, dtype=torch.long, device=device)
+        self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)
+        self._all_valid = True
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._holder: Any = lambda: None
+
+    @property
+    def capacity(self) -> int:
+        """Keys that there is room for."""
+        return self.valid.shape[1]
+
+    @staticmethod
+    def serves(cache: Any, layers: Iterable[int], length: int) -> bool:
+        """Whether the ``layers`` of ``cache`` hold ``length`` tokens each, in order."""
+        for index in layers:
+            slot: Any = cache.layers[index] if index < len(cache.layers) else None
+            if not (
+                isinstance(slot, DynamicLayer)
+                and not slot.is_sliding
+                and slot.is_initialized
+                and slot.keys is not None
+                and slot.keys.ndim == 4
+                and slot.keys.shape[2] == length
+                and not getattr(slot, "skipped", 0)
+            ):
+                return False
+        return True
+
+    def grow(self, capacity: int) -> None:
+        """Make room; what was recorded with the old buffers must not be repeated."""
+        self._release()
+        self._buffers.clear()
+        self.valid = self.valid.new_ones(self.batch, capacity)
+        self._all_valid = True
+
+    def take(self, cache: Any, layers: Iterable[int], length: int, mask: Tensor | None) -> bool:
+        """Bring ``layers`` of ``cache``, of ``length`` tokens, into the buffers.
+
+        ``mask`` is bool or int ``[batch, length + 1]``, or None where nothing is padded. Returns
+        whether anything had to be copied.
+        """
+        moved = False
+        if self._holder() is not cache:
+            self._release()
+            self._holder = weakref.ref(cache)
+        for index in layers:
+            slot = cache.layers[index]
+            if index not in self._buffers:
+                self._buffers[index] = self._empty(slot.keys), self._empty(slot.values)
+            for buffer, name in zip(self._buffers[index], ("keys", "values"), strict=True):
+                own = getattr(slot, name)
+                if own.data_ptr() != buffer.data_ptr() or own.stride() != buffer.stride():
+                    buffer[:, :, :length].copy_(own)
+                    buffer[:, :, length:].zero_()
+                    moved = True
+        self.length.fill_(length)
+        if mask is not None:
+            self.valid[:, : length + 1].copy_(mask)
+        elif not self._all_valid:
+            self.valid.fill_(True)
+        self._all_valid = mask is None
+        return moved
+
+    def give(self, cache: Any, layers: Iterable[int], length: int) -> None:
+        """Have ``layers`` of ``cache`` hold the first ``length`` tokens of the buffers."""
+        for index in layers:
+            keys, values = self._buffers[index]
+            slot = cache.layers[index]
+            slot.keys, slot.values = keys[:, :, :length], values[:, :, :length]
+
+    def view(self, keys: int) -> LaneView:
+        """The lane as a cache of which ``keys`` are read."""
+        return LaneView(self, keys)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(
+                self.batch,
+                like.shape[1],
+                self.capacity,
+                like.shape[3],
+                dtype=like.dtype,
+                device=like.device,
+            )
+
+    def _release(self) -> None:
+        """Leave the cache that is served with tensors of its own."""
+        cache = self._holder()
+        self._holder = lambda: None
+        if cache is None:
+            return
+        for index, (keys, values) in self._buffers.items():
+            slot = cache.layers[index] if index < len(cache.layers) else None
+            if slot is None or not slot.is_initialized:
+                continue
+            if slot.keys.data_ptr() == keys.data_ptr():
+                slot.keys = slot.keys.clone()
+            if slot.values.data_ptr() == values.data_ptr():
+                slot.values = slot.values.clone()
+
+
+class LaneView:
+    """What a recorded step takes for a cache: keys go where the lane's ``length`` says."""
+
+    def __init__(self, lane: Lane, keys: int) -> None:
+        self._lane, self._keys = lane, keys
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Put in one token's ``[batch, heads, 1, size]``; gives ``[batch, heads, keys, size]``."""
+        own_keys, own_values = self._lane._buffers[layer]
+        own_keys.index_copy_(2, self._lane.length, keys)
+        own_values.index_copy_(2, self._lane.length, values)
+        return self.read(layer)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that ``update`` gives."""
+        own_keys, own_values = self._lane._buffers[layer]
+        return own_keys[:, :, : self._keys], own_values[:, :, : self._keys]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive, ``[batch, 1, 1, keys]``: the step's own token and those before that are no
+        padding."""
+        lane = self._lane
+        seen = torch.arange(self._keys, device=lane.length.device) <= lane.length
+        seen = (seen & lane.valid[:, : self._keys])[:, None, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)
