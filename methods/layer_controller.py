@@ -84,6 +84,7 @@ class LayerController(DynamicDepthMethod):
 
     name: ClassVar[str] = "layer_controller"
     granularity: ClassVar[Granularity] = "token"
+    capturable: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.20022"
     needs_training: ClassVar[bool] = True
     quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 24, "weight_rate": 0.1}

@@ -14,6 +14,7 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dyndepth.runtime.graphs import Graphs
     from dyndepth.timing.jobs import Decode, Prefill
 
 
@@ -36,11 +37,29 @@ PHASES = {
     "prefill_8x256": (8, 256),
     "decode_1": (1, 128),
     "decode_8": (8, 128),
+    "prefill_1x2048": (1, 2048),
+    "prefill_8x2048": (8, 2048),
+    "decode_1x512": (1, 512),
+    "decode_8x512": (8, 512),
+    "decode_32x512": (32, 512),
+    "decode_1x4096": (1, 4096),
+    "decode_8x4096": (8, 4096),
+    "decode_32x4096": (32, 4096),
 }
 """Batch and length; in decode the length of the cache."""
+ON_CPU = ("prefill_1x512", "prefill_8x256", "decode_1", "decode_8")
+ON_GPU = (
+    "prefill_8x2048",
+    "prefill_1x2048",
+    "decode_1x512",
+    "decode_8x512",
+    "decode_32x512",
+    "prefill_1x512",
+)
+"""What is measured unless phases are named, the most telling first."""
 
 Lines = dict[str, dict[str, float]]
-"""By ``work/phase/dtype``: ``speedup`` with its interval ``low`` to ``high``, ``flop_ideal``,
+"""By ``work/phase/dtype``, and ``/graphs`` in that mode: ``speedup`` with its interval ``low`` to ``high``, ``flop_ideal``,
 ``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN on devices whose memory is not measured)."""
 
 
@@ -49,6 +68,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     import torch
 
     from dyndepth.models.loading import loaded
+    from dyndepth.runtime.graphs import Graphs
     from dyndepth.timing.jobs import STEPS, Decode, Prefill
 
     headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
@@ -56,13 +76,14 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     lines: Lines = {}
     for dtype in options.dtypes:
         model = loaded(vars(options), dtype)
-        for phase in options.phases:
+        for phase, mode in _passes(options, model):
             batch, length = PHASES[phase]
             tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration", model=model)
             shape = Prefill(tokens[:, :length]) if "prefill" in phase else Decode(tokens, length)
-            with torch.inference_mode():
-                for work, line in _measure(model, shape, options):
-                    name = f"{work}/{phase}/{dtype}"
+            with Graphs() as graphs, torch.inference_mode():
+                held = graphs if mode == "graphs" else None
+                for work, line in _measure(model, shape, options, held):
+                    name = f"{work}/{phase}/{dtype}" + "/graphs" * (held is not None)
                     lines[name] = line
                     print(
                         f"{name:42}{line['speedup']:9.3f}   [{line['low']:.3f}, {line['high']:.3f}]"
@@ -70,21 +91,39 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
                         f"{line['efficiency']:7.2f}{line['peak_ratio']:7.2f}",
                         flush=True,
                     )
+            if held is not None:
+                assert graphs.steps and not graphs.others, "steps were not repeated"
     return lines
 
 
+def _passes(options: argparse.Namespace, model: Any) -> list[tuple[str, str]]:
+    """Phases and modes; only decode steps are recorded."""
+    on_gpu = model.device.type == "cuda"
+    modes = options.modes or (("eager", "graphs") if on_gpu else ("eager",))
+    phases = options.phases or (ON_GPU if on_gpu else ON_CPU)
+    return [
+        (phase, mode)
+        for phase in phases
+        for mode in modes
+        if mode == "eager" or phase.startswith("decode")
+    ]
+
+
 def _measure(
-    model: Any, shape: Prefill | Decode, options: argparse.Namespace
+    model: Any, shape: Prefill | Decode, options: argparse.Namespace, graphs: Graphs | None
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """All works on one shape, in one set of interleaved rounds."""
     from dyndepth.timing.jobs import Job, method
     from dyndepth.timing.pairing import interleave, ratio
 
     batch, width = shape.gate_shape
-    jobs = {"dense": Job(model, None, shape)}
+    jobs = {"dense": Job(model, None, shape, graphs=graphs)}
     for work in options.works:
+        if work == REFERENCE and graphs is not None:
+            continue
         backend: Any = "masked" if work == REFERENCE else "sparse"
-        jobs[work] = Job(model, method(work, model, batch, width), shape, backend)
+        own = method(work, model, batch, width)
+        jobs[work] = Job(model, own, shape, backend, graphs)
     times = interleave(
         {name: job.run for name, job in jobs.items()},
         around={name: job.prepared for name, job in jobs.items()},
@@ -94,7 +133,7 @@ def _measure(
         device=options.device,
     )
     dense_peak = jobs["dense"].peak() or math.nan
-    for work in options.works:
+    for work in [name for name in jobs if name != "dense"]:
         found = ratio(times["dense"], times[work])
         flop_ideal = jobs[work].flop_ideal
         yield (
@@ -146,6 +185,21 @@ GOALS = (
     ),
 )
 """Where no other is named, in all shapes and dtypes."""
+GPU_GOALS = (
+    Goal("all_execute/prefill_*2048/*", "speedup", 0.98),
+    Goal("all_execute/prefill_1x512/*", "speedup", 0.96),
+    Goal("all_execute/decode_*", "speedup", 0.96),
+    Goal("static_*", "efficiency", 0.97),
+    Goal("mask_50/prefill_8x2048/*", "speedup", 1.62),
+    Goal("mask_50/prefill_1x2048/*", "speedup", 1.50),
+    Goal("mask_75/prefill_8x2048/*", "speedup", 1.20),
+    Goal("mask_75/prefill_1x2048/*", "speedup", 1.12),
+    Goal("mask_50/decode_1x512/*/graphs", "speedup", 1.45),
+    Goal("mask_*/*/graphs", "speedup", 0.97),
+    Goal("early_exit_half/*/graphs", "speedup", 0.97),
+    Goal("early_exit_half/prefill_8x2048/*", "speedup", 1.62),
+)
+"""For an 8B shape in bfloat16 on an H100 or H200. Efficiency in decode is of the FLOP ideal."""
 
 MET, UNCERTAIN, MISSED = "met", "missed within noise", "missed"
 

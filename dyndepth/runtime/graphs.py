@@ -49,6 +49,10 @@ class Graphs:
 
     They last as long as this, through any number of attachments, until ``close`` or the end of a
     ``with`` block. Memory: a copy of the keys and values of a batch for each batch size.
+
+    Attributes:
+        steps: decode steps that were repeated from a recording.
+        others: forwards over a cache that were not, and ran as ever.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -58,6 +62,7 @@ class Graphs:
         self._recorded: dict[Any, Whole | Pieces] = {}
         self._places: dict[int, Place] = {}
         self._shares: dict[Any, Share] = {}
+        self.steps = self.others = 0
 
     def __enter__(self) -> Graphs:
         return self
@@ -133,6 +138,8 @@ def obstacle(parts: Decoder) -> str | None:
     takes = inspect.signature(type(parts.owner).forward).parameters
     if parts.record.bias is not None or "position_ids" not in takes:
         return f"a {config.model_type} counts positions by itself"
+    if any(block.window is not None for block in parts.blocks):
+        return "its attention reaches back through a window"
     if not steady(parts.model):
         return "its rotary tables change with the length of a text"
     devices = {parameter.device for parameter in parts.model.parameters()}
@@ -165,8 +172,17 @@ class Stepper:
     def decoder(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the decoder, whose stock one is ``stock``."""
         now = self._runtime.passes[-1] if self._runtime.passes else None
-        if now is None or not self._can(now, args, kwargs):
+        if now is None or now.forward.phase == "prompt":
             return stock(*args, **kwargs)
+        out = self._step(now, stock, args, kwargs) if self._can(now, args, kwargs) else None
+        if out is None:
+            self._graphs.others += 1
+            return stock(*args, **kwargs)
+        self._graphs.steps += 1
+        return out
+
+    def _step(self, now: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder's output by recordings; None where they leave something out."""
         cache, past, batch = cache_of(kwargs), now.forward.keys - 1, now.forward.batch
         blocks, project = self._parts.blocks, self._runtime.project
         kept = [
@@ -175,13 +191,13 @@ class Stepper:
             if project or attention is not False
         ]
         if not Lane.serves(cache, kept, past):
-            return stock(*args, **kwargs)
+            return None
         with torch.inference_mode(False), torch.no_grad():
             keys = bucket(past + 1)
             place = self._graphs.place(self._parts, batch, keys)
             new = place.lane.take(cache, kept, past, kwargs.get("attention_mask"))
         if new and not all(block.lays for block in blocks):
-            return stock(*args, **kwargs)  # somebody watches modules, who would see nothing
+            return None  # somebody watches modules, who would see nothing
         self._recording = place
         try:
             with torch.inference_mode(False), torch.no_grad():

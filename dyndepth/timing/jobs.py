@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
 from dyndepth.models.blocks import blocks, cache_argument, cache_of
 from dyndepth.runtime.attach import attach
+from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.trace import Backend
 
 STEPS = 12
@@ -38,6 +39,9 @@ class Prefill:
     def run(self, model: Any, state: Any) -> None:
         """The timed forward."""
         model(self.tokens.to(model.device), logits_to_keep=1, use_cache=True)
+
+    def settle(self, model: Any, state: Any) -> None:
+        """Nothing is kept."""
 
     def rewind(self, state: Any) -> None:
         """Nothing is kept."""
@@ -67,6 +71,11 @@ class Decode:
             token = self.tokens[:, step : step + 1].to(model.device)
             model(token, **{keyword: state}, use_cache=True)
 
+    def settle(self, model: Any, state: Any) -> None:
+        """One step that leaves no trace: where steps are recorded, the cache gets its place."""
+        model(self.tokens[:, :1].to(model.device), **{cache_argument(model): state}, use_cache=True)
+        state.crop(-1)
+
     def rewind(self, state: Any) -> None:
         """Take the steps off the cache again."""
         state.crop(-STEPS)
@@ -74,6 +83,8 @@ class Decode:
 
 class Job:
     """One method on one shape: set up outside the clock, run inside.
+
+    With ``graphs`` decode steps are repeated from recordings, those of the stock model, too.
 
     Attributes:
         flop_ideal: dense FLOPs / executed FLOPs of what is timed.
@@ -86,13 +97,20 @@ class Job:
         method: DynamicDepthMethod | None,
         shape: Prefill | Decode,
         backend: Backend = "sparse",
+        graphs: Graphs | None = None,
     ) -> None:
-        self.model, self.method, self.shape = model, method, shape
-        self.attached: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.model, self.shape, self._graphs = model, shape, graphs
+        if method is None and graphs is not None:
+            method = given(torch.ones(len(blocks(model)), 2, dtype=torch.bool))
+        self.method = method
         self.flop_ideal = 1.0
+        eager: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.attached = eager
         if method is not None:
-            self.attached = lambda: attach(model, method, backend=backend)
-        with self.attached() as trace:
+            own = method
+            eager = lambda: attach(model, own, backend=backend)  # noqa: E731
+            self.attached = lambda: attach(model, own, backend=backend, mode=graphs or "eager")
+        with eager() as trace:
             self.state = shape.prefill(model)
             if trace is not None:
                 trace.reset()
@@ -108,6 +126,8 @@ class Job:
     def prepared(self) -> Iterator[None]:
         """Attached before and rewound after the timed run."""
         with self.attached():
+            if self._graphs is not None:
+                self.shape.settle(self.model, self.state)
             yield
         self.shape.rewind(self.state)
 
@@ -178,18 +198,28 @@ def given(
     plan = decided.ndim == 2
     shared = bool((decided[:, 0] == decided[:, 1]).all())
 
+    placed: dict[Any, Tensor] = {}
+
     class Given(DynamicDepthMethod):
         name = "given"
         granularity = "static" if plan else "token"
         paper = "bench"
         phases = skipping
+        capturable = True
 
         def start(self, context: Any) -> Tensor | None:
             self.context = context
             if plan:
                 return decided
-            column = context.past_length % decided.shape[3] if context.tokens == 1 else 0
-            chosen = decided[..., column : column + context.tokens].to(context.device)
+            if context.device not in placed:
+                placed[context.device] = decided.to(context.device)
+                placed[context.device, 1] = placed[context.device][..., :1].clone()
+            chosen = placed[context.device][..., : context.tokens]
+            if context.tokens == 1:
+                # Where it stays: a recording reads it there.
+                column = context.past_length % decided.shape[3]
+                chosen = placed[context.device, 1]
+                chosen.copy_(placed[context.device][..., column : column + 1])
             self.masks = [(pair[0], pair[0] if shared else pair[1]) for pair in chosen.unbind(0)]
             return None
 

@@ -34,6 +34,7 @@ class RouterRule(DynamicDepthMethod):
 
     name: ClassVar[str] = "skipgpt"
     granularity: ClassVar[Granularity] = "token"
+    capturable: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2506.04179"
     needs_training: ClassVar[bool] = True
     shipped_adapters: ClassVar[Path | None] = Path(__file__).parent / "adapters"
