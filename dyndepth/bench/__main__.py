@@ -134,8 +134,8 @@ def _parts(options: argparse.Namespace) -> list[str]:
     scoring = [part for part in parts if part != "shapes"]
     if scoring:
         raise UserError(
-            f"{options.model} has random weights and no tokenizer, and {' and '.join(scoring)} "
-            "score text; give --parts shapes"
+            f"{options.model} has random weights and no tokenizer, and to measure "
+            f"{' and '.join(scoring)} is to score text; give --parts shapes"
         )
     if options.check:
         raise UserError(

@@ -64,7 +64,8 @@ def shape_config(name: str) -> Any:
             "give the path of a config.json, or of a folder that holds one"
         )
     try:
-        return AutoConfig.from_pretrained(str(file))
+        # Not given, transformers would ask on the terminal about code that a model brings.
+        return AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"{name} can't be read as a configuration: {said}") from error
@@ -85,7 +86,10 @@ def random_model(config: Any, dtype: str, device: str, attn_implementation: str 
     place = torch.device(device)
     with seeded(SEED, place), place:
         return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
         )
 
 

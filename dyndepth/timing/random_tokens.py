@@ -45,6 +45,6 @@ def fit_without_text(method: DynamicDepthMethod, model: torch.nn.Module) -> Dyna
             return method.fit(model)
     except UserError as fault:
         raise UserError(
-            f"{method!r} can't be fitted to random weights, for which there is no text ({fault}); "
-            "take a method whose choice needs none, or a model with weights"
+            f"{method.name} can't be fitted to random weights, for which there is no text "
+            f"({fault}); take a method whose choice needs none, or a model with weights"
         ) from fault
