@@ -65,7 +65,7 @@ def shape_config(name: str) -> Any:
         )
     try:
         # Not given, transformers would ask on the terminal about code that a model brings.
-        return AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(file), revision=None, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"{name} can't be read as a configuration: {said}") from error
