@@ -1,4 +1,4 @@
-"""The command line ``python -m dyndepth.ls methods|models|tasks``: what there is to choose from."""
+"""The command line ``python -m dyndepth.ls methods|models|shapes|tasks``: what can be chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ls(given: list[str]) -> None:
-    kinds = {"methods": list_methods, "models": list_models, "tasks": list_tasks}
+    kinds = {
+        "methods": list_methods,
+        "models": list_models,
+        "shapes": list_shapes,
+        "tasks": list_tasks,
+    }
     parser = Parser("ls", "List what there is to choose from.")
     parser.add_argument("what", choices=list(kinds), help="of which kind")
     kinds[parser.parse_args(given).what]()
@@ -47,6 +52,20 @@ def list_models() -> None:
     rows = [[EMBEDDED, "comes with `python -m dyndepth.assets`; needs no hub and no GPU"]]
     rows += [[kind, "hub id or local path of a model of this type"] for kind in supported()]
     _print(("model", "how to get it"), rows)
+
+
+def list_shapes() -> None:
+    """Print the shapes of public models, which are made with random weights to be timed."""
+    from dyndepth.models.shapes import SHAPE, shapes
+
+    headings = ("model", "blocks", "hidden", "vocabulary", "as in")
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
+    rows = [
+        [SHAPE + name, *(str(one["config"][size]) for size in sizes), one["source"]]
+        for name, one in shapes().items()
+    ]
+    _print(headings, rows)
+    print(f"any other by the path of its configuration, as in {SHAPE}folder/config.json")
 
 
 def list_tasks() -> None:

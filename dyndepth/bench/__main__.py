@@ -11,7 +11,8 @@ published references do. ``--check`` compares with the goals of ``dyndepth.bench
 The part ``routes`` is in ``dyndepth.bench.plans``: many static plans scored together and one by
 one; the part ``evaluation`` in ``dyndepth.bench.evaluation``: the dense model against lm-eval's own
 model class; the part ``sweep`` in ``dyndepth.bench.sweep``: what a sweep costs beside its model.
-The last line of output is one JSON object.
+Of a model with random weights (``--model shape:NAME``) there is the part ``shapes`` alone, on
+random tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dyndepth.bench.shapes import (
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED
+from dyndepth.models.shapes import is_shape
 
 PARTS = ("shapes", "routes", "evaluation", "sweep")
 DTYPES = ("float32", "bfloat16")
@@ -68,6 +70,8 @@ def _parser() -> Parser:
             metavar=name,
             help=f"of {', '.join(choices)} (default: {said})",
         )
+    # What the model allows, unless it is said.
+    parser.set_defaults(parts=None)
     parser.add_argument(
         "--check",
         nargs="?",
@@ -92,8 +96,10 @@ def bench(options: argparse.Namespace) -> bool:
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models.loading import load_tokenizer, named, resolve_device
+    from dyndepth.models.loading import checked_config, load_tokenizer, named, resolve_device
+    from dyndepth.timing.random_tokens import RandomTokens
 
+    options.parts = _parts(options)
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
     options.device = resolve_device(options.device)
@@ -101,7 +107,12 @@ def bench(options: argparse.Namespace) -> bool:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
         steady_allocator()
-    corpus = load_corpus(EMBEDDED, load_tokenizer(*named(vars(options))))
+    corpus: Any
+    if is_shape(options.model):
+        corpus = RandomTokens(checked_config(*named(vars(options))))
+        print(f"{options.model} has random weights and no tokenizer: it reads random tokens")
+    else:
+        corpus = load_corpus(EMBEDDED, load_tokenizer(*named(vars(options))))
     print(f"threads {torch.get_num_threads()}, device {options.device}, torch {torch.__version__}")
     found: dict[str, Any] = {}
     if "shapes" in options.parts:
@@ -122,6 +133,26 @@ def bench(options: argparse.Namespace) -> bool:
     reached = not options.check or _reached(found["bench"], goals)
     print(json.dumps(found))
     return reached
+
+
+def _parts(options: argparse.Namespace) -> list[str]:
+    """The parts asked for, or all that the model allows. Raises UserError for others, and for goals
+    on a model of random weights."""
+    if not is_shape(options.model):
+        return list(options.parts or PARTS)
+    parts = list(options.parts or PARTS[:1])
+    scoring = [part for part in parts if part != "shapes"]
+    if scoring:
+        raise UserError(
+            f"{options.model} has random weights and no tokenizer, and to measure "
+            f"{' and '.join(scoring)} is to score text; give --parts shapes"
+        )
+    if options.check and options.device == "cpu":
+        raise UserError(
+            f"the goals of --check on a CPU are set for the embedded model, not for {options.model}; "
+            "leave it out"
+        )
+    return parts
 
 
 def _reached(lines: Lines, goals: Sequence[Goal]) -> bool:

@@ -59,14 +59,16 @@ ON_GPU = (
 """What is measured unless phases are named, the most telling first."""
 
 Lines = dict[str, dict[str, float]]
-"""By ``work/phase/dtype``, and ``/graphs`` in that mode: ``speedup`` with its interval ``low`` to ``high``, ``flop_ideal``,
-``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN on devices whose memory is not measured)."""
+"""By ``work/phase/dtype``, and ``/graphs`` in that mode: ``speedup`` with its interval ``low`` to
+``high``, ``flop_ideal``, ``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN on devices whose memory
+is not measured)."""
 
 
 def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     """The chosen works on the chosen shapes, a printed line each."""
     import torch
 
+    from dyndepth.common.errors import RunFailed
     from dyndepth.models.loading import loaded
     from dyndepth.runtime.graphs import Graphs
     from dyndepth.timing.jobs import STEPS, Decode, Prefill
@@ -91,8 +93,8 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
                         f"{line['efficiency']:7.2f}{line['peak_ratio']:7.2f}",
                         flush=True,
                     )
-            if held is not None:
-                assert graphs.steps and not graphs.others, "steps were not repeated"
+            if held is not None and (graphs.others or not graphs.steps):
+                raise RunFailed("decode steps were not repeated from recordings")
     return lines
 
 

@@ -53,7 +53,8 @@ CHOICES = {
 HELP = {
     "methods": "methods to compare, with parameters in brackets where wanted: "
     "'one,other(layer=3, mode=name)'; `dyndepth ls methods` lists them",
-    "model": "'embedded', a hub id or a local path",
+    "model": "'embedded', a hub id, a local path, or shape:NAME (random weights, for bench and "
+    "timing; `dyndepth ls shapes` lists them)",
     "tasks": "tasks or suites; `dyndepth ls tasks` lists them",
     "speedups": "target speedups, dense block FLOPs / executed block FLOPs",
     "phases": "where methods that let one choose skip: in prompt and generation, in generation "

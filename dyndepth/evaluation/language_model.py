@@ -33,6 +33,7 @@ from dyndepth.evaluation.rows import Cost
 from dyndepth.evaluation.scoring import Group, Scored
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder
+from dyndepth.models.shapes import refuse_shape
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.trace import Backend, Trace
 
@@ -92,6 +93,7 @@ class DyndepthLM(HFLM):
                 f"the tokenizer is a {type(tokenizer).__name__}, and lm-eval reads texts with "
                 "those of transformers; give a PreTrainedTokenizerFast"
             )
+        refuse_shape(pretrained)
         with _without_advice(), _as_it_is(pretrained):
             super().__init__(
                 pretrained,

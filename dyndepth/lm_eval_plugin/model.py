@@ -21,6 +21,7 @@ from dyndepth.fitting.fits import fit_cached
 from dyndepth.lm_eval_plugin import register
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.loading import load_model, load_tokenizer
+from dyndepth.models.shapes import refuse_shape
 
 register()
 
@@ -70,6 +71,7 @@ class NamedLM(DyndepthLM):
                 "is an object that has its own"
             )
         model = pretrained
+        refuse_shape(model)
         if isinstance(pretrained, str):
             model = load_model(
                 pretrained,

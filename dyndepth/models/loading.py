@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer: a hub id, a local path, or the embedded one.
+"""Loads a model and its tokenizer: a hub id, a local path, the embedded one, or a shape.
 
 The embedded model arrives as a quantised GGUF file; its values are written once, unchanged, to a
 float32 safetensors copy in the cache, which loads in a second or two.
@@ -21,6 +21,14 @@ from dyndepth.common.paths import EMBEDDED, expanded
 from dyndepth.data import wheels
 from dyndepth.data.capacity import check_vocabulary, longest
 from dyndepth.models.fingerprints import checksum, fingerprint, values_digest
+from dyndepth.models.shapes import (
+    SEED,
+    is_shape,
+    random_fingerprint,
+    random_model,
+    refuse_shape,
+    shape_config,
+)
 
 EMBEDDED_LAYERS, EMBEDDED_LENGTH = 30, 8192
 DTYPES = ("float32", "bfloat16", "float16")
@@ -55,11 +63,12 @@ def load_model(
 ) -> Any:
     """A causal LM ready for ``attach``: evaluation mode, no gradients, ``model.dyndepth`` set.
 
-    ``name`` is "embedded", a folder in Hugging Face format or a hub id; ``device`` is a torch
-    device or "auto" (spread by accelerate). The architecture is checked before any weight is
-    read. float16 is read twice, for the fingerprint: rounded to it, values are no longer known as
-    what the file holds. Raises UserError for a missing or incomplete model, an unsupported
-    architecture, an unknown dtype or a device that is not there.
+    ``name`` is "embedded", a folder in Hugging Face format, a hub id, or a shape of
+    ``dyndepth.models.shapes``, whose weights are random; ``device`` is a torch device or "auto"
+    (spread by accelerate). The architecture is checked before any weight is read. float16 is read
+    twice, for the fingerprint: rounded to it, values are no longer known as what the file holds.
+    Raises UserError for a missing or incomplete model, an unsupported architecture, an unknown
+    dtype or a device that is not there.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -71,6 +80,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     _check_device(device)
+    if is_shape(name):
+        return _made(name, config, dtype, device, attn_implementation)
     how: dict[str, Any] = {"attn_implementation": attn_implementation, "revision": revision}
     how |= {"device": device, "trust_remote_code": trust_remote_code}
     values = _values_of_the_file(name, how) if dtype == "float16" else None
@@ -114,6 +125,26 @@ def load_model(
     rounded = None if values is None else (checksum(model), values)
     model.dyndepth = ModelInfo(name, "", _revision(name, revision, config), rounded)
     model.dyndepth = replace(model.dyndepth, fingerprint=fingerprint(model))
+    return model
+
+
+def _made(name: str, config: Any, dtype: str, device: str, attn_implementation: str | None) -> Any:
+    """``load_model`` of a shape: nothing is read."""
+    import torch
+
+    if device == "auto":
+        raise UserError(f"{name} is made on one device; name it in place of --device {SPREAD}")
+    try:
+        model = random_model(config, dtype, device, attn_implementation)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{name} does not fit on {device}: take half precision (--dtype bfloat16), or a "
+            "smaller shape"
+        ) from error
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} can't be made: {_first_line(error)}; change its config") from error
+    model.eval().requires_grad_(False)
+    model.dyndepth = ModelInfo(name, random_fingerprint(model), f"random weights, seed {SEED}")
     return model
 
 
@@ -165,10 +196,11 @@ def load_tokenizer(
 
     ``add_bos_token`` is what transformers takes under this name; None: as the tokenizer says. The
     embedded one adds no special token by itself. Raises UserError if it can't be found, or has
-    tokens that the model of this name does not know.
+    tokens that the model of this name does not know, and for a shape, which has none.
     """
     from transformers import AutoTokenizer
 
+    refuse_shape(name)
     name = expanded(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -273,12 +305,14 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
 
     name = expanded(name)
     path = Path(name)
-    if revision is not None and (name == EMBEDDED or path.is_dir()):
+    if revision is not None and (name == EMBEDDED or is_shape(name) or path.is_dir()):
         raise UserError(
             f"model {name!r} has no revisions, which are the hub's; leave revision={revision!r} out"
         )
     if name == EMBEDDED:
         return AutoConfig.from_pretrained(prepare_embedded())
+    if is_shape(name):
+        return shape_config(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_local:
         if not path.is_dir():

@@ -18,6 +18,7 @@ from dyndepth.common.commands import CHOICES, HELP, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
+from dyndepth.models.shapes import refuse_shape
 
 SUITE = "offline"
 
@@ -242,6 +243,8 @@ def _checked(name: str, value: Any) -> Any:
     check_path(name, value)
     if name in PATHS:
         value = expanded(value)
+    if name == "model":
+        refuse_shape(value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":

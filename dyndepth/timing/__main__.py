@@ -16,9 +16,11 @@ from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.data.capacity import check_length
+from dyndepth.models.shapes import is_shape
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.limits import COUNTS, measure_limits
 from dyndepth.timing.measure import LEVELS, check_shapes, measure
+from dyndepth.timing.random_tokens import RandomTokens, fit_without_text
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -68,12 +70,28 @@ def _timing(given: list[str]) -> None:
     from dyndepth.fitting.fits import fit_cached
 
     steady_allocator()
-    corpus = load_corpus(options.corpus, load_tokenizer(*which))
-    model = loaded(vars(options))
-    method = fit_cached(method, model, corpus)
+    corpus: Any
+    if is_shape(options.model):
+        corpus = _random_tokens(options)
+        model = loaded(vars(options))
+        method = fit_without_text(method, model)
+    else:
+        corpus = load_corpus(options.corpus, load_tokenizer(*which))
+        model = loaded(vars(options))
+        method = fit_cached(method, model, corpus)
     rows = measure(model, method, corpus, level=options.level, seed=options.seed)
     show_timing(f"{method!r} on {options.model}", rows)
     print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
+
+
+def _random_tokens(options: argparse.Namespace) -> RandomTokens:
+    """What a model of random weights reads. Raises UserError for a text of one's own."""
+    from dyndepth.models.loading import checked_config, named
+
+    if options.corpus != EMBEDDED:
+        raise UserError(f"{options.model} has no tokenizer to read --corpus with; leave it out")
+    print(f"{options.model} has random weights and no tokenizer: it reads random tokens")
+    return RandomTokens(checked_config(*named(vars(options))))
 
 
 def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:

@@ -4,6 +4,7 @@ what the one-by-one scores are. No test asserts a speed."""
 from __future__ import annotations
 
 import argparse
+import json
 import math
 
 import pytest
@@ -173,3 +174,28 @@ def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
     assert capsys.readouterr().out.count("1 met, 0 missed within noise, 1 missed") == 3
     assert door.main(["--parts", "routes", "--check"]) == 2
     assert "add it to --parts" in capsys.readouterr().err
+
+
+def test_a_shape_is_measured_on_random_tokens(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(tiny().config.to_dict()))
+    monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
+    words = ["--works", "static_15", "--phases", "prefill_1x512", "decode_8", "--repeats", "6"]
+    assert door.main(["--model", f"shape:{tmp_path}", "--device", "cpu", *words]) == 0
+    out = capsys.readouterr().out
+    assert "it reads random tokens" in out
+    found = json.loads(out.splitlines()[-1])
+    assert list(found) == ["bench"]
+    assert len(found["bench"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--check"], "set for the embedded model, not for shape:mistral-7b"),
+        (["--parts", "shapes", "routes", "sweep"], "routes and sweep is to score text"),
+        (["--parts", "evaluation"], "evaluation is to score text; give --parts shapes"),
+    ],
+)
+def test_what_needs_text_or_goals_takes_no_shape(words, told, capsys):
+    assert door.main(["--model", "shape:mistral-7b", "--device", "cpu", *words]) == 2
+    assert told in capsys.readouterr().err

@@ -264,7 +264,12 @@ def test_wrong_flag_through_the_interpreter(tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "holds"),
-    [("methods", "random_skip"), ("models", "embedded"), ("tasks", "title_generation")],
+    [
+        ("methods", "random_skip"),
+        ("models", "embedded"),
+        ("shapes", "shape:llama-3-8b"),
+        ("tasks", "title_generation"),
+    ],
 )
 def test_ls(capsys, what, holds):
     assert door.main(["ls", what]) == 0
