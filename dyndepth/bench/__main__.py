@@ -99,10 +99,10 @@ def bench(options: argparse.Namespace) -> bool:
     from dyndepth.models.loading import checked_config, load_tokenizer, named, resolve_device
     from dyndepth.timing.random_tokens import RandomTokens
 
+    options.device = resolve_device(options.device)
     options.parts = _parts(options)
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
-    options.device = resolve_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
@@ -149,8 +149,8 @@ def _parts(options: argparse.Namespace) -> list[str]:
         )
     if options.check and options.device == "cpu":
         raise UserError(
-            f"the goals of --check on a CPU are set for the embedded model, not for {options.model}; "
-            "leave it out"
+            "the goals of --check on a CPU are set for the embedded model, not for "
+            f"{options.model}; leave it out"
         )
     return parts
 

@@ -60,8 +60,8 @@ ON_GPU = (
 
 Lines = dict[str, dict[str, float]]
 """By ``work/phase/dtype``, and ``/graphs`` in that mode: ``speedup`` with its interval ``low`` to
-``high``, ``flop_ideal``, ``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN on devices whose memory
-is not measured)."""
+``high``, ``flop_ideal``, ``byte_ideal``, ``efficiency``, ``peak_ratio`` (NaN where memory is not
+measured)."""
 
 
 def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
