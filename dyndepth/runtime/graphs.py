@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, Gate
-from dyndepth.models.blocks import CACHE_ARGUMENTS, Decoder, cache_of
+from dyndepth.method import MLP, DynamicDepthMethod, Gate
+from dyndepth.models.blocks import CACHE_ARGUMENTS, Block, Decoder, cache_of
 from dyndepth.models.rotary import steady
 from dyndepth.models.selection import UNREAD, Selection
+from dyndepth.models.watching import watched
 from dyndepth.runtime.cache import skip_tokens
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.lanes import Lane, bucket
@@ -196,8 +197,8 @@ class Stepper:
             keys = bucket(past + 1)
             place = self._graphs.place(self._parts, batch, keys)
             new = place.lane.take(cache, kept, past, kwargs.get("attention_mask"))
-        if new and not all(block.lays for block in blocks):
-            return None  # somebody watches modules, who would see nothing
+        if new and any(map(_seen, blocks)):
+            return None
         self._recording = place
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -327,6 +328,11 @@ class Stepper:
             tensors = tuple((name, each.data_ptr()) for name, each in method.tensors.items())
             self._identity = id(method), repr(method), tensors, repr(method.facts)
         return self._identity
+
+
+def _seen(block: Block) -> bool:
+    """Whether somebody watches modules of a block, who would see nothing of what is repeated."""
+    return watched(block.layer) or not (block.lays and block.gathers(MLP))
 
 
 def _known(gate: Gate) -> bool | None:
