@@ -79,7 +79,8 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
     options = argparse.Namespace(
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
-        modes=[], works=works,
+        modes=[],
+        works=works,
         model="tiny",
         device="cpu",
         repeats=6,

@@ -255,7 +255,7 @@ def test_forwards_that_are_no_plain_step_run_as_ever(model):
         with torch.no_grad():
             model(tokens[:, :1], **step)
             assert graphs.steps == 1
-            handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+            handle = model.model.layers[3].mlp.register_forward_hook(lambda *_: seen.append(1))
             cache = cache_of(model(tokens[:, :6], use_cache=True))
             model(tokens[:, 6:7], **{keyword: cache}, use_cache=True)
             handle.remove()
@@ -315,9 +315,10 @@ def test_what_cannot_be_recorded_fails_aloud(model):
                 incremental(model, tokens, 6)
     if DEVICE.type == "cpu":
         stand_in = StandIn()
-        with stand_in.session(), pytest.raises(Refused):
+        with stand_in.session():
             stand_in.begin()
-            torch.ones(3).nonzero()
+            with pytest.raises(Refused):
+                torch.ones(3).nonzero()
 
 
 def test_masks_given_for_the_bench_are_read_where_they_stay(model):
