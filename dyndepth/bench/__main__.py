@@ -35,7 +35,7 @@ from dyndepth.bench.shapes import (
 )
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED
+from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.models.shapes import is_shape
 
 PARTS = ("shapes", "routes", "evaluation", "sweep")
@@ -52,6 +52,14 @@ def _parser() -> Parser:
     parser = Parser("bench", "How near the runtime comes to the arithmetic limit.")
     parser.model(dtype=False)
     parser.whole("repeats", 1, "rounds a shape", 9)
+    parser.whole("seconds", 1, "of the part shapes: after them no other phase is begun")
+    parser.add_argument(
+        "--output_path",
+        type=path_of,
+        metavar="FILE",
+        help="JSON with the lines of the part shapes, written after each phase; phases that are in "
+        "it are not measured again",
+    )
     parser.whole("documents", 1, "that routes, evaluation and sweep score", 100)
     for flag, name, choices, default in (
         ("parts", "part", PARTS, PARTS),

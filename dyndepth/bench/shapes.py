@@ -6,12 +6,18 @@ A part of ``python -m dyndepth.bench``.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isnan
 from typing import TYPE_CHECKING, Any
+
+from dyndepth.common.digests import harness_code, timing_code
+from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.files import write_atomically
 
 if TYPE_CHECKING:
     from dyndepth.runtime.graphs import Graphs
@@ -68,24 +74,30 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
     """The chosen works on the chosen shapes, a printed line each."""
     import torch
 
-    from dyndepth.common.errors import RunFailed
     from dyndepth.models.loading import loaded
     from dyndepth.runtime.graphs import Graphs
     from dyndepth.timing.jobs import STEPS, Decode, Prefill
 
+    lines = _kept(options)
+    deadline = time.monotonic() + options.seconds if options.seconds else math.inf
     headings = f"{'speedup':>9}{'95% interval':>17}{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}"
     print(f"{'':42}{headings}{'peak':>7}")
-    lines: Lines = {}
     for dtype in options.dtypes:
         model = loaded(vars(options), dtype)
         for phase, mode in _passes(options, model):
+            names = _names(options.works, phase, dtype, mode)
+            if names and lines.keys() >= set(names.values()):
+                continue
+            if time.monotonic() > deadline:
+                print(f"no time left for {phase} by {mode}")
+                continue
             batch, length = PHASES[phase]
             tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration", model=model)
             shape = Prefill(tokens[:, :length]) if "prefill" in phase else Decode(tokens, length)
             with Graphs() as graphs, torch.inference_mode():
                 held = graphs if mode == "graphs" else None
                 for work, line in _measure(model, shape, options, held):
-                    name = f"{work}/{phase}/{dtype}" + "/graphs" * (held is not None)
+                    name = names[work]
                     lines[name] = line
                     print(
                         f"{name:42}{line['speedup']:9.3f}   [{line['low']:.3f}, {line['high']:.3f}]"
@@ -95,7 +107,52 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Lines:
                     )
             if held is not None and (graphs.others or not graphs.steps):
                 raise RunFailed("decode steps were not repeated from recordings")
+            if options.output_path is not None:
+                kept = {"about": _about(options, model), "bench": lines}
+                write_atomically(options.output_path, json.dumps(kept, indent=1) + "\n")
     return lines
+
+
+def _names(works: Sequence[str], phase: str, dtype: str, mode: str) -> dict[str, str]:
+    """The line of each work."""
+    graphs = mode == "graphs"
+    return {
+        work: f"{work}/{phase}/{dtype}" + "/graphs" * graphs
+        for work in works
+        if not (graphs and work == REFERENCE)
+    }
+
+
+def _kept(options: argparse.Namespace) -> Lines:
+    """Lines that the file of an earlier call holds. Raises UserError for a file of other kind."""
+    path = options.output_path
+    if path is None or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        about, lines = found["about"], dict(found["bench"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--output_path {str(path)!r} is no file of a bench; name another"
+        ) from None
+    if (about["model"], about["code"]) != (options.model, _code()):
+        raise UserError(
+            f"--output_path {str(path)!r} has lines of {about['model']} and of the code "
+            f"{about['code']}; name another, or remove it"
+        )
+    return lines
+
+
+def _about(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    from dyndepth.timing.conditions import conditions
+
+    about = {"model": options.model, "repeats": options.repeats, "code": _code()}
+    return about | conditions(model)
+
+
+def _code() -> str:
+    """Digests of what is timed and of how."""
+    return f"{harness_code()} {timing_code()}"
 
 
 def _passes(options: argparse.Namespace, model: Any) -> list[tuple[str, str]]:

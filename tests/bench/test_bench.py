@@ -14,6 +14,7 @@ from dyndepth.bench import __main__ as door
 from dyndepth.bench import plans as bench_routes
 from dyndepth.bench import shapes
 from dyndepth.bench.shapes import GOALS, MET, MISSED, UNCERTAIN, Goal, check
+from dyndepth.common.errors import UserError
 from dyndepth.timing import jobs
 
 
@@ -72,7 +73,7 @@ def test_prompts_kept_whole_are_timed_on_request_alone(monkeypatch):
     assert [options.skipping for options in asked] == [["both"], ["generation"]]
 
 
-def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys):
+def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
     monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
     works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", shapes.REFERENCE]
@@ -80,6 +81,8 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
         modes=[],
+        seconds=None,
+        output_path=tmp_path / "lines.json",
         works=works,
         model="tiny",
         device="cpu",
@@ -98,7 +101,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys)
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
     assert capsys.readouterr().out.count("/float32") == len(lines)
     monkeypatch.setattr("dyndepth.timing.jobs.peak_bytes", lambda *_, **__: None)
-    options.works, options.phases = ["all_execute"], ["decode_8"]
+    options.works, options.phases, options.output_path = ["all_execute"], ["decode_8"], None
     (line,) = shapes.shapes(tiny_corpus, options).values()
     assert math.isnan(line["peak_ratio"])
 
@@ -111,6 +114,44 @@ def test_masks_of_one_sublayer_leave_the_other_whole(work, whole, tiny):
     assert bool(gates[:, whole].all())
     assert 0.4 < gates[:, 1 - whole].double().mean() < 0.6
     assert work not in shapes.WORKS
+
+
+def test_lines_are_kept_and_not_measured_again(tiny, tiny_corpus, monkeypatch, capsys, tmp_path):
+    """Also by graphs, of the stand-in: every step is repeated, and says what eager steps cost."""
+    from recording import StandIn
+
+    monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
+    monkeypatch.setattr("dyndepth.runtime.graphs.CudaRecorder", lambda device: StandIn())
+    monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
+    works = ["static_15", "mask_50", shapes.REFERENCE]
+    options = argparse.Namespace(
+        dtypes=["float32"],
+        phases=["prefill_1x512", "decode_8"],
+        modes=["eager", "graphs"],
+        seconds=None,
+        output_path=tmp_path / "lines.json",
+        works=works,
+        model="tiny",
+        device="cpu",
+        repeats=6,
+    )
+    lines = shapes.shapes(tiny_corpus, options)
+    assert len(lines) == 3 + 3 + 2
+    for work in works[:2]:
+        by_graphs = lines[f"{work}/decode_8/float32/graphs"]
+        for ideal in ("flop_ideal", "byte_ideal"):
+            assert by_graphs[ideal] == lines[f"{work}/decode_8/float32"][ideal]
+    assert "mask_50/decode_8/float32/graphs" in capsys.readouterr().out
+    monkeypatch.setattr(shapes, "_measure", None)
+    assert shapes.shapes(tiny_corpus, options) == lines
+    options.output_path, options.seconds = tmp_path / "other.json", 1
+    monkeypatch.setattr(shapes.time, "monotonic", iter(range(0, 1000, 5)).__next__)
+    assert shapes.shapes(tiny_corpus, options) == {}
+    assert "no time left for decode_8 by graphs" in capsys.readouterr().out
+    for text in ("{", '{"about": {"model": "another", "code": "0"}, "bench": {}}'):
+        options.output_path.write_text(text)
+        with pytest.raises(UserError, match="name another"):
+            shapes.shapes(tiny_corpus, options)
 
 
 def line(speedup=1.0, flop_ideal=1.0, high=None, peak_ratio=1.0):
