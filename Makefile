@@ -9,9 +9,10 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 STUDY := skipgpt layer_selection
 RESULTS := embedded bounds
 # Two processes of one thread: tiny models gain nothing from threads.
+MINUTES ?= 10
 PYTEST := pytest -q -rs -n 2 --dist worksteal
 
-.PHONY: help setup sweep test test-slow requests test-oldest test-portable faults bench docs results notebooks routers study lint audit clean
+.PHONY: help setup sweep test test-slow requests test-oldest test-portable faults bench gpu docs results notebooks routers study lint audit clean
 
 help:
 	@echo "make setup      create $(VENV), install the project, bring the embedded model and data"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-portable run the tests with the arithmetic of any x86 processor, and of one with AVX2"
 	@echo "make faults     kill and disturb sweeps in many ways, and see that they resume (some minutes)"
 	@echo "make bench      measure what the runtime costs and saves"
+	@echo "make gpu        check and measure on a GPU what can only be known there (MINUTES=10; it resumes)"
 	@echo "make docs       write families, method cards, tables and all numbers of README and docs"
 	@echo "make results    make results/embedded and results/bounds again (some seven hours on two cores; it resumes)"
 	@echo "make notebooks  execute the notebooks into runs/notebooks"
@@ -87,6 +89,11 @@ bench: setup
 docs: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/helpers:tests/runtime $(RUN) tests/helpers/support.py
 	OMP_NUM_THREADS=1 $(RUN) -m dyndepth.pages
+
+# Ten minutes of a GPU; the folder that comes out belongs under results/. Without make:
+# python -m dyndepth.gpu.
+gpu: setup
+	$(RUN) -m dyndepth.gpu --minutes $(MINUTES) --methods skipgpt,early_exit,uls
 
 notebooks: setup
 	OMP_NUM_THREADS=1 $(RUN) -m jupyter nbconvert --to notebook --execute --output-dir runs/notebooks \

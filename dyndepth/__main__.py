@@ -28,6 +28,7 @@ COMMANDS = {
     "rerun": "print the command that computes a cell again",
     "verify": "check a run against itself, and compute cells again",
     "bench": "measure what the suite itself costs",
+    "gpu": "ten minutes of a GPU: what holds there, and how fast",
     "pages": "write the generated parts of the documentation",
 }
 """Every command with a line for people, in the order in which they are met."""

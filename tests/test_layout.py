@@ -25,7 +25,7 @@ RANK = {
     **dict.fromkeys(("fitting", "evaluation", "timing"), 5),
     "sweep": 6,
     **dict.fromkeys(("routes", "verify", "bench"), 7),
-    **dict.fromkeys(("studies", "plots"), 8),
+    **dict.fromkeys(("studies", "plots", "gpu"), 8),
     **dict.fromkeys(("pages", "methods"), 9),
 }
 PUBLIC = {"dyndepth", "dyndepth.plots"}

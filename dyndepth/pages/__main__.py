@@ -1,9 +1,10 @@
 """``python -m dyndepth.pages``: writes what the pages say of methods, tables and results.
 
 It writes a card for each method and their index (``docs/methods/``), the reference of the tables
-(``docs/tables.md``), and the parts of README.md, docs/*.md and results/README.md that stand between
-``<!-- generated: NAME ... -->`` and ``<!-- end -->``. Every number there comes from the committed
-tables. ``--check`` writes nothing and names what differs.
+(``docs/tables.md``), what was run on GPUs (``docs/gpu_status.md``), and the parts of README.md,
+docs/*.md and results/README.md that stand between ``<!-- generated: NAME ... -->`` and ``<!-- end
+-->``. Every number there comes from the committed tables. ``--check`` writes nothing and names what
+differs.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
         UserError: a page asks for a block that there is none of, or a table is not as it should be.
     """
     from dyndepth.pages.blocks import Source
+    from dyndepth.pages.gpus import PAGE, status_page
 
     source = Source(root, results)
     found = cards(source) | {Path("docs/tables.md"): table_reference()}
+    found[PAGE] = f"{_written()}\n\n{status_page(source)}"
     kept = [Path("README.md"), Path("results/README.md")]
     kept += sorted(path.relative_to(root) for path in (root / "docs").glob("*.md"))
     for path in kept:
@@ -54,11 +57,14 @@ def filled(text: str, path: Path, source: Any) -> str:
     import yaml
 
     from dyndepth.pages.blocks import BLOCKS
+    from dyndepth.pages.gpus import sentence
+
+    blocks = BLOCKS | {"gpu": sentence}
 
     def block(match: re.Match[str]) -> str:
         name, written = match[1], match[2]
-        if name not in BLOCKS:
-            raise UserError(f"{path} asks for the block {name!r}; there is {', '.join(BLOCKS)}")
+        if name not in blocks:
+            raise UserError(f"{path} asks for the block {name!r}; there is {', '.join(blocks)}")
         try:
             options = yaml.safe_load(written) or {}
         except yaml.YAMLError as fault:
@@ -66,7 +72,7 @@ def filled(text: str, path: Path, source: Any) -> str:
         if not isinstance(options, dict):
             raise UserError(f"{path}: the options of {name!r} must map names to values")
         try:
-            made = BLOCKS[name](source, options)
+            made = blocks[name](source, options)
         except KeyError as fault:
             raise UserError(f"{path}: the block {name!r} needs {fault} among its options") from None
         return f"<!-- generated: {name}{written}-->\n{made}\n{match[4]}"

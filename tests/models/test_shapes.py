@@ -33,6 +33,8 @@ PARAMETERS = {
     "mistral-7b": 7_248_023_552,
     "qwen2.5-7b": 7_615_616_512,
     "smollm2-1.7b": 1_711_376_384,
+    "smollm2-135m": 134_515_008,
+    "tiny": 722_048,
 }
 """As the cards of the models say."""
 SCALED = {
