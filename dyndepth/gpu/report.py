@@ -66,8 +66,8 @@ def page(facts: Facts, heading: str = "#") -> str:
             "",
             f"{heading}# Speed",
             "",
-            f"`python -m dyndepth.bench --model {model}`, interleaved rounds with dense in the same "
-            "mode; brackets are 95% intervals.",
+            f"`python -m dyndepth.bench --model {model}`, interleaved rounds with dense in the "
+            "same mode; brackets are 95% intervals.",
             "",
             "| work | speedup | FLOP ideal | byte ideal |",
             "| --- | --- | --- | --- |",
