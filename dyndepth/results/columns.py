@@ -381,6 +381,20 @@ SAMPLES = Table(
 
 _END = "end of the 95% interval; empty where there is none."
 
+_GRAPHS = {
+    "wall_prefill_graphs_speedup": _speedup(
+        "As `wall_prefill_speedup`, in graphs mode; empty if not timed so."
+    ),
+    "wall_prefill_graphs_low": _number(f"Prefill speedup in graphs mode, lower {_END}", ge=0),
+    "wall_prefill_graphs_high": _speedup(f"Prefill speedup in graphs mode, upper {_END}"),
+    "wall_decode_graphs_speedup": _speedup(
+        "As `wall_decode_speedup`, in graphs mode: both sides decode through CUDA graphs; empty "
+        "if not timed so."
+    ),
+    "wall_decode_graphs_low": _number(f"Decode speedup in graphs mode, lower {_END}", ge=0),
+    "wall_decode_graphs_high": _speedup(f"Decode speedup in graphs mode, upper {_END}"),
+}
+
 LEADERBOARD = Table(
     "cell",
     IDENTITY
@@ -415,13 +429,21 @@ LEADERBOARD = Table(
             "Achieved: dense / executed FLOPs in all, the method's own work included."
         ),
         "wall_prefill_speedup": _speedup(
-            "Dense time / method time in prefill; empty if not timed."
+            "Dense time / method time in prefill, eager mode; empty if not timed."
         ),
         "wall_prefill_low": _number(f"Prefill speedup, lower {_END}", ge=0),
         "wall_prefill_high": _speedup(f"Prefill speedup, upper {_END}"),
-        "wall_decode_speedup": _speedup("Dense time / method time in decode; empty if not timed."),
+        "wall_decode_speedup": _speedup(
+            "Dense time / method time in decode, eager mode; empty if not timed."
+        ),
         "wall_decode_low": _number(f"Decode speedup, lower {_END}", ge=0),
         "wall_decode_high": _speedup(f"Decode speedup, upper {_END}"),
+        **_GRAPHS,
+        "wall_suspect": _text(
+            "Those of the wall speedups that are faster than the FLOPs allow by more than 5%, "
+            "such as `decode`; empty if none is.",
+            nullable=True,
+        ),
         "wall_batch": _integer(
             "Sequences in the timed batch (the smallest that was timed); empty if not timed.",
             nullable=True,
@@ -446,6 +468,12 @@ LEADERBOARD = Table(
         ("rouge_l_low", "rouge_l", "rouge_l_high"),
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
+        (
+            "wall_prefill_graphs_low",
+            "wall_prefill_graphs_speedup",
+            "wall_prefill_graphs_high",
+        ),
+        ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
     ),
-    optional=frozenset({"chance"}),
+    optional=frozenset({"chance", *_GRAPHS, "wall_suspect"}),
 )
