@@ -112,7 +112,8 @@ def accuracy_vs_wallclock(
     """As ``accuracy_vs_flops``, against the wall speedup of ``phase`` with its interval.
 
     ``table`` is a leaderboard: wall speedups in eager mode, at its smallest batch and longest
-    length. Targets stand beside the marks; there is no front, since both values of a point are uncertain.
+    length. Targets stand beside the marks; there is no front, since both values of a point are
+    uncertain.
     """
     across = f"wall_{phase}_speedup"
     ends = {f"wall_{phase}_{end}": f"{across}_{end}" for end in ("low", "high")}
@@ -254,8 +255,8 @@ def flops_vs_wallclock(
     ``timing`` is timing.csv. Prefill and decode have a panel each (with many methods: two marks in
     every method's panel), at ``batch`` (default: the smallest) and ``length`` (default: the
     longest at that batch), in one ``mode``. Target speedups stand beside the marks. Bars are 95%
-    intervals over paired runs. Rows marked ``suspect`` are crossed out. Raises UserError where there is nothing
-    to draw.
+    intervals over paired runs. Rows marked ``suspect`` are crossed out. Raises UserError where
+    there is nothing to draw.
     """
     if "mode" in timing:
         timing = timing[timing["mode"].fillna("eager") == mode]
