@@ -230,8 +230,8 @@ def needed(recorded: Cell | None, settings: Settings) -> str:
 
 
 def _in_all_modes(recorded: Cell, settings: Settings) -> bool:
-    """Whether the times that a cell has, if any, are of every mode that is asked for."""
-    if settings.timing == "off" or not recorded.timing:
+    """Whether the times that a cell has, if any, are of every mode that was asked for by name."""
+    if settings.timing == "off" or settings.mode is None or not recorded.timing:
         return True
     timed = {row.get("mode", "eager") for row in recorded.timing}
     return timed >= set(modes(settings, str(recorded.identity["device"])))

@@ -186,7 +186,7 @@ class Workbench:
         foresees has no rows: the clock would see it look ahead."""
         from dyndepth.evaluation.evaluate import let_choose, scored_documents
         from dyndepth.evaluation.language_model import DyndepthLM
-        from dyndepth.timing.measure import measure
+        from dyndepth.timing.measure import in_modes, measure
 
         with self.fitted(plan) as method:
             if method.foresees:
@@ -196,10 +196,10 @@ class Workbench:
                     let_choose(self.model, self.tokenizer, method, tasks, progress=False, **how)
             reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
             check = scored_documents(samples, reader, self.num_fewshot, self.settings.include_path)
-            return [
-                row
-                for mode in modes(self.settings, self.device)
-                for row in measure(
+            return in_modes(
+                modes(self.settings, self.device),
+                self.settings.mode,
+                lambda mode: measure(
                     self.model,
                     method,
                     self.corpus,
@@ -207,8 +207,8 @@ class Workbench:
                     mode=mode,
                     seed=self.settings.sample_seed,
                     check=check,
-                )
-            ]
+                ),
+            )
 
 
 def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dyndepth.data.capacity import check_length
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.levels import LEVELS, Level, check_shapes, level_of, modes_of, parse_shapes
 from dyndepth.timing.limits import COUNTS, measure_limits
-from dyndepth.timing.measure import measure
+from dyndepth.timing.measure import in_modes, measure
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -92,9 +92,11 @@ def _timing(given: list[str]) -> None:
     corpus = load_corpus(options.corpus, load_tokenizer(*which))
     model = loaded(vars(options))
     method = fit_cached(method, model, corpus)
-    rows = []
-    for mode in modes:
-        rows += measure(model, method, corpus, level=level, mode=mode, seed=options.seed)
+    rows = in_modes(
+        modes,
+        options.mode,
+        lambda mode: measure(model, method, corpus, level=level, mode=mode, seed=options.seed),
+    )
     show_timing(f"{method!r} on {options.model}", rows)
     print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
 

@@ -15,6 +15,8 @@ from dyndepth.timing.pairing import draining
 
 MICROSECOND = 1e-6
 """Seconds of the profiler's unit."""
+WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+"""Records that are work of a GPU, as Kineto names them; waiting and annotations are others."""
 
 
 def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
@@ -28,14 +30,18 @@ def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def device_intervals(records: Iterable[Any]) -> list[tuple[float, float]]:
-    """Start and end in seconds of a profiler's ``records`` that are work of a GPU. What the host
-    does is none, nor are the ranges that annotate the work."""
+    """Start and end in seconds of a profiler's ``records`` that are work of a GPU. Where records do
+    not say of which kind they are (older torch), it is all on the GPU but annotations."""
     return [
         (record.time_range.start * MICROSECOND, record.time_range.end * MICROSECOND)
         for record in records
-        if record.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(record, "is_user_annotation", False)
+        if record.device_type == torch.autograd.DeviceType.CUDA and _is_work(record)
     ]
+
+
+def _is_work(record: Any) -> bool:
+    kind = getattr(record, "activity_type", None)
+    return kind in WORK if kind else not getattr(record, "is_user_annotation", False)
 
 
 def busy_of(function: Callable[[], Any], device: torch.device) -> float | None:

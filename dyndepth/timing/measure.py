@@ -137,6 +137,23 @@ def measure(
     return [row | common for row in rows]
 
 
+def in_modes(
+    modes: Sequence[str], asked: str | None, timed: Callable[[str], list[Row]]
+) -> list[Row]:
+    """The rows that ``timed`` gives in each of the ``modes``. If nobody ``asked`` for one, a mode
+    that the model or the memory does not allow is left out, with a warning, where another stands.
+    """
+    rows: list[Row] = []
+    for mode in modes:
+        try:
+            rows += timed(mode)
+        except (UserError, RunFailed) as fault:
+            if asked is not None or not rows:
+                raise
+            warnings.warn(f"timing in {mode} mode is left out: {fault}", stacklevel=2)
+    return rows
+
+
 def _texts(
     text: Corpus | Tensor, shape: Shape, count: int, seed: int, model: torch.nn.Module
 ) -> list[Tensor]:

@@ -368,9 +368,12 @@ class TestRun:
         base = {"phase": "decode", "batch": 1, "length": 8, "wall_speedup": 1.1}
         one = cell(device="cuda")
         one.timing, one.timing_level = [base], "full"  # from before there were modes
-        eager, both = ({"timing": "full", "mode": mode} for mode in ("eager", None))
+        eager, both, default = (
+            {"timing": "full", "mode": mode} for mode in ("eager", "both", None)
+        )
         assert needed(one, _settings(tmp_path, **eager)) == "nothing"
         assert needed(one, _settings(tmp_path, **both)) == "timing"
+        assert needed(one, _settings(tmp_path, **default)) == "nothing"  # as it was begun
         assert needed(one, _settings(tmp_path, timing="quick")) == "nothing"
         assert needed(one, _settings(tmp_path, mode="both")) == "nothing"  # timing is off
         one.timing.append(base | {"mode": "graphs"})

@@ -41,8 +41,13 @@ def test_only_work_of_the_gpu_counts():
         _record(DeviceType.CUDA, 1e6, 2e6),
         _record(DeviceType.CPU, 0.0, 9e6),
         _record(DeviceType.CUDA, 0.0, 9e6, is_user_annotation=True),
+        _record(DeviceType.CUDA, 0.0, 9e6, activity_type="cuda_sync"),
+        _record(DeviceType.CUDA, 0.0, 9e6, activity_type="gpu_user_annotation"),
+        _record(DeviceType.CUDA, 3e6, 4e6, activity_type="gpu_memcpy", is_user_annotation=False),
+        _record(DeviceType.CUDA, 5e6, 6e6, activity_type="kernel"),
     ]
-    assert device_intervals(records) == [(pytest.approx(1.0), pytest.approx(2.0))]
+    found = [end for interval in device_intervals(records) for end in interval]
+    assert found == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
 
 def test_a_cpu_has_no_busy_time_and_runs_nothing_for_it():

@@ -27,7 +27,7 @@ from dyndepth.timing.levels import (
     parse_shapes,
     what_fits,
 )
-from dyndepth.timing.measure import measure
+from dyndepth.timing.measure import in_modes, measure
 from dyndepth.timing.passes import WHOLE
 
 HALF = GivenPlan(plan=plan_without(4, (1, 0), (1, 1), (2, 0), (2, 1)))
@@ -157,6 +157,20 @@ def test_graphs_without_a_gpu_are_refused_in_one_sentence(mode, capsys):
 def test_a_mode_that_is_none_is_refused(tiny):
     with pytest.raises(UserError, match="none of eager, graphs"):
         measure(tiny(), HALF, windows(), mode="both", progress=False)
+
+
+def test_a_mode_that_nobody_asked_for_is_left_out_where_it_cannot_be():
+    def timed(mode):
+        if mode == "graphs":
+            raise UserError("graphs cannot be recorded")
+        return [{"mode": mode}]
+
+    with pytest.warns(UserWarning, match="graphs mode is left out: graphs cannot"):
+        assert in_modes(MODES, None, timed) == [{"mode": "eager"}]
+    with pytest.raises(UserError, match="cannot be recorded"):
+        in_modes(MODES, "both", timed)
+    with pytest.raises(UserError, match="cannot be recorded"):
+        in_modes(("graphs",), None, timed)
 
 
 @pytest.fixture
