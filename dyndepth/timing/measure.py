@@ -76,7 +76,7 @@ def measure(
         in phase ``prefill``, of one step in phase ``decode``: ``*_median_s`` end to end by the
         host's clock; ``*_busy_s`` the part of as much work in which the device computes or copies,
         of further passes under a profiler; ``*_host_share`` what that leaves of the time: the
-        device waits for the host (all three None on a CPU). ``busy_speedup`` is dense's busy time
+        device waits for the host; None on a CPU, all of them. ``busy_speedup`` is dense's busy time
         over the method's.
         ``wall_speedup`` is the median over ``repeats`` pairs, with its 95% interval
         ``wall_speedup_low`` to ``wall_speedup_high``. ``block_speedup`` and ``total_speedup`` are
