@@ -43,12 +43,15 @@ _SPELLING = "Dashes and underscores in flags are the same."
 CHOICES = {
     "phases": ("both", "generation", "published"),
     "timing": ("off", "quick", "full"),
+    "mode": ("eager", "graphs", "both"),
     "resume": ("only-missing", "always", "never"),
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),
     "executor": ("inline", "processes", "ray"),
 }
 
+MODE_DEFAULT = "both where a GPU is timed in full, else eager"
+"""What ``--mode`` is if it is not given."""
 
 HELP = {
     "methods": "methods to compare, with parameters in brackets where wanted: "
@@ -76,6 +79,8 @@ HELP = {
     "include_path": "folder with further lm-eval task files",
     "corpus": "calibration and training text: 'embedded', or a path to a .txt or .jsonl file",
     "timing": "wall-clock measurement of each cell",
+    "mode": "how dense and method run while they are timed: eager, graphs (decoding is replayed "
+    "from CUDA graphs), or both",
     "resume": "only-missing: compute the cells that are absent or failed; always: keep failed "
     "ones too; never: compute all cells again",
     "output_path": "folder of the run, or a URL that fsspec knows, such as s3://bucket/run",

@@ -18,6 +18,7 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
 from dyndepth.pages.markdown import joined, table
+from dyndepth.results.noise import SUSPECT
 from dyndepth.results.numbers import Numbers, Record, number, read, spread
 
 Options = dict[str, Any]
@@ -145,6 +146,9 @@ def averaged(group: Sequence[Record]) -> Record:
     row = dict(group[0])
     for key in row:
         texts = [other[key] for other in group]
+        if key == SUSPECT:
+            row[key] = ", ".join(dict.fromkeys(filter(None, texts)))
+            continue
         if len(group) == 1 or not all(map(_numeric, texts)):
             continue
         values = [float(text) for text in texts]

@@ -24,6 +24,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.spec import parameters_of
 from dyndepth.pages.markdown import joined, layout, markup, table
 from dyndepth.pages.parameters import choices, parameters, preset_table
+from dyndepth.results.noise import told_of
 from dyndepth.results.numbers import Record, number, read, spread
 from dyndepth.results.published import kind_of, nearest
 
@@ -201,7 +202,7 @@ def rows(measured: Sequence[Record]) -> str:
 
 def wall(row: Record, phase: str) -> str:
     """The wall speedup of ``prefill`` or ``decode`` in a row of leaderboard.csv."""
-    return spread(row, f"wall_{phase}_speedup", f"wall_{phase}_low", f"wall_{phase}_high", "{:.2f}")
+    return told_of(row, phase, form="{:.2f}")
 
 
 def _module(cls: type[DynamicDepthMethod]) -> str:

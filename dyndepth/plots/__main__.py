@@ -78,9 +78,13 @@ def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]
     if timing is None or timing.empty:
         yield "flops_vs_wallclock", of(flops_vs_wallclock, "timing")
     else:
-        for batch, length in timing[["batch", "length"]].drop_duplicates().itertuples(index=False):
-            conditions = {"batch": int(batch), "length": int(length)}
+        if "mode" not in timing:
+            timing = timing.assign(mode="eager")
+        shapes = timing[["batch", "length", "mode"]].drop_duplicates()
+        for batch, length, mode in shapes.itertuples(index=False):
+            conditions = {"batch": int(batch), "length": int(length), "mode": str(mode)}
             name = f"flops_vs_wallclock_batch{batch}_length{length}"
+            name += "" if mode == "eager" else f"_{mode}"
             yield name, of(flops_vs_wallclock, "timing", **conditions)
     for target in sorted(set(tables[board]["target_speedup"]) - {1.0}):
         name = f"executed_by_layer_{target:g}x"

@@ -111,8 +111,9 @@ def accuracy_vs_wallclock(
 ) -> Figure:
     """As ``accuracy_vs_flops``, against the wall speedup of ``phase`` with its interval.
 
-    ``table`` is a leaderboard: wall speedups at its smallest batch and longest length. Targets
-    stand beside the marks; there is no front, since both values of a point are uncertain.
+    ``table`` is a leaderboard: wall speedups in eager mode, at its smallest batch and longest
+    length. Targets stand beside the marks; there is no front, since both values of a point are
+    uncertain.
     """
     across = f"wall_{phase}_speedup"
     ends = {f"wall_{phase}_{end}": f"{across}_{end}" for end in ("low", "high")}
@@ -245,6 +246,7 @@ def flops_vs_wallclock(
     *,
     batch: int | None = None,
     length: int | None = None,
+    mode: Literal["eager", "graphs"] = "eager",
     title: str = "",
 ) -> Figure:
     """Wall speedup against total FLOPs speedup of the same forwards; on the diagonal all saved
@@ -252,10 +254,12 @@ def flops_vs_wallclock(
 
     ``timing`` is timing.csv. Prefill and decode have a panel each (with many methods: two marks in
     every method's panel), at ``batch`` (default: the smallest) and ``length`` (default: the
-    longest at that batch). Target speedups stand beside the marks. Bars are 95% intervals over
-    paired runs. Rows marked ``suspect`` are crossed out. Raises UserError where there is nothing
-    to draw.
+    longest at that batch), in one ``mode``. Target speedups stand beside the marks. Bars are 95%
+    intervals over paired runs. Rows marked ``suspect`` are crossed out. Raises UserError where
+    there is nothing to draw.
     """
+    if "mode" in timing:
+        timing = timing[timing["mode"].fillna("eager") == mode]
     table = usable(timing, "wall_speedup", "total_speedup")
     batch = int(table["batch"].min()) if batch is None else batch
     table = table[table["batch"] == batch]
@@ -276,7 +280,9 @@ def flops_vs_wallclock(
         found["suspect"] = [
             pair in pairs for pair in zip(found["label"], found["target_speedup"], strict=True)
         ]
-    title = title or f"saved FLOPs and saved time; {conditions(table, str(batch), str(length))}"
+    named = "" if mode == "eager" else f" in {mode} mode"
+    about = conditions(table, str(batch), str(length))
+    title = title or f"saved FLOPs and saved time{named}; {about}"
     return written(_drawn(phases, table, title), path)
 
 

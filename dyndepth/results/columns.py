@@ -39,6 +39,8 @@ class Table:
         key: columns whose values together stand in one row only.
         ordered: triples of columns, low <= value <= high.
         optional: columns that a file may lack.
+        defaults: columns that files from before lack, and what they are read as there.
+        former: columns that files from before have, and that are not read any more.
     """
 
     row: str
@@ -46,10 +48,17 @@ class Table:
     key: tuple[str, ...] = ()
     ordered: tuple[tuple[str, str, str], ...] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    former: frozenset[str] = field(default_factory=frozenset)
 
     def may_lack(self, column: str) -> bool:
         """Whether a file may be without ``column``: an optional one, or one that is new."""
-        return column in self.optional or column in ADDED
+        return column in self.optional or column in ADDED or column in self.defaults
+
+    def today(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row, perhaps from before, as it is today: without ``former`` columns, and with what
+        it lacks of ``defaults``."""
+        return {**self.defaults, **{key: row[key] for key in row if key not in self.former}}
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -257,6 +266,11 @@ _TIMING = {
     ),
     "batch": _integer("Sequences in the batch.", least=1),
     "length": _integer("Tokens of each prompt.", least=1),
+    "mode": _text(
+        "How both sides ran: `eager`, or `graphs`: decoding replayed from CUDA graphs; files from "
+        "before there was a choice are read as `eager`.",
+        isin=("eager", "graphs"),
+    ),
     "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
     "repeats": _integer("Interleaved pairs of dense and method that were timed.", nullable=True),
     "dense_median_s": _number("Median of the dense model's times, seconds per pass or step.", gt=0),
@@ -273,13 +287,18 @@ _TIMING = {
     ),
     "block_speedup": _speedup("Dense / executed block FLOPs of the timed passes (median)."),
     "total_speedup": _speedup("Dense / executed total FLOPs of the timed passes (median)."),
-    "dense_device_s": _number(
-        "As `dense_median_s`, between events on the device; empty on a CPU.", gt=0
+    "dense_busy_s": _number(
+        "Of as much work as `dense_median_s`, seconds in which the GPU computes or copies (union "
+        "of the profiler's records over streams, of passes that are not timed); empty on a CPU.",
+        gt=0,
     ),
-    "method_device_s": _number(
-        "As `method_median_s`, between events on the device; empty on a CPU.", gt=0
+    "method_busy_s": _number("As `dense_busy_s`, of the method; empty on a CPU.", gt=0),
+    "busy_speedup": _speedup("`dense_busy_s / method_busy_s`; empty on a CPU."),
+    "dense_host_share": _fraction(
+        "Share of dense's time in which the GPU waits for the host, 1 - `dense_busy_s / "
+        "dense_median_s`, at least 0; empty on a CPU."
     ),
-    "device_speedup": _speedup("As `wall_speedup`, by the device's events; empty on a CPU."),
+    "method_host_share": _fraction("As `dense_host_share`, of the method; empty on a CPU."),
     "suspect": _boolean(
         "True if faster than the FLOPs allow by more than 5%: the measurement is in doubt.",
         nullable=True,
@@ -316,11 +335,14 @@ _TIMING = {
 }
 
 TIMING = Table(
-    "cell x phase x batch x length",
+    "cell x phase x batch x length x mode",
     IDENTITY | _TIMING,
-    key=("cell", "phase", "batch", "length"),
+    key=("cell", "phase", "batch", "length", "mode"),
     ordered=(("wall_speedup_low", "wall_speedup", "wall_speedup_high"),),
-    optional=frozenset(_TIMING) - {"phase", "batch", "length"},
+    optional=frozenset(_TIMING) - {"phase", "batch", "length", "mode"},
+    defaults={"mode": "eager"},
+    # Seconds between events on the device: they held its waiting, and were no time of its work.
+    former=frozenset({"dense_device_s", "method_device_s", "device_speedup"}),
 )
 
 _SAMPLE_COST = {
@@ -359,6 +381,20 @@ SAMPLES = Table(
 
 _END = "end of the 95% interval; empty where there is none."
 
+_GRAPHS = {
+    "wall_prefill_graphs_speedup": _speedup(
+        "As `wall_prefill_speedup`, in graphs mode; empty if not timed so."
+    ),
+    "wall_prefill_graphs_low": _number(f"Prefill speedup in graphs mode, lower {_END}", ge=0),
+    "wall_prefill_graphs_high": _speedup(f"Prefill speedup in graphs mode, upper {_END}"),
+    "wall_decode_graphs_speedup": _speedup(
+        "As `wall_decode_speedup`, in graphs mode: both sides decode through CUDA graphs; empty "
+        "if not timed so."
+    ),
+    "wall_decode_graphs_low": _number(f"Decode speedup in graphs mode, lower {_END}", ge=0),
+    "wall_decode_graphs_high": _speedup(f"Decode speedup in graphs mode, upper {_END}"),
+}
+
 LEADERBOARD = Table(
     "cell",
     IDENTITY
@@ -393,13 +429,21 @@ LEADERBOARD = Table(
             "Achieved: dense / executed FLOPs in all, the method's own work included."
         ),
         "wall_prefill_speedup": _speedup(
-            "Dense time / method time in prefill; empty if not timed."
+            "Dense time / method time in prefill, eager mode; empty if not timed."
         ),
         "wall_prefill_low": _number(f"Prefill speedup, lower {_END}", ge=0),
         "wall_prefill_high": _speedup(f"Prefill speedup, upper {_END}"),
-        "wall_decode_speedup": _speedup("Dense time / method time in decode; empty if not timed."),
+        "wall_decode_speedup": _speedup(
+            "Dense time / method time in decode, eager mode; empty if not timed."
+        ),
         "wall_decode_low": _number(f"Decode speedup, lower {_END}", ge=0),
         "wall_decode_high": _speedup(f"Decode speedup, upper {_END}"),
+        **_GRAPHS,
+        "wall_suspect": _text(
+            "Those of the wall speedups that are faster than the FLOPs allow by more than 5%, "
+            "such as `decode`; empty if none is.",
+            nullable=True,
+        ),
         "wall_batch": _integer(
             "Sequences in the timed batch (the smallest that was timed); empty if not timed.",
             nullable=True,
@@ -424,6 +468,12 @@ LEADERBOARD = Table(
         ("rouge_l_low", "rouge_l", "rouge_l_high"),
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
+        (
+            "wall_prefill_graphs_low",
+            "wall_prefill_graphs_speedup",
+            "wall_prefill_graphs_high",
+        ),
+        ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
     ),
-    optional=frozenset({"chance"}),
+    optional=frozenset({"chance", *_GRAPHS, "wall_suspect"}),
 )

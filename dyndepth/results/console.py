@@ -11,6 +11,7 @@ from dyndepth.cells.naming import apart, label
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.commands import print_table
 from dyndepth.results.leaderboard import APART, is_control
+from dyndepth.results.noise import LEGEND, headed, told_of
 
 MARKS = {
     "better": "better",
@@ -177,7 +178,8 @@ def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, caption="[..] are 95% intervals", caption_justify="left")
+    caption = f"[..] are 95% intervals; prefill and decode are wall-clock, {LEGEND}"
+    table = Table(title=title, caption=escape(caption), caption_justify="left")
     several = len({row["model"] for row in rows}) > 1
     settings = [
         ", ".join(word for word in words if word != row["model"])
@@ -189,7 +191,8 @@ def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
     headings += ["method", "parameters", "phases", "target", "seed"]
     headings += ["recovery"] if recovered else []
     headings += ["mean acc", "% of dense"]
-    headings += ["bits/byte", "ROUGE-L", "block", "total", "prefill", "decode"]
+    walls = headed(rows)
+    headings += ["bits/byte", "ROUGE-L", "block", "total", *walls.values()]
     numeric = set(headings) - {"model", "setting", "method", "parameters", "phases", "recovery"}
     for heading in headings:
         table.add_column(heading, justify="right" if heading in numeric else "left")
@@ -206,9 +209,7 @@ def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
         texts.append(_interval(row, "retained", 100, 0))
         texts += [_figure(row.get(key), "{:.3f}") for key in APART]
         texts += [_figure(row.get(f"{kind}_speedup"), "{:.2f}x") for kind in ("block", "total")]
-        texts += [
-            _figure(row.get(f"wall_{phase}_speedup"), "{:.2f}x") for phase in ("prefill", "decode")
-        ]
+        texts += [told_of(row, key) for key in walls]
         table.add_row(*map(escape, texts))
     print_table(table)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
+from dyndepth.results.noise import SUSPECT, WALLS, Wall
 
 METRIC = "acc"
 """The accuracy that the leaderboard's mean is of."""
@@ -94,6 +95,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         },
         **speedups(cell),
         **wall_speedups(cell),
+        SUSPECT: _suspect(cell),
         **_timed_shape(cell),
         "paper": cell.provenance.get("paper"),
         "needs_training": cell.provenance.get("needs_training"),
@@ -154,27 +156,36 @@ def speedups(cell: Cell) -> Row:
 
 
 def wall_speedups(cell: Cell) -> Row:
-    """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase."""
+    """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase and mode:
+    see ``noise.WALLS``."""
     found: Row = {}
-    for phase in ("prefill", "decode"):
-        row = _timed(cell, phase)
+    for wall in WALLS:
+        row = _timed(cell, wall)
         if row is None:
             continue
-        found[f"wall_{phase}_speedup"] = row["wall_speedup"]
+        found[wall.column] = row["wall_speedup"]
         for end in ("low", "high"):
-            found[f"wall_{phase}_{end}"] = row.get(f"wall_speedup_{end}")
+            found[f"wall_{wall.key}_{end}"] = row.get(f"wall_speedup_{end}")
     return found
 
 
-def _timed(cell: Cell, phase: str) -> Row | None:
+def _suspect(cell: Cell) -> str | None:
+    """Keys of the wall speedups that are suspect; None if there are none."""
+    rows = {wall.key: _timed(cell, wall) for wall in WALLS}
+    return ", ".join(key for key, row in rows.items() if row and row.get("suspect")) or None
+
+
+def _timed(cell: Cell, wall: Wall) -> Row | None:
     rows = [
         row
         for row in cell.timing
-        if row.get("phase") == phase and row.get("wall_speedup") is not None
+        if row.get("phase") == wall.phase
+        and row.get("mode", "eager") == wall.mode
+        and row.get("wall_speedup") is not None
     ]
     return min(rows, key=lambda row: (row["batch"], -row["length"])) if rows else None
 
 
 def _timed_shape(cell: Cell) -> Row:
-    row = _timed(cell, "prefill") or _timed(cell, "decode")
+    row = next(filter(None, (_timed(cell, wall) for wall in WALLS)), None)
     return {f"wall_{key}": row[key] for key in ("batch", "length")} if row else {}

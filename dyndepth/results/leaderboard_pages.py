@@ -19,6 +19,7 @@ from dyndepth.cells.naming import apart, changed, label, recovered
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.provenance import VERSIONS
+from dyndepth.results.noise import LEGEND, headed, noise, suspects, told
 from dyndepth.results.published import nearest, published
 from dyndepth.results.schema import TABLES, validate
 from dyndepth.results.tables import as_csv
@@ -64,10 +65,11 @@ Spread = list[Any]
 
 def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``published``, ``conditions``, ``chance``, ``texts``.
+    ``walls``, ``published``, ``conditions``, ``chance``, ``texts``.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
-    high]``, its ends None where there is none. A cell that failed has no entry unless it has
+    high]``, its ends None where there is none; an entry's ``noise`` is what ``noise.noise`` says of
+    its wall speedups. A cell that failed has no entry unless it has
     scores. Entries of one setting stand together; ``setting`` says what theirs has apart.
     """
     groups: dict[tuple[Any, ...], list[tuple[Cell, Row]]] = {}
@@ -77,7 +79,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
             key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
             groups.setdefault(key, []).append((cell, row))
     scores = _scores(cells, rows)
-    entries = [_entry(members, scores, words) for members in groups.values()]
+    entries = [_entry(members, scores, words, rows) for members in groups.values()]
     first = list(dict.fromkeys(entry["setting"] for entry in entries))
     entries.sort(key=lambda entry: first.index(entry["setting"]))
     failed = [
@@ -89,19 +91,24 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
     guesses = dict.fromkeys((e["setting"], e["chance"]) for e in entries if e["chance"] is not None)
     return {
         "scores": list(scores.values()),
+        "walls": [{"key": key, "label": text} for key, text in headed(rows).items()],
         "entries": entries,
         "failed": failed,
         "published": _published(rows, words),
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
-        "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS},
+        "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
+        | {"walls": f"Beside wall-clock: {LEGEND}."},
     }
 
 
 def _entry(
-    members: Sequence[tuple[Cell, Row]], scores: dict[str, Row], words: dict[str, list[str]]
+    members: Sequence[tuple[Cell, Row]],
+    scores: dict[str, Row],
+    words: dict[str, list[str]],
+    rows: Sequence[Row],
 ) -> Row:
-    """The entry of cells that differ in their seeds alone."""
+    """The entry of cells that differ in their seeds alone; ``rows`` are those of all cells."""
     from dyndepth.cells.cell import is_dense
     from dyndepth.results.leaderboard import is_control
 
@@ -113,6 +120,7 @@ def _entry(
         else _mean([each.get(key) for each in by_task])
         for key in scores
     }
+    walls = {key: _mean([_wall(row, key) for row in own]) for key in headed(rows)}
     return _labels(own[0], words) | {
         "seeds": [row["seed"] for row in own],
         "cells": [row["cell"] for row in own],
@@ -123,8 +131,12 @@ def _entry(
         "scores": {key: value for key, value in found.items() if value is not None},
         "block": _mean([_spread(row, "block_speedup") for row in own]),
         "total": _mean([_spread(row, "total_speedup") for row in own]),
-        "prefill": _mean([_wall(row, "prefill") for row in own]),
-        "decode": _mean([_wall(row, "decode") for row in own]),
+        **walls,
+        "noise": {
+            key: noise(spread[0], spread[1], spread[2], any(key in suspects(row) for row in own))
+            for key, spread in walls.items()
+            if spread is not None
+        },
     }
 
 
@@ -237,11 +249,11 @@ def _spread(row: Row, key: str) -> Spread | None:
     return [row[key], row.get(f"{key}_low"), row.get(f"{key}_high")]
 
 
-def _wall(row: Row, phase: str) -> Spread | None:
-    value = row.get(f"wall_{phase}_speedup")
+def _wall(row: Row, key: str) -> Spread | None:
+    value = row.get(f"wall_{key}_speedup")
     if value is None:
         return None
-    return [value, row.get(f"wall_{phase}_low"), row.get(f"wall_{phase}_high")]
+    return [value, row.get(f"wall_{key}_low"), row.get(f"wall_{key}_high")]
 
 
 def _mean(values: Sequence[Spread | None]) -> Spread | None:
@@ -322,7 +334,9 @@ def markdown(found: Board) -> str:
     bounds = [entry for entry in found["entries"] if entry["bound"]]
     lines = ["# Leaderboard", ""]
     lines += [_sentence(competitors, bounds, found["failed"]), ""]
-    lines += _entries(competitors, fixed)
+    lines += _entries(competitors, fixed, found["walls"])
+    if any(entry["noise"] for entry in found["entries"]):
+        lines += ["", found["texts"]["walls"]]
     if found["chance"] and any(score["key"] == "mean_acc" for score in fixed):
         lines += ["", f"Mean accuracy by {found['chance']}."]
     if any(len(entry["seeds"]) > 1 for entry in found["entries"]):
@@ -330,7 +344,7 @@ def markdown(found: Board) -> str:
     if any(entry["control"] for entry in competitors):
         lines += ["", CONTROLS]
     if bounds:
-        lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed)]
+        lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
     if found["failed"]:
         lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
         lines.append(_line(["---"] * 5))
@@ -344,11 +358,11 @@ def markdown(found: Board) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entries(entries: Sequence[Row], scores: Sequence[Row]) -> list[str]:
+def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]) -> list[str]:
     several = len({entry["model"] for entry in entries}) > 1
     heads = ["model"] if several else []
     heads += ["method", "target", "seeds", *(score["label"] for score in scores)]
-    heads += ["block FLOPs", "total FLOPs", "prefill", "decode"]
+    heads += ["block FLOPs", "total FLOPs", *(wall["label"] for wall in walls)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for entry in entries:
         texts = [entry["model"]] if several else []
@@ -360,9 +374,15 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row]) -> list[str]:
             for score in scores
         ]
         texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
-        texts += [_interval(entry[key], 1, 2, "x") for key in ("prefill", "decode")]
+        texts += [_told(entry, wall["key"]) for wall in walls]
         lines.append(_line(texts))
     return lines
+
+
+def _told(entry: Row, key: str) -> str:
+    suspect = "suspect" in entry["noise"].get(key, "")
+    value, low, high = entry[key] or (None, None, None)
+    return told(value, low, high, suspect)
 
 
 def _papers(rows: Sequence[Row]) -> list[str]:

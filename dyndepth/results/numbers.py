@@ -16,6 +16,7 @@ from typing import Any
 from dyndepth.cells.naming import label
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
+from dyndepth.results.noise import told, told_of
 
 Record = dict[str, str]
 """A row of a CSV file: column -> text, empty where the value is missing."""
@@ -51,6 +52,15 @@ def spread(row: Record, value: str, low: str, high: str, form: str = "{:.3f}") -
     return number(row[value], form) + interval
 
 
+def _wall(row: Record, show: str, form: str) -> str:
+    """A wall speedup of timing.csv or leaderboard.csv with its noise, as a sentence has it."""
+    if show != "wall_speedup":
+        key = show.removeprefix("wall_").removesuffix("_speedup")
+        return told_of(row, key, form=form, mark=" ({})")
+    ends = row.get(f"{show}_low"), row.get(f"{show}_high")
+    return told(row.get(show), *ends, row.get("suspect") == "TRUE", form=form, mark=" ({})")
+
+
 @dataclass(frozen=True)
 class Numbers:
     """What the tables of a committed run say: the repository's ``root``, and the run's ``folder``,
@@ -81,7 +91,11 @@ class Numbers:
             raise UserError(f"{path} has {len(rows)} rows with {where}; a sentence quotes one")
         # Of equal_flops.csv, ``low`` and ``high`` are the ends of ``value``.
         ends = ("low", "high") if show == "value" else (f"{show}_low", f"{show}_high")
-        text = spread(rows[0], show, *ends, f"{{:.{digits}f}}")
+        form = f"{{:.{digits}f}}"
+        if show.startswith("wall_") and show.endswith("_speedup"):
+            text = _wall(rows[0], show, form)
+        else:
+            text = spread(rows[0], show, *ends, form)
         if not text:
             raise UserError(f"{path} has no {show} where {where}")
         return text

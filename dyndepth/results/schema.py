@@ -84,8 +84,9 @@ def validate(name: str, table: Sequence[Row] | pandas.DataFrame) -> pandas.DataF
 
     described = _described(name)
     if isinstance(table, pandas.DataFrame):
-        frame = table.reset_index(drop=True)
+        frame = _today(described, table.reset_index(drop=True))
     else:
+        table = [described.today(row) for row in table]
         # Every column that a row may lack is there, empty.
         extra = {key for row in table for key in row} - set(described.columns)
         frame = pandas.DataFrame(list(table), columns=[*described.columns, *sorted(extra)])
@@ -134,6 +135,17 @@ def validate_folder(folder: str | Path) -> list[str]:
     for name in present:
         read(path_of(folder) / name)
     return present
+
+
+def _today(described: Table, frame: pandas.DataFrame) -> pandas.DataFrame:
+    """A file from before with the columns of today."""
+    frame = frame.drop(columns=[column for column in frame if column in described.former])
+    names = list(described.columns)
+    for key, text in described.defaults.items():
+        before = [name for name in names[: names.index(key)] if name in frame]
+        if key not in frame and before:
+            frame.insert(list(frame).index(before[-1]) + 1, key, text)
+    return frame
 
 
 def _described(name: str) -> Table:

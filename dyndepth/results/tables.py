@@ -20,6 +20,7 @@ from typing import Any
 from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.files import write_atomically
+from dyndepth.results.columns import TIMING
 from dyndepth.results.leaderboard import OF_ACCURACY, by_task, leaderboard
 from dyndepth.results.schema import TABLES, validate
 
@@ -105,9 +106,10 @@ def accuracy(cells: Iterable[Cell], leading: Iterable[Row]) -> list[Row]:
 
 
 def _rows(cells: Iterable[Cell], leading: Iterable[Row], name: str) -> list[Row]:
+    today = TIMING.today if name == "timing" else dict
     found = []
     for cell, first in zip(cells, leading, strict=True):
-        found += [{**first, **row} for row in getattr(cell, name)]
+        found += [{**first, **today(row)} for row in getattr(cell, name)]
     return found
 
 

@@ -20,6 +20,7 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.merging import check_rows
 from dyndepth.cells.store import Store
 from dyndepth.sweep.executors import Executor, WorkerDied
+from dyndepth.sweep.grid import modes
 from dyndepth.sweep.progress.interface import Job, Listener
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.worker import Work, failed, timeout_text
@@ -225,4 +226,12 @@ def needed(recorded: Cell | None, settings: Settings) -> str:
         return "everything"
     if settings.resume == "always" and recorded.status == "error":
         return "nothing"
-    return recorded.lacks(settings.timing)
+    return recorded.lacks(settings.timing) if _in_all_modes(recorded, settings) else "timing"
+
+
+def _in_all_modes(recorded: Cell, settings: Settings) -> bool:
+    """Whether the times that a cell has, if any, are of every mode that was asked for by name."""
+    if settings.timing == "off" or settings.mode is None or not recorded.timing:
+        return True
+    timed = {row.get("mode", "eager") for row in recorded.timing}
+    return timed >= set(modes(settings, str(recorded.identity["device"])))

@@ -34,9 +34,14 @@ def grid(settings: Settings) -> Grid:
         UserError: a model, method, speedup or task that cannot be had, or windows of text that are
             longer than the model takes.
     """
-    from dyndepth.models.loading import checked_config, layer_count, longest_window
+    from dyndepth.models.loading import (
+        checked_config,
+        layer_count,
+        longest_window,
+        resolve_device,
+    )
     from dyndepth.tasks import resolve
-    from dyndepth.timing.measure import check_shapes
+    from dyndepth.timing.levels import check_shapes
 
     model = (settings.model, settings.revision, settings.trust_remote_code)
     layers, longest = layer_count(*model), longest_window(*model)
@@ -45,9 +50,27 @@ def grid(settings: Settings) -> Grid:
     which, count = settings.shard
     cells = plans(settings, layers, longest)[which - 1 :: count]
     if settings.timing != "off":
-        check_shapes(longest, settings.timing)
+        # What the machines of a cluster have is seen there.
+        device = "cpu" if settings.executor == "ray" else resolve_device(settings.device)
+        check_shapes(longest, settings.timing, device.partition(":")[0])
+        if settings.executor != "ray":
+            modes(settings, device)
     tasks = resolve(settings.tasks, settings.include_path)
     return Grid(tuple(cells), limits(settings, tasks))
+
+
+def modes(settings: Settings, device: str) -> tuple[str, ...]:
+    """The modes that cells are timed in on ``device``; see ``levels.modes_of``. A model that is
+    spread over several GPUs is timed in eager mode unless asked otherwise.
+
+    Raises:
+        UserError: graphs without a GPU.
+    """
+    from dyndepth.models.loading import SPREAD
+    from dyndepth.timing.levels import modes_of
+
+    asked = settings.mode or ("eager" if settings.device == SPREAD else None)
+    return modes_of(asked, settings.timing, device.partition(":")[0])
 
 
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:

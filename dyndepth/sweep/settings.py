@@ -14,7 +14,7 @@ from typing import Any
 
 from dyndepth.cells.mirror import is_url, mirrored
 from dyndepth.cells.recipe import NONE, parse_recoveries
-from dyndepth.common.commands import CHOICES, HELP, Parser, worded
+from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
@@ -46,9 +46,9 @@ class Settings:
     ``methods`` is a specification for ``registry.parse_methods``, ``recovery`` holds canonical
     texts of ``recipe.parse_recovery``. ``limit`` is documents by
     task (None: all of them), ``OTHERS`` standing for those not named; ``device`` is ``auto`` or
-    what torch calls it. From ``executor`` on nothing changes what is computed. ``workers`` None
-    is as many as the executor finds room for; ``shard`` is (which, of how many), from 1;
-    ``cell_timeout`` is in seconds.
+    what torch calls it; ``mode`` None is what ``timing.levels.modes_of`` makes of it. From
+    ``executor`` on nothing changes what is computed. ``workers`` None is as many as the executor
+    finds room for; ``shard`` is (which, of how many), from 1; ``cell_timeout`` is in seconds.
     """
 
     model: str = EMBEDDED
@@ -70,6 +70,7 @@ class Settings:
     include_path: str | None = None
     corpus: str = EMBEDDED
     timing: str = "quick"
+    mode: str | None = None
     resume: str = "only-missing"
     output_path: Path = Path("runs")
     executor: str = "inline"
@@ -86,8 +87,8 @@ class Settings:
 
 
 OPTIONAL = frozenset(
-    {"attn_implementation", "revision", "include_path", "num_fewshot", "workers", "cpus_per_cell"}
-    | {"gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
+    {"attn_implementation", "revision", "include_path", "num_fewshot", "mode", "workers"}
+    | {"cpus_per_cell", "gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
 )
 """Settings that may be None."""
 
@@ -126,6 +127,7 @@ def _shown(name: str, default: Any) -> str:
         "revision": "the newest",
         "include_path": "none",
         "num_fewshot": "as each task's file says",
+        "mode": MODE_DEFAULT,
         "workers": "one a GPU, or as many as the cores hold",
         "cpus_per_cell": "an equal share of the cores for processes, 1 for ray",
         "gpus_per_cell": "1 where there are any",

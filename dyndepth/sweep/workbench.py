@@ -16,6 +16,7 @@ from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.models.loading import SPREAD, resolve_device
+from dyndepth.sweep.grid import modes
 from dyndepth.sweep.settings import Settings
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class Workbench:
         foresees has no rows: the clock would see it look ahead."""
         from dyndepth.evaluation.evaluate import let_choose, scored_documents
         from dyndepth.evaluation.language_model import DyndepthLM
-        from dyndepth.timing.measure import measure
+        from dyndepth.timing.measure import in_modes, measure
 
         with self.fitted(plan) as method:
             if method.foresees:
@@ -194,14 +195,18 @@ class Workbench:
                 for tasks, how in self._tasks_by_limit():
                     let_choose(self.model, self.tokenizer, method, tasks, progress=False, **how)
             reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
-            return measure(
-                self.model,
-                method,
-                self.corpus,
-                level=self.settings.timing,
-                seed=self.settings.sample_seed,
-                check=scored_documents(
-                    samples, reader, self.num_fewshot, self.settings.include_path
+            check = scored_documents(samples, reader, self.num_fewshot, self.settings.include_path)
+            return in_modes(
+                modes(self.settings, self.device),
+                self.settings.mode,
+                lambda mode: measure(
+                    self.model,
+                    method,
+                    self.corpus,
+                    level=self.settings.timing,
+                    mode=mode,
+                    seed=self.settings.sample_seed,
+                    check=check,
                 ),
             )
 

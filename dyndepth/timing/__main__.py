@@ -10,16 +10,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import HELP, Parser, run
+from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.data.capacity import check_length
 from dyndepth.models.shapes import is_shape
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
+from dyndepth.timing.levels import LEVELS, Level, check_shapes, level_of, modes_of, parse_shapes
 from dyndepth.timing.limits import COUNTS, measure_limits
-from dyndepth.timing.measure import LEVELS, check_shapes, measure
+from dyndepth.timing.measure import in_modes, measure
 from dyndepth.timing.random_tokens import RandomTokens, fit_without_text
 
 if TYPE_CHECKING:
@@ -52,17 +54,36 @@ def _timing(given: list[str]) -> None:
     add("--method", required=True, help='name, or "name(parameter=value, ...)"')
     add("--speedup", type=float, help=f"{HELP['speedup']} (default: 1.5, or what the method names)")
     add("--level", choices=list(LEVELS), default="quick", help="how thoroughly (default: quick)")
+    add(
+        "--shapes",
+        metavar="SHAPES",
+        help="BATCHxLENGTH[+NEW] in place of the level's, separated by commas: prompts, and steps "
+        "that are decoded after them, such as 1x512+32,8x2048",
+    )
+    add("--mode", choices=CHOICES["mode"], help=f"{HELP['mode']} (default: {MODE_DEFAULT})")
     parser.model()
     parser.shared("corpus", EMBEDDED)
     parser.whole("seed", 0, "of the method, texts and order", 0)
     options = parser.parse_args(given)
 
-    from dyndepth.models.loading import layer_count, load_tokenizer, loaded, longest_window, named
+    from dyndepth.models.loading import (
+        SPREAD,
+        layer_count,
+        load_tokenizer,
+        loaded,
+        longest_window,
+        named,
+        resolve_device,
+    )
 
     which = named(vars(options))
     method = _method(options, layer_count(*which))
     most = longest_window(*which)
-    check_shapes(most, options.level)
+    device = resolve_device(options.device).partition(":")[0]
+    spread = options.device == SPREAD
+    modes = modes_of(options.mode or ("eager" if spread else None), options.level, device)
+    level = _asked(options, device)
+    check_shapes(most, level, device)
     check_length(most, method.window_length, method.name)
 
     from dyndepth.common.machine import steady_allocator
@@ -79,9 +100,20 @@ def _timing(given: list[str]) -> None:
         corpus = load_corpus(options.corpus, load_tokenizer(*which))
         model = loaded(vars(options))
         method = fit_cached(method, model, corpus)
-    rows = measure(model, method, corpus, level=options.level, seed=options.seed)
+    rows = in_modes(
+        modes,
+        options.mode,
+        lambda mode: measure(model, method, corpus, level=level, mode=mode, seed=options.seed),
+    )
     show_timing(f"{method!r} on {options.model}", rows)
     print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
+
+
+def _asked(options: argparse.Namespace, device: str) -> str | Level:
+    """The level; with shapes of one's own it has no name."""
+    if options.shapes is None:
+        return str(options.level)
+    return replace(level_of(options.level, device), shapes=parse_shapes(options.shapes))
 
 
 def _random_tokens(options: argparse.Namespace) -> RandomTokens:

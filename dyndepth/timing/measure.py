@@ -8,15 +8,17 @@ were scored before.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.data.capacity import check_length
+from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.timing.levels import MODES, Level, Shape, what_fits
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from dyndepth.data.corpus import Corpus
     from dyndepth.method import DynamicDepthMethod
-    from dyndepth.timing.passes import Document, Side
+    from dyndepth.timing.passes import Document, How, Side
 
 
 Row = dict[str, Any]
@@ -35,44 +37,8 @@ _TOLERANCE = {"float32": (2e-3, 1e-4)}
 _COARSE_TOLERANCE = (0.25, 0.05)
 """How far a score may be off, in nats and as a fraction of it: by rounding alone in float32; in
 half precision a gate near its threshold may flip when the batch is another."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch of prompts of ``length`` tokens, each continued by ``new_tokens`` steps."""
-
-    batch: int
-    length: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Level:
-    """How thoroughly is timed.
-
-    Attributes:
-        shapes: what is timed.
-        texts: different batches of text that a shape cycles through.
-        pairs: the least number a shape.
-        most: the largest.
-        warmup: the least number of rounds before them.
-        precision: a shape is done when the intervals of both phases reach this margin.
-        seconds: or when, after the least number of pairs, this time is over; warm-up included.
-    """
-
-    shapes: tuple[Shape, ...]
-    texts: int
-    pairs: int
-    most: int
-    warmup: int
-    precision: float
-    seconds: float
-
-
-LEVELS = {
-    "quick": Level((Shape(1, 64, 2), Shape(4, 32, 2)), 6, 6, 15, 1, 0.03, 4.0),
-    "full": Level((Shape(1, 512, 32), Shape(8, 256, 16)), 8, 9, 400, 2, 0.03, 900.0),
-}
+PROFILED = 3
+"""Passes of each side under the profiler, after the timed ones."""
 
 
 def measure(
@@ -81,6 +47,7 @@ def measure(
     text: Corpus | Tensor,
     *,
     level: str | Level = "quick",
+    mode: str = "eager",
     seed: int = 0,
     check: Sequence[Document] | None = None,
     rescore: Callable[..., Sequence[float]] | None = None,
@@ -93,7 +60,9 @@ def measure(
         method: fitted.
         text: a corpus, or windows of token ids, int64 ``[count, length]``. Real text: token
             methods route by it.
-        level: ``quick``, ``full``, or a Level.
+        level: ``quick``, ``full``, or a Level. Of a named one, shapes that are longer than the
+            model takes are left out, with a warning.
+        mode: ``eager``, or ``graphs``: both sides decode through CUDA graphs.
         seed: of the windows and of the order within the pairs.
         check: documents that were scored before, (context ids, continuation ids, log-likelihood)
             and the document's id where the method depends on it. Those that the model reads by
@@ -105,7 +74,10 @@ def measure(
     Returns:
         Rows of timing.csv without the cell's identity. Times are medians, in seconds, of one pass
         in phase ``prefill``, of one step in phase ``decode``: ``*_median_s`` end to end by the
-        host's clock, ``*_device_s`` between CUDA events (None on a CPU).
+        host's clock; ``*_busy_s`` the part of as much work in which the device computes or copies,
+        of further passes under a profiler; ``*_host_share`` what that leaves of the time: the
+        device waits for the host; None on a CPU, all of them. ``busy_speedup`` is dense's busy time
+        over the method's.
         ``wall_speedup`` is the median over ``repeats`` pairs, with its 95% interval
         ``wall_speedup_low`` to ``wall_speedup_high``. ``block_speedup`` and ``total_speedup`` are
         FLOPs ratios, medians over the same passes, and ``wall_efficiency`` is ``wall_speedup /
@@ -117,51 +89,69 @@ def measure(
         The rest are conditions; see dyndepth.common.machine.
 
     Raises:
-        UserError: an unknown level, too little text, or a model that has a method attached.
+        UserError: an unknown level or mode, too little text, or a model that has a method attached.
+        RunFailed: the device has no room for any of the shapes. Those that it has no room for, if
+            others fit, are left out with a warning.
     """
     import torch
 
     from dyndepth.common.machine import steady_allocator
+    from dyndepth.timing import passes
     from dyndepth.timing.conditions import conditions
-    from dyndepth.timing.passes import attach_seconds
+    from dyndepth.timing.passes import attach_seconds, running
 
-    chosen = _level(level)
-    if next(model.parameters()).device.type == "cpu":
+    device = next(model.parameters()).device.type
+    if mode not in MODES:
+        raise UserError(f"timing mode {mode!r} is none of {', '.join(MODES)}")
+    chosen, longer = what_fits(model, level, device)
+    for shape in longer:
+        warnings.warn(f"timing {shape} is left out: the model takes fewer tokens", stacklevel=2)
+    if device == "cpu":
         steady_allocator()
-    check_shapes(model, chosen)
     texts = {shape: _texts(text, shape, chosen.texts, seed, model) for shape in chosen.shapes}
-    common: Row = {
-        "level": level if isinstance(level, str) else "custom",
-        "attach_s": attach_seconds(model, method),
-        **_checked(model, method, check, rescore),
-        **conditions(model),
-    }
+    with running(mode) as how:
+        common: Row = {
+            "level": level if isinstance(level, str) else "custom",
+            "mode": mode,
+            "attach_s": attach_seconds(model, method, how),
+            **_checked(model, method, check, rescore or partial(passes.rescore, how=how)),
+            **conditions(model),
+        }
     rows = []
     with torch.inference_mode():
         for shape in chosen.shapes:
-            rows += _pairs(model, method, shape, texts[shape], chosen, seed, progress)
+            found = None
+            try:
+                with running(mode) as how:
+                    found = _pairs(model, method, shape, texts[shape], chosen, how, seed, progress)
+            except torch.OutOfMemoryError:
+                pass
+            if found is None:
+                # Here, where the failed pass's tensors are no longer held by its traceback.
+                warnings.warn(f"timing {shape} is left out: the memory is too small", stacklevel=2)
+                gc.collect()
+                torch.cuda.empty_cache()
+            rows += found or []
+    if not rows:
+        raise RunFailed("the device's memory is too small for every shape that was to be timed")
     return [row | common for row in rows]
 
 
-def check_shapes(model_or_most: Any, level: str | Level) -> None:
-    """Raises UserError for a level that times more tokens than fit; see ``check_length``."""
-    for shape in _level(level).shapes:
-        check_length(
-            model_or_most,
-            shape.length + shape.new_tokens,
-            f"timing {shape.batch} x {shape.length} + {shape.new_tokens}",
-            "take a longer model, another level, or none (--timing off)",
-        )
-
-
-def _level(level: str | Level) -> Level:
-    from dyndepth.common.errors import UserError
-
-    if isinstance(level, Level):
-        return level
-    if level not in LEVELS:
-        raise UserError(f"timing level {level!r} is none of {', '.join(LEVELS)}")
-    return LEVELS[level]
+def in_modes(
+    modes: Sequence[str], asked: str | None, timed: Callable[[str], list[Row]]
+) -> list[Row]:
+    """The rows that ``timed`` gives in each of the ``modes``. If nobody ``asked`` for one, a mode
+    that the model or the memory does not allow is left out, with a warning, where another stands.
+    """
+    rows: list[Row] = []
+    for mode in modes:
+        try:
+            rows += timed(mode)
+        except (UserError, RunFailed) as fault:
+            if asked is not None or not rows:
+                raise
+            warnings.warn(f"timing in {mode} mode is left out: {fault}", stacklevel=2)
+    return rows
 
 
 def _texts(
@@ -169,8 +159,6 @@ def _texts(
 ) -> list[Tensor]:
     """Up to ``count`` batches ``[batch, length]`` on the model's device, at least one."""
     import torch
-
-    from dyndepth.common.errors import UserError
 
     if isinstance(text, torch.Tensor):
         windows = text
@@ -192,6 +180,7 @@ def _pairs(
     shape: Shape,
     texts: list[Tensor],
     level: Level,
+    how: How,
     seed: int,
     progress: bool,
 ) -> list[Row]:
@@ -199,17 +188,20 @@ def _pairs(
     from tqdm import tqdm
 
     from dyndepth.timing.pairing import interleave, ratio
-    from dyndepth.timing.passes import PHASES, Side
+    from dyndepth.timing.passes import WHOLE, Side
 
-    dense = Side(model, None, texts, shape.new_tokens)
-    own = Side(model, method, texts, shape.new_tokens)
+    dense = Side(model, WHOLE if how else None, texts, shape.new_tokens, how)
+    own = Side(model, method, texts, shape.new_tokens, how)
     deadline = time.monotonic() + level.seconds
     label = f"{method.name}: timing {shape.batch}x{shape.length}"
     with tqdm(desc=label, unit=" pairs", disable=not progress, leave=False) as bar:
 
         def enough(times: dict[str, list[float]]) -> bool:
             n = len(times["dense"])
-            found = [ratio(dense.watch.host[p][-n:], own.watch.host[p][-n:]) for p in PHASES]
+            found = [
+                ratio(dense.watch.host[phase][-n:], own.watch.host[phase][-n:])
+                for phase in own.phases
+            ]
             margin = max(each.margin for each in found)
             bar.set_postfix_str(f"±{margin:.1%}", refresh=False)
             bar.update(n - bar.n)
@@ -219,14 +211,42 @@ def _pairs(
             {"dense": dense.run, "method": own.run},
             around={"dense": dense.around, "method": own.around},
             repeats=level.pairs,
-            warmup=level.warmup,
+            warmup=_warmup(level, texts, dense.place.type),
             seed=seed,
             device=dense.place,
             enough=enough,
             most=level.most,
         )
     pairs = len(times["dense"])
-    return [_row(phase, shape, dense, own, pairs) for phase in PHASES]
+    rows = [_row(phase, shape, dense, own, pairs) for phase in own.phases]
+    if dense.place.type == "cuda":
+        _add_busy(rows, dense, own)
+    return rows
+
+
+def _warmup(level: Level, texts: Sequence[Tensor], device: str) -> int:
+    """Rounds before those that are timed: on a GPU every text comes up, whose numbers of selected
+    tokens are its own."""
+    return max(level.warmup, len(texts)) if device == "cuda" else level.warmup
+
+
+def _add_busy(rows: Sequence[Row], dense: Side, own: Side) -> None:
+    """Busy times and host shares into the rows of one shape, from passes that are not timed."""
+    found: dict[str, list[dict[str, float | None]]] = {"dense": [], "method": []}
+    for _ in range(PROFILED):
+        for name, side in (("dense", dense), ("method", own)):
+            with side.around():
+                found[name].append(side.busy())
+    for row in rows:
+        for name, passes in found.items():
+            known = [each[row["phase"]] for each in passes]
+            times = [seconds for seconds in known if seconds is not None]
+            if times:
+                busy = statistics.median(times) / (row["new_tokens"] or 1)
+                row[f"{name}_busy_s"] = busy
+                row[f"{name}_host_share"] = max(0.0, 1 - busy / row[f"{name}_median_s"])
+        if row["dense_busy_s"] and row["method_busy_s"]:
+            row["busy_speedup"] = row["dense_busy_s"] / row["method_busy_s"]
 
 
 def _row(phase: str, shape: Shape, dense: Side, own: Side, pairs: int) -> Row:
@@ -243,7 +263,7 @@ def _row(phase: str, shape: Shape, dense: Side, own: Side, pairs: int) -> Row:
         )
         for kind in ("block", "total")
     }
-    row = {
+    return {
         "phase": phase,
         "batch": shape.batch,
         "length": shape.length,
@@ -258,30 +278,23 @@ def _row(phase: str, shape: Shape, dense: Side, own: Side, pairs: int) -> Row:
         "total_speedup": ideal["total"],
         "wall_efficiency": wall.median / ideal["total"],
         "suspect": wall.median > ideal["total"] * (1 + EXCESS),
-        "dense_device_s": None,
-        "method_device_s": None,
-        "device_speedup": None,
+        "dense_busy_s": None,
+        "method_busy_s": None,
+        "busy_speedup": None,
+        "dense_host_share": None,
+        "method_host_share": None,
     }
-    on_device = dense.watch.device[phase][-pairs:], own.watch.device[phase][-pairs:]
-    if all(on_device):
-        row |= {
-            "dense_device_s": statistics.median(on_device[0]) / steps,
-            "method_device_s": statistics.median(on_device[1]) / steps,
-            "device_speedup": ratio(*on_device).median,
-        }
-    return row
 
 
 def _checked(
     model: torch.nn.Module,
     method: DynamicDepthMethod,
     check: Sequence[Document] | None,
-    rescore: Callable[..., Sequence[float]] | None,
+    rescore: Callable[..., Sequence[float]],
 ) -> Row:
     """Whether ``check`` is scored alike by what is about to be timed. A failure is told, not
     raised: the times stand, marked."""
     from dyndepth.models.rotary import one_table
-    from dyndepth.timing import passes
 
     row: Row = {"reproduces_scores": None, "score_gap": None, "check_error": None}
     # A document that is read by other tables as it grows was not scored over a cache.
@@ -293,7 +306,7 @@ def _checked(
     if not check:
         return row
     try:
-        found = list((rescore or passes.rescore)(model, method, check))
+        found = list(rescore(model, method, check))
         gaps = [abs(new - document[2]) for new, document in zip(found, check, strict=True)]
         if not all(map(math.isfinite, gaps)):
             raise FloatingPointError("a log-likelihood is not a number")

@@ -1,5 +1,8 @@
 """The passes that are timed: a prefill and greedy steps over its cache, dense or with a method.
 
+In eager mode dense is the stock model. Where decoding is replayed from CUDA graphs, dense is so as
+well: a method that executes everything (``WHOLE``) is attached in the same way.
+
 ``rescore`` scores documents with the very same passes: what is timed can be shown to be what was
 scored.
 """
@@ -8,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from itertools import cycle
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
+from dyndepth.timing.busy import busy_of
 from dyndepth.timing.pairing import draining
 
 PHASES = {"prefill": "prompt", "decode": "generation"}
@@ -28,6 +33,37 @@ PHASES = {"prefill": "prompt", "decode": "generation"}
 
 Document = tuple[Any, ...]
 """(context ids, continuation ids, scored log-likelihood), and the document's id if it has one."""
+
+How = Mapping[str, Any]
+"""What ``attach`` is told of the mode; nothing in eager mode."""
+EAGER: How = {}
+
+
+@dataclass(kw_only=True)
+class _Whole(DynamicDepthMethod):
+    """Executes everything: dense where dense has to be attached."""
+
+    name = "whole"
+    granularity = "static"
+    paper = "control"
+
+    def start(self, context: Any) -> Tensor:
+        return torch.ones(context.layers, 2, dtype=torch.bool)
+
+
+WHOLE = _Whole()
+
+
+@contextmanager
+def running(mode: str) -> Iterator[How]:
+    """How to attach in ``mode``; graphs that are captured are kept to the end of the block."""
+    if mode == "eager":
+        yield EAGER
+        return
+    from dyndepth.runtime.graphs import Graphs
+
+    with Graphs() as graphs:
+        yield {"mode": graphs}
 
 
 def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -61,48 +97,36 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
 
 
 class Stopwatch:
-    """Seconds of named laps.
+    """Seconds of named laps by the host's clock.
 
     Attributes:
-        host: end to end by the host's clock, the device's queue drained at both ends.
-        device: between two events in the device's queue; empty on a CPU. What the host's time has
-            beyond it is dispatch.
+        host: by lap, end to end, the device's queue drained at both ends.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.host: dict[str, list[float]] = defaultdict(list)
-        self.device: dict[str, list[float]] = defaultdict(list)
-        self._place = device
         self._synchronise = draining(device)
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
-        ends = []
-        if self._place.type == "cuda":
-            stream = torch.cuda.current_stream(self._place)
-            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._synchronise()
         started = time.perf_counter()
-        if ends:
-            ends[0].record(stream)
         yield
-        if ends:
-            ends[1].record(stream)
         self._synchronise()
         self.host[name].append(time.perf_counter() - started)
-        if ends:
-            self.device[name].append(ends[0].elapsed_time(ends[1]) / 1000)
 
 
 class Side:
     """One side of the pairs on one shape: the stock model, or a method attached to it.
 
-    ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed. Each
-    call takes the next text: two sides that are called in turn get the same ones.
+    ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed, and
+    ``busy`` the same under a profiler. Each call takes the next text: two sides that are called in
+    turn get the same ones. ``how`` is what ``attach`` is told of the mode.
 
     Attributes:
-        watch: laps ``prefill`` and ``decode``, warm-up included.
+        phases: that a pass has, of ``PHASES``.
+        watch: a lap for each of them, warm-up included.
         totals: one entry a call, the ledger's totals by lap; empty for the stock model.
     """
 
@@ -112,8 +136,10 @@ class Side:
         method: DynamicDepthMethod | None,
         texts: Sequence[Tensor],
         new_tokens: int,
+        how: How = EAGER,
     ) -> None:
-        self.model, self.method, self.new_tokens = model, method, new_tokens
+        self.model, self.method, self.new_tokens, self.how = model, method, new_tokens, how
+        self.phases = tuple(PHASES) if new_tokens else ("prefill",)
         self.place = next(model.parameters()).device
         self.watch = Stopwatch(self.place)
         self.totals: list[dict[str, dict[str, Any]]] = []
@@ -127,7 +153,7 @@ class Side:
             yield
             return
         documents = [f"text {number}, row {row}" for row in range(len(self.tokens))]
-        with attach(self.model, self.method, documents=documents) as trace:
+        with attach(self.model, self.method, documents=documents, **self.how) as trace:
             yield
             self.totals.append({lap: trace.totals(phase) for lap, phase in PHASES.items()})
 
@@ -135,14 +161,32 @@ class Side:
         """A prefill and ``new_tokens`` steps, a lap each."""
         with self.watch.lap("prefill"):
             logits, past = prefill(self.model, self.tokens)
-        first = logits.argmax(-1, keepdim=True)
-        with self.watch.lap("decode"):
-            decode(self.model, past, first, self.new_tokens)
+        if self.new_tokens:
+            first = logits.argmax(-1, keepdim=True)
+            with self.watch.lap("decode"):
+                decode(self.model, past, first, self.new_tokens)
+
+    def busy(self) -> dict[str, float | None]:
+        """Seconds that the device works in each phase of one pass more; see ``busy.busy_of``."""
+        kept: list[Any] = []
+        found = {
+            "prefill": busy_of(lambda: kept.append(prefill(self.model, self.tokens)), self.place)
+        }
+        if self.new_tokens and kept:
+            logits, past = kept.pop()
+            first = logits.argmax(-1, keepdim=True)
+            found["decode"] = busy_of(
+                lambda: decode(self.model, past, first, self.new_tokens), self.place
+            )
+        return found
 
 
 @torch.inference_mode()
 def rescore(
-    model: nn.Module, method: DynamicDepthMethod, documents: Sequence[Document]
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    documents: Sequence[Document],
+    how: How = EAGER,
 ) -> list[float]:
     """Log-likelihood of each document's continuation, by a timed prefill and timed steps.
 
@@ -151,7 +195,8 @@ def rescore(
     device = next(model.parameters()).device
     found = []
     for context, continuation, _, *name in documents:
-        with attach(model, method, documents=[str(name[0])] if name else None):
+        named = [str(name[0])] if name else None
+        with attach(model, method, documents=named, **how):
             logits, past = prefill(model, torch.tensor([list(context)], device=device))
             total = 0.0
             for place, token in enumerate(continuation):
@@ -163,12 +208,14 @@ def rescore(
     return found
 
 
-def attach_seconds(model: nn.Module, method: DynamicDepthMethod, repeats: int = 5) -> float:
+def attach_seconds(
+    model: nn.Module, method: DynamicDepthMethod, how: How = EAGER, repeats: int = 5
+) -> float:
     """Median seconds to attach and detach, which no timed call holds."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        with attach(model, method):
+        with attach(model, method, **how):
             pass
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[repeats // 2]

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
 from dyndepth.results.leaderboard_pages import PAGES
-from dyndepth.results.schema import COMPARED
+from dyndepth.results.schema import COMPARED, TABLES
 from dyndepth.results.tables import CHECKED, NAMES, write_tables
 from dyndepth.verify.findings import Finding
 
@@ -72,7 +72,7 @@ def _told(fault: Exception) -> str:
 def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
     if stored == made:
         return
-    added = _added(stored, made) if name.endswith(".csv") else []
+    added = _added(name, stored, made) if name.endswith(".csv") else []
     if added:
         what = f"was written before there was {', '.join(added)}"
         yield Finding(name, what, found="`dyndepth tables RUN` adds it", failure=False)
@@ -97,8 +97,11 @@ Difference = tuple[str, str, str]
 """Where two tables first differ, what is stored there, and what should be."""
 
 
-def _added(stored: bytes, made: bytes) -> list[str]:
-    """The columns by which ``stored`` would be ``made``, if all that it lacks are empty columns."""
+def _added(name: str, stored: bytes, made: bytes) -> list[str]:
+    """The columns by which ``stored`` would be ``made``, if all that it lacks are columns that are
+    empty, or as files from before are read; columns that there were before count for nothing."""
+    table = TABLES.get(name)
+    former, defaults = (table.former, table.defaults) if table else (frozenset(), {})
     try:
         old, new = (list(csv.reader(io.StringIO(x.decode(), newline=""))) for x in (stored, made))
     except (ValueError, csv.Error):
@@ -107,8 +110,14 @@ def _added(stored: bytes, made: bytes) -> list[str]:
     known = old[0] if old else header
     kept = [place for place, column in enumerate(header) if column in known]
     added = [place for place, column in enumerate(header) if column not in known]
-    empty = not any(row[place] for row in new[1:] for place in added)
-    same = [[row[place] for place in kept] for row in new] == old
+    blank = {place: ("", defaults.get(header[place], "")) for place in added}
+    empty = all(row[place] in blank[place] for row in new[1:] for place in added)
+    left = [place for place, column in enumerate(known) if column not in former]
+    try:
+        before = [[row[place] for place in left] for row in old]
+    except IndexError:
+        return []
+    same = [[row[place] for place in kept] for row in new] == before
     return [header[place] for place in added] if empty and same else []
 
 

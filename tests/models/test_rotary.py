@@ -33,7 +33,8 @@ from dyndepth.routes.trace import _executed
 from dyndepth.runtime import many_plans
 from dyndepth.runtime.attach import attach
 from dyndepth.studies.similarity import cosines
-from dyndepth.timing.measure import Level, Shape, measure
+from dyndepth.timing.levels import Level, Shape
+from dyndepth.timing.measure import measure
 
 LAYERS = 4
 EDGE = 24

@@ -412,6 +412,18 @@ class TestTimes:
         with pytest.raises(UserError, match="timed at batch 3"):
             plots.flops_vs_wallclock(timing, batch=3)
 
+    def test_modes_have_a_figure_each(self, run):
+        timing = plots.read_tables(run)["timing"]
+        graphs = timing.assign(mode="graphs", wall_speedup=timing["wall_speedup"] * 1.1)
+        both = pd.concat([timing, graphs], ignore_index=True)
+        eager = lines(plots.flops_vs_wallclock(both).axes[1])["m0"].get_ydata()
+        figure = plots.flops_vs_wallclock(both, mode="graphs")
+        assert eager == pytest.approx([1.0, 1.6])
+        assert lines(figure.axes[1])["m0"].get_ydata() == pytest.approx([1.1, 1.76])
+        assert "in graphs mode" in texts(figure)
+        with pytest.raises(UserError, match="no values of|timed at"):
+            plots.flops_vs_wallclock(timing, mode="graphs")
+
     @pytest.mark.parametrize("count", [2, 10, 20])
     def test_targets_stand_beside_the_marks_and_cover_nothing(self, count):
         from dyndepth.plots.labels import label_targets

@@ -245,3 +245,28 @@ def test_versions_are_no_dates_in_any_table(run):
         for row in csv.DictReader(StringIO(path.read_text("utf-8"))):
             for name in ("torch", "transformers", "lm_eval", "dyndepth"):
                 assert row[name].startswith(f"{name}=="), path
+
+
+def test_times_of_before_are_read_as_today(run):
+    """Columns that there are no more go, and what ran then ran in eager mode."""
+    frame = _frame(run / "timing.csv")
+    today = validate("timing.csv", frame)
+    assert set(today["mode"]) == {"eager"}
+    place = list(frame).index("suspect")
+    old = frame.drop(columns=["mode", "dense_busy_s", "method_busy_s", "busy_speedup"])
+    for name in ("dense_device_s", "method_device_s", "device_speedup"):
+        old.insert(place - 4, name, "")
+    read_now = validate("timing.csv", old)
+    assert set(read_now["mode"]) == {"eager"}
+    assert "device_speedup" not in read_now
+    assert list(read_now) == [name for name in today if name in set(read_now)]
+
+
+def test_one_shape_may_be_timed_in_both_modes(tmp_path):
+    cells = _cells()
+    cells[1].timing += [row | {"mode": "graphs"} for row in cells[1].timing]
+    write_tables(cells, tmp_path)
+    assert sorted(read(tmp_path / "timing.csv")["mode"]) == ["eager"] * 2 + ["graphs"] * 2
+    frame = _frame(tmp_path / "timing.csv")
+    with pytest.raises(UserError, match="one of eager, graphs"):
+        validate("timing.csv", frame.replace({"mode": {"graphs": "fast"}}))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas
 import pytest
-from cells import FakeBench
+from cells import FakeBench, cell
 
 from dyndepth.cells.cell import CellSpec, method_identity
 from dyndepth.cells.recipe import Recipe
@@ -24,9 +24,9 @@ from dyndepth.evaluation.evaluate import Evaluation
 from dyndepth.sweep import __main__ as door
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep import settings as options
-from dyndepth.sweep.driver import Driver, Tally
+from dyndepth.sweep.driver import Driver, Tally, needed
 from dyndepth.sweep.executors import Inline
-from dyndepth.sweep.grid import limits, plans
+from dyndepth.sweep.grid import limits, modes, plans
 from dyndepth.sweep.progress.people import Lines
 from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
 from dyndepth.sweep.worker import Worker
@@ -171,6 +171,7 @@ class TestSettings:
             (["--seed", "1.5"], "--seed takes a whole number"),
             (["--batch_size", "0"], "--batch_size takes a whole number"),
             (["--timing", "slow"], "off, quick, full"),
+            (["--mode", "fast"], "eager, graphs, both"),
             (["--resume", "yes"], "only-missing, always, never"),
             (["--phases", "prompt"], "both, generation, published"),
             (["--dtype", "float8"], "float32, bfloat16"),
@@ -362,6 +363,38 @@ class TestRun:
         assert [kind for kind, _ in bench.calls] == ["measure"] * 3
         assert (settings.output_path / "accuracy.csv").read_bytes() == before
         assert len(_table(settings.output_path / "timing.csv")) == 12
+
+    def test_a_cell_is_timed_again_for_a_mode_that_it_lacks(self, tmp_path):
+        base = {"phase": "decode", "batch": 1, "length": 8, "wall_speedup": 1.1}
+        one = cell(device="cuda")
+        one.timing, one.timing_level = [base], "full"  # from before there were modes
+        eager, both, default = (
+            {"timing": "full", "mode": mode} for mode in ("eager", "both", None)
+        )
+        assert needed(one, _settings(tmp_path, **eager)) == "nothing"
+        assert needed(one, _settings(tmp_path, **both)) == "timing"
+        assert needed(one, _settings(tmp_path, **default)) == "nothing"  # as it was begun
+        assert needed(one, _settings(tmp_path, timing="quick")) == "nothing"
+        assert needed(one, _settings(tmp_path, mode="both")) == "nothing"  # timing is off
+        one.timing.append(base | {"mode": "graphs"})
+        assert needed(one, _settings(tmp_path, **both)) == "nothing"
+        one.timing = []  # it foresees: it has no times, whatever is asked for
+        assert needed(one, _settings(tmp_path, **both)) == "nothing"
+
+    def test_modes_follow_the_device(self, tmp_path):
+        full = _settings(tmp_path, timing="full")
+        assert modes(full, "cuda:1") == ("eager", "graphs")
+        assert modes(full, "cpu") == ("eager",)
+        assert modes(_settings(tmp_path, timing="full", device="spread"), "cuda") == ("eager",)
+        with pytest.raises(UserError, match="graphs need a CUDA device"):
+            modes(_settings(tmp_path, timing="quick", mode="both"), "cpu")
+
+    def test_the_mode_may_stand_in_the_file(self, tmp_path):
+        config = tmp_path / "run.yaml"
+        config.write_text("timing: full\nmode: graphs\n")
+        assert read(["--config", str(config)]).mode == "graphs"
+        assert read(["--config", str(config), "--mode", "eager"]).mode == "eager"
+        assert read([]).mode is None
 
     def test_failed_timing_keeps_the_scores(self, tmp_path):
         settings = _settings(tmp_path, timing="quick")

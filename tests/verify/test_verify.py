@@ -22,6 +22,7 @@ from dyndepth.results.tables import write_tables
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep.settings import read
 from dyndepth.verify import __main__ as door
+from dyndepth.verify import tables as verified
 from dyndepth.verify.again import drawn, excuse
 from dyndepth.verify.differences import COARSE, EXACT, differences
 from dyndepth.verify.findings import means
@@ -327,6 +328,30 @@ def test_a_column_that_there_was_not_yet_is_a_note(run):
     assert note.what == "was written before there was timing_code"
     without(run / "accuracy.csv", "value")
     assert _failures(run) == [("accuracy.csv", "is not the function of the cells: columns")]
+
+
+def test_times_with_columns_of_before_are_a_note(tmp_path):
+    """Columns that there are no more say nothing, and what lacks a mode was eager."""
+    one = made_by_hand(phases="both")
+    one.timing = [{"phase": "decode", "batch": 1, "length": 8, "wall_speedup": 1.1}]
+    write_tables([one], tmp_path)
+    path = tmp_path / "timing.csv"
+    (row,) = csv.DictReader(path.read_text().splitlines())
+    assert row.pop("mode") == "eager"
+
+    def written(row: dict[str, str]) -> list[tuple[str, str, bool]]:
+        path.write_text("\n".join([",".join(row), ",".join(map(_quoted, row.values())), ""]))
+        found = verified.tables(tmp_path, [one])
+        return [(each.cell, each.what, each.failure) for each in found]
+
+    old = row | {"device_speedup": "1.5"}
+    assert written(old) == [("timing.csv", "was written before there was mode", False)]
+    ((_, what, failure),) = written(old | {"wall_speedup": "1.2"})
+    assert (what.split(":")[0], failure) == ("is not the function of the cells", True)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if "," in text else text
 
 
 def test_extra_cell(run):

@@ -1,0 +1,119 @@
+"""How a wall speedup is told: never without its noise.
+
+``told`` is the one place that writes such a number for people; what prints one calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+WIDE = 0.10
+"""An interval that is wider than this fraction of its median is noisy."""
+
+LEGEND = (
+    "noisy: the interval is wider than 10 % of the number; undecided: it holds 1, neither faster "
+    "nor slower is shown; suspect: faster than the FLOPs allow"
+)
+"""What the words beside a wall speedup mean."""
+
+
+def noise(median: float, low: float | None, high: float | None, suspect: bool = False) -> str:
+    """What is to be said of a wall speedup and its 95% interval; empty if nothing is in doubt."""
+    found = ["suspect"] if suspect else []
+    if low is None or high is None:
+        found.append("no interval")
+    elif (high - low) / median > WIDE:
+        found.append("noisy")
+    elif low <= 1 <= high:
+        found.append("undecided")
+    return ", ".join(found)
+
+
+def told(
+    median: Any,
+    low: Any,
+    high: Any,
+    suspect: bool = False,
+    *,
+    form: str = "{:.2f}x",
+    mark: str = " {}",
+) -> str:
+    """A wall speedup as ``1.44x [0.89, 1.99] noisy``; empty if there is none.
+
+    The numbers may be texts, as a CSV file has them. ``form`` is that of the median (its ends have
+    no unit), ``mark`` that of what ``noise`` says.
+    """
+    value, least, most = map(_number, (median, low, high))
+    if value is None:
+        return ""
+    text, plain = form.format(value), form.rstrip("x")
+    if least is not None and most is not None:
+        text += f" [{plain.format(least)}, {plain.format(most)}]"
+    word = noise(value, least, most, suspect)
+    return text + (mark.format(word) if word else "")
+
+
+def _number(value: Any) -> float | None:
+    """None for what is missing, an empty text and what is no number."""
+    if value is None or value == "":
+        return None
+    number = float(value)
+    return None if math.isnan(number) else number
+
+
+class Wall(NamedTuple):
+    """A wall speedup of a leaderboard: one phase in one mode.
+
+    ``key`` is in its columns' names: ``wall_<key>_speedup``, ``wall_<key>_low``, ``..._high``.
+    """
+
+    key: str
+    phase: str
+    mode: str
+
+    @property
+    def column(self) -> str:
+        """The column of the speedup."""
+        return f"wall_{self.key}_speedup"
+
+
+WALLS = (
+    Wall("prefill", "prefill", "eager"),
+    Wall("decode", "decode", "eager"),
+    Wall("prefill_graphs", "prefill", "graphs"),
+    Wall("decode_graphs", "decode", "graphs"),
+)
+
+
+def headed(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The wall speedups to show of leaderboard rows, key -> heading: those of eager mode, and those
+    of others that some row has; headings name the mode where there are several."""
+    rows = list(rows)
+    modes = {
+        each.mode
+        for each in WALLS
+        if each.mode == "eager" or any(_number(row.get(each.column)) is not None for row in rows)
+    }
+    return {
+        each.key: f"{each.phase} ({each.mode})" if len(modes) > 1 else each.phase
+        for each in WALLS
+        if each.mode in modes
+    }
+
+
+SUSPECT = "wall_suspect"
+"""The column of a leaderboard that names the suspect ones of ``WALLS``, by key."""
+
+
+def suspects(row: Mapping[str, Any]) -> set[str]:
+    """Keys of a leaderboard row's wall speedups that are suspect."""
+    return set(filter(None, str(row.get(SUSPECT) or "").split(", ")))
+
+
+def told_of(row: Mapping[str, Any], key: str, *, form: str = "{:.2f}x", mark: str = " {}") -> str:
+    """The wall speedup ``key`` of a leaderboard row; see ``told``."""
+    low, high = row.get(f"wall_{key}_low"), row.get(f"wall_{key}_high")
+    value, suspect = row.get(f"wall_{key}_speedup"), key in suspects(row)
+    return told(value, low, high, suspect, form=form, mark=mark)

@@ -1,0 +1,143 @@
+"""What is timed, how thoroughly and in which mode: shapes, levels, and how they are asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dyndepth.common.errors import UserError
+from dyndepth.data.capacity import check_length, longest
+
+MODES = ("eager", "graphs")
+"""How the model runs: every kernel launched by the host, or decoding replayed from CUDA graphs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of prompts of ``length`` tokens, each continued by ``new_tokens`` steps; without any
+    the prefill alone is timed."""
+
+    batch: int
+    length: int
+    new_tokens: int
+
+    def __str__(self) -> str:
+        more = f" + {self.new_tokens}" if self.new_tokens else ""
+        return f"{self.batch} x {self.length}{more}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """How thoroughly is timed.
+
+    Attributes:
+        shapes: what is timed.
+        texts: different batches of text that a shape cycles through.
+        pairs: the least number a shape.
+        most: the largest.
+        warmup: the least number of rounds before them; on a GPU as many as there are texts, if
+            those are more: some kernels are compiled for each shape that they meet.
+        precision: a shape is done when the intervals of both phases reach this margin.
+        seconds: or when, after the least number of pairs, this time is over; warm-up included.
+    """
+
+    shapes: tuple[Shape, ...]
+    texts: int
+    pairs: int
+    most: int
+    warmup: int
+    precision: float
+    seconds: float
+
+
+LEVELS = {
+    "quick": Level((Shape(1, 64, 2), Shape(4, 32, 2)), 6, 6, 15, 1, 0.03, 4.0),
+    "full": Level((Shape(1, 512, 32), Shape(8, 256, 16)), 8, 9, 400, 2, 0.03, 900.0),
+}
+ON_CUDA = {
+    "full": Level(
+        (
+            *(Shape(1, 512, 32), Shape(1, 2048, 0), Shape(8, 2048, 0)),
+            *(Shape(8, 512, 32), Shape(32, 512, 32)),
+            *(Shape(1, 4096, 32), Shape(8, 4096, 32), Shape(32, 4096, 32)),
+        ),
+        *(4, 9, 400, 2, 0.03, 120.0),
+    )
+}
+"""Levels that are others on a GPU: it has idle cores where a processor has none."""
+
+
+def level_of(level: str | Level, device: str) -> Level:
+    """The level of that name on that kind of device; a Level is itself.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if isinstance(level, Level):
+        return level
+    if level not in LEVELS:
+        raise UserError(f"timing level {level!r} is none of {', '.join(LEVELS)}")
+    return ON_CUDA.get(level, LEVELS[level]) if device == "cuda" else LEVELS[level]
+
+
+def what_fits(model_or_most: Any, level: str | Level, device: str) -> tuple[Level, list[Shape]]:
+    """The level with the shapes that fit into the model, and those that do not.
+
+    ``model_or_most`` is a model or the most tokens that it takes (None: any number).
+
+    Raises:
+        UserError: none of a named level's shapes fits, or one does not that was asked for by hand.
+    """
+    chosen = level_of(level, device)
+    named = isinstance(level, str)
+    most = model_or_most if isinstance(model_or_most, int | None) else longest(model_or_most)
+    inside = tuple(s for s in chosen.shapes if most is None or s.length + s.new_tokens <= most)
+    if not (named and inside):
+        for shape in chosen.shapes:
+            check_length(
+                most,
+                shape.length + shape.new_tokens,
+                f"timing {shape}",
+                "take a longer model, another level or shape, or none (--timing off)",
+            )
+    return replace(chosen, shapes=inside), [s for s in chosen.shapes if s not in inside]
+
+
+def check_shapes(model_or_most: Any, level: str | Level, device: str = "cpu") -> None:
+    """Raises UserError for a level that times more tokens than fit; see ``what_fits``."""
+    what_fits(model_or_most, level, device)
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Shapes from ``BATCHxLENGTH[+NEW]``, separated by commas.
+
+    Raises:
+        UserError: a text that is none.
+    """
+    found = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+))?", word, re.ASCII)
+        shape = Shape(*(int(number or 0) for number in match.groups())) if match else None
+        if shape is None or shape.batch < 1 or shape.length < 1:
+            raise UserError(
+                f"--shapes takes BATCHxLENGTH or BATCHxLENGTH+NEW, such as 1x512+32, not {word!r}"
+            )
+        found.append(shape)
+    if not found:
+        raise UserError("--shapes is empty; give at least one, such as 1x512+32")
+    return tuple(dict.fromkeys(found))
+
+
+def modes_of(mode: str | None, level: str, device: str) -> tuple[str, ...]:
+    """The modes that ``mode`` names: ``eager``, ``graphs`` or ``both``; None is both where a GPU is
+    timed in full, else eager. ``device`` is the kind of device.
+
+    Raises:
+        UserError: graphs without a GPU.
+    """
+    if mode is None:
+        mode = "both" if device == "cuda" and level == "full" else "eager"
+    if mode != "eager" and device != "cuda":
+        raise UserError("graphs need a CUDA device; take --mode eager")
+    return MODES if mode == "both" else (mode,)

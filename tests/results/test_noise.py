@@ -1,0 +1,179 @@
+"""No wall-clock number is told without its noise, wherever it is printed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from cells import cell
+
+import dyndepth
+from dyndepth.common import commands
+from dyndepth.pages.cards import wall
+from dyndepth.results import noise as module
+from dyndepth.results.console import show_leaderboard
+from dyndepth.results.leaderboard import leaderboard
+from dyndepth.results.leaderboard_pages import board, html, markdown
+from dyndepth.results.noise import WALLS, headed, noise, told, told_of
+from dyndepth.results.numbers import Numbers
+from dyndepth.results.tables import write_tables
+from dyndepth.timing.console import show_timing
+
+
+@pytest.mark.parametrize(
+    ("numbers", "word"),
+    [
+        ((1.23, 1.20, 1.26, False), ""),
+        ((1.44, 0.89, 1.99, False), "noisy"),
+        ((1.23, 1.16, 1.29, False), "noisy"),  # 0.13 of 1.23
+        ((1.01, 0.98, 1.03, False), "undecided"),
+        ((3.75, 3.70, 3.80, True), "suspect"),
+        ((3.75, 2.00, 5.00, True), "suspect, noisy"),
+        ((1.23, None, None, False), "no interval"),
+    ],
+)
+def test_an_interval_that_is_wide_or_holds_one_is_said_to_be(numbers, word):
+    assert noise(*numbers) == word
+
+
+def test_a_number_is_told_with_its_interval_and_its_noise():
+    assert told(1.44, 0.89, 1.99) == "1.44x [0.89, 1.99] noisy"
+    assert told("1.234", "1.2", "1.26", form="{:.3f}") == "1.234 [1.200, 1.260]"
+    assert told(1.44, 0.89, 1.99, mark=" ({})") == "1.44x [0.89, 1.99] (noisy)"
+    assert told(1.44, float("nan"), float("nan")) == "1.44x no interval"
+    assert told(None, None, None) == told("", "", "") == told(float("nan"), 1, 2) == ""
+
+
+def test_headings_name_the_mode_where_there_are_several():
+    eager = {"wall_decode_speedup": 1.2}
+    assert headed([eager]) == {"prefill": "prefill", "decode": "decode"}
+    assert list(headed([eager, {"wall_decode_graphs_speedup": "1.3"}]).values()) == [
+        "prefill (eager)",
+        "decode (eager)",
+        "prefill (graphs)",
+        "decode (graphs)",
+    ]
+    assert list(headed([{"wall_decode_graphs_speedup": ""}])) == ["prefill", "decode"]
+
+
+def _cells():
+    timed = cell(method="m", target_speedup=1.25, phases="both")
+    timed.timing = [
+        {"phase": phase, "mode": mode, "batch": 1, "length": 8, "wall_speedup": value}
+        | {"wall_speedup_low": low, "wall_speedup_high": high, "suspect": suspect}
+        for phase, mode, value, low, high, suspect in (
+            ("prefill", "eager", 1.23, 1.21, 1.25, False),
+            ("decode", "eager", 3.75, 2.5, 5.5, True),
+            ("prefill", "graphs", 1.01, 0.99, 1.02, False),
+            ("decode", "graphs", 1.44, 0.89, 1.99, False),
+        )
+    ]
+    return [cell(phases="both"), timed]
+
+
+TOLD = (
+    "1.23x [1.21, 1.25]",
+    "3.75x [2.50, 5.50] suspect, noisy",
+    "1.01x [0.99, 1.02] undecided",
+    "1.44x [0.89, 1.99] noisy",
+)
+
+
+def test_a_leaderboard_has_a_figure_a_mode(capsys, monkeypatch):
+    rows = leaderboard(_cells())
+    assert [told_of(rows[1], wall.key) for wall in WALLS] == list(TOLD)
+    assert rows[1]["wall_suspect"] == "decode"
+    assert rows[0]["wall_suspect"] is None
+    monkeypatch.setattr(commands, "PIPE_WIDTH", 400)
+    show_leaderboard(rows)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (*TOLD, "decode (graphs)", "prefill (eager)"))
+    assert "noisy: the interval is wider than 10 %" in " ".join(printed.split())
+
+
+def test_pages_of_a_leaderboard_tell_the_noise():
+    cells = _cells()
+    found = board(cells, leaderboard(cells))
+    lines = markdown(found)
+    assert all(text in lines for text in TOLD)
+    assert found["entries"][1]["noise"] == {
+        "prefill": "",
+        "decode": "suspect, noisy",
+        "prefill_graphs": "undecided",
+        "decode_graphs": "noisy",
+    }
+    assert [wall["label"] for wall in found["walls"]][-1] == "decode (graphs)"
+    assert "suspect, noisy" in html(found)
+
+
+def test_seeds_together_are_as_suspect_as_each():
+    cells = _cells()
+    other = cell(method="m", target_speedup=1.25, phases="both", seed=1)
+    other.timing = [row | {"suspect": row["phase"] == "prefill"} for row in cells[1].timing]
+    cells.append(other)
+    found = board(cells, leaderboard(cells))["entries"][1]
+    assert len(found["seeds"]) == 2
+    assert {key for key, word in found["noise"].items() if "suspect" in word} == {
+        *("prefill", "decode", "prefill_graphs")
+    }
+
+
+def test_what_a_command_measured_is_told_with_its_noise(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "PIPE_WIDTH", 400)
+    row = {"phase": "decode", "mode": "eager", "batch": 1, "length": 8, "repeats": 9}
+    row |= {"dense_median_s": 0.2, "method_median_s": 0.1, "suspect": True, "wall_speedup": 3.75}
+    row |= {"wall_speedup_low": 2.5, "wall_speedup_high": 5.5, "total_speedup": 1.23}
+    row |= {"wall_efficiency": 3.0, "busy_speedup": 1.2, "dense_host_share": 0.6}
+    row |= {"method_host_share": 0.7, "device_name": "x", "dtype": "float32", "threads": 1}
+    row |= {"attn_implementation": "sdpa", "allocator": "default", "load_average": 0.1}
+    show_timing("one", [row])
+    printed = capsys.readouterr().out
+    assert "3.750 [2.500, 5.500] suspect, noisy" in printed
+    assert "60%, 70%" in printed
+    show_timing("one", [row | {"busy_speedup": None}])
+    assert "host share" not in capsys.readouterr().out
+
+
+def test_sentences_and_cards_tell_the_noise(tmp_path):
+    write_tables(_cells(), tmp_path / "run")
+    numbers = Numbers(tmp_path, Path("run"))
+    where = {"method": "m", "phase": "decode", "mode": "graphs"}
+    assert numbers.of("timing", "wall_speedup", digits=2, **where) == "1.44 [0.89, 1.99] (noisy)"
+    said = numbers.of("leaderboard", "wall_decode_speedup", digits=2, method="m")
+    assert said == "3.75 [2.50, 5.50] (suspect, noisy)"
+    assert wall(leaderboard(_cells())[1], "decode") == "3.75 [2.50, 5.50] suspect, noisy"
+
+
+PRINTED = re.compile(r"wall_(\w+_)?speedup|wall_\{")
+
+
+def test_nothing_else_formats_a_wall_speedup():
+    """No f-string, format or str of the program holds one but in the module that tells it."""
+    root = Path(dyndepth.__file__).parent
+    found = []
+    for path in root.rglob("*.py"):
+        if path == Path(module.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for part in _formatted(node):
+                keys = [
+                    each.slice.value
+                    for each in ast.walk(part)
+                    if isinstance(each, ast.Subscript)
+                    and isinstance(each.slice, ast.Constant)
+                    and isinstance(each.slice.value, str)
+                ]
+                found += [f"{path.name}:{node.lineno}" for key in keys if PRINTED.search(key)]
+    assert found == []
+
+
+def _formatted(node):
+    if isinstance(node, ast.FormattedValue):
+        return [node.value]
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in ("format", "str", "_figure", "spread", "_spread", "_number", "number"):
+            return node.args
+    return []
