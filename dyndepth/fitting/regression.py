@@ -183,7 +183,7 @@ def regress_gains(
     bar = tqdm(
         total=len(batches), initial=len(curve), desc="gains", unit="batch", disable=not progress
     )
-    with bar, attach(model, method, backend="masked") as trace:
+    with bar, attach(model, method, backend="masked", count=False) as trace:
         trace.prompt_length = half or None
         for index in range(len(curve), len(batches)):
             number, last, ids = batches[index]
@@ -192,7 +192,6 @@ def regress_gains(
                 method.weight, method.bias = weight.to(device), bias.to(device)
             with seeded(seed * 1_000_003 + index, device):
                 nats = _slopes(model, method, ids, half)
-            trace.reset()
             for layer, kind in places:
                 off = method.leaves[layer][:, half:, kind] == 0
                 slope = _gradient(method.leaves[layer])[:, half:, kind]
