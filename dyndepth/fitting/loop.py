@@ -27,7 +27,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import file_part
 from dyndepth.fitting.filling import Filling, memory_of
-from dyndepth.fitting.readings import Reading, Row, Speed
+from dyndepth.fitting.readings import BAR, Reading, Row, Speed
 from dyndepth.models.seeding import seeded
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Schedule:
     """How long and how hard to train.
 
     ``steps`` of the optimiser (AdamW), each over ``accumulate`` micro-batches of ``batch`` windows
-    of ``length`` tokens in every process. Rates rise linearly over the share ``warm_up`` of all
+    of ``length`` tokens in every process; a GPU may compute several of them as one, see
+    ``optimise``. Rates rise linearly over the share ``warm_up`` of all
     steps, then stay (``constant``) or fall to zero (``cosine``). ``precision`` is autocast's.
     """
 
@@ -196,8 +197,7 @@ def optimise(
         initial=len(curve),
         desc=name,
         unit=" step",
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}"
-        "{postfix}]",
+        bar_format=BAR,
         disable=not (progress and accelerator.is_main_process),
     )
     a_step = schedule.accumulate * processes * schedule.batch * windows[:1].shape[1]

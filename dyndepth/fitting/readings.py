@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 Row = Mapping[str, float | Tensor]
 """What an objective records: numbers, and scalars that may still lie on the device."""
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+"""Format of progress bars: always so many a second, never seconds each."""
 _STEPS = 16
 """Over how many of the last steps the speed is taken."""
 
