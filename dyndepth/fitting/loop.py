@@ -135,8 +135,8 @@ def optimise(
 
     def state() -> dict[str, Any]:
         values = [parameter.detach().cpu() for parameter in parameters]
-        kept = {"parameters": values, "optimiser": optimiser.state_dict(), "curve": curve}
-        kept["together"] = filling.together
+        kept: dict[str, Any] = {"parameters": values, "optimiser": optimiser.state_dict()}
+        kept |= {"curve": curve, "together": filling.together}
         scaler = accelerator.scaler
         return kept | ({"scaler": scaler.state_dict()} if scaler is not None else {})
 
@@ -157,14 +157,14 @@ def optimise(
 
     def backward(step: int) -> Reading:
         """Queue the gradients of one step, and the reading of its numbers."""
-        groups = list(filling.groups())
+        together = list(filling.groups())
         rows, losses = [], []
-        for group in groups:
+        for group in together:
             indices = [(step * schedule.accumulate + part) * processes + rank for part in group]
             ids = _sent(windows, indices, schedule.batch, device)
             with seeded(seed * 1_000_003 + indices[0], device), accelerator.autocast():
                 loss, row = objective(ids, step)
-            accelerator.backward(loss / len(groups))
+            accelerator.backward(loss / len(together))
             rows.append(row)
             losses.append(loss.detach())
         filling.done()

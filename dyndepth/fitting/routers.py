@@ -303,7 +303,7 @@ def tune_router(
             nats = next_token_nats(model, ids, half)
         executed = method.executed(shares)
         wanted = tuning.wanted(step, schedule.steps, first)
-        row = {"loss": nats.detach(), "executed": executed.detach(), "wanted": wanted}
+        row: Row = {"loss": nats.detach(), "executed": executed.detach(), "wanted": wanted}
         return nats + tuning.penalty * (executed - wanted).abs(), row
 
     bias = [router.bias]
