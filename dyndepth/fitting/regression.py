@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dyndepth.fitting.loop import Checkpoint, Curve
+from dyndepth.fitting.readings import BAR, Speed
 from dyndepth.fitting.routers import divergence, inverse_scale
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder
@@ -181,9 +182,15 @@ def regress_gains(
         for last, ids in _marked(windows, sum(settings.windows[:number]), count, batch)
     ]
     bar = tqdm(
-        total=len(batches), initial=len(curve), desc="gains", unit="batch", disable=not progress
+        total=len(batches),
+        initial=len(curve),
+        desc="gains",
+        unit=" batch",
+        bar_format=BAR,
+        disable=not progress,
     )
-    with bar, attach(model, method, backend="masked") as trace:
+    speed = Speed(curve[-1]["tokens"] if curve else 0.0)
+    with bar, attach(model, method, backend="masked", count=False) as trace:
         trace.prompt_length = half or None
         for index in range(len(curve), len(batches)):
             number, last, ids = batches[index]
@@ -192,7 +199,6 @@ def regress_gains(
                 method.weight, method.bias = weight.to(device), bias.to(device)
             with seeded(seed * 1_000_003 + index, device):
                 nats = _slopes(model, method, ids, half)
-            trace.reset()
             for layer, kind in places:
                 off = method.leaves[layer][:, half:, kind] == 0
                 slope = _gradient(method.leaves[layer])[:, half:, kind]
@@ -204,7 +210,8 @@ def regress_gains(
             curve.append(row | {"tokens": float((index + 1) * ids.numel())})
             if last:
                 _solve(moments, method, weight, bias, shares, executed, half)
-            bar.set_postfix(loss=f"{nats:.3f}", executed=f"{row['executed']:.3f}")
+            told = speed.after(curve[-1]["tokens"])
+            bar.set_postfix_str(f"loss {nats:.3f}, executed {ran:.3f}, {told}", refresh=False)
             bar.update()
             checkpoint.save(state, last=index + 1 == len(batches))
     return (weight.expand(-1, -1, hidden).clone() if settings.constant else weight), bias, curve

@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from dyndepth.fitting.loop import Curve, Schedule, optimise
+from dyndepth.fitting.losses import divergence_of_states, final_states, next_token_nats
+from dyndepth.fitting.readings import Row
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder, blocks
 from dyndepth.models.rotary import forget
@@ -133,14 +135,19 @@ class Routed(DynamicDepthMethod):
         soft = torch.sigmoid(logits)
         gates = (logits >= 0).float() + soft - soft.detach()
         part = self.context.generation
-        seen = gates.mean((0, 1)) if part is None else gates[part.to(gates.device)].mean(0)
-        self._executed.append(seen)
+        self._executed.append(gates.mean((0, 1)) if part is None else _mean_of(gates, part))
         return gates[..., 0], gates[..., -1]
 
     def executed(self, shares: Tensor) -> Tensor:
         """Executed share of the last forward, a scalar with a gradient into every router."""
         executed = torch.stack([each.to(shares.device) for each in self._executed])
         return (executed * shares).sum()
+
+
+def _mean_of(gates: Tensor, part: Tensor) -> Tensor:
+    """Mean over the tokens of ``part``, which nobody counts on the host: ``[gates]``."""
+    chosen = part.to(gates.device)[..., None].to(gates.dtype)
+    return (gates * chosen).sum((0, 1)) / chosen.sum()
 
 
 def mark_along(parameters: Iterable[nn.Parameter]) -> None:
@@ -194,12 +201,12 @@ def divergence(model: nn.Module, method: CanRunInFull, ids: Tensor, first: int =
     In nats, for each position of ``ids`` from ``first`` on: ``[batch, length - first]``, with a
     gradient into the gates. ``method`` must be the one that is attached to ``model``.
     """
+    parts = Decoder.of(model)
     method.full_depth = True
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
+        dense = final_states(parts, ids)[:, first:]
     method.full_depth = False
-    got = model(input_ids=ids, use_cache=False).logits[:, first:].float().log_softmax(-1)
-    return kl_div(got, expected, reduction="none", log_target=True).sum(-1)
+    return divergence_of_states(parts, dense, final_states(parts, ids)[:, first:])
 
 
 def inverse_scale(hidden: Tensor) -> Tensor:
@@ -282,22 +289,21 @@ def tune_router(
         with (
             torch.no_grad(),
             seeded(seed, device),
-            attach(model, method, backend="masked", prompt_length=half or None),
+            attach(model, method, backend="masked", prompt_length=half or None, count=False),
         ):
-            model(input_ids=windows[: schedule.batch].to(device), use_cache=False)
+            final_states(Decoder.of(model), windows[: schedule.batch].to(device))
             first = method.executed(shares).item()
 
-    def objective(ids: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+    def objective(ids: Tensor, step: int) -> tuple[Tensor, Row]:
         start, end = tuning.temperature
         method.temperature = start - (start - end) * step / schedule.steps
         if tuning.objective == "kl" and not along:
             nats = divergence(model, method, ids, half).mean()
         else:
-            nats = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, half)
+            nats = next_token_nats(model, ids, half)
         executed = method.executed(shares)
         wanted = tuning.wanted(step, schedule.steps, first)
-        trace.reset()
-        row = {"loss": nats.item(), "executed": executed.item(), "wanted": wanted}
+        row: Row = {"loss": nats.detach(), "executed": executed.detach(), "wanted": wanted}
         return nats + tuning.penalty * (executed - wanted).abs(), row
 
     bias = [router.bias]
@@ -309,7 +315,7 @@ def tune_router(
     ]
     with (
         _frozen(model),
-        attach(model, method, backend="masked", prompt_length=half or None) as trace,
+        attach(model, method, backend="masked", prompt_length=half or None, count=False),
     ):
         return optimise(
             objective,

@@ -47,6 +47,7 @@ def attach(
     prompt_length: int | Tensor | None = None,
     limits: Limits | None = None,
     mode: Mode | Graphs = "eager",
+    count: bool = True,
 ) -> Iterator[Trace]:
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
 
@@ -64,6 +65,8 @@ def attach(
     The method is asked, and work is counted, in forwards of the decoder: those that complete, with
     the blocks that they call, in whatever order and however often. A block that is called outside
     of one, by hand or by another model that shares it, runs in full and is not counted.
+    ``count=False`` counts nothing: under ``masked`` the host then waits for no gate, and a trace
+    that is asked for counts raises RuntimeError.
 
     Raises UserError for an unsupported architecture, a model that already has a method attached,
     one that is compiled or whose blocks are wrapped by somebody else, and, in the mode ``graphs``,
@@ -87,7 +90,7 @@ def attach(
         raise UserError("a model that was compiled in place cannot be attached to; load it anew")
     if _marked(owner):
         raise UserError("the model already has a method attached; leave that attach first")
-    runtime = Runtime(parts, method, backend, limits or limits_of(model))
+    runtime = Runtime(parts, method, backend, limits or limits_of(model), count)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     run, forward, graphs = runtime.run, None, None
     if mode != "eager":

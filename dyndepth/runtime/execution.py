@@ -51,12 +51,18 @@ class Runtime:
     """One method attached to one model."""
 
     def __init__(
-        self, parts: Decoder, method: DynamicDepthMethod, backend: Backend, limits: Limits
+        self,
+        parts: Decoder,
+        method: DynamicDepthMethod,
+        backend: Backend,
+        limits: Limits,
+        count: bool = True,
     ) -> None:
         self.blocks = parts.blocks
         self.method = method
         self.limits = limits
         self.masked = backend == "masked"
+        self.count = count
         self.project = method.kv_policy == "project"
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
@@ -65,7 +71,7 @@ class Runtime:
         self.head: nn.Module = parts.head
         self.ledger = Ledger(BlockCosts.of_parts(parts))
         self.readout = parts.readout
-        self.trace = Trace(self.ledger, self.readout)
+        self.trace = Trace(self.ledger if count else None, self.readout)
         self.owner: nn.Module = parts.owner
         self.layers = set(map(id, parts.layers))
         self.list_name = parts.record.layers
@@ -190,7 +196,7 @@ class Runtime:
         if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
             return None
         now = self.passes[-1]
-        if not _in_backward():
+        if self.count and not _in_backward():
             self.ledger.add(now.forward)
         if now.weights is None:
             return None
@@ -284,7 +290,9 @@ class Runtime:
             ahead = block.ahead(hidden, arguments)
             forward.laid.add(len(forward.calls))
         gates = settling.read()
-        forward.calls.append((index, *now.settler.decided(gates)))
+        # Uncounted, it is a call like any other: what was decided need not be known.
+        decided = now.settler.decided(gates) if self.count else (True, True)
+        forward.calls.append((index, *decided))
         if gates[0] is True and gates[1] is True and ahead is None:
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:

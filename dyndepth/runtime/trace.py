@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from dyndepth.runtime.flops import Ledger
 
 def phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
     """Phase of a forward under an explicit prompt length, and the mask if it holds both."""
+    if isinstance(length, int) and context.valid is None and context.past_real is None:
+        # Known without asking the device.
+        first, last = context.past_length, context.past_length + context.tokens - 1
+        if first >= length:
+            return "generation", None
+        return "prompt", context.positions >= length if last >= length else None
     if isinstance(length, Tensor):
         rows: Tensor = per_row(length, context.batch, "prompt lengths")
         length = rows.to(context.device)[:, None]
@@ -40,8 +46,24 @@ def per_row(values: Any, batch: int, what: str) -> Any:
 Backend = Literal["sparse", "masked"]
 
 
+class _Uncounted:
+    """In the ledger's place where nothing is counted."""
+
+    def reset(self) -> None:
+        """There is nothing to forget."""
+
+    def totals(self, *given: Any) -> NoReturn:
+        """Whatever is asked for: it is not known."""
+        raise RuntimeError("nothing is counted: attached with count=False")
+
+    by_document = bill_last = executed = totals
+    last = property(totals)
+
+
 class Trace:
     """What an attached model executed, and what the caller says about its inputs.
+
+    Without a ledger nothing is counted, and whatever counts are asked for raises RuntimeError.
 
     Attributes:
         documents: one id a sequence of the next forwards, for FLOPs by document and for methods
@@ -53,16 +75,16 @@ class Trace:
         reading: whether ``readout`` is at work, whose rows are billed already.
     """
 
-    def __init__(self, ledger: Ledger, head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, ledger: Ledger | None, head: Callable[[Tensor], Tensor]) -> None:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
         self.reading = False
-        self._ledger = ledger
+        self._ledger: Any = _Uncounted() if ledger is None else ledger
         self._head = head
-        self.reset = ledger.reset
-        self.totals = ledger.totals
-        self.by_document = ledger.by_document
-        self.bill_last = ledger.bill_last
+        self.reset: Callable[[], None] = self._ledger.reset
+        self.totals: Callable[..., dict[str, Any]] = self._ledger.totals
+        self.by_document: Callable[[], dict[str, dict[str, float]]] = self._ledger.by_document
+        self.bill_last: Callable[..., None] = self._ledger.bill_last
 
     @property
     def flops(self) -> dict[str, float]:

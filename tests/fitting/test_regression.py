@@ -181,3 +181,12 @@ def test_a_killed_regression_goes_on_with_the_same_curve(
     assert again[2] == expected[2]
     assert torch.equal(again[0], expected[0])
     assert torch.equal(again[1], expected[1])
+
+
+def test_progress_says_how_fast(tiny, windows, removable, capsys):
+    shares = budget_shares(tiny(), 24)
+    regress_gains(tiny(), windows, removable, shares, 0.8, SETTINGS)
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "| 6/6 [" in shown
+    assert " batch/s, loss " in shown
+    assert shown.rstrip().endswith(" tokens/s]")

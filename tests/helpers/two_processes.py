@@ -19,7 +19,7 @@ windows = torch.arange(24 * 4).view(-1, 4) % 7
 def objective(ids, step):
     """A linear fit without noise."""
     loss = ((ids.float() / 7 * weight).sum(1) - 1).square().mean()
-    return loss, {"loss": loss.item()}
+    return loss, {"loss": loss.detach(), "wanted": 0.5}
 
 
 groups = [{"params": [weight], "lr": 0.05}]

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import prompt_phase
 from dyndepth.fitting.loop import Curve, Schedule, optimise
+from dyndepth.fitting.readings import Row
 from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
 from dyndepth.fitting.routers import mark_along
 from dyndepth.method import DynamicDepthMethod
@@ -129,7 +130,7 @@ def _train(
 
 def window_loss(
     model: nn.Module, method: DynamicDepthMethod, trace: Trace, ids: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Row]:
     """Loss over the windows ``ids`` ``[batch, length]`` under the attached ``method``, and a row.
 
     Where the method skips in generation only, the first half of each window is its prompt.
@@ -137,12 +138,12 @@ def window_loss(
     phase = prompt_phase(method)
     trace.prompt_length = ids.shape[1] // 2 if phase else None
     # Each window is a document of its own to methods that choose by document.
-    trace.documents = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in ids]
+    trace.documents = [hashlib.sha256(row.tobytes()).hexdigest() for row in ids.cpu().numpy()]
     nats = _whole_loss(model, ids)
     totals = trace.totals(phase)
     trace.reset()
     executed = totals["block_flops"] / max(totals["dense_block_flops"], 1.0)
-    return nats, {"loss": nats.item(), "executed": executed}
+    return nats, {"loss": nats.detach(), "executed": executed}
 
 
 def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
