@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 COUNTS = (8, 16, 32, 64, 128, 256)
+MORE_COUNTS = (512, 1024)
+"""Where the host runs ahead of the device, and short forwards measure the host."""
 
 
 def measure_limits(
     model: Any, tokens: int, repeats: int, say: Callable[[str], None] = lambda line: None
 ) -> Limits:
     """The largest shares and the least number of tokens for which gathering is faster."""
+    from dyndepth.runtime.execution import asks_early
     from dyndepth.runtime.limits import Limits
 
     shares = []
@@ -33,8 +36,9 @@ def measure_limits(
         faster = [_faster(model, tokens, share, which, repeats, say) for share in SHARES]
         wins = len(list(takewhile(bool, faster)))  # a lucky win beyond a loss is none
         shares.append(SHARES[wins - 1] if wins else 0.0)
-    pays = [all(_faster(model, n, 0.5, which, repeats, say) for which in (0, 1)) for n in COUNTS]
-    least = next((n for k, n in enumerate(COUNTS) if all(pays[k:])), max(COUNTS) + 1)
+    counts = COUNTS + MORE_COUNTS * asks_early(next(model.parameters()).device)
+    pays = [all(_faster(model, n, 0.5, which, repeats, say) for which in (0, 1)) for n in counts]
+    least = next((n for k, n in enumerate(counts) if all(pays[k:])), max(counts) + 1)
     return Limits(attention=shares[0], mlp=shares[1], tokens=least)
 
 
@@ -51,6 +55,7 @@ def _faster(
 
     from dyndepth.models.blocks import Decoder
     from dyndepth.models.selection import Selection
+    from dyndepth.runtime.execution import asks_early
     from dyndepth.timing.pairing import interleave, ratio
 
     parts = Decoder.of(model)
@@ -65,7 +70,11 @@ def _faster(
 
             def gathered() -> Tensor:
                 fresh = Selection(mask, selection.count, selection.slots)
-                update = block.attention_selected(hidden, fresh, arguments)
+                if asks_early(hidden.device) and block.lays:
+                    ahead = block.ahead(hidden, arguments)
+                    update = block.attention_laid(ahead, fresh, arguments)
+                else:
+                    update = block.attention_selected(hidden, fresh, arguments)
                 return hidden.flatten(0, 1).index_add(0, fresh.index, update)
 
             def whole() -> Tensor:

@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOLERANCE, variants
+from conftest import DEVICE, TOLERANCE, variants
+from recording import StandIn
 from test_attach import ids, incremental, padded
 from test_flops import counted
 
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
+from dyndepth.models.blocks import Decoder
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
+from dyndepth.runtime.graphs import Graphs, obstacle
 
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")
@@ -129,6 +132,29 @@ def test_generations_in_a_row_equal_a_fresh_one(tiny, fitted, name, phases, fami
         second = generate(model)
     with attach(model, method, documents=DOCUMENTS):
         assert torch.equal(generate(model), second)
+
+
+@conforming
+@pytest.mark.parametrize("batch", [1, 3])
+@families
+def test_steps_by_graphs_equal_eager_steps(tiny, fitted, name, phases, family, batch):
+    """Whatever a method says of ``capturable``: recorded, its gates are those of eager mode."""
+    model, method, tokens = tiny(family), fitted(name, phases, family), ids(batch, 12)
+    if obstacle(Decoder.of(model)) is not None or method.foresees:
+        pytest.skip("not recorded")
+    documents = DOCUMENTS[:batch]
+    with torch.inference_mode():
+        with attach(model, method, documents=documents) as eager:
+            want = incremental(model, tokens, prompt=5)
+        with (
+            Graphs(StandIn() if DEVICE.type == "cpu" else None) as graphs,
+            attach(model, method, documents=documents, mode=graphs) as trace,
+        ):
+            found = incremental(model, tokens, prompt=5)
+            assert (graphs.steps, graphs.others) == (7, 0)
+    torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
+    assert trace.totals()["total_flops"] == eager.totals()["total_flops"]
+    assert trace.by_document() == eager.by_document()
 
 
 @conforming

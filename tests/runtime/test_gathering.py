@@ -85,10 +85,11 @@ def test_the_limits_are_where_gathering_stops_to_pay(monkeypatch):
     def faster(model, tokens, share, sublayer, repeats, say):
         return tokens >= 64 and share <= (0.7, 0.85)[sublayer]
 
+    tiny_model = make_tiny()
     monkeypatch.setattr(limits_command, "_faster", faster)
-    assert limits_command.measure_limits(None, 512, 6) == Limits(0.7, 0.85, 64)
+    assert limits_command.measure_limits(tiny_model, 512, 6) == Limits(0.7, 0.85, 64)
     monkeypatch.setattr(limits_command, "_faster", lambda *_: False)
-    assert limits_command.measure_limits(None, 512, 6) == Limits(0.0, 0.0, 257)
+    assert limits_command.measure_limits(tiny_model, 512, 6) == Limits(0.0, 0.0, 257)
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
