@@ -200,7 +200,7 @@ def models(tmp_path_factory) -> Path:
 
 
 CASES = [
-    ("sweep", "--model short --methods uls", "timing 1 x 64 . 2: 66 tok.* of 64; .*--timing off"),
+    ("sweep", "--model tight --methods uls", "timing 1 x 64 . 2: 66 tok.* of 24; .*--timing off"),
     ("sweep", "--model short --timing off --methods static_pruning(length=65)",
      "static_pruning: 65 tokens are too long for this model of 64; give length=64"),
     ("sweep", "--model short --timing off --methods layer_controller", "layer_controller: 128 tok"),
@@ -213,7 +213,7 @@ CASES = [
     ("fit", "skipgpt --model short --length 65", "skipgpt: 65 tokens"),
     ("fit", "uls --model short --recovery lora", "recovery 'lora': 256 tokens"),
     ("fit", "uls --model small", "has 257 tokens, the model 'small' 40"),
-    ("timing", "--model short --method uls", "timing 1 x 64 . 2: 66 tokens"),
+    ("timing", "--model tight --method uls", "timing 1 x 64 . 2: 66 tokens"),
     ("timing", "break-even --model short --length 65", "65: 65 tokens .* take fewer"),
     ("timing", "limits --model short", "--tokens: 512 tokens .* of 64"),
     ("importance", "attention --model short --length 65", "--length: 65 tokens"),
