@@ -57,6 +57,7 @@ class CudaRecorder:
                 yield
         finally:
             current.wait_stream(self._stream)
+            torch.cuda.synchronize(self._device)  # nothing of the session is under way behind it
             torch.backends.cuda.enable_cudnn_sdp(compiling)
             if collecting:
                 gc.enable()

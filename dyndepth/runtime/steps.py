@@ -129,6 +129,7 @@ class Mail:
             self._sheet = torch.zeros(layers, 2, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._seen = self._sheet.view(torch.uint8).numpy()
         self._device = device
+        self.reset()
 
     def reset(self) -> None:
         """Forget what was said. Nothing may be under way."""
