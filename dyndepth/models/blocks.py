@@ -240,7 +240,7 @@ class Block:
             queries, grouped = queries.reshape(batch, keys.shape[1], groups, -1), False
         elif grouped and mask is not None:
             keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
-        out = scaled_dot_product_attention(
+        out = _attention(
             queries,
             keys,
             values,
@@ -321,7 +321,7 @@ class Block:
                 # With a mask, kernels other than the slow one take no grouped heads there.
                 keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
                 groups = 1
-            return scaled_dot_product_attention(
+            return _attention(
                 queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=groups > 1
             ).transpose(1, 2)
         eager = getattr(
@@ -337,6 +337,19 @@ class Block:
         return eager(
             self.attention, queries, keys, values, mask, dropout=0.0, scaling=scale, **extra
         )[0]
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
+    """torch's attention; under a mask on a GPU, without the kernel that is compiled anew for each
+    shape: shapes that vary, such as the length of a cache, would have it compile all the time."""
+    if how["attn_mask"] is None or queries.device.type != "cuda":
+        return scaled_dot_product_attention(queries, keys, values, **how)
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return scaled_dot_product_attention(queries, keys, values, **how)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def causal_lm(model: Any) -> Any:

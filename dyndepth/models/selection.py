@@ -35,7 +35,7 @@ class Counts:
         if masks.device.type == "cuda":
             self._counts = masks.sum(-1).to("cpu", non_blocking=True)  # to pinned memory
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(masks.device))
 
     def read(self) -> list[list[int]]:
         """The counts, by mask and sequence."""

@@ -20,8 +20,8 @@ def watched(module: nn.Module) -> bool:
     own = vars(module)
     if "forward" in own and "_hf_hook" not in own:
         return True
-    hooks = [own[kind] for kind in _KINDS] + _ON_ALL
-    return any(hooks) and any(
+    hooks = [own[kind] for kind in _KINDS if own[kind]] + [each for each in _ON_ALL if each]
+    return bool(hooks) and any(
         getattr(hook, "__module__", None) not in _HARMLESS
         for each in hooks
         for hook in each.values()

@@ -9,6 +9,7 @@ makes the block's keys and values, which are made whatever it is. All other forw
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from dyndepth.models.watching import watched
 from dyndepth.runtime.cache import skip_tokens
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.lanes import Lane, bucket
-from dyndepth.runtime.patching import Run
+from dyndepth.runtime.patching import Run, Stock
 from dyndepth.runtime.recorder import CudaRecorder, Recorder
 from dyndepth.runtime.steps import (
     Pieces,
@@ -41,8 +42,11 @@ from dyndepth.runtime.steps import (
 PAYS_BELOW = 0.8
 """Share of the work that is executed, below which a piece a block is faster than the whole step."""
 _MEMORY = 0.9
+_MOST = 32
+"""Recordings that are kept: methods may have a plan for each sequence."""
 _OPEN = [(True, True)]
-_PASSED_ON = {"input_ids", "attention_mask", "position_ids", "use_cache", *CACHE_ARGUMENTS}
+_PASSED_ON = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
+_PASSED_ON |= {"cache_position", *CACHE_ARGUMENTS}
 
 
 class Graphs:
@@ -57,10 +61,10 @@ class Graphs:
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
-        self._recorder = recorder
+        self._recorder, self._lent = recorder, recorder is not None
         self._owner: Any = None
         self._lanes: dict[int, Lane] = {}
-        self._recorded: dict[Any, Whole | Pieces] = {}
+        self._recorded: OrderedDict[Any, Whole | Pieces] = OrderedDict()
         self._places: dict[int, Place] = {}
         self._shares: dict[Any, Share] = {}
         self.steps = self.others = 0
@@ -78,6 +82,8 @@ class Graphs:
         self._lanes.clear()
         self._shares.clear()
         self._owner = None
+        if not self._lent:
+            self._recorder = None
 
     def of(self, parts: Decoder) -> Graphs:
         """Itself, for this model. Raises UserError for a model that cannot be recorded, or another
@@ -95,31 +101,38 @@ class Graphs:
     def place(self, parts: Decoder, batch: int, keys: int) -> Place:
         """Where steps of ``batch`` sequences over at most ``keys`` keys are recorded."""
         assert self._recorder is not None
-        lane = self._lanes.setdefault(batch, Lane(batch, next(parts.model.parameters()).device))
+        if batch not in self._lanes:
+            self._lanes[batch] = Lane(batch, next(parts.model.parameters()).device)
+        lane = self._lanes[batch]
         if lane.capacity < keys:
             lane.grow(keys)
-            self._recorded = {k: v for k, v in self._recorded.items() if v.place.lane is not lane}
+            for key in [k for k, v in self._recorded.items() if v.place.lane is lane]:
+                del self._recorded[key]
             self._places.pop(batch, None)
         if batch not in self._places:
             self._places[batch] = Place(parts, lane, self._recorder)
         return self._places[batch]
 
-    def share(self, key: Any) -> Share:
-        """What is known of the method ``key``."""
-        return self._shares.setdefault(key, Share())
+    def share(self, key: Any, batch: int) -> Share:
+        """What is known of the method ``key``, for ``batch`` sequences."""
+        return self._shares.setdefault((key, batch), Share(batch))
 
     def recorded(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What was recorded under ``key``, else ``make()``."""
+        """What was recorded under ``key``, else ``make()``; what was not asked for longest goes."""
         if key not in self._recorded:
             self._recorded[key] = make()
+            if len(self._recorded) > _MOST:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
         return self._recorded[key]
 
 
 class Share:
     """What share of the blocks' work a token method executes, lately."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
         self._mean: float | None = None
+        self._alone = batch == 1
 
     def add(self, share: float) -> None:
         """Take in one step."""
@@ -127,8 +140,8 @@ class Share:
 
     @property
     def pieces_pay(self) -> bool:
-        """Whether to wait for verdicts: they are, at first, how the share gets known."""
-        return self._mean is None or self._mean < PAYS_BELOW
+        """Whether to wait for verdicts. At first for a single sequence: of several, some runs."""
+        return self._alone if self._mean is None else self._mean < PAYS_BELOW
 
 
 def obstacle(parts: Decoder) -> str | None:
@@ -160,6 +173,7 @@ class Stepper:
         self._method: DynamicDepthMethod = runtime.method
         self._recording: Place | None = None
         self._identity: Any = None
+        self._device = next(parts.model.parameters()).device.type
         costs = runtime.ledger.costs
         self._work = np.stack([costs.projections - costs.key_value, costs.mlp], axis=1)
         self._always = float(costs.key_value.sum())
@@ -191,27 +205,31 @@ class Stepper:
             for block, (attention, _) in zip(blocks, now.plan or _OPEN * len(blocks), strict=True)
             if project or attention is not False
         ]
-        if not Lane.serves(cache, kept, past):
-            return None
         with torch.inference_mode(False), torch.no_grad():
             keys = bucket(past + 1)
             place = self._graphs.place(self._parts, batch, keys)
-            new = place.lane.take(cache, kept, past, kwargs.get("attention_mask"))
-        if new and any(map(_seen, blocks)):
-            return None
-        self._recording = place
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                ids = args[0] if args else kwargs["input_ids"]
-                place.feed(ids, past, kwargs.get("position_ids"))
+            lane = place.lane
+            if not lane.holds(cache, kept, past):
+                if not lane.serves(cache, kept, past):
+                    return None
+                if lane.take(cache, kept, past) and any(map(_seen, blocks)):
+                    return None
+            lane.at(past, kwargs.get("attention_mask"))
+            place.feed(args[0] if args else kwargs["input_ids"], past, kwargs.get("position_ids"))
+            skipped = {block.index for block in blocks} - set(kept)
+
+            def meanwhile() -> None:
+                """What the cache is after the step."""
+                lane.give(cache, kept, past + 1)
+                for index in sorted(skipped):
+                    skip_tokens(cache, index, 1)
+
+            self._recording = place
+            try:
                 step = self._planned if now.plan is not None else self._routed
-                out = step(now, place, keys, stock)
-        finally:
-            self._recording = None
-        place.lane.give(cache, kept, past + 1)
-        for block in blocks if len(kept) < len(blocks) else ():
-            if block.index not in kept:
-                skip_tokens(cache, block.index, 1)
+                out = step(now, place, keys, stock, meanwhile)
+            finally:
+                self._recording = None
         return with_cache(out, cache)
 
     def _can(self, now: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -225,17 +243,19 @@ class Stepper:
             and now.weights is None
             and cache_of(kwargs) is not None
             and len(args) + (kwargs.get("input_ids") is not None) == 1
-            and all(not kwargs[name] for name in kwargs.keys() - _PASSED_ON)
+            and all(kwargs[name] in (None, False) for name in _others(kwargs))
             and (mask is None or mask.ndim == 2)
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cuda")
+            and not torch.is_autocast_enabled(self._device)
             and self._runtime.asked(kwargs, "return_dict")
             and not self._runtime.asked(kwargs, "output_hidden_states")
             # Gates that are asked for may drop a token from one cache and keep it in another.
             and (now.plan is not None or self._runtime.project)
         )
 
-    def _planned(self, now: Any, place: Place, keys: int, stock: Callable[..., Any]) -> Any:
+    def _planned(
+        self, now: Any, place: Place, keys: int, stock: Stock, meanwhile: Callable[[], None]
+    ) -> Any:
         """A step whose gates are known."""
         forward, project = now.forward, self._runtime.project
         pattern = tuple((_known(attention), _known(mlp)) for attention, mlp in now.plan)
@@ -243,77 +263,94 @@ class Stepper:
             ("plan", pattern, project, forward.batch, keys),
             lambda: Whole(place, stock, keys, by_plan(place, pattern, project)),
         )
-        for layer, gates in enumerate(now.plan):
-            settled = now.settler(gates, place.hidden).read()
-            for sublayer, gate in enumerate(gates):
-                if not isinstance(gate, bool):
-                    place.flags[layer, sublayer].copy_(gate)
-            self._enter(forward, layer, settled)
-        return whole.step()
+        if any(None in gates for gates in pattern):
+            for layer, gates in enumerate(now.plan):
+                for sublayer, gate in enumerate(gates):
+                    if not isinstance(gate, bool):
+                        place.flags[layer, sublayer].copy_(gate)
+        out = whole.step()
+        meanwhile()
+        self._enter(
+            forward,
+            [
+                gates if None not in known else now.settler(gates, place.hidden).read()
+                for gates, known in zip(now.plan, pattern, strict=True)
+            ],
+        )
+        return out
 
-    def _routed(self, now: Any, place: Place, keys: int, stock: Callable[..., Any]) -> Any:
+    def _routed(
+        self, now: Any, place: Place, keys: int, stock: Stock, meanwhile: Callable[[], None]
+    ) -> Any:
         """A step whose gates are found on the way."""
         forward = now.forward
         if not self._method.capturable:
             pieces: Pieces = self._graphs.recorded(
                 ("pieces", forward.batch, keys), lambda: Pieces(place, stock, keys, None)
             )
-            return pieces.step(lambda layer: self._ask(now, place, layer))
-        key = (self._known_as(), forward.batch, keys)
-        share = self._graphs.share(key)
+            settled: list[Any] = []
+            out = pieces.step(lambda layer: self._ask(now, place, layer, settled), meanwhile)
+            self._enter(forward, settled)
+            return out
+        method = self._known_as()
+        key, share = (method, forward.batch, keys), self._graphs.share(method, forward.batch)
         billed = len(forward.bills)
+        verdicts: list[Verdict] | None = None
+        rule: Any
         if share.pieces_pay:
             pieces = self._graphs.recorded(
-                ("pieces", *key), lambda: Pieces(place, stock, keys, self._rule(place, forward))
+                ("pieces", *key),
+                lambda: Pieces(place, stock, keys, Rule(self._method, place, forward)),
             )
             rule = pieces.rule
-            assert rule is not None
             rule.mail.reset()
-            out = pieces.step(rule.mail.read)
+            out = pieces.step(rule.mail.read, meanwhile)
             verdicts = rule.mail.all_read()
+            assert verdicts is not None
+            share.add(self._share(verdicts))
         else:
             whole: Whole = self._graphs.recorded(
                 ("whole", *key), lambda: self._multiplied(place, stock, keys, forward)
             )
             rule = whole.rule
-            assert rule is not None
-            verdicts = rule.mail.all_read()  # of the step before, if the device is done with it
-            if verdicts is not None:
-                share.add(self._share(verdicts))
+            before = rule.mail.all_read()  # of the step before, if the device is done with it
+            if before is not None:
+                share.add(self._share(before))
                 rule.mail.reset()
-            out, verdicts = whole.step(), None
+            out = whole.step()
+            meanwhile()
         del forward.bills[billed:]
         forward.bills += rule.bills
-        if verdicts is not None:
-            share.add(self._share(verdicts))
         flags = place.flags.clone() if forward.batch > 1 or verdicts is None else None
-        for layer in range(len(self._parts.layers)):
-            self._enter(forward, layer, _settled(layer, verdicts, flags))
+        layers = range(len(self._parts.layers))
+        self._enter(forward, [_settled(layer, verdicts, flags) for layer in layers])
         return out
 
-    def _ask(self, now: Any, place: Place, layer: int) -> Verdict:
-        """The verdict of a method that is asked between pieces."""
+    def _ask(self, now: Any, place: Place, layer: int, told: list[Any]) -> Verdict:
+        """The verdict of a method that is asked between pieces; its gates are added to ``told``."""
         settled = now.settler(self._method.gates(layer, place.hidden.clone()), place.hidden).read()
         for sublayer, gate in enumerate(settled):
             if place.lane.batch > 1:
                 mask = gate.mask if isinstance(gate, Selection) else gate
                 flags = place.flags[layer, sublayer]
                 flags.fill_(mask) if isinstance(mask, bool) else flags.copy_(mask)
-        self._enter(now.forward, layer, settled)
+        told.append(settled)
         return settled[0] is not False, settled[1] is not False
 
-    def _enter(self, forward: Forward, layer: int, settled: tuple[Any, Any]) -> None:
-        """Tell the ledger what a block executed."""
-        call = len(forward.calls)
-        forward.calls.append((layer, *settled))
+    @staticmethod
+    def _enter(forward: Forward, settled: Sequence[tuple[Any, Any]]) -> None:
+        """Tell the ledger what the blocks executed."""
+        forward.calls = [(layer, *gates) for layer, gates in enumerate(settled)]
         forward.cached = True
-        forward.whole |= {(call, s) for s in (0, 1) if isinstance(settled[s], Selection)}
-
-    def _rule(self, place: Place, forward: Forward) -> Rule:
-        return Rule(self._method, place, forward)
+        forward.whole = {
+            (layer, sublayer)
+            for layer, gates in enumerate(settled)
+            for sublayer in (0, 1)
+            if isinstance(gates[sublayer], Selection)
+        }
 
     def _multiplied(self, place: Place, stock: Any, keys: int, forward: Forward) -> Whole:
-        rule = self._rule(place, forward)
+        rule = Rule(self._method, place, forward)
         return Whole(place, stock, keys, by_rule(place, rule), rule)
 
     def _share(self, verdicts: Sequence[Verdict]) -> float:
@@ -328,6 +365,11 @@ class Stepper:
             tensors = tuple((name, each.data_ptr()) for name, each in method.tensors.items())
             self._identity = id(method), repr(method), tensors, repr(method.facts)
         return self._identity
+
+
+def _others(kwargs: dict[str, Any]) -> set[str]:
+    """Arguments of a forward that a recording knows nothing of."""
+    return kwargs.keys() - _PASSED_ON
 
 
 def _seen(block: Block) -> bool:

@@ -39,12 +39,29 @@ class Lane:
         self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)
         self._all_valid = True
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._given: dict[int, tuple[Tensor, Tensor]] = {}
         self._holder: Any = lambda: None
 
     @property
     def capacity(self) -> int:
         """Keys that there is room for."""
         return self.valid.shape[1]
+
+    def holds(self, cache: Any, layers: Iterable[int], length: int) -> bool:
+        """Whether ``layers`` of ``cache`` are as ``give`` left them, ``length`` tokens long."""
+        if self._holder() is not cache:
+            return False
+        slots = cache.layers
+        for index in layers:
+            given = self._given.get(index)
+            if given is None or index >= len(slots):
+                return False
+            slot: Any = slots[index]
+            if slot.keys is not given[0] or slot.values is not given[1]:
+                return False
+            if given[0].shape[2] != length:
+                return False
+        return True
 
     @staticmethod
     def serves(cache: Any, layers: Iterable[int], length: int) -> bool:
@@ -67,15 +84,13 @@ class Lane:
         """Make room; what was recorded with the old buffers must not be repeated."""
         self._release()
         self._buffers.clear()
+        self._given.clear()
         self.valid = self.valid.new_ones(self.batch, capacity)
         self._all_valid = True
 
-    def take(self, cache: Any, layers: Iterable[int], length: int, mask: Tensor | None) -> bool:
-        """Bring ``layers`` of ``cache``, of ``length`` tokens, into the buffers.
-
-        ``mask`` is bool or int ``[batch, length + 1]``, or None where nothing is padded. Returns
-        whether anything had to be copied.
-        """
+    def take(self, cache: Any, layers: Iterable[int], length: int) -> bool:
+        """Bring ``layers`` of ``cache``, of ``length`` tokens, into the buffers, of which it then
+        holds parts. Returns whether anything had to be copied."""
         moved = False
         if self._holder() is not cache:
             self._release()
@@ -89,21 +104,27 @@ class Lane:
                 if own.data_ptr() != buffer.data_ptr() or own.stride() != buffer.stride():
                     buffer[:, :, :length].copy_(own)
                     buffer[:, :, length:].zero_()
+                    setattr(slot, name, buffer[:, :, :length])  # its own memory is free from here
                     moved = True
+        return moved
+
+    def at(self, length: int, mask: Tensor | None) -> None:
+        """Before a step behind ``length`` tokens; ``mask`` is bool or int ``[batch, length + 1]``,
+        or None where nothing is padded."""
         self.length.fill_(length)
         if mask is not None:
             self.valid[:, : length + 1].copy_(mask)
         elif not self._all_valid:
             self.valid.fill_(True)
         self._all_valid = mask is None
-        return moved
 
     def give(self, cache: Any, layers: Iterable[int], length: int) -> None:
         """Have ``layers`` of ``cache`` hold the first ``length`` tokens of the buffers."""
         for index in layers:
             keys, values = self._buffers[index]
             slot = cache.layers[index]
-            slot.keys, slot.values = keys[:, :, :length], values[:, :, :length]
+            slot.keys, slot.values = given = keys[:, :, :length], values[:, :, :length]
+            self._given[index] = given
 
     def view(self, keys: int) -> LaneView:
         """The lane as a cache of which ``keys`` are read."""

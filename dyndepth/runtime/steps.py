@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,8 @@ from dyndepth.runtime.recorder import Recorder
 
 Verdict = tuple[bool, bool]
 """Whether attention and MLP of a block run for any sequence."""
+Masks = tuple[Tensor | None, Tensor | None]
+"""Which sequences they run for, bool ``[batch, 1]``; None: all."""
 _PATIENCE = 50_000_000
 """Looks at a verdict before the device is asked what has become of it: some seconds."""
 _UNSAID = 255
@@ -40,6 +43,8 @@ class Place:
             self.positions = torch.zeros_like(self.ids)
             self.hidden = parameter.new_zeros(lane.batch, 1, size)
             self.flags = self.ids.new_ones(layers, 2, lane.batch, 1, dtype=torch.bool)
+            self.always = self.flags[0, 0].clone()
+            self.never = ~self.always
             self._unused = parameter.new_zeros(lane.batch, 1, 1, 1)
         self.visit: Callable[[int], None] | None = None
 
@@ -86,21 +91,24 @@ class Place:
         """``ahead`` of a block whose keys are in the lane."""
         return Ahead(normed, *self._view.read(self.parts.blocks[index].index), None)
 
-    def execute(self, index: int, ahead: Ahead | None, run: Verdict, by_row: Verdict) -> None:
-        """Add what the sublayers ``run`` say to the stream; ``by_row``: for flagged rows alone."""
+    def execute(self, index: int, ahead: Ahead | None, run: Verdict, masks: Masks) -> None:
+        """Add what the sublayers ``run`` say to the stream, of the rows of a mask where there is
+        one."""
         block = self.parts.blocks[index]
         entered = self.hidden.clone() if block.parallel and all(run) else self.hidden
         if run[ATTENTION]:
             assert ahead is not None
             branch = block.attention_laid(ahead, None, self._arguments(block))
-            self._add(branch.view_as(self.hidden), index, ATTENTION, by_row)
+            self._add(branch.view_as(self.hidden), masks[ATTENTION])
         if run[MLP]:
-            self._add(block.mlp_branch(entered), index, MLP, by_row)
+            self._add(block.mlp_branch(entered), masks[MLP])
 
-    def _add(self, branch: Tensor, index: int, sublayer: int, by_row: Verdict) -> None:
-        if by_row[sublayer]:
-            branch = torch.where(self.flags[index, sublayer][..., None], branch, 0.0)
-        self.hidden.add_(branch)
+    def _add(self, branch: Tensor, mask: Tensor | None) -> None:
+        if mask is None:
+            self.hidden.add_(branch)
+        else:
+            # One kernel, as adding is. What overflows and is left out is no number, as in masked.
+            self.hidden.addcmul_(branch, mask[..., None])
 
     def _arguments(self, block: Block) -> dict[str, Any]:
         return {
@@ -111,24 +119,26 @@ class Place:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A session of the recorder; one that fails is ended all the same."""
+        """A session of the recorder; a recording that fails in it is let go."""
         with self.recorder.session():
             try:
                 yield
             except BaseException:
-                with suppress(Exception):
-                    self.recorder.end()
+                self.recorder.abandon()
                 raise
 
 
 class Mail:
     """Verdicts on their way from the device to the host."""
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    def __init__(self, layers: int, recorder: Recorder, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
         with torch.inference_mode(False):
-            self._sheet = torch.zeros(layers, 2, dtype=torch.bool, pin_memory=device.type == "cuda")
+            self._sheet = torch.zeros(layers, 2, dtype=torch.bool, pin_memory=on_gpu)
+            self._verdicts = torch.zeros(layers, 2, dtype=torch.bool, device=device)
         self._seen = self._sheet.view(torch.uint8).numpy()
-        self._device = device
+        self._recorder = recorder
+        self._rest = partial(torch.cuda.synchronize, device) if on_gpu else None
         self.reset()
 
     def reset(self) -> None:
@@ -137,24 +147,36 @@ class Mail:
 
     def post(self, layer: int, flags: Tensor) -> None:
         """On the device: say of ``[2, batch, 1]`` whether there is any."""
-        flags = flags[..., 0]
-        verdict = flags[:, 0] if flags.shape[1] == 1 else flags.any(1)
-        self._sheet[layer].copy_(verdict, non_blocking=True)
+        torch.any(flags[..., 0], 1, out=self._verdicts[layer])
+        with self._recorder.aside():
+            self._sheet[layer].copy_(self._verdicts[layer], non_blocking=True)
+
+    def post_all(self, flags: Tensor) -> None:
+        """``post`` of all layers, ``[layers, 2, batch, 1]``."""
+        torch.any(flags[..., 0], 2, out=self._verdicts)
+        self._sheet.copy_(self._verdicts, non_blocking=True)
 
     def read(self, layer: int) -> Verdict:
-        """Wait for what the device says of ``layer``."""
+        """Wait for what the device says of ``layer``. Raises RuntimeError if it never does."""
         said = self._seen[layer]
         for _ in range(_PATIENCE):
             if said[0] != _UNSAID and said[1] != _UNSAID:
                 return bool(said[0]), bool(said[1])
-        torch.cuda.synchronize(self._device)  # which tells what is the matter with it
+        self.rest()  # which tells what is the matter with it
+        if _UNSAID in said:
+            raise RuntimeError(f"no verdict came on block {layer}")
         return bool(said[0]), bool(said[1])
 
     def all_read(self) -> list[Verdict] | None:
         """What was said of all layers; None while some of it is under way."""
         if (self._seen == _UNSAID).any():
             return None
-        return [(bool(attention), bool(mlp)) for attention, mlp in self._seen]
+        return [(bool(attention), bool(mlp)) for attention, mlp in self._seen.tolist()]
+
+    def rest(self) -> None:
+        """Wait until nothing is under way."""
+        if self._rest is not None:
+            self._rest()
 
 
 class Rule:
@@ -166,26 +188,32 @@ class Rule:
     def __init__(self, method: DynamicDepthMethod, place: Place, forward: Forward) -> None:
         self._method, self._place, self._forward = method, place, forward
         self._billed: dict[int, list[Bill]] = {}
-        self.mail = Mail(len(place.flags), place.ids.device)
+        self.mail = Mail(len(place.flags), place.recorder, place.ids.device)
         # So that no tensor that was recorded is let go: what the method had then.
         self._alive = dict(vars(method))
 
-    def decide(self, layer: int) -> None:
-        """Flags of one block, and what the host has to know of them."""
-        flags, before = self._place.flags[layer], len(self._forward.bills)
-        for sublayer, gate in enumerate(self._method.gates(layer, self._place.hidden)):
+    def masks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The gates of one block, bool ``[batch, 1]``. Raises TypeError for one that is none."""
+        place, before = self._place, len(self._forward.bills)
+        masks = []
+        for sublayer, gate in enumerate(self._method.gates(layer, place.hidden)):
             if isinstance(gate, bool):
-                flags[sublayer].fill_(gate)
-            elif gate.shape != flags[sublayer].shape or gate.dtype != torch.bool:
+                gate = place.always if gate else place.never
+            elif gate.shape != place.ids.shape or gate.dtype != torch.bool:
                 raise TypeError(
                     f"{self._method.name}: a gate must be a bool, or a bool tensor [batch, tokens],"
-                    f" here {list(flags[sublayer].shape)}, not {gate.dtype} {list(gate.shape)}, "
+                    f" here {list(place.ids.shape)}, not {gate.dtype} {list(gate.shape)}, "
                     f"for the {SUBLAYERS[sublayer]} of block {layer}"
                 )
-            else:
-                flags[sublayer].copy_(gate)
-        self.mail.post(layer, flags)
+            masks.append(gate)
         self._billed[layer] = self._forward.bills[before:]
+        return masks[0], masks[1]
+
+    def decide(self, layer: int) -> None:
+        """Flags of one block, and what the host has to know of them."""
+        flags = self._place.flags[layer]
+        torch.stack(self.masks(layer), out=flags)
+        self.mail.post(layer, flags)
 
     @property
     def bills(self) -> list[Bill]:
@@ -230,7 +258,9 @@ def by_plan(place: Place, pattern: Sequence[tuple[Any, Any]], project: bool) -> 
         gates = pattern[layer]
         ahead = place.ahead(layer) if project or gates[ATTENTION] is not False else None
         run = (gates[0] is not False, gates[1] is not False)
-        place.execute(layer, ahead, run, (gates[0] is None, gates[1] is None))
+        flags = place.flags[layer]
+        masks = [flags[s] if gates[s] is None else None for s in (0, 1)]
+        place.execute(layer, ahead, run, (masks[0], masks[1]))
 
     return unit
 
@@ -238,9 +268,16 @@ def by_plan(place: Place, pattern: Sequence[tuple[Any, Any]], project: bool) -> 
 def by_rule(place: Place, rule: Rule) -> Any:
     """The unit of gates that are found on the way and executed by multiplying."""
 
+    found: list[Tensor] = []
+
     def unit(layer: int) -> None:
-        rule.decide(layer)
-        place.execute(layer, place.ahead(layer), (True, True), (True, True))
+        masks = rule.masks(layer)
+        found.extend(masks)
+        place.execute(layer, place.ahead(layer), (True, True), masks)
+        if len(found) == 2 * len(place.flags):  # nobody waits for one block's: all are told at once
+            torch.stack(found, out=place.flags.flatten(0, 1))
+            rule.mail.post_all(place.flags)
+            found.clear()
 
     return unit
 
@@ -275,9 +312,13 @@ class Pieces:
         self._prepare(0)
         self._head = recorder.end()
         for index, run in product(range(self._layers), product((True, False), repeat=2)):
+            verdict: Verdict = (run[0], run[1])
+            if self.rule is not None and index == self._layers - 1 and not any(run):
+                self._pieces[index, verdict] = lambda: None
+                continue
             recorder.begin()
-            self._piece(index, (run[0], run[1]))
-            self._pieces[index, (run[0], run[1])] = recorder.end()
+            self._piece(index, verdict)
+            self._pieces[index, verdict] = recorder.end()
         recorder.begin()
 
     def _prepare(self, layer: int) -> None:
@@ -288,16 +329,26 @@ class Pieces:
     def _piece(self, layer: int, run: Verdict) -> None:
         place = self.place
         ahead = place.ahead(layer) if self.rule is None else place.again(layer, self._normed)
+        flags = place.flags[layer]
         several = place.lane.batch > 1
-        place.execute(layer, ahead, run, (several, several))
+        place.execute(layer, ahead, run, (flags[0], flags[1]) if several else (None, None))
         self._prepare(layer + 1)
 
-    def step(self, ask: Callable[[int], Verdict]) -> Any:
-        """The decoder's output of a step, in memory of its own; ``ask(layer)`` gives verdicts."""
-        self._head()
-        for layer in range(self._layers):
-            self._pieces[layer, ask(layer)]()
-        self._tail()
+    def step(self, ask: Callable[[int], Verdict], meanwhile: Callable[[], None]) -> Any:
+        """The decoder's output of a step, in memory of its own; ``ask(layer)`` gives verdicts.
+
+        ``meanwhile`` is done while the device is at work, before the first verdict is read.
+        """
+        try:
+            self._head()
+            meanwhile()
+            for layer in range(self._layers):
+                self._pieces[layer, ask(layer)]()
+            self._tail()
+        except BaseException:
+            if self.rule is not None:
+                self.rule.mail.rest()  # or what is under way would be read as the next step's
+            raise
         return own(self._out)
 
 

@@ -136,7 +136,10 @@ class Job:
         self.shape.run(self.model, self.state)
 
     def peak(self) -> int | None:
-        """Peak memory of one more run, in bytes; see ``dyndepth.timing.jobs.peak_bytes``."""
+        """Peak memory of one more run, in bytes; see ``dyndepth.timing.jobs.peak_bytes``. None by
+        graphs, whose memory lies ready."""
+        if self._graphs is not None:
+            return None
         with self.attached():
             return peak_bytes(
                 lambda state: self.shape.run(self.model, state),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,9 +36,10 @@ class Tape(TorchDispatchMode):
         if name in _READS or torch.Tag.dynamic_output_shape in func.tags:
             raise Refused(f"{name}: operation not permitted when stream is capturing")
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False))
+        for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(value)
+                self._keep((given | kwargs)[argument.name])
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (tuple, list)) else [out]
         self.made += [weakref.ref(each) for each in outs if isinstance(each, torch.Tensor)]
@@ -87,6 +88,15 @@ class StandIn:
         assert self._tape is None
         self._tape = Tape()
         self._tape.__enter__()
+
+    def aside(self):
+        return nullcontext()
+
+    def abandon(self):
+        if self._tape is not None:
+            self._tape.__exit__(None, None, None)
+            self._tape.undo()
+            self._tape = None
 
     def end(self):
         tape, self._tape = self._tape, None

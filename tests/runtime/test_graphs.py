@@ -213,7 +213,8 @@ def test_what_is_found_pays_or_is_multiplied(model, monkeypatch):
         monkeypatch.setattr(module, "PAYS_BELOW", limit)
         eager, trace = both(model, ROUTED["reading"], tokens)
         same_ledgers(eager, trace)
-    share = Share()
+    assert not Share(batch=2).pieces_pay
+    share = Share(batch=1)
     assert share.pieces_pay
     for _ in range(40):
         share.add(2.0)
@@ -336,3 +337,48 @@ def test_random_masks_are_asked_between_pieces(model):
             incremental(model, ids(1, 12), 6)
         kinds = {key[0] for key in graphs._recorded}
     assert kinds == {"pieces"}
+
+
+def test_recordings_are_bounded(model, monkeypatch):
+    """A method may have a plan for each sequence: what was not asked for longest is let go."""
+    monkeypatch.setattr(module, "_MOST", 2)
+    plans = [GivenPlan(plan=plan_without(4, (layer, 0))) for layer in range(4)]
+    tokens = ids(1, 9)
+    with Graphs(recorder()) as graphs, torch.inference_mode():
+        for method in (*plans, plans[0]):
+            with attach(model, method, mode=graphs):
+                found = incremental(model, tokens, 6)
+            with attach(model, method):
+                want = incremental(model, tokens, 6)
+            torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
+            assert len(graphs._recorded) <= 2
+        assert graphs.others == 0
+
+
+def test_arguments_that_a_recording_knows_nothing_of(model):
+    keyword, tokens = cache_argument(model), ids(1, 9)
+    with Graphs(recorder()) as graphs, torch.no_grad():
+        with attach(model, METHODS["scattered"], mode=graphs):
+            cache = cache_of(model(tokens[:, :6], use_cache=True))
+            step = {keyword: cache, "use_cache": True}
+            model(tokens[:, 6:7], output_attentions=None, **step)
+            assert (graphs.steps, graphs.others) == (1, 0)
+            model(tokens[:, 7:8], some_of_theirs=torch.ones(3, device=DEVICE), **step)
+            assert (graphs.steps, graphs.others) == (1, 1)
+
+
+def test_a_verdict_that_never_comes_is_an_error(monkeypatch):
+    from dyndepth.runtime import steps
+
+    monkeypatch.setattr(steps, "_PATIENCE", 10)
+    mail = steps.Mail(3, StandIn(), torch.device("cpu"))
+    assert mail.all_read() is None
+    with pytest.raises(RuntimeError, match="no verdict came on block 1"):
+        mail.read(1)
+    flags = torch.tensor([[[False], [True]], [[False], [False]]])
+    mail.post(1, flags)
+    assert mail.read(1) == (True, False)
+    mail.post_all(torch.stack([flags, ~flags, flags]))
+    assert mail.all_read() == [(True, False), (True, True), (True, False)]
+    mail.reset()
+    assert mail.all_read() is None
