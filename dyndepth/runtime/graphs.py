@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,7 +243,7 @@ class Stepper:
             and now.weights is None
             and cache_of(kwargs) is not None
             and len(args) + (kwargs.get("input_ids") is not None) == 1
-            and all(kwargs[name] in (None, False) for name in _others(kwargs))
+            and all(value is None or value is False for value in _others(kwargs))
             and (mask is None or mask.ndim == 2)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(self._device)
@@ -367,9 +367,9 @@ class Stepper:
         return self._identity
 
 
-def _others(kwargs: dict[str, Any]) -> set[str]:
+def _others(kwargs: dict[str, Any]) -> Iterator[Any]:
     """Arguments of a forward that a recording knows nothing of."""
-    return kwargs.keys() - _PASSED_ON
+    return (value for name, value in kwargs.items() if name not in _PASSED_ON)
 
 
 def _seen(block: Block) -> bool:

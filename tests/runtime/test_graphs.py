@@ -357,14 +357,17 @@ def test_recordings_are_bounded(model, monkeypatch):
 
 def test_arguments_that_a_recording_knows_nothing_of(model):
     keyword, tokens = cache_argument(model), ids(1, 9)
-    with Graphs(recorder()) as graphs, torch.no_grad():
-        with attach(model, METHODS["scattered"], mode=graphs):
-            cache = cache_of(model(tokens[:, :6], use_cache=True))
-            step = {keyword: cache, "use_cache": True}
-            model(tokens[:, 6:7], output_attentions=None, **step)
-            assert (graphs.steps, graphs.others) == (1, 0)
-            model(tokens[:, 7:8], some_of_theirs=torch.ones(3, device=DEVICE), **step)
-            assert (graphs.steps, graphs.others) == (1, 1)
+    with (
+        Graphs(recorder()) as graphs,
+        torch.no_grad(),
+        attach(model, METHODS["scattered"], mode=graphs),
+    ):
+        cache = cache_of(model(tokens[:, :6], use_cache=True))
+        step = {keyword: cache, "use_cache": True}
+        model(tokens[:, 6:7], output_attentions=None, **step)
+        assert (graphs.steps, graphs.others) == (1, 0)
+        model(tokens[:, 7:8], some_of_theirs=torch.ones(3, device=DEVICE), **step)
+        assert (graphs.steps, graphs.others) == (1, 1)
 
 
 def test_a_verdict_that_never_comes_is_an_error(monkeypatch):
