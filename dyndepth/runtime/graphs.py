@@ -102,7 +102,8 @@ class Graphs:
         """Where steps of ``batch`` sequences over at most ``keys`` keys are recorded."""
         assert self._recorder is not None
         if batch not in self._lanes:
-            self._lanes[batch] = Lane(batch, next(parts.model.parameters()).device)
+            device = next(parts.model.parameters()).device
+            self._lanes[batch] = Lane(len(parts.layers), batch, device)
         lane = self._lanes[batch]
         if lane.capacity < keys:
             lane.grow(keys)

@@ -26,20 +26,22 @@ def bucket(tokens: int) -> int:
 
 
 class Lane:
-    """Buffers for ``batch`` sequences.
+    """Buffers for ``batch`` sequences and ``layers`` layers, whose keys have one shape.
 
     Attributes:
         length: tokens in the cache before the step, which is where its keys go: int64 ``[1]``.
         valid: whether a key is no padding: bool ``[batch, capacity]``.
     """
 
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self.batch = batch
+    def __init__(self, layers: int, batch: int, device: torch.device) -> None:
+        self.layers, self.batch = layers, batch
         self.length = torch.zeros(1, dtype=torch.long, device=device)
         self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)
         self._all_valid = True
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._given: dict[int, tuple[Tensor, Tensor]] = {}
+        # [layers, batch, heads, capacity, size] of keys and of values, and by layer.
+        self._whole: list[Tensor] = []
+        self.buffers: list[tuple[Tensor, ...]] = []
+        self._given: list[tuple[Tensor, ...]] = []
         self._holder: Any = lambda: None
 
     @property
@@ -49,23 +51,19 @@ class Lane:
 
     def holds(self, cache: Any, layers: Iterable[int], length: int) -> bool:
         """Whether ``layers`` of ``cache`` are as ``give`` left them, ``length`` tokens long."""
-        if self._holder() is not cache:
+        if self._holder() is not cache or not self._given:
             return False
-        slots = cache.layers
-        for index in layers:
-            given = self._given.get(index)
-            if given is None or index >= len(slots):
-                return False
-            slot: Any = slots[index]
-            if slot.keys is not given[0] or slot.values is not given[1]:
-                return False
-            if given[0].shape[2] != length:
-                return False
-        return True
+        (keys, values), slots = self._given, cache.layers
+        if keys[0].shape[2] != length or len(slots) < self.layers:
+            return False
+        return all(
+            slots[index].keys is keys[index] and slots[index].values is values[index]
+            for index in layers
+        )
 
-    @staticmethod
-    def serves(cache: Any, layers: Iterable[int], length: int) -> bool:
-        """Whether the ``layers`` of ``cache`` hold ``length`` tokens each, in order."""
+    def serves(self, cache: Any, layers: Iterable[int], length: int) -> bool:
+        """Whether the ``layers`` of ``cache`` hold ``length`` tokens each, in order, and fit."""
+        shape = self._whole[0][0, :, :, 0].shape if self._whole else None
         for index in layers:
             slot: Any = cache.layers[index] if index < len(cache.layers) else None
             if not (
@@ -73,18 +71,22 @@ class Lane:
                 and not slot.is_sliding
                 and slot.is_initialized
                 and slot.keys is not None
+                and slot.values is not None
                 and slot.keys.ndim == 4
                 and slot.keys.shape[2] == length
+                and slot.keys.shape == slot.values.shape
                 and not getattr(slot, "skipped", 0)
             ):
+                return False
+            shape = slot.keys[:, :, 0].shape if shape is None else shape
+            if slot.keys[:, :, 0].shape != shape:
                 return False
         return True
 
     def grow(self, capacity: int) -> None:
         """Make room; what was recorded with the old buffers must not be repeated."""
         self._release()
-        self._buffers.clear()
-        self._given.clear()
+        self._whole, self.buffers, self._given = [], [], []
         self.valid = self.valid.new_ones(self.batch, capacity)
         self._all_valid = True
 
@@ -97,10 +99,10 @@ class Lane:
             self._holder = weakref.ref(cache)
         for index in layers:
             slot = cache.layers[index]
-            if index not in self._buffers:
-                self._buffers[index] = self._empty(slot.keys), self._empty(slot.values)
-            for buffer, name in zip(self._buffers[index], ("keys", "values"), strict=True):
-                own = getattr(slot, name)
+            if not self._whole:
+                self._make(slot.keys)
+            for buffers, name in zip(self.buffers, ("keys", "values"), strict=True):
+                own, buffer = getattr(slot, name), buffers[index]
                 if own.data_ptr() != buffer.data_ptr() or own.stride() != buffer.stride():
                     buffer[:, :, :length].copy_(own)
                     buffer[:, :, length:].zero_()
@@ -120,36 +122,33 @@ class Lane:
 
     def give(self, cache: Any, layers: Iterable[int], length: int) -> None:
         """Have ``layers`` of ``cache`` hold the first ``length`` tokens of the buffers."""
+        self._given = [whole[:, :, :, :length].unbind(0) for whole in self._whole]
+        if not self._given:
+            return
+        keys, values = self._given
         for index in layers:
-            keys, values = self._buffers[index]
             slot = cache.layers[index]
-            slot.keys, slot.values = given = keys[:, :, :length], values[:, :, :length]
-            self._given[index] = given
+            slot.keys, slot.values = keys[index], values[index]
 
     def view(self, keys: int) -> LaneView:
         """The lane as a cache of which ``keys`` are read."""
         return LaneView(self, keys)
 
-    def _empty(self, like: Tensor) -> Tensor:
+    def _make(self, like: Tensor) -> None:
+        """Buffers for keys and values such as ``like``, ``[batch, heads, tokens, size]``."""
+        size = (self.layers, self.batch, like.shape[1], self.capacity, like.shape[3])
         with torch.inference_mode(False):
-            return torch.zeros(
-                self.batch,
-                like.shape[1],
-                self.capacity,
-                like.shape[3],
-                dtype=like.dtype,
-                device=like.device,
-            )
+            self._whole = [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in "kv"]
+        self.buffers = [whole.unbind(0) for whole in self._whole]
 
     def _release(self) -> None:
         """Leave the cache that is served with tensors of its own."""
         cache = self._holder()
-        self._holder = lambda: None
-        if cache is None:
+        self._holder, self._given = lambda: None, []
+        if cache is None or not self._whole:
             return
-        for index, (keys, values) in self._buffers.items():
-            slot = cache.layers[index] if index < len(cache.layers) else None
-            if slot is None or not slot.is_initialized:
+        for slot, keys, values in zip(cache.layers, *self.buffers, strict=False):
+            if not slot.is_initialized:
                 continue
             if slot.keys.data_ptr() == keys.data_ptr():
                 slot.keys = slot.keys.clone()
@@ -165,15 +164,14 @@ class LaneView:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Put in one token's ``[batch, heads, 1, size]``; gives ``[batch, heads, keys, size]``."""
-        own_keys, own_values = self._lane._buffers[layer]
-        own_keys.index_copy_(2, self._lane.length, keys)
-        own_values.index_copy_(2, self._lane.length, values)
+        for buffers, new in zip(self._lane.buffers, (keys, values), strict=True):
+            buffers[layer].index_copy_(2, self._lane.length, new)
         return self.read(layer)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values that ``update`` gives."""
-        own_keys, own_values = self._lane._buffers[layer]
-        return own_keys[:, :, : self._keys], own_values[:, :, : self._keys]
+        keys, values = (buffers[layer][:, :, : self._keys] for buffers in self._lane.buffers)
+        return keys, values
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive, ``[batch, 1, 1, keys]``: the step's own token and those before that are no
