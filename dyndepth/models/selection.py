@@ -42,8 +42,6 @@ class Counts:
         if self._event is not None:
             self._event.synchronize()
             return self._counts.tolist()
-        if self._masks.shape[1:].numel() == 1:
-            return self._masks.flatten(1).int().tolist()
         return self._masks.sum(-1).tolist()
 
 

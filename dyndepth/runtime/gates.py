@@ -57,6 +57,8 @@ class Settler:
     ) -> None:
         self._method, self._forward, self._masked = method, forward, masked
         self._device = device
+        # One token, on a device that does nothing behind the host's back.
+        self._single = device.type == "cpu" and forward.batch * forward.width == 1
         self._unread = forward.width > 1 and forward.batch * forward.width < least
         self._generation = forward.generation if method.phases == "generation" else None
         # By identity, with the gate itself, so that no other can take its place in memory.
@@ -82,6 +84,10 @@ class Settler:
             if key not in self._known and key not in new:
                 new[key] = gate
         if not new:
+            return Settling([self._settled(one) for one in found])
+        if self._single:
+            alone = [bool(self._mask(gate, hidden)) and self._count > 0 for gate in new.values()]
+            self._know(new, alone)
             return Settling([self._settled(one) for one in found])
         masks = self._real([cast(Tensor, self._mask(gate, hidden)) for gate in new.values()])
         if self._unread:
