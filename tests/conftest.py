@@ -12,6 +12,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+if os.environ.get("DYNDEPTH_TEST_DEVICE") == "standin":
+    import standin  # noqa: F401  # registers the device
+
 DEVICE = torch.device(os.environ.get("DYNDEPTH_TEST_DEVICE", "cpu"))
 """Where the tests of what runs on a model's device put models and inputs."""
 
@@ -165,7 +168,3 @@ def tiny_corpus() -> Any:
 
     texts = [f"Document {n}: " + " ".join(str(n * k % 97) for k in range(40)) for n in range(60)]
     return Corpus(texts, CharacterTokenizer())
-
-
-if os.environ.get("DYNDEPTH_TEST_DEVICE") == "standin":
-    import standin  # noqa: F401
