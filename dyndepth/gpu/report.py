@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dyndepth.bench.shapes import GPU_GOALS, MET, check
+from dyndepth.bench.goals import GPU_GOALS, MET, check
 from dyndepth.gpu.parts import MODEL, RECORD, parts
 from dyndepth.gpu.training import GOAL
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import DEVICE
 
-from dyndepth.bench.shapes import GPU_GOALS
+from dyndepth.bench.goals import GPU_GOALS
 from dyndepth.gpu import __main__ as door
 from dyndepth.gpu import checks, parts, report
 from dyndepth.gpu.parts import Part, run_all
