@@ -87,7 +87,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Record:
     )
     deadline = time.monotonic() + options.seconds if options.seconds else math.inf
     headings = f"{'flop ideal':>12}{'byte ideal':>12}{'eff.':>7}{'peak':>7}"
-    print(f"{'':43}{'speedup, 95% interval':34}{headings}")
+    print(f"{'':43}{'speedup, 95% interval':40}{headings}")
     for dtype in options.dtypes:
         model = loaded(vars(options), dtype)
         record.under(conditions(model))
@@ -124,7 +124,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Record:
 
 def _show(name: str, line: Line, more: str = "") -> None:
     print(
-        f"{name:43}{speed(line):34}{line['flop_ideal']:12.3f}{line['byte_ideal']:12.3f}"
+        f"{name:43}{speed(line):40}{line['flop_ideal']:12.3f}{line['byte_ideal']:12.3f}"
         f"{line['efficiency']:7.2f}{line['peak_ratio']:7.2f}{more}",
         flush=True,
     )
