@@ -1,4 +1,4 @@
 """The suite's own speed, held against arithmetic limits and lm-eval's own model class.
 
-Stands on ``timing``, ``evaluation`` and ``sweep``. Its command alone imports it.
+Stands on ``timing``, ``evaluation`` and ``sweep``. Its command and ``gpu`` import it.
 """

@@ -6,7 +6,7 @@ allow, ``byte_ideal`` the one that the bytes of weights touched allow (in decode
 any sequence of the batch executes its sublayer); efficiency = speedup / flop_ideal. ``peak_ratio``
 is the peak memory over the stock model's, of one more, untimed run, what lay allocated before it
 (weights, a cache) not counted. ``masked_reference`` computes everything and multiplies, as
-published references do. ``--check`` compares with the goals of ``dyndepth.bench.shapes``.
+published references do. ``--check`` compares with the goals of ``dyndepth.bench.goals``.
 
 The part ``routes`` is in ``dyndepth.bench.plans``: many static plans scored together and one by
 one; the part ``evaluation`` in ``dyndepth.bench.evaluation``: the dense model against lm-eval's own
@@ -23,20 +23,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dyndepth.bench.shapes import (
-    GOALS,
-    GPU_GOALS,
-    MORE_WORKS,
-    PHASES,
-    WORKS,
-    Goal,
-    Lines,
-    shapes,
-)
-from dyndepth.common.commands import Parser, run
+from dyndepth.bench.goals import GOALS, GPU_GOALS, Goal
+from dyndepth.bench.lines import MORE_WORKS, WORKS, Lines
+from dyndepth.bench.shapes import PHASES, passes, shapes
+from dyndepth.cells.identity import plain
+from dyndepth.common.commands import CHOICES, HELP, Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED, path_of
-from dyndepth.models.shapes import is_shape
+from dyndepth.common.paths import EMBEDDED, check_file, path_of
+from dyndepth.models.shapes import is_shape, shape_for
 
 PARTS = ("shapes", "routes", "evaluation", "sweep")
 DTYPES = ("float32", "bfloat16")
@@ -50,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser("bench", "How near the runtime comes to the arithmetic limit.")
-    parser.model(dtype=False)
+    parser.model(dtype=False, shapes=True, spread=False)
     parser.whole("repeats", 1, "rounds a shape", 9)
     parser.whole("seconds", 1, "of the part shapes: after them no other phase is begun")
     parser.add_argument(
@@ -65,7 +59,6 @@ def _parser() -> Parser:
         ("parts", "part", PARTS, PARTS),
         ("works", "work", WORKS + MORE_WORKS, WORKS),
         ("phases", "phase", PHASES, ()),
-        ("modes", "mode", ("eager", "graphs"), ()),
         ("dtypes", "dtype", DTYPES, DTYPES),
         ("skipping", "where", SKIPPING, SKIPPING[:1]),
     ):
@@ -78,6 +71,11 @@ def _parser() -> Parser:
             metavar=name,
             help=f"of {', '.join(choices)} (default: {said})",
         )
+    parser.add_argument(
+        "--mode",
+        choices=CHOICES["mode"],
+        help=f"{HELP['mode']} (default: both on a GPU, else eager)",
+    )
     # What the model allows, unless it is said.
     parser.set_defaults(parts=None)
     parser.add_argument(
@@ -86,8 +84,8 @@ def _parser() -> Parser:
         const="print",
         choices=("print", "fail"),
         help="say which goals of the part shapes are met, set for the embedded model on one "
-        "thread of a CPU, and for shape:llama-3-8b in bfloat16 on one GPU; 'fail': exit status 1 "
-        "if one is missed by more than noise",
+        f"thread of a CPU, and for {shape_for('bench')} in bfloat16 on one GPU; 'fail': exit "
+        "status 1 if one is missed by more than noise",
     )
     return parser
 
@@ -104,11 +102,17 @@ def bench(options: argparse.Namespace) -> bool:
 
     from dyndepth.common.machine import steady_allocator
     from dyndepth.data.corpus import load_corpus
-    from dyndepth.models.loading import checked_config, load_tokenizer, named, resolve_device
+    from dyndepth.models.loading import checked_config, load_tokenizer, named, one_device
+    from dyndepth.timing.levels import modes_of
     from dyndepth.timing.random_tokens import RandomTokens
 
-    options.device = resolve_device(options.device)
+    options.device = one_device(options.device, "the bench")
     options.parts = _parts(options)
+    options.modes = modes_of(options.mode, "full", options.device.partition(":")[0])
+    if "shapes" in options.parts:
+        passes(options)
+    if options.output_path is not None:
+        options.output_path = check_file("output_path", options.output_path, "JSON")
     if options.check and "shapes" not in options.parts:
         raise UserError("--check compares the part shapes; add it to --parts")
     if options.threads:
@@ -124,7 +128,9 @@ def bench(options: argparse.Namespace) -> bool:
     print(f"threads {torch.get_num_threads()}, device {options.device}, torch {torch.__version__}")
     found: dict[str, Any] = {}
     if "shapes" in options.parts:
-        found["bench"] = shapes(corpus, options)
+        record = shapes(corpus, options)
+        found["bench"] = record.lines
+        found |= {"left": record.left} if record.left else {}
     if "routes" in options.parts:
         from dyndepth.bench.plans import routes
 
@@ -139,7 +145,7 @@ def bench(options: argparse.Namespace) -> bool:
         found["sweep"] = sweep(options)
     goals = GOALS if options.device == "cpu" else GPU_GOALS
     reached = not options.check or _reached(found["bench"], goals)
-    print(json.dumps(found))
+    print(json.dumps(plain(found), allow_nan=False))
     return reached
 
 
@@ -167,7 +173,7 @@ def _reached(lines: Lines, goals: Sequence[Goal]) -> bool:
     """Print each goal beside what was measured; whether none is missed by more than noise."""
     from collections import Counter
 
-    from dyndepth.bench.shapes import MET, MISSED, UNCERTAIN, check
+    from dyndepth.bench.goals import MET, MISSED, UNCERTAIN, check
 
     checks = list(check(lines, goals))
     for each in checks:

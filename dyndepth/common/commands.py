@@ -56,8 +56,7 @@ MODE_DEFAULT = "both where a GPU is timed in full, else eager"
 HELP = {
     "methods": "methods to compare, with parameters in brackets where wanted: "
     "'one,other(layer=3, mode=name)'; `dyndepth ls methods` lists them",
-    "model": "'embedded', a hub id, a local path, or shape:NAME (random weights, for bench and "
-    "timing; `dyndepth ls shapes` lists them)",
+    "model": "'embedded', a hub id, or a local path",
     "tasks": "tasks or suites; `dyndepth ls tasks` lists them",
     "speedups": "target speedups, dense block FLOPs / executed block FLOPs",
     "phases": "where methods that let one choose skip: in prompt and generation, in generation "
@@ -72,6 +71,9 @@ HELP = {
     "num_fewshot": "examples before each question; 'none' for what each task's own file says",
     "batch_size": "most sequences scored at once; fewer where they are long",
     "device": "auto, cpu, cuda, cuda:1, ..., or spread: one model over all GPUs",
+    "one_device": "auto, cpu, cuda, cuda:1, ...",
+    "shape": "'embedded', a hub id, a local path, or shape:NAME (random weights in the shape of a "
+    "public model; `dyndepth ls shapes` lists them)",
     "dtype": "of weights and arithmetic",
     "attn_implementation": "transformers' attention kernel; the model's own choice unless given",
     "revision": "branch, tag or commit of a hub model",
@@ -168,12 +170,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())}; --help lists the flags")
 
-    def shared(self, name: str, default: Any = None, **how: Any) -> None:
-        """Add a flag that several commands have, in the words of ``HELP``."""
+    def shared(self, name: str, default: Any = None, words: str = "", **how: Any) -> None:
+        """Add a flag that several commands have, in the words of ``HELP`` for it or ``words``."""
         said = "" if default is None else f" (default: {default})"
-        self.add_argument(
-            f"--{name}", default=default, metavar=name.upper(), help=worded(name) + said, **how
-        )
+        text = worded(name, HELP[words or name]) + said
+        self.add_argument(f"--{name}", default=default, metavar=name.upper(), help=text, **how)
 
     def whole(self, name: str, least: int, text: str, default: int | None = None) -> None:
         """Add a flag that takes a whole number of at least ``least``."""
@@ -196,10 +197,14 @@ class Parser(argparse.ArgumentParser):
         """Add the runs that a command reads."""
         self.add_argument("runs", nargs="+", type=path_of, metavar="RUN", help=HELP["run"])
 
-    def model(self, dtype: bool = True) -> None:
-        """Add the flags of a model, and of what it computes on; ``dtype``: its precision, too."""
-        self.shared("model", EMBEDDED)
-        self.shared("device", "auto")
+    def model(self, dtype: bool = True, shapes: bool = False, spread: bool = True) -> None:
+        """Add the flags of a model, and of what it computes on.
+
+        ``dtype``: its precision, too; ``shapes``: random weights will do; ``spread``: it may lie
+        on several devices.
+        """
+        self.shared("model", EMBEDDED, "shape" if shapes else "")
+        self.shared("device", "auto", "" if spread else "one_device")
         if dtype:
             self.shared("dtype", "float32", choices=CHOICES["dtype"])
         self.shared("attn_implementation", choices=CHOICES["attn_implementation"])

@@ -54,6 +54,12 @@ def timing_code() -> str:
 
 
 @cache
+def placed_code(*places: str) -> str:
+    """12 hex digits over these files and folders of the package, whatever they are for."""
+    return _digest(_placed(places), PACKAGE)
+
+
+@cache
 def fitting_code(*modules: str) -> str:
     """12 hex digits over modules of ``dyndepth.fitting``, what they import of that room at any
     depth, and the ground under it."""

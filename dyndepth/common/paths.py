@@ -69,6 +69,32 @@ def check_folder(flag: str, path: Path) -> Path:
     return path
 
 
+def made_folder(flag: str, path: Path) -> Path:
+    """``check_folder``, and the folder is there. Raises UserError where it cannot be made."""
+    path = check_folder(flag, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(
+            f"--{flag} {str(path)!r} cannot be written: {fault.strerror}; give another"
+        ) from None
+    return path
+
+
+def check_file(flag: str, path: Path, what: str) -> Path:
+    """``path``, with ``~`` expanded, if it can be a file; the folder that it lies in is there.
+
+    Raises UserError, in the name of ``--flag``, for a folder, and where the file could not be
+    written; ``what`` is to be named in place of a folder.
+    """
+    check_path(flag, path)
+    path = path.expanduser()
+    if path.is_dir():
+        raise UserError(f"--{flag} {str(path)!r} is a folder; name the {what} to write")
+    made_folder(flag, path.parent)
+    return path
+
+
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 

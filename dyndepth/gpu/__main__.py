@@ -13,7 +13,7 @@ from typing import Any
 
 from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
+from dyndepth.common.paths import made_folder, path_of
 
 PARTS = ("checks", "bench", "training", "sweep", "tests")
 
@@ -38,7 +38,7 @@ def _gpu(given: list[str]) -> int:
         "of an 8B shape eager and by graphs, training, the embedded sweep, the tests. One folder "
         "comes out, with status.md to read first. Needs no hub; called again, it goes on.",
     )
-    parser.shared("device", "auto")
+    parser.shared("device", "auto", "one_device")
     parser.add_argument(
         "--minutes", type=float, default=10.0, metavar="MINUTES",
         help="for all parts; what there is no time for is named, the least important first "
@@ -69,15 +69,16 @@ def _run(options: Any) -> int:
     from dyndepth.common.paths import file_part
     from dyndepth.gpu.parts import about, run_all
     from dyndepth.gpu.report import failures, page, read
-    from dyndepth.models.loading import resolve_device
+    from dyndepth.models.loading import one_device
 
-    device = resolve_device(options.device)
+    device = one_device(options.device, "this command")
     if device == "cpu" and not options.small:
         raise UserError(
             "no GPU is here to be measured; --small --device cpu shows that everything runs"
         )
     card = about(device)["card"]
     folder: Path = options.output_path or Path("runs") / f"gpu-{file_part(card.replace(' ', '-'))}"
+    folder = made_folder("output_path", folder)
     run_all(folder, device, options.minutes, options.small, options.methods, options.parts)
     facts = read(folder)
     assert facts is not None
@@ -88,14 +89,16 @@ def _run(options: Any) -> int:
 
 def _alone(name: str, text: str, given: list[str]) -> Any:
     parser = Parser(f"gpu {name}", text)
-    parser.shared("device", "auto")
+    parser.shared("device", "auto", "one_device")
     parser.add_argument("--small", action="store_true", help="a tiny model")
     parser.add_argument("--output_path", type=path_of, metavar="FOLDER", help=f"for {name}.json")
     options = parser.parse_args(given)
 
-    from dyndepth.models.loading import resolve_device
+    from dyndepth.models.loading import one_device
 
-    options.device = resolve_device(options.device)
+    options.device = one_device(options.device, "this command")
+    if options.output_path is not None:
+        options.output_path = made_folder("output_path", options.output_path)
     return options
 
 
@@ -103,7 +106,6 @@ def _write(options: Any, name: str, found: Any) -> None:
     from dyndepth.common.files import write_atomically
 
     if options.output_path is not None:
-        options.output_path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, indent=1) + "\n"
         write_atomically(options.output_path / f"{name}.json", text)
     print(json.dumps({name: found}))

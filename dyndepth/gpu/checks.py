@@ -21,12 +21,12 @@ from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, cache_argument, cache_of
 from dyndepth.models.loading import load_model
 from dyndepth.models.seeding import seeded
+from dyndepth.models.shapes import shape_for
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.limits import ALWAYS, Limits
 from dyndepth.timing.jobs import given
 
-SHAPE = "shape:tiny"
 TOKENS, PROMPT = 48, 32
 EXACT, HALF = 2e-3, 0.1
 """How far logits may be apart, relative to their length, in float32 and in half precision."""
@@ -63,7 +63,7 @@ class Bed:
     @staticmethod
     def built(device: str, dtype: str = "float32") -> Any:
         """The model: weights wide enough that one wrong gate moves the logits by a tenth."""
-        model = load_model(SHAPE, dtype="float32", device="cpu")
+        model = load_model(shape_for("trial"), dtype="float32", device="cpu")
         with seeded(0, torch.device("cpu")), torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -152,9 +152,16 @@ def graphs(bed: Bed) -> None:
         for rows in (1, 3):
             with Graphs() as held:
                 found = bed.steps(name, rows, mode=held)
-                if held.others or held.steps != TOKENS - PROMPT:
-                    raise NotHeld(f"{name}: {held.others} steps were not repeated")
+                _all_repeated(name, held)
             near(found, bed.steps(name, rows), EXACT, f"{name}, {rows} rows")
+
+
+def _all_repeated(name: str, held: Graphs) -> None:
+    """Raises NotHeld unless every step, and nothing else, was repeated from a recording."""
+    if held.others or held.steps != TOKENS - PROMPT:
+        raise NotHeld(
+            f"{name}: {held.steps} of {TOKENS - PROMPT} steps were repeated, {held.others} were not"
+        )
 
 
 def waits(bed: Bed) -> None:

@@ -19,12 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common.digests import harness_code, timing_code
+from dyndepth.bench.lines import NO_MEMORY
+from dyndepth.common.digests import harness_code, placed_code, timing_code
 from dyndepth.common.files import write_atomically
 from dyndepth.common.provenance import git_commit, versions
+from dyndepth.models.shapes import SHAPE, shape_for, shapes
 
 RECORD = "gpu.json"
-MODEL = "shape:llama-3-8b"
+MODEL, TRIAL = shape_for("bench"), shape_for("trial")
 _RESERVE = 5.0
 """Seconds that are kept for the end."""
 
@@ -40,6 +42,7 @@ class Part:
         least: seconds below which it is not begun.
         command: its words after ``python``, given folder, device and its seconds.
         needs: why it cannot be done here; None if it can.
+        left: what another call would still do, given the folder; None for nothing.
     """
 
     name: str
@@ -48,18 +51,20 @@ class Part:
     least: float
     command: Callable[[Path, str, float], list[str]]
     needs: Callable[[], str | None] = lambda: None
+    left: Callable[[Path], str | None] = lambda folder: None
 
 
 def parts(small: bool, methods: str) -> list[Part]:
     """All parts, the most important first; ``small``: what a CPU does in a minute or two."""
     return [
         Part("checks", "results are exact on this device", 0.2, 10, _checks),
-        Part("bench", f"speed on {MODEL}, eager and by graphs", 0.5, 20, _bench(small)),
+        Part("bench", f"speed on {TRIAL if small else f'{MODEL}, eager and by graphs'}", 0.5, 20,
+             _bench(small), left=_left),
         Part("training", "tokens a second of router training", 0.25, 20, _training(small)),
-        Part("sweep", "the embedded sweep, timed", 0.6, 40, _sweep(small, methods),
-             lambda: _assets() if methods else "no --methods were given"),
-        Part("tests", "the test suite's own tests of what runs on a device", 1.0, 30, _tests(small),
-             _no_tests),
+        Part("sweep", f"the embedded sweep{'' if small else ', timed'}", 0.6, 40,
+             _sweep(small, methods), lambda: _assets() if methods else "no --methods were given"),
+        Part("tests", f"{'some of ' * small}the test suite's own tests of what runs on a device",
+             1.0, 30, _tests(small), _no_tests),
     ]  # fmt: skip
 
 
@@ -73,8 +78,8 @@ def _bench(small: bool) -> Callable[[Path, str, float], list[str]]:
         words += ["--output_path", str(folder / "bench.json"), "--seconds", str(int(seconds * 0.8))]
         works = ["all_execute", "static_15", "mask_75", "mask_50", "early_exit_half"]
         if small:
-            words += ["--model", "shape:tiny", "--dtypes", "float32", "--repeats", "6"]
-            return [*words, "--works", *works[:4], "--phases", "prefill_1x512", "decode_1"]
+            words += ["--model", TRIAL, "--dtypes", "float32", "--repeats", "6"]
+            return [*words, "--works", *works[1:4:2], "--phases", "prefill_1x512", "decode_1"]
         words += ["--model", MODEL, "--dtypes", "bfloat16", "--repeats", "7"]
         return [*words, "--works", *works]
 
@@ -93,10 +98,10 @@ def _training(small: bool) -> Callable[[Path, str, float], list[str]]:
 def _sweep(small: bool, methods: str) -> Callable[[Path, str, float], list[str]]:
     def command(folder: Path, device: str, seconds: float) -> list[str]:
         words = ["-m", "dyndepth.sweep", "--device", device, "--output_path", str(folder / "sweep")]
-        words += ["--timing", "quick", "--speedups", "1.5", "--methods", methods]
+        words += ["--speedups", "1.5", "--methods", methods]
         if small:
-            return [*words, "--limit", "2", "--tasks", "last_word"]
-        return [*words, "--limit", "100"]
+            return [*words, "--timing", "off", "--limit", "1", "--tasks", "last_word"]
+        return [*words, "--timing", "quick", "--limit", "100"]
 
     return command
 
@@ -113,10 +118,21 @@ def _tests(small: bool) -> Callable[[Path, str, float], list[str]]:
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=50"]
         if not small:
             words += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
-        words += ["-k", "masks and llama"] if small else []
+        family = shapes()[TRIAL.removeprefix(SHAPE)]["config"]["model_type"]
+        words += ["-k", f"masks and {family}"] if small else []
         return [*words, f"--rootdir={suite.parent}", *(str(suite / name) for name in chosen)]
 
     return command
+
+
+def _left(folder: Path) -> str | None:
+    """The lines of the bench that there was no time for; memory is not there a second time."""
+    try:
+        found: dict[str, str] = json.loads((folder / "bench.json").read_text("utf-8"))["left"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    waiting = [name for name, why in found.items() if why != NO_MEMORY]
+    return f"lines that were not measured: {len(waiting)}" if waiting else None
 
 
 def _assets() -> str | None:
@@ -161,9 +177,13 @@ def run_all(
             record["parts"][part.name] = {"status": "not run", "why": reason, "seconds": 0.0}
         else:
             seconds = max(part.least, left * part.share)
-            print(f"{part.name}: {part.what}, at most {seconds:.0f} s", flush=True)
+            log = folder / f"{part.name}.txt"
+            print(f"{part.name}: {part.what}, at most {seconds:.0f} s; it writes {log}", flush=True)
             words = part.command(folder, device, seconds)
-            record["parts"][part.name] = _run(part.name, words, folder, device, seconds)
+            told = record["parts"][part.name] = _run(part.name, words, log, device, seconds)
+            more = part.left(folder)
+            if told["status"] == "done" and more is not None:
+                told |= {"status": "cut off", "why": more}
         told = record["parts"][part.name]
         print(f"{part.name}: {told['status']} {told['why']}".rstrip(), flush=True)
         write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
@@ -199,22 +219,25 @@ def about(device: str) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": versions(),
         "commit": git_commit(),
-        "code": {"harness": harness_code(), "timing": timing_code()},
+        "code": code(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
-def _run(
-    name: str, words: Sequence[str], folder: Path, device: str, seconds: float
-) -> dict[str, Any]:
-    """Run ``python words`` for at most as long; its output goes to ``name.txt``."""
+def code() -> dict[str, str]:
+    """Digests of all that a number of these parts, or whether a check holds, can hang on."""
+    rooms = {room: placed_code(room) for room in ("fitting", "bench", "gpu")}
+    return {"harness": harness_code(), "timing": timing_code(), **rooms}
+
+
+def _run(name: str, words: Sequence[str], log: Path, device: str, seconds: float) -> dict[str, Any]:
+    """Run ``python words`` for at most as long; its output goes to ``log``."""
     began = time.monotonic()
     command = [sys.executable, "-P", *words]
     environment = os.environ | {
-        "DYNDEPTH_TEST_DEVICE": device.partition(":")[0],
+        "DYNDEPTH_TEST_DEVICE": device,
         "PYTHONUNBUFFERED": "1",
     }
-    log = folder / f"{name}.txt"
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(  # nosec B603  # this Python and words of this file
             command,
@@ -224,7 +247,7 @@ def _run(
             start_new_session=True,
         )
         try:
-            status = child.wait(seconds)
+            status = _waited(child, name, seconds)
         except BaseException as fault:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -238,6 +261,24 @@ def _run(
     elif status:
         told |= {"status": "failed", "why": _last_line(log)}
     return told
+
+
+def _waited(child: subprocess.Popen[bytes], name: str, seconds: float) -> int:
+    """Its exit status; on a terminal the seconds gone are shown. Raises TimeoutExpired."""
+    from tqdm import tqdm
+
+    form = "{desc}: {n:.0f} of {total:.0f} s"
+    began = time.monotonic()
+    with tqdm(total=seconds, desc=name, bar_format=form, disable=None, leave=False) as bar:
+        while True:
+            gone = time.monotonic() - began
+            try:
+                return child.wait(max(0.0, min(1.0, seconds - gone)))
+            except subprocess.TimeoutExpired:
+                gone = time.monotonic() - began
+                if gone >= seconds:
+                    raise
+                bar.update(gone - bar.n)
 
 
 def _last_line(log: Path) -> str:

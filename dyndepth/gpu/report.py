@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dyndepth.bench.shapes import GPU_GOALS, MET, check
+from dyndepth.bench.goals import GPU_GOALS, MET, check
+from dyndepth.bench.lines import Lines, numbers, speed
 from dyndepth.gpu.parts import MODEL, RECORD, parts
 from dyndepth.gpu.training import GOAL
+from dyndepth.results.noise import LEGEND
 
 Facts = dict[str, Any]
 
@@ -59,7 +61,7 @@ def page(facts: Facts, heading: str = "#") -> str:
     ]
     for title, found in (("Held", held), ("Fell short", short), ("Not run", never)):
         lines += ["", f"{heading}# {title}", "", *(f"- {each}" for each in found or ["nothing"])]
-    bench = (facts.get("bench") or {}).get("bench") or {}
+    bench = _lines(facts)
     if bench:
         model = facts["bench"]["about"]["model"]
         lines += [
@@ -73,11 +75,43 @@ def page(facts: Facts, heading: str = "#") -> str:
             "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {name} | {line['speedup']:.2f} [{line['low']:.2f}, {line['high']:.2f}] "
-            f"| {line['flop_ideal']:.2f} | {line['byte_ideal']:.2f} |"
+            f"| {name} | {speed(line)} | {line['flop_ideal']:.2f} | {line['byte_ideal']:.2f} |"
             for name, line in bench.items()
         ]
+        lines += ["", f"{LEGEND}."]
     return "\n".join(lines) + "\n"
+
+
+def _lines(facts: Facts) -> Lines:
+    """What the bench measured."""
+    return numbers((facts.get("bench") or {}).get("bench") or {})
+
+
+def outcome(facts: Facts) -> str:
+    """How many checks failed and which parts are not done, in a few words."""
+    checks = [each["status"] for each in (facts.get("checks") or {}).values()]
+    failed = checks.count("failed")
+    said = ["all checks held" if checks else "nothing was checked"]
+    if failed:
+        said = [f"{failed} check{'s' * (failed > 1)} failed"]
+    statuses = {
+        part.name: facts["parts"].get(part.name, {}).get("status", "not run")
+        for part in parts(facts["small"], "")
+        if not (failed and part.name == "checks")
+    }
+    for status in ("failed", "cut off", "not run"):
+        own = [name for name, found in statuses.items() if found == status]
+        if own:
+            said.append(f"{len(own)} part{'s' * (len(own) > 1)} {status}: {', '.join(own)}")
+    return ", ".join(said)
+
+
+def _left(facts: Facts) -> dict[str, list[str]]:
+    """Lines of the bench that were not measured, by why."""
+    found: dict[str, list[str]] = {}
+    for name, why in ((facts.get("bench") or {}).get("left") or {}).items():
+        found.setdefault(why, []).append(name)
+    return found
 
 
 def _sorted(facts: Facts) -> tuple[list[str], list[str], list[str]]:
@@ -92,7 +126,7 @@ def _sorted(facts: Facts) -> tuple[list[str], list[str], list[str]]:
             never.append(f"check: {name} ({each['why']})")
     bench = facts.get("bench")
     if bench and bench["about"]["model"] == MODEL:
-        for each in check(bench["bench"], GPU_GOALS):
+        for each in check(_lines(facts), GPU_GOALS):
             said = " ".join(str(each).split())
             (held if each.verdict == MET else short).append(f"goal: {said}")
     training = facts.get("training")
@@ -110,6 +144,7 @@ def _sorted(facts: Facts) -> tuple[list[str], list[str], list[str]]:
             never.append(f"{part.name} ({part.what}){why}")
         elif told["status"] == "done":
             held.append(f"{part.name} ran whole: {part.what}, {told['seconds']:.0f} s")
+    never += [f"bench: {', '.join(names)} ({why})" for why, names in _left(facts).items()]
     return held, short, never
 
 

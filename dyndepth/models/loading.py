@@ -79,7 +79,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _check_device(device)
+    check_device(device)
     if is_shape(name):
         return _made(name, config, dtype, device, attn_implementation)
     how: dict[str, Any] = {"attn_implementation": attn_implementation, "revision": revision}
@@ -359,7 +359,8 @@ def _check_causal(name: str, config: Any) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises UserError for a device that is not there; "auto" is."""
     import torch
 
     if device == "auto":
@@ -424,3 +425,16 @@ def resolve_device(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def one_device(device: str, command: str) -> str:
+    """``resolve_device`` for a command that measures one device.
+
+    Raises:
+        UserError: ``spread``, or a device that is not there.
+    """
+    if device == SPREAD:
+        raise UserError(f"{command} measures one device; name it in place of --device {SPREAD}")
+    found = resolve_device(device)
+    check_device(found)
+    return found

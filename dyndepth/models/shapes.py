@@ -31,10 +31,16 @@ def is_shape(name: Any) -> bool:
 
 @cache
 def shapes() -> dict[str, dict[str, Any]]:
-    """Known shapes by name: ``source``, the id of a model card, and ``config``, its fields."""
+    """Known shapes by name: ``source``, the id of a model card, ``config``, its fields, and of some
+    their ``use``, see ``shape_for``."""
     text = Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     return found
+
+
+def shape_for(use: str) -> str:
+    """The shape that stands for many in one ``use``: ``bench``, ``training`` or ``trial``."""
+    return next(SHAPE + name for name, one in shapes().items() if one.get("use") == use)
 
 
 def refuse_shape(model_or_name: Any) -> None:

@@ -5,33 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common.digests import harness_code
-from dyndepth.gpu.report import Facts, never_run, page, read
+from dyndepth.gpu.parts import code
+from dyndepth.gpu.report import Facts, never_run, outcome, page, read
 from dyndepth.pages.blocks import Source
+from dyndepth.pages.markdown import joined, table
+from dyndepth.results.noise import told
 
 PAGE = Path("docs/gpu_status.md")
 
-_BEFORE = """## Earlier: one H200, commit b50ac88
-
-Before the present code, by hand, in November 2026 (driver 580, torch 2.11, transformers 5.17,
-Python 3.12):
-
-- The sweep `--methods skipgpt,early_exit,uls --device cuda --timing off` of the embedded model
-  ran whole. The numbers of dense, skipgpt and uls agreed with those of the CPU within 1e-3
-  relative. Early exit solves its threshold on the device: it achieved 1.26x where the CPU's
-  achieved 1.25x.
-- The conformance and runtime tests ran in float32 on four families: 571 passed. Training routers
-  on standardised streams failed in 118 others, where CPU and GPU tensors met; that was mended
-  since.
-- Static plans on random weights in the shape of an 8B model, bfloat16: prefill of 8 x 2,048
-  tokens 2.00 times as fast as dense, with 2.00 times fewer FLOPs. Nothing waited for the device.
-- Token masks of 50% in prefill of 1 x 2,048 tokens 1.01 times as fast, where FLOPs allow 1.94;
-  batched decoding under masks 0.72 of dense. Dense decoding took 20.5 ms a step in eager mode
-  whatever the batch, and 7.0 ms as one CUDA graph: eager decoding of small batches measures the
-  host.
-- A prototype of what runs now (queries laid among zeros around the causal kernel, one wait a
-  block; graphs a step or a block) reached 1.41 and 1.59 in prefill of 1 and 8 x 2,048 tokens
-  under masks of 50%, and 1.35 over the dense graph in decoding one sequence."""
+BEFORE = "gpu_before.csv"
+"""In ``results/``: what was measured by hand, without intervals, before there was a command."""
 
 
 def records(root: Path) -> dict[str, Facts]:
@@ -46,7 +29,7 @@ def records(root: Path) -> dict[str, Facts]:
 
 def current(facts: Facts) -> bool:
     """Whether a run was of the code as it is."""
-    return bool(facts["code"]["harness"] == harness_code())
+    return bool(facts["code"] == code())
 
 
 def status_page(source: Source) -> str:
@@ -67,7 +50,29 @@ def status_page(source: Source) -> str:
     for folder, facts in found.items():
         age = "" if folder in now else " It is of older code."
         parts.append(f"{page(facts, '##').rstrip()}\n\nFrom `{folder}/`.{age}")
-    return "\n\n".join([*parts, _BEFORE]) + "\n"
+    return "\n\n".join([*parts, *_before(source)]) + "\n"
+
+
+def _before(source: Source) -> list[str]:
+    """The paragraphs on what was measured before there was a command for it."""
+    rows = source.rows("results", BEFORE)
+    if not rows:
+        return []
+    lines = [(row["work"], _figure(row), row["note"]) for row in rows]
+    where = joined(f"{row['device']}, commit {row['commit']}, {row['date']}" for row in rows)
+    return [
+        f"## Earlier: {where}",
+        "As measured on that commit, of older code, by hand. No intervals were kept, so how far "
+        f"noise moves these numbers is not known. Rows of `results/{BEFORE}`.",
+        table(("what", "measured", "note"), lines),
+    ]
+
+
+def _figure(row: dict[str, str]) -> str:
+    """A wall speedup with what is said of one without interval, anything else with its unit."""
+    if row["unit"] == "speedup":
+        return told(row["figure"], None, None)
+    return f"{row['figure']} {row['unit']}"
 
 
 def sentence(source: Source, options: dict[str, Any]) -> str:
@@ -76,5 +81,5 @@ def sentence(source: Source, options: dict[str, Any]) -> str:
     now = [facts for facts in records(source.root).values() if current(facts)]
     if not now:
         return f"The present code has not been run on a GPU yet ({link})."
-    cards = " and ".join(sorted({facts["card"] for facts in now}))
-    return f"The present code was run on {cards} ({link})."
+    told_of = joined(f"{facts['card']} ({outcome(facts)})" for facts in now)
+    return f"The present code was run on {told_of}; see {link}."

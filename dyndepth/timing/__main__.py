@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED, path_of
+from dyndepth.common.paths import EMBEDDED, check_file, path_of
 from dyndepth.data.capacity import check_length
 from dyndepth.models.shapes import is_shape
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
@@ -61,7 +61,7 @@ def _timing(given: list[str]) -> None:
         "that are decoded after them, such as 1x512+32,8x2048",
     )
     add("--mode", choices=CHOICES["mode"], help=f"{HELP['mode']} (default: {MODE_DEFAULT})")
-    parser.model()
+    parser.model(shapes=True)
     parser.shared("corpus", EMBEDDED)
     parser.whole("seed", 0, "of the method, texts and order", 0)
     options = parser.parse_args(given)
@@ -186,7 +186,7 @@ def _break_even(given: list[str]) -> None:
         f"columns of the CSV, a row for each phase and fraction:\n{columns}",
     )
     add = built.add_argument
-    built.model()
+    built.model(shapes=True)
     add(
         "--phases", nargs="+", choices=PHASES, default=PHASES, help="passes to time (default: both)"
     )
@@ -244,16 +244,8 @@ def _check_break_even(options: argparse.Namespace) -> None:
     for fraction in options.fractions:
         if not 0 < fraction < 1:
             raise UserError(f"--fractions takes numbers between 0 and 1, not {fraction:g}")
-    path = options.output_path
-    if path is not None and path.is_dir():
-        raise UserError(f"--output_path {str(path)!r} is a folder; name the CSV to write")
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise UserError(
-                f"--output_path {str(path)!r} cannot be written: {fault.strerror}"
-            ) from None
+    if options.output_path is not None:
+        check_file("output_path", options.output_path, "CSV")
 
 
 LIMITS = "limits"
@@ -266,7 +258,7 @@ def _limits(given: list[str]) -> None:
         "Measure for which executed shares gathering the selected tokens is faster than computing "
         "all, and keep it for this device, precision and width.",
     )
-    built.model()
+    built.model(shapes=True)
     built.whole("tokens", max(COUNTS), "of the forward, 256 or more", 512)
     built.whole("repeats", 6, "rounds", 15)
     options = built.parse_args(given)

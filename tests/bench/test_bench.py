@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dyndepth.bench import __main__ as door
+from dyndepth.bench import lines as of_lines
 from dyndepth.bench import plans as bench_routes
 from dyndepth.bench import shapes
-from dyndepth.bench.shapes import GOALS, MET, MISSED, UNCERTAIN, Goal, check
+from dyndepth.bench.goals import GOALS, MET, MISSED, UNCERTAIN, Goal, check
 from dyndepth.common.errors import UserError
 from dyndepth.timing import jobs
 
@@ -80,7 +81,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys,
     options = argparse.Namespace(
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
-        modes=[],
+        modes=["eager"],
         seconds=None,
         output_path=tmp_path / "lines.json",
         works=works,
@@ -88,7 +89,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys,
         device="cpu",
         repeats=6,
     )
-    lines = shapes.shapes(tiny_corpus, options)
+    lines = shapes.shapes(tiny_corpus, options).lines
     assert list(lines) == [f"{work}/{phase}/float32" for phase in options.phases for work in works]
     for line in lines.values():
         assert line["low"] <= line["speedup"] <= line["high"]
@@ -99,10 +100,14 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys,
     assert ideals[f"{shapes.REFERENCE}/prefill_1x512/float32"] == 1
     assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
-    assert capsys.readouterr().out.count("/float32") == len(lines)
+    out = capsys.readouterr().out
+    assert out.count("/float32") == len(lines)
+    for name, line in lines.items():
+        assert f"{name:43}{of_lines.speed(line)}" in out
+    assert "noisy: the interval is wider" in out
     monkeypatch.setattr("dyndepth.timing.jobs.peak_bytes", lambda *_, **__: None)
     options.works, options.phases, options.output_path = ["all_execute"], ["decode_8"], None
-    (line,) = shapes.shapes(tiny_corpus, options).values()
+    (line,) = shapes.shapes(tiny_corpus, options).lines.values()
     assert math.isnan(line["peak_ratio"])
 
 
@@ -113,29 +118,35 @@ def test_masks_of_one_sublayer_leave_the_other_whole(work, whole, tiny):
     gates = torch.stack([torch.stack(pair) for pair in method.masks])
     assert bool(gates[:, whole].all())
     assert 0.4 < gates[:, 1 - whole].double().mean() < 0.6
-    assert work not in shapes.WORKS
+    assert work not in of_lines.WORKS
 
 
-def test_lines_are_kept_and_not_measured_again(tiny, tiny_corpus, monkeypatch, capsys, tmp_path):
-    """Also by graphs, of the stand-in: every step is repeated, and says what eager steps cost."""
-    from recording import StandIn
-
+@pytest.fixture
+def chosen(tiny, monkeypatch, tmp_path):
+    """Options of a small bench."""
     monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
-    monkeypatch.setattr("dyndepth.runtime.graphs.CudaRecorder", lambda device: StandIn())
     monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
-    works = ["static_15", "mask_50", shapes.REFERENCE]
-    options = argparse.Namespace(
+    return argparse.Namespace(
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
-        modes=["eager", "graphs"],
+        modes=["eager"],
         seconds=None,
         output_path=tmp_path / "lines.json",
-        works=works,
+        works=["static_15", "mask_50", shapes.REFERENCE],
         model="tiny",
         device="cpu",
         repeats=6,
     )
-    lines = shapes.shapes(tiny_corpus, options)
+
+
+def test_lines_are_kept_and_not_measured_again(chosen, tiny_corpus, monkeypatch, capsys, tmp_path):
+    """Also by graphs, of the stand-in: every step is repeated, and says what eager steps cost."""
+    from recording import StandIn
+
+    monkeypatch.setattr("dyndepth.runtime.graphs.CudaRecorder", lambda device: StandIn())
+    options, works = chosen, chosen.works
+    options.modes = ["eager", "graphs"]
+    lines = shapes.shapes(tiny_corpus, options).lines
     assert len(lines) == 3 + 3 + 2
     for work in works[:2]:
         by_graphs = lines[f"{work}/decode_8/float32/graphs"]
@@ -143,15 +154,88 @@ def test_lines_are_kept_and_not_measured_again(tiny, tiny_corpus, monkeypatch, c
             assert by_graphs[ideal] == lines[f"{work}/decode_8/float32"][ideal]
     assert "mask_50/decode_8/float32/graphs" in capsys.readouterr().out
     monkeypatch.setattr(shapes, "_measure", None)
-    assert shapes.shapes(tiny_corpus, options) == lines
+    assert shapes.shapes(tiny_corpus, options).lines == lines
+    assert capsys.readouterr().out.count("  kept\n") == len(lines)
     options.output_path, options.seconds = tmp_path / "other.json", 1
     monkeypatch.setattr(shapes.time, "monotonic", iter(range(0, 1000, 5)).__next__)
-    assert shapes.shapes(tiny_corpus, options) == {}
+    record = shapes.shapes(tiny_corpus, options)
+    assert record.lines == {}
+    assert record.left == dict.fromkeys(lines, of_lines.NO_TIME)
+    assert json.loads(options.output_path.read_text())["left"] == record.left
     assert "no time left for decode_8 by graphs" in capsys.readouterr().out
     for text in ("{", '{"about": {"model": "another", "code": "0"}, "bench": {}}'):
         options.output_path.write_text(text)
         with pytest.raises(UserError, match="name another"):
             shapes.shapes(tiny_corpus, options)
+
+
+def test_lines_of_other_conditions_are_not_kept(chosen, tiny_corpus, monkeypatch):
+    others = {
+        "device_name": "another card",
+        "threads": 77,
+        "attn_implementation": "another",
+        "revision": "another",
+        "repeats": 7,
+        "gather_limits": {"float32": "0 0 0"},
+    }
+    chosen.works, chosen.phases = ["static_15"], ["decode_8"]
+    shapes.shapes(tiny_corpus, chosen)
+    found = json.loads(chosen.output_path.read_text())
+    monkeypatch.setattr(shapes, "_measure", None)
+    for hint in ("load_average", "gpu", "dtype"):
+        chosen.output_path.write_text(json.dumps(found | {"about": found["about"] | {hint: "x"}}))
+        shapes.shapes(tiny_corpus, chosen)
+    for key, value in others.items():
+        chosen.output_path.write_text(json.dumps(found | {"about": found["about"] | {key: value}}))
+        with pytest.raises(UserError, match=f"lines of another {key} .*; name another, or remove"):
+            shapes.shapes(tiny_corpus, chosen)
+
+
+def test_what_was_not_measured_is_null_in_json(chosen, tiny_corpus, monkeypatch):
+    monkeypatch.setattr("dyndepth.timing.jobs.peak_bytes", lambda *_, **__: None)
+    shapes.shapes(tiny_corpus, chosen)
+    text = chosen.output_path.read_text()
+    assert "NaN" not in text
+    assert '"peak_ratio": null' in text
+    again = shapes.shapes(tiny_corpus, chosen).lines
+    assert all(math.isnan(line["peak_ratio"]) for line in again.values())
+
+
+def test_a_phase_without_memory_is_left_out_alone(chosen, tiny_corpus, monkeypatch, capsys):
+    stock = shapes._measure
+
+    def short(model, shape, *rest):
+        if "Prefill" in type(shape).__name__:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(model, shape, *rest)
+
+    monkeypatch.setattr(shapes, "_measure", short)
+    record = shapes.shapes(tiny_corpus, chosen)
+    assert "prefill_1x512 by eager in float32 is left out" in capsys.readouterr().out
+    assert set(record.lines) == {f"{work}/decode_8/float32" for work in chosen.works}
+    assert record.left == {
+        f"{work}/prefill_1x512/float32": of_lines.NO_MEMORY for work in chosen.works
+    }
+
+
+def test_rounds_are_shown_under_the_name_of_the_phase(chosen, tiny_corpus, monkeypatch):
+    from tqdm import tqdm
+
+    seen = []
+
+    class Bar(tqdm):
+        def __init__(self, **how):
+            super().__init__(**how | {"disable": False})
+
+        def update(self, n=1):
+            seen.append((self.desc, self.n + n, self.total))
+            return super().update(n)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    shapes.shapes(tiny_corpus, chosen)
+    first = [each for each in seen if each[0].startswith("prefill_1x512 by eager in float32")]
+    assert [n for _, n, _ in first] == list(range(1, 7))
+    assert {total for *_, total in seen} == {6}
 
 
 def line(speedup=1.0, flop_ideal=1.0, high=None, peak_ratio=1.0):
@@ -190,7 +274,7 @@ def test_a_goal_is_met_missed_or_uncertain(goal, measured, verdict):
 def test_every_goal_speaks_of_lines_that_there_are():
     names = [
         f"{work}/{phase}/{dtype}"
-        for work in shapes.WORKS + shapes.MORE_WORKS
+        for work in of_lines.WORKS + of_lines.MORE_WORKS
         for phase in shapes.PHASES
         for dtype in door.DTYPES
     ]
@@ -204,7 +288,8 @@ def test_every_goal_speaks_of_lines_that_there_are():
 
 
 def test_missed_goals_fail_only_where_asked(monkeypatch, capsys):
-    monkeypatch.setattr(door, "shapes", lambda *_: {"all_execute/decode_1/float32": line(0.5)})
+    found = {"all_execute/decode_1/float32": line(0.5)}
+    monkeypatch.setattr(door, "shapes", lambda *_: argparse.Namespace(lines=found, left={}))
     monkeypatch.setattr("dyndepth.models.loading.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("dyndepth.data.corpus.load_corpus", lambda *_: None)
     monkeypatch.setattr("dyndepth.common.machine.steady_allocator", lambda: "")
@@ -228,6 +313,37 @@ def test_a_shape_is_measured_on_random_tokens(tiny, tmp_path, monkeypatch, capsy
     found = json.loads(out.splitlines()[-1])
     assert list(found) == ["bench"]
     assert len(found["bench"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--device", "spread"], "the bench measures one device; name it in place of"),
+        (["--mode", "graphs"], "graphs need a CUDA device; take --mode eager"),
+        (["--mode", "both"], "graphs need a CUDA device; take --mode eager"),
+        (["--output_path", "/proc/x/y.json"], "'/proc/x' cannot be written: "),
+        (["--output_path", "/"], "'/' is a folder; name the JSON to write"),
+        (["--output_path", "/etc/passwd/y.json"], "'/etc/passwd' is a file"),
+    ],
+)
+def test_wrong_words_fail_before_anything_is_loaded(words, told, monkeypatch, capsys):
+    monkeypatch.setattr("dyndepth.data.corpus.load_corpus", None)
+    monkeypatch.setattr("dyndepth.models.loading.load_tokenizer", None)
+    assert door.main(["--device", "cpu", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_graphs_without_a_decode_step_are_refused():
+    options = argparse.Namespace(
+        device="cuda", phases=["prefill_1x512"], modes=("graphs",), works=["mask_50"]
+    )
+    with pytest.raises(UserError, match="mask_50, prefill_1x512 is left; add a phase of decode"):
+        shapes.passes(options)
+    options.phases, options.works = ["decode_1"], [shapes.REFERENCE]
+    with pytest.raises(UserError, match="take --mode eager"):
+        shapes.passes(options)
+    options.modes = ("eager", "graphs")
+    assert shapes.passes(options) == [("decode_1", "eager"), ("decode_1", "graphs")]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from folders import tiny_folder
 from dyndepth.cells.store import Store, same_model
 from dyndepth.common.digests import task_files
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import expanded, path_of, slug
+from dyndepth.common.paths import check_file, expanded, made_folder, path_of, slug
 from dyndepth.common.registry import load_method
 from dyndepth.data.corpus import load_corpus
 from dyndepth.fitting import fits
@@ -205,3 +205,15 @@ def test_settings_that_are_paths_are_all_looked_at():
     spoken = {name for name, text in HELP.items() if any(word in text for word in words)}
     # A shard names the output path of others; --config is no setting.
     assert spoken & set(Settings.__dataclass_fields__) - {"shard"} == PATHS | {"output_path"}
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a folder; name the CSV to write"):
+        check_file("output_path", tmp_path, "CSV")
+    with pytest.raises(UserError, match="'.*file' is a file; give a folder"):
+        check_file("output_path", tmp_path / "file" / "x.csv", "CSV")
+    with pytest.raises(UserError, match="--output_path '/proc/zz' cannot be written"):
+        made_folder("output_path", Path("/proc/zz"))
+    assert check_file("output_path", tmp_path / "a" / "b" / "x.csv", "CSV").parent.is_dir()
+    assert made_folder("output_path", tmp_path / "c" / "d").is_dir()

@@ -24,6 +24,7 @@ from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder
 from dyndepth.models.families import FAMILIES
+from dyndepth.models.shapes import shapes
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs, obstacle
 
@@ -207,7 +208,8 @@ def test_declares_what_the_contract_asks(name):
 def test_harness_names_no_method_and_no_family():
     """dyndepth/ knows methods through the registry, and families through families.py alone."""
     names = "|".join(sorted(set(methods()) - {"dense"}) + ["unified.layer.skipping"])
-    families_named = "|".join(sorted(FAMILIES, key=len, reverse=True))
+    known = [f"shape:{name}" for name, shape in shapes().items() if "/" in shape["source"]]
+    families_named = "|".join(map(re.escape, sorted([*FAMILIES, *known], key=len, reverse=True)))
     for path in sorted((ROOT / "dyndepth").rglob("*")):
         if path.suffix not in (".py", ".yaml") or "__pycache__" in path.parts:
             continue

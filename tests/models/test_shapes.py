@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from dyndepth.models.loading import (
     load_tokenizer,
     longest_window,
 )
-from dyndepth.models.shapes import random_fingerprint, shapes
+from dyndepth.models.shapes import random_fingerprint, shape_for, shapes
 from dyndepth.routes import __main__ as routes
 from dyndepth.runtime.attach import attach
 from dyndepth.sweep import __main__ as sweep
@@ -70,7 +71,21 @@ def test_known_shapes_have_the_sizes_of_their_models(name):
         config.rope_parameters["rope_theta"]
         == shapes()[name]["config"]["rope_parameters"]["rope_theta"]
     )
-    assert "/" in shapes()[name]["source"]
+    assert ("/" in shapes()[name]["source"]) is (shapes()[name].get("use") != "trial")
+
+
+def test_each_use_has_one_shape():
+    uses = ["bench", "training", "trial"]
+    assert sorted(shape.get("use", "") for shape in shapes().values())[-3:] == uses
+    assert PARAMETERS[shape_for("bench").removeprefix("shape:")] > 7e9
+    assert shape_for("trial") == "shape:tiny"
+
+
+def test_a_shape_is_offered_where_it_will_do(capsys):
+    for door, offered in (("bench", True), ("timing", True), ("sweep", False), ("fit", False)):
+        with pytest.raises(SystemExit):
+            import_module(f"dyndepth.{door}{'' if door == 'fit' else '.__main__'}").main(["--help"])
+        assert ("shape:NAME" in capsys.readouterr().out) is offered, door
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
