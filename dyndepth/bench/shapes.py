@@ -104,6 +104,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Record:
                 continue
             batch, length = PHASES[phase]
             tokens = corpus.windows(length + STEPS, batch, seed=0, split="calibration", model=model)
+            tokens = tokens.to(model.device)  # or each step would wait for its token to be brought
             shape = Prefill(tokens[:, :length]) if "prefill" in phase else Decode(tokens, length)
             try:
                 measured = dict(_measured(model, shape, options, mode, what))

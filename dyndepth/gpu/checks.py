@@ -25,6 +25,7 @@ from dyndepth.models.shapes import shape_for
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.limits import ALWAYS, Limits
+from dyndepth.runtime.recorder import Recorder
 from dyndepth.timing.jobs import given
 
 TOKENS, PROMPT = 48, 32
@@ -46,16 +47,21 @@ class Bed:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.model = self.built(device)
-        layers, batch = len(Decoder.of(self.model).layers), 3
+        layers = len(Decoder.of(self.model).layers)
         draw = torch.Generator().manual_seed(0)
-        size = (batch, TOKENS)
-        self.tokens = torch.randint(4, 500, size, generator=draw).to(self.device)
-        plan = torch.rand(layers, 2, generator=draw) < 0.6
-        plan[0] = True
-        masks = torch.rand(layers, 2, *size, generator=draw) < 0.5
-        self.methods: dict[str, DynamicDepthMethod] = {
-            "all": given(torch.ones(layers, 2, dtype=torch.bool)),
-            "plan": given(plan),
+        self.tokens = torch.randint(4, 500, (3, TOKENS), generator=draw).to(self.device)
+        self._plan = torch.rand(layers, 2, generator=draw) < 0.6
+        self._plan[0] = True
+        self._masks = torch.rand(layers, 2, 3, TOKENS, generator=draw) < 0.5
+        self.methods = self.gates(3)
+        self.recorder: Recorder | None = None
+
+    def gates(self, rows: int) -> dict[str, DynamicDepthMethod]:
+        """Gates of every kind for the first ``rows`` texts."""
+        masks = self._masks[:, :, :rows]
+        return {
+            "all": given(torch.ones_like(self._plan)),
+            "plan": given(self._plan),
             "masks": given(masks),
             "attention": given(torch.stack([masks[:, 0], torch.ones_like(masks[:, 0])], 1)),
         }
@@ -82,7 +88,8 @@ class Bed:
     def steps(self, name: str, rows: int = 3, **how: Any) -> Tensor:
         """Logits of single tokens over a cache, behind a prompt."""
         tokens, keyword, found = self.tokens[:rows], cache_argument(self.model), []
-        with torch.inference_mode(), attach(self.model, self.methods[name], **how):
+        method = self.gates(rows)[name]
+        with torch.inference_mode(), attach(self.model, method, **how):
             cache = cache_of(self.model(tokens[:, :PROMPT], use_cache=True))
             for place in range(PROMPT, TOKENS):
                 token = tokens[:, place : place + 1]
@@ -146,11 +153,11 @@ def cached_steps(bed: Bed) -> None:
 
 def graphs(bed: Bed) -> None:
     """Steps by graphs are eager steps, for every kind of gate, alone and in a batch."""
-    if bed.device.type != "cuda":
+    if bed.device.type != "cuda" and bed.recorder is None:
         raise NotHere("graphs are CUDA's")
     for name in bed.methods:
         for rows in (1, 3):
-            with Graphs() as held:
+            with Graphs(bed.recorder) as held:
                 found = bed.steps(name, rows, mode=held)
                 _all_repeated(name, held)
             near(found, bed.steps(name, rows), EXACT, f"{name}, {rows} rows")

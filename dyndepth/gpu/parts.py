@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ def _suite() -> Path | None:
 
 
 def _no_tests() -> str | None:
-    return None if _suite() else "the package is installed, its test suite is not here"
+    if _suite() is None:
+        return "the package is installed, its test suite is not here"
+    missing = [name for name in ("pytest", "xdist", "hypothesis") if find_spec(name) is None]
+    return f"{' and '.join(missing)} are not installed" if missing else None
 
 
 def run_all(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import DEVICE
+from recording import StandIn
 
 from dyndepth.bench.lines import NO_MEMORY, NO_TIME
 from dyndepth.common.digests import PACKAGE
@@ -56,6 +57,14 @@ def test_a_wrong_runtime_is_caught(monkeypatch, place, name, caught):
     found = checks.run("cpu", say=lambda line: None)
     assert found[caught]["status"] == "failed"
     assert "apart" in found[caught]["why"]
+
+
+def test_the_check_of_graphs_runs_with_a_recorder():
+    """What only a GPU runs, by the stand-in."""
+    bed = checks.Bed("cpu")
+    bed.recorder = StandIn()
+    checks.graphs(bed)
+    assert bed.recorder.repeated > 0
 
 
 def test_a_failed_check_is_the_exit_status(monkeypatch, tmp_path, capsys):
