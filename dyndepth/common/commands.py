@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _SPELLING = "Dashes and underscores in flags are the same."
 CHOICES = {
     "phases": ("both", "generation", "published"),
     "timing": ("off", "quick", "full"),
-    "mode": ("eager", "graphs", "both"),
+    "mode": (*MODES, "both"),
     "resume": ("only-missing", "always", "never"),
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),

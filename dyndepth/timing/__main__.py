@@ -21,7 +21,7 @@ from dyndepth.models.shapes import is_shape
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.levels import LEVELS, Level, check_shapes, level_of, modes_of, parse_shapes
 from dyndepth.timing.limits import COUNTS, measure_limits
-from dyndepth.timing.measure import in_modes, measure
+from dyndepth.timing.measure import check_recordable, in_modes, measure
 from dyndepth.timing.random_tokens import RandomTokens, fit_without_text
 
 if TYPE_CHECKING:
@@ -95,10 +95,12 @@ def _timing(given: list[str]) -> None:
     if is_shape(options.model):
         corpus = _random_tokens(options)
         model = loaded(vars(options))
+        check_recordable(model, options.mode)
         method = fit_without_text(method, model)
     else:
         corpus = load_corpus(options.corpus, load_tokenizer(*which))
         model = loaded(vars(options))
+        check_recordable(model, options.mode)
         method = fit_cached(method, model, corpus)
     rows = in_modes(
         modes,
