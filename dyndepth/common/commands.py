@@ -20,6 +20,7 @@ from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -31,12 +32,17 @@ PIPE_WIDTH = 200
 """Columns where no terminal tells its width; rich would fold everything into 80."""
 
 
-def print_table(table: Table) -> None:
-    """Print ``table`` to standard output."""
+def console() -> Console:
+    """Standard output, as wide as its terminal, or ``PIPE_WIDTH``."""
     from rich.console import Console
 
-    console = Console()
-    (console if console.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def print_table(table: Table) -> None:
+    """Print ``table`` to standard output."""
+    console().print(table)
 
 
 _SPELLING = "Dashes and underscores in flags are the same."
