@@ -18,7 +18,7 @@ WORDS = {
     "suspect": "faster than the FLOPs allow",
     "no interval": "of fewer than six pairs",
     "noisy": "the interval is wider than 10 % of the number",
-    "undecided": "it holds 1, neither faster nor slower is shown",
+    "undecided": "the interval holds 1, neither faster nor slower is shown",
 }
 """Every word that stands beside a wall speedup, and what it means."""
 

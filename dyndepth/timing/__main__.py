@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.data.capacity import check_length
 from dyndepth.models.shapes import is_shape
@@ -81,7 +82,7 @@ def _timing(given: list[str]) -> None:
     most = longest_window(*which)
     device = resolve_device(options.device).partition(":")[0]
     spread = options.device == SPREAD
-    modes = modes_of(options.mode or ("eager" if spread else None), options.level, device)
+    modes = modes_of(options.mode or (EAGER if spread else None), options.level, device)
     level = _asked(options, device)
     check_shapes(most, level, device)
     check_length(most, method.window_length, method.name)

@@ -225,7 +225,7 @@ def test_a_wide_terminal_and_a_pipe_have_every_column(capsys, monkeypatch):
 
 
 def test_the_legend_is_of_the_words_that_stand_there():
-    assert legend(["1.01x [0.98, 1.02] undecided"]).startswith("undecided: it holds 1")
+    assert legend(["1.01x [0.98, 1.02] undecided"]).startswith("undecided: the interval holds 1")
     assert "noisy" not in legend(["1.01x [0.98, 1.02] undecided"])
     assert legend(["1.40x [1.37, 1.44]", ""]) == ""
     assert all(word in legend() for word in ("suspect", "no interval", "noisy", "undecided"))
