@@ -15,6 +15,7 @@ from dyndepth.cells.identity import plain
 from dyndepth.common.digests import harness_code, timing_code
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
+from dyndepth.common.modes import GRAPHS
 from dyndepth.results.noise import told
 
 REFERENCE = "masked_reference"
@@ -49,7 +50,7 @@ HINTS = ("load_average", "gpu", "dtype", LIMITS)
 
 def names(works: Sequence[str], phase: str, dtype: str, mode: str) -> dict[str, str]:
     """The name of each work's line."""
-    graphs = mode == "graphs"
+    graphs = mode == GRAPHS
     return {
         work: f"{work}/{phase}/{dtype}" + "/graphs" * graphs
         for work in works

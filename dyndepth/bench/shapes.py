@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.bench.lines import NO_MEMORY, NO_TIME, REFERENCE, Line, Record, names, speed
 from dyndepth.common.errors import RunFailed, UserError
-from dyndepth.results.noise import LEGEND
+from dyndepth.common.modes import EAGER, GRAPHS
+from dyndepth.results.noise import legend
 
 if TYPE_CHECKING:
     from dyndepth.runtime.graphs import Graphs
@@ -59,7 +60,7 @@ def passes(options: argparse.Namespace) -> list[tuple[str, str]]:
         (phase, mode)
         for phase in phases
         for mode in options.modes
-        if mode == "eager" or phase.startswith("decode")
+        if mode == EAGER or phase.startswith("decode")
     ]
     if not any(names(options.works, phase, "", mode) for phase, mode in found):
         raise UserError(
@@ -118,7 +119,7 @@ def shapes(corpus: Any, options: argparse.Namespace) -> Record:
             _release()
         del model
         _release()
-    print(f"{LEGEND}; kept: measured by an earlier call")
+    print(f"{legend()}; kept: measured by an earlier call")
     record.write()
     return record
 
@@ -153,7 +154,7 @@ def _measured(
     from dyndepth.runtime.graphs import Graphs
 
     with Graphs() as graphs, torch.inference_mode():
-        held = graphs if mode == "graphs" else None
+        held = graphs if mode == GRAPHS else None
         found = dict(_measure(model, shape, options, held, what))
     if held is not None and (graphs.others or not graphs.steps):
         raise RunFailed("decode steps were not repeated from recordings")

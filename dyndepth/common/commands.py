@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -30,12 +32,17 @@ PIPE_WIDTH = 200
 """Columns where no terminal tells its width; rich would fold everything into 80."""
 
 
-def print_table(table: Table) -> None:
-    """Print ``table`` to standard output."""
+def console() -> Console:
+    """Standard output, as wide as its terminal, or ``PIPE_WIDTH``."""
     from rich.console import Console
 
-    console = Console()
-    (console if console.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def print_table(table: Table) -> None:
+    """Print ``table`` to standard output."""
+    console().print(table)
 
 
 _SPELLING = "Dashes and underscores in flags are the same."
@@ -43,7 +50,7 @@ _SPELLING = "Dashes and underscores in flags are the same."
 CHOICES = {
     "phases": ("both", "generation", "published"),
     "timing": ("off", "quick", "full"),
-    "mode": ("eager", "graphs", "both"),
+    "mode": (*MODES, "both"),
     "resume": ("only-missing", "always", "never"),
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),

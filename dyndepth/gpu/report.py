@@ -10,7 +10,7 @@ from dyndepth.bench.goals import GPU_GOALS, MET, check
 from dyndepth.bench.lines import Lines, numbers, speed
 from dyndepth.gpu.parts import MODEL, RECORD, parts
 from dyndepth.gpu.training import GOAL
-from dyndepth.results.noise import LEGEND
+from dyndepth.results.noise import legend
 
 Facts = dict[str, Any]
 
@@ -78,7 +78,8 @@ def page(facts: Facts, heading: str = "#") -> str:
             f"| {name} | {speed(line)} | {line['flop_ideal']:.2f} | {line['byte_ideal']:.2f} |"
             for name, line in bench.items()
         ]
-        lines += ["", f"{LEGEND}."]
+        told = legend(map(speed, bench.values()))
+        lines += ["", f"{told}."] if told else []
     return "\n".join(lines) + "\n"
 
 

@@ -102,7 +102,7 @@ def leaderboard(source: Source, options: Options) -> str:
     Options: ``target``; ``phases`` (default: both); ``recovered`` (default: false). Seeds are
     averaged; an interval then reaches from the lowest end of any seed's to the highest.
     """
-    from dyndepth.pages.cards import wall
+    from dyndepth.pages.cards import wall, with_legend
 
     target, phases = float(options.get("target", 1.5)), options.get("phases", "both")
     rows = source.rows(source.results, "leaderboard.csv")
@@ -138,7 +138,8 @@ def leaderboard(source: Source, options: Options) -> str:
             )
         )
     headings = ("method", "seeds", "bits per byte", "mean accuracy", "block FLOPs", "total FLOPs")
-    return table((*headings, "prefill", "decode"), lines)
+    found = table((*headings, "prefill", "decode"), lines)
+    return with_legend(found, [text for line in lines for text in line[6:8]])
 
 
 def averaged(group: Sequence[Record]) -> Record:

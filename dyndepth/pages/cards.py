@@ -24,7 +24,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.spec import parameters_of
 from dyndepth.pages.markdown import joined, layout, markup, table
 from dyndepth.pages.parameters import choices, parameters, preset_table
-from dyndepth.results.noise import told_of
+from dyndepth.results.noise import legend, told_of
 from dyndepth.results.numbers import Record, number, read, spread
 from dyndepth.results.published import kind_of, nearest
 
@@ -197,7 +197,14 @@ def rows(measured: Sequence[Record]) -> str:
             )
         )
     headings = ("settings", "target", "seed", "block FLOPs", "total FLOPs", "mean accuracy")
-    return table((*headings, "bits per byte", "prefill", "decode", "status"), lines)
+    found = table((*headings, "bits per byte", "prefill", "decode", "status"), lines)
+    return with_legend(found, [text for line in lines for text in line[7:9]])
+
+
+def with_legend(found: str, walls: Sequence[str]) -> str:
+    """A table, and below it what the words beside its wall speedups mean, if there are any."""
+    meant = legend(walls)
+    return f"{found}\n\nBeside prefill and decode: {meant}." if meant else found
 
 
 def wall(row: Record, phase: str) -> str:

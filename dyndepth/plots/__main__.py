@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import check_folder, file_part, path_of
 from dyndepth.plots.retention import bound_gap, retained_by_task
 from dyndepth.plots.routes import executed_by_position, executed_in_run, routing_heatmap
@@ -78,13 +79,11 @@ def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]
     if timing is None or timing.empty:
         yield "flops_vs_wallclock", of(flops_vs_wallclock, "timing")
     else:
-        if "mode" not in timing:
-            timing = timing.assign(mode="eager")
         shapes = timing[["batch", "length", "mode"]].drop_duplicates()
         for batch, length, mode in shapes.itertuples(index=False):
             conditions = {"batch": int(batch), "length": int(length), "mode": str(mode)}
             name = f"flops_vs_wallclock_batch{batch}_length{length}"
-            name += "" if mode == "eager" else f"_{mode}"
+            name += "" if mode == EAGER else f"_{mode}"
             yield name, of(flops_vs_wallclock, "timing", **conditions)
     for target in sorted(set(tables[board]["target_speedup"]) - {1.0}):
         name = f"executed_by_layer_{target:g}x"

@@ -15,6 +15,7 @@ from dyndepth.cells import naming
 from dyndepth.cells.cell import DENSE
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER, Mode
 from dyndepth.plots.labels import label_targets
 from dyndepth.plots.style import (
     BLUE,
@@ -111,9 +112,8 @@ def accuracy_vs_wallclock(
 ) -> Figure:
     """As ``accuracy_vs_flops``, against the wall speedup of ``phase`` with its interval.
 
-    ``table`` is a leaderboard: wall speedups in eager mode, at its smallest batch and longest
-    length. Targets stand beside the marks; there is no front, since both values of a point are
-    uncertain.
+    ``table`` is a leaderboard: wall speedups in eager mode, of the shape that it names.
+    Targets stand beside the marks; there is no front, since both values of a point are uncertain.
     """
     across = f"wall_{phase}_speedup"
     ends = {f"wall_{phase}_{end}": f"{across}_{end}" for end in ("low", "high")}
@@ -246,7 +246,7 @@ def flops_vs_wallclock(
     *,
     batch: int | None = None,
     length: int | None = None,
-    mode: Literal["eager", "graphs"] = "eager",
+    mode: Mode = EAGER,
     title: str = "",
 ) -> Figure:
     """Wall speedup against total FLOPs speedup of the same forwards; on the diagonal all saved
@@ -259,7 +259,7 @@ def flops_vs_wallclock(
     there is nothing to draw.
     """
     if "mode" in timing:
-        timing = timing[timing["mode"].fillna("eager") == mode]
+        timing = timing[timing["mode"].fillna(EAGER) == mode]
     table = usable(timing, "wall_speedup", "total_speedup")
     batch = int(table["batch"].min()) if batch is None else batch
     table = table[table["batch"] == batch]
@@ -280,7 +280,7 @@ def flops_vs_wallclock(
         found["suspect"] = [
             pair in pairs for pair in zip(found["label"], found["target_speedup"], strict=True)
         ]
-    named = "" if mode == "eager" else f" in {mode} mode"
+    named = "" if mode == EAGER else f" in {mode} mode"
     about = conditions(table, str(batch), str(length))
     title = title or f"saved FLOPs and saved time{named}; {about}"
     return written(_drawn(phases, table, title), path)

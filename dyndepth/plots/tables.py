@@ -17,6 +17,7 @@ from dyndepth.cells.identity import today
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
+from dyndepth.results.columns import TIMING
 from dyndepth.results.leaderboard import METRIC, OF_ACCURACY
 from dyndepth.results.schema import validate
 
@@ -70,6 +71,9 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
             table = _table(path.with_suffix(".parquet"))
         else:
             continue
+        if name == "timing":
+            for column, value in TIMING.defaults.items():
+                table[column] = table[column].fillna(value) if column in table else value
         if "parameters" in table:
             table["parameters"] = table["parameters"].fillna("")
         for column in ("model_fingerprint", "corpus_fingerprint"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dyndepth.cells.identity import ADDED, LEADING
+from dyndepth.common.modes import EAGER, MODES
 
 
 class Column(NamedTuple):
@@ -267,9 +268,9 @@ _TIMING = {
     "batch": _integer("Sequences in the batch.", least=1),
     "length": _integer("Tokens of each prompt.", least=1),
     "mode": _text(
-        "How both sides ran: `eager`, or `graphs`: decoding replayed from CUDA graphs; files from "
-        "before there was a choice are read as `eager`.",
-        isin=("eager", "graphs"),
+        "How both sides ran: `eager`, or `graphs`: decoding replayed from CUDA graphs, phase "
+        "`decode` alone; files from before there was a choice are read as `eager`.",
+        isin=MODES,
     ),
     "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
     "repeats": _integer("Interleaved pairs of dense and method that were timed.", nullable=True),
@@ -340,7 +341,7 @@ TIMING = Table(
     key=("cell", "phase", "batch", "length", "mode"),
     ordered=(("wall_speedup_low", "wall_speedup", "wall_speedup_high"),),
     optional=frozenset(_TIMING) - {"phase", "batch", "length", "mode"},
-    defaults={"mode": "eager"},
+    defaults={"mode": EAGER},
     # Seconds between events on the device: they held its waiting, and were no time of its work.
     former=frozenset({"dense_device_s", "method_device_s", "device_speedup"}),
 )
@@ -382,14 +383,9 @@ SAMPLES = Table(
 _END = "end of the 95% interval; empty where there is none."
 
 _GRAPHS = {
-    "wall_prefill_graphs_speedup": _speedup(
-        "As `wall_prefill_speedup`, in graphs mode; empty if not timed so."
-    ),
-    "wall_prefill_graphs_low": _number(f"Prefill speedup in graphs mode, lower {_END}", ge=0),
-    "wall_prefill_graphs_high": _speedup(f"Prefill speedup in graphs mode, upper {_END}"),
     "wall_decode_graphs_speedup": _speedup(
-        "As `wall_decode_speedup`, in graphs mode: both sides decode through CUDA graphs; empty "
-        "if not timed so."
+        "As `wall_decode_speedup`, in graphs mode: both sides decode through CUDA graphs (prompts "
+        "run eagerly there, too, and have no column of their own); empty if not timed so."
     ),
     "wall_decode_graphs_low": _number(f"Decode speedup in graphs mode, lower {_END}", ge=0),
     "wall_decode_graphs_high": _speedup(f"Decode speedup in graphs mode, upper {_END}"),
@@ -445,12 +441,14 @@ LEADERBOARD = Table(
             nullable=True,
         ),
         "wall_batch": _integer(
-            "Sequences in the timed batch (the smallest that was timed); empty if not timed.",
+            "Sequences in the batch of all wall speedups (the smallest that was timed); empty if "
+            "not timed.",
             nullable=True,
             least=1,
         ),
         "wall_length": _integer(
-            "Tokens of the timed prompts (the longest at that batch); empty if not timed.",
+            "Tokens of the timed prompts of all wall speedups (at that batch the longest of those "
+            "timed in most phases and modes); empty if not timed.",
             nullable=True,
             least=1,
         ),
@@ -468,12 +466,9 @@ LEADERBOARD = Table(
         ("rouge_l_low", "rouge_l", "rouge_l_high"),
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
-        (
-            "wall_prefill_graphs_low",
-            "wall_prefill_graphs_speedup",
-            "wall_prefill_graphs_high",
-        ),
         ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
     ),
     optional=frozenset({"chance", *_GRAPHS, "wall_suspect"}),
+    # Prompts are not repeated from graphs: those were times of eager prompts.
+    former=frozenset(f"wall_prefill_graphs_{what}" for what in ("speedup", "low", "high")),
 )

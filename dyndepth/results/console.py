@@ -10,8 +10,9 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.naming import apart, label
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.commands import print_table
+from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.results.leaderboard import APART, is_control
-from dyndepth.results.noise import LEGEND, headed, told_of
+from dyndepth.results.noise import headed, legend, told_of
 
 MARKS = {
     "better": "better",
@@ -28,7 +29,7 @@ _SETTING = (
 )
 """Columns of the leading ones that tell settings apart."""
 
-Column = tuple[str, Callable[[Row], str]]
+Told = tuple[str, Callable[[Row], str]]
 
 
 def show_comparison(tables: dict[str, list[Row]]) -> None:
@@ -46,7 +47,7 @@ def _by_rank(row: Row) -> tuple[float, str, float]:
     return row["reference_speedup"], row["recovery"], row.get("rank", math.inf)
 
 
-def _each(rows: Sequence[Row], what: str, columns: Sequence[Column], caption: str) -> None:
+def _each(rows: Sequence[Row], what: str, columns: Sequence[Told], caption: str) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -125,7 +126,7 @@ def _p(row: Row) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-_COMPARISON: tuple[Column, ...] = (
+_COMPARISON: tuple[Told, ...] = (
     ("target", _target),
     ("FLOPs", _number("block_fraction", "{:.3f}")),
     ("value", _number("value", "{:.3f}")),
@@ -135,7 +136,7 @@ _COMPARISON: tuple[Column, ...] = (
     ("verdict", _verdict),
 )
 
-_CURVES: tuple[Column, ...] = (
+_CURVES: tuple[Told, ...] = (
     ("points", _number("points", "{}")),
     ("FLOPs", lambda row: _range(row)),
     ("area", _number("area", "{:.3f}")),
@@ -147,7 +148,7 @@ _CURVES: tuple[Column, ...] = (
     ("verdict", _verdict),
 )
 
-_EQUAL_FLOPS: tuple[Column, ...] = (
+_EQUAL_FLOPS: tuple[Told, ...] = (
     ("budget", _number("reference_speedup", "{:g}x")),
     ("value", _number("value", "{:.3f}")),
     ("- dense", _number("difference", "{:+.3f}")),
@@ -174,44 +175,71 @@ def _range(row: Row) -> str:
 
 def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
     """Print leaderboard rows as a table. A row of a bound, a control or a failure says so by its
-    name; rows of several settings say what theirs has apart."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    caption = f"[..] are 95% intervals; prefill and decode are wall-clock, {LEGEND}"
-    table = Table(title=title, caption=escape(caption), caption_justify="left")
-    several = len({row["model"] for row in rows}) > 1
+    name; rows of several settings say what theirs has apart. In a narrow terminal a method stands
+    with its parameters in one column, and what matters least is left out; a time never."""
     settings = [
         ", ".join(word for word in words if word != row["model"])
         for row, words in zip(rows, apart(rows), strict=True)
     ]
-    headings = ["model"] if several else []
-    headings += ["setting"] if any(settings) else []
-    recovered = any(row["recovery"] != NONE for row in rows)
-    headings += ["method", "parameters", "phases", "target", "seed"]
-    headings += ["recovery"] if recovered else []
-    headings += ["mean acc", "% of dense"]
-    walls = headed(rows)
-    headings += ["bits/byte", "ROUGE-L", "block", "total", *walls.values()]
-    numeric = set(headings) - {"model", "setting", "method", "parameters", "phases", "recovery"}
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in numeric else "left")
-    for row, words in zip(rows, settings, strict=True):
-        name = str(row["method"])
-        name += " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
-        name += " FAILED" if row["status"] == "error" else ""
-        texts = [str(row["model"])] if several else []
-        texts += [words] if any(settings) else []
-        texts += [name, str(row["parameters"]), str(row["phases"])]
-        texts += [f"{row['target_speedup']:g}x", str(row["seed"])]
-        texts += [shortened(str(row["recovery"]))] if recovered else []
-        texts.append(_interval(row, "mean_acc", 1, 3))
-        texts.append(_interval(row, "retained", 100, 0))
-        texts += [_figure(row.get(key), "{:.3f}") for key in APART]
-        texts += [_figure(row.get(f"{kind}_speedup"), "{:.2f}x") for kind in ("block", "total")]
-        texts += [told_of(row, key) for key in walls]
-        table.add_row(*map(escape, texts))
-    print_table(table)
+
+    def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
+        return Column(heading, [form(row) for row in rows], name=name, rank=rank)
+
+    columns = []
+    if len({row["model"] for row in rows}) > 1:
+        columns.append(of("model", lambda row: str(row["model"]), name=True))
+    if any(settings):
+        columns.append(Column("setting", settings, name=True))
+    together = narrow(TOGETHER)
+    columns.append(of("method", _short if together else _name, name=True))
+    if not together:
+        columns.append(of("parameters", lambda row: str(row["parameters"]), name=True))
+    columns += [
+        of("phases", lambda row: str(row["phases"]), _unless_apart(rows, "phases", 9), name=True),
+        of("target", lambda row: f"{row['target_speedup']:g}x"),
+        of("seed", lambda row: str(row["seed"]), _unless_apart(rows, "seed", 9)),
+    ]
+    if any(row["recovery"] != NONE for row in rows) and not together:
+        columns.append(of("recovery", lambda row: shortened(str(row["recovery"])), name=True))
+    columns += [
+        of("mean acc", lambda row: _interval(row, "mean_acc", 1, 3), 3),
+        of("% of dense", lambda row: _interval(row, "retained", 100, 0), 5),
+        *(of(head, _number(key, "{:.3f}"), 4) for head, key in zip(_APART, APART, strict=True)),
+        of("block", _number("block_speedup", "{:.2f}x"), 2),
+        of("total", _number("total_speedup", "{:.2f}x"), 6),
+    ]
+    walls = [
+        Column(text, [told_of(row, key) for row in rows]) for key, text in headed(rows).items()
+    ]
+    meant = legend(text for each in walls for text in each.texts)
+    caption = "[..] are 95% intervals; prefill and decode are wall-clock"
+    print_columns([*columns, *walls], title, "; ".join(filter(None, (caption, meant))))
+
+
+_APART = ("bits/byte", "ROUGE-L")
+"""Headings of ``APART``."""
+
+
+def _unless_apart(rows: Sequence[Row], key: str, rank: int) -> int:
+    """``rank``, or a lower one where rows differ in ``key``: they are told apart by it."""
+    return rank if len({str(row[key]) for row in rows}) == 1 else 1
+
+
+TOGETHER = 120
+"""Columns of a terminal below which a method's name, parameters and recovery are one text."""
+
+
+def _name(row: Row) -> str:
+    return str(row["method"]) + _kind(row)
+
+
+def _short(row: Row) -> str:
+    return label(row) + _kind(row)
+
+
+def _kind(row: Row) -> str:
+    kind = " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
+    return kind + (" FAILED" if row["status"] == "error" else "")
 
 
 def _interval(row: Row, key: str, scale: float, digits: int) -> str:
@@ -219,7 +247,3 @@ def _interval(row: Row, key: str, scale: float, digits: int) -> str:
         return ""
     value, low, high = (row[name] * scale for name in (key, f"{key}_low", f"{key}_high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _figure(value: Any, form: str) -> str:
-    return "" if value is None else form.format(value)

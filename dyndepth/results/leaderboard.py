@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
-from dyndepth.results.noise import SUSPECT, WALLS, Wall
+from dyndepth.common.modes import EAGER
+from dyndepth.results.noise import SUSPECT, WALLS
 
 METRIC = "acc"
 """The accuracy that the leaderboard's mean is of."""
@@ -156,36 +157,35 @@ def speedups(cell: Cell) -> Row:
 
 
 def wall_speedups(cell: Cell) -> Row:
-    """Wall speedups at batch 1 (the smallest batch timed) on its longest length, by phase and mode:
-    see ``noise.WALLS``."""
+    """Wall speedups by phase and mode (``noise.WALLS``), all of one shape; see ``_timed``."""
     found: Row = {}
-    for wall in WALLS:
-        row = _timed(cell, wall)
-        if row is None:
-            continue
-        found[wall.column] = row["wall_speedup"]
+    for key, row in _timed(cell).items():
+        found[f"wall_{key}_speedup"] = row["wall_speedup"]
         for end in ("low", "high"):
-            found[f"wall_{wall.key}_{end}"] = row.get(f"wall_speedup_{end}")
+            found[f"wall_{key}_{end}"] = row.get(f"wall_speedup_{end}")
     return found
 
 
 def _suspect(cell: Cell) -> str | None:
     """Keys of the wall speedups that are suspect; None if there are none."""
-    rows = {wall.key: _timed(cell, wall) for wall in WALLS}
-    return ", ".join(key for key, row in rows.items() if row and row.get("suspect")) or None
+    return ", ".join(key for key, row in _timed(cell).items() if row.get("suspect")) or None
 
 
-def _timed(cell: Cell, wall: Wall) -> Row | None:
-    rows = [
-        row
-        for row in cell.timing
-        if row.get("phase") == wall.phase
-        and row.get("mode", "eager") == wall.mode
-        and row.get("wall_speedup") is not None
-    ]
-    return min(rows, key=lambda row: (row["batch"], -row["length"])) if rows else None
+def _timed(cell: Cell) -> dict[str, Row]:
+    """Rows of timing.csv by key of ``noise.WALLS``, of one shape: the smallest batch, there the
+    longest prompts of those that were timed in most of the phases and modes."""
+    keys = {(wall.phase, wall.mode): wall.key for wall in WALLS}
+    shapes: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
+    for row in cell.timing:
+        key = keys.get((row["phase"], row.get("mode", EAGER)))
+        if key is not None and row.get("wall_speedup") is not None:
+            shapes[row["batch"], row["length"]][key] = row
+    if not shapes:
+        return {}
+    found = shapes[min(shapes, key=lambda shape: (shape[0], -len(shapes[shape]), -shape[1]))]
+    return {wall.key: found[wall.key] for wall in WALLS if wall.key in found}
 
 
 def _timed_shape(cell: Cell) -> Row:
-    row = next(filter(None, (_timed(cell, wall) for wall in WALLS)), None)
+    row = next(iter(_timed(cell).values()), None)
     return {f"wall_{key}": row[key] for key in ("batch", "length")} if row else {}

@@ -19,7 +19,7 @@ from dyndepth.cells.naming import apart, changed, label, recovered
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.provenance import VERSIONS
-from dyndepth.results.noise import LEGEND, headed, noise, suspects, told
+from dyndepth.results.noise import headed, legend, noise, suspects, told
 from dyndepth.results.published import nearest, published
 from dyndepth.results.schema import TABLES, validate
 from dyndepth.results.tables import as_csv
@@ -98,7 +98,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
-        | {"walls": f"Beside wall-clock: {LEGEND}."},
+        | {"walls": f"Beside wall-clock: {legend()}."},
     }
 
 

@@ -9,25 +9,40 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from dyndepth.common.modes import EAGER, GRAPHS
+
 WIDE = 0.10
 """An interval that is wider than this fraction of its median is noisy."""
 
-LEGEND = (
-    "noisy: the interval is wider than 10 % of the number; undecided: it holds 1, neither faster "
-    "nor slower is shown; suspect: faster than the FLOPs allow"
-)
-"""What the words beside a wall speedup mean."""
+WORDS = {
+    "suspect": "faster than the FLOPs allow",
+    "no interval": "of fewer than six pairs",
+    "noisy": "the interval is wider than 10 % of the number",
+    "undecided": "the interval holds 1, neither faster nor slower is shown",
+}
+"""Every word that stands beside a wall speedup, and what it means."""
 
 
-def noise(median: float, low: float | None, high: float | None, suspect: bool = False) -> str:
-    """What is to be said of a wall speedup and its 95% interval; empty if nothing is in doubt."""
-    found = ["suspect"] if suspect else []
-    if low is None or high is None:
+def legend(texts: Iterable[str] | None = None) -> str:
+    """What the words mean that stand in ``texts`` (default: all of them); empty if none does."""
+    told = None if texts is None else list(texts)
+    return "; ".join(
+        f"{word}: {meaning}"
+        for word, meaning in WORDS.items()
+        if told is None or any(word in text for text in told)
+    )
+
+
+def noise(median: float, low: Any, high: Any, suspect: Any = False) -> str:
+    """What is to be said of a wall speedup and its 95% interval, in ``WORDS``; empty if nothing is
+    in doubt. An end that is missing or no number is no end; ``suspect`` may be a CSV file's."""
+    found = ["suspect"] if _true(suspect) else []
+    least, most = _number(low), _number(high)
+    if least is None or most is None:
         found.append("no interval")
-    elif (high - low) / median > WIDE:
-        found.append("noisy")
-    elif low <= 1 <= high:
-        found.append("undecided")
+    else:
+        found += ["noisy"] if (most - least) / median > WIDE else []
+        found += ["undecided"] if least <= 1 <= most else []
     return ", ".join(found)
 
 
@@ -35,14 +50,14 @@ def told(
     median: Any,
     low: Any,
     high: Any,
-    suspect: bool = False,
+    suspect: Any = False,
     *,
     form: str = "{:.2f}x",
     mark: str = " {}",
 ) -> str:
-    """A wall speedup as ``1.44x [0.89, 1.99] noisy``; empty if there is none.
+    """A wall speedup as ``1.44x [0.89, 1.99] noisy, undecided``; empty if there is none.
 
-    The numbers may be texts, as a CSV file has them. ``form`` is that of the median (its ends have
+    All of them may be texts, as a CSV file has them. ``form`` is that of the median (its ends have
     no unit), ``mark`` that of what ``noise`` says.
     """
     value, least, most = map(_number, (median, low, high))
@@ -63,6 +78,11 @@ def _number(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
+def _true(value: Any) -> bool:
+    """Whether it is true, or a table's word for it."""
+    return str(value).strip().lower() in ("true", "1", "1.0")
+
+
 class Wall(NamedTuple):
     """A wall speedup of a leaderboard: one phase in one mode.
 
@@ -80,11 +100,11 @@ class Wall(NamedTuple):
 
 
 WALLS = (
-    Wall("prefill", "prefill", "eager"),
-    Wall("decode", "decode", "eager"),
-    Wall("prefill_graphs", "prefill", "graphs"),
-    Wall("decode_graphs", "decode", "graphs"),
+    Wall("prefill", "prefill", EAGER),
+    Wall("decode", "decode", EAGER),
+    Wall("decode_graphs", "decode", GRAPHS),
 )
+"""Those that there are: prompts are no part of what graphs repeat."""
 
 
 def headed(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -94,7 +114,7 @@ def headed(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     modes = {
         each.mode
         for each in WALLS
-        if each.mode == "eager" or any(_number(row.get(each.column)) is not None for row in rows)
+        if each.mode == EAGER or any(_number(row.get(each.column)) is not None for row in rows)
     }
     return {
         each.key: f"{each.phase} ({each.mode})" if len(modes) > 1 else each.phase

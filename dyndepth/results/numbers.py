@@ -58,7 +58,7 @@ def _wall(row: Record, show: str, form: str) -> str:
         key = show.removeprefix("wall_").removesuffix("_speedup")
         return told_of(row, key, form=form, mark=" ({})")
     ends = row.get(f"{show}_low"), row.get(f"{show}_high")
-    return told(row.get(show), *ends, row.get("suspect") == "TRUE", form=form, mark=" ({})")
+    return told(row.get(show), *ends, row.get("suspect"), form=form, mark=" ({})")
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER, MODES, Mode
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.execution import Runtime
@@ -23,8 +23,6 @@ from dyndepth.runtime.limits import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by
 from dyndepth.runtime.trace import Backend, Trace
 
-Mode = Literal["eager", "graphs"]
-MODES: tuple[Mode, ...] = ("eager", "graphs")
 _MARK = "_dyndepth_runtime"
 
 
@@ -46,7 +44,7 @@ def attach(
     documents: Sequence[str] | None = None,
     prompt_length: int | Tensor | None = None,
     limits: Limits | None = None,
-    mode: Mode | Graphs = "eager",
+    mode: Mode | Graphs = EAGER,
     count: bool = True,
 ) -> Iterator[Trace]:
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
@@ -76,7 +74,7 @@ def attach(
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
     if isinstance(mode, str) and mode not in MODES:
         raise UserError(f"mode must be 'eager' or 'graphs', not {mode!r}")
-    if mode != "eager" and (backend == "masked" or method.foresees):
+    if mode != EAGER and (backend == "masked" or method.foresees):
         raise UserError(
             "graphs are of the backend 'sparse', for methods that do not foresee; take mode='eager'"
         )
@@ -93,7 +91,7 @@ def attach(
     runtime = Runtime(parts, method, backend, limits or limits_of(model), count)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     run, forward, graphs = runtime.run, None, None
-    if mode != "eager":
+    if mode != EAGER:
         graphs = Graphs() if isinstance(mode, str) else mode
         stepper = Stepper(runtime, parts, graphs, runtime.run)
         run, forward = stepper.block, stepper.decoder

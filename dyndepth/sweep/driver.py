@@ -175,7 +175,7 @@ class Driver:
             cell = failed(self._blank(turn), timeout_text(self.settings.cell_timeout))
         cell = self.store.write(cell)
         turn.seconds += time.monotonic() - turn.began
-        if cell.status == "done" and cell.lacks(self.settings.timing) == "timing":
+        if cell.status == "done" and not turn.timing and needed(cell, self.settings) == "timing":
             self.listener.scored(turn.job, cell, turn.seconds)
             turn.timing, turn.deaths = True, 0
             self._timing.insert(0 if self.executor.slots == 1 else len(self._timing), turn)
@@ -226,12 +226,11 @@ def needed(recorded: Cell | None, settings: Settings) -> str:
         return "everything"
     if settings.resume == "always" and recorded.status == "error":
         return "nothing"
-    return recorded.lacks(settings.timing) if _in_all_modes(recorded, settings) else "timing"
-
-
-def _in_all_modes(recorded: Cell, settings: Settings) -> bool:
-    """Whether the times that a cell has, if any, are of every mode that was asked for by name."""
+    lacking = recorded.lacks(settings.timing)
     if settings.timing == "off" or settings.mode is None or not recorded.timing:
-        return True
-    timed = {row.get("mode", "eager") for row in recorded.timing}
-    return timed >= set(modes(settings, str(recorded.identity["device"])))
+        return lacking
+    if lacking == "everything" or recorded.status == "error":
+        return lacking
+    # Asked for by name: that another mode was timed at a lower level is no matter.
+    wanted = modes(settings, str(recorded.identity["device"]))
+    return "timing" if recorded.untimed(wanted, settings.timing) else "nothing"

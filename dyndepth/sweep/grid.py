@@ -9,6 +9,7 @@ from typing import Any
 from dyndepth.cells.cell import DENSE, CellSpec
 from dyndepth.cells.recipe import NONE, parse_recovery
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import EMBEDDED
 from dyndepth.data.capacity import check_length
 from dyndepth.sweep.settings import DEFAULT_LIMIT, OTHERS, Settings
@@ -69,7 +70,7 @@ def modes(settings: Settings, device: str) -> tuple[str, ...]:
     from dyndepth.models.loading import SPREAD
     from dyndepth.timing.levels import modes_of
 
-    asked = settings.mode or ("eager" if settings.device == SPREAD else None)
+    asked = settings.mode or (EAGER if settings.device == SPREAD else None)
     return modes_of(asked, settings.timing, device.partition(":")[0])
 
 

@@ -66,11 +66,21 @@ class Workbench:
             trust_remote_code=settings.trust_remote_code,
         )
         check_generation(loaded, self.model)
+        self._check_modes()
         for recipe in filter(None, map(parse_recovery, settings.recovery)):
             adaptable(self.model, recipe)
         self.batch_size = settings.batch_size
         self._fitted: tuple[CellSpec, Any, Any] | None = None
         self._scored: Any = None
+
+    def _check_modes(self) -> None:
+        """Raises UserError for a mode that was asked for and cannot be timed here: before anything
+        is scored."""
+        from dyndepth.timing.measure import check_recordable
+
+        if self.settings.timing != "off":
+            modes(self.settings, self.device)
+            check_recordable(self.model, self.settings.mode)
 
     @property
     def fingerprint(self) -> str:
@@ -180,13 +190,13 @@ class Workbench:
         }
         return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
 
-    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
-        """Time the plan's method against dense, both on the weights that were scored; ``samples``
-        are its scored documents, of which the timed run has to reproduce some. A method that
-        foresees has no rows: the clock would see it look ahead."""
+    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]:
+        """Time the plan's method against dense in one ``mode``, both on the weights that were
+        scored; ``samples`` are its scored documents, of which the timed run has to reproduce some.
+        A method that foresees has no rows: the clock would see it look ahead."""
         from dyndepth.evaluation.evaluate import let_choose, scored_documents
         from dyndepth.evaluation.language_model import DyndepthLM
-        from dyndepth.timing.measure import in_modes, measure
+        from dyndepth.timing.measure import measure
 
         with self.fitted(plan) as method:
             if method.foresees:
@@ -194,20 +204,17 @@ class Workbench:
             if self._scored is not method:  # a bound that was scored earlier has yet to choose
                 for tasks, how in self._tasks_by_limit():
                     let_choose(self.model, self.tokenizer, method, tasks, progress=False, **how)
+                self._scored = method
             reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
             check = scored_documents(samples, reader, self.num_fewshot, self.settings.include_path)
-            return in_modes(
-                modes(self.settings, self.device),
-                self.settings.mode,
-                lambda mode: measure(
-                    self.model,
-                    method,
-                    self.corpus,
-                    level=self.settings.timing,
-                    mode=mode,
-                    seed=self.settings.sample_seed,
-                    check=check,
-                ),
+            return measure(
+                self.model,
+                method,
+                self.corpus,
+                level=self.settings.timing,
+                mode=mode,
+                seed=self.settings.sample_seed,
+                check=check,
             )
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from dyndepth.cells.cell import ROWS, Cell, CellSpec
 from dyndepth.cells.identity import UNHASHED, Row
 from dyndepth.common.errors import UserError
+from dyndepth.sweep.grid import modes
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.workbench import free_memory
 
@@ -31,7 +32,7 @@ class Bench(Protocol):
     def identity(self, plan: CellSpec) -> Row: ...
     def provenance(self, plan: CellSpec) -> Row: ...
     def evaluate(self, plan: CellSpec) -> Any: ...
-    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]: ...
+    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,21 @@ class Worker:
         }
 
     def _time(self, plan: CellSpec, cell: Cell) -> None:
+        """Time what the cell lacks, mode by mode: each is kept, whatever becomes of the next."""
+        from dyndepth.timing.measure import in_modes
+
+        level = self.settings.timing
+        if level == "off":
+            return
         started = time.monotonic()
-        cell.timing = self.bench.measure(plan, cell.samples)
-        cell.timing_level = self.settings.timing
+
+        def timed(mode: str) -> list[Row]:
+            rows = self.bench.measure(plan, cell.samples, mode)
+            cell.take_times(mode, rows, level)
+            return rows
+
+        wanted = cell.untimed(modes(self.settings, str(cell.identity["device"])), level)
+        in_modes(wanted, self.settings.mode, timed, stands=bool(cell.timing))
         cell.provenance["timing_seconds"] = round(time.monotonic() - started, 3)
 
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import EMBEDDED, check_file, path_of
 from dyndepth.data.capacity import check_length
 from dyndepth.models.shapes import is_shape
 from dyndepth.timing.console import as_csv, show_break_even, show_timing
 from dyndepth.timing.levels import LEVELS, Level, check_shapes, level_of, modes_of, parse_shapes
 from dyndepth.timing.limits import COUNTS, measure_limits
-from dyndepth.timing.measure import in_modes, measure
+from dyndepth.timing.measure import check_recordable, in_modes, measure
 from dyndepth.timing.random_tokens import RandomTokens, fit_without_text
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _timing(given: list[str]) -> None:
     most = longest_window(*which)
     device = resolve_device(options.device).partition(":")[0]
     spread = options.device == SPREAD
-    modes = modes_of(options.mode or ("eager" if spread else None), options.level, device)
+    modes = modes_of(options.mode or (EAGER if spread else None), options.level, device)
     level = _asked(options, device)
     check_shapes(most, level, device)
     check_length(most, method.window_length, method.name)
@@ -95,10 +96,12 @@ def _timing(given: list[str]) -> None:
     if is_shape(options.model):
         corpus = _random_tokens(options)
         model = loaded(vars(options))
+        check_recordable(model, options.mode)
         method = fit_without_text(method, model)
     else:
         corpus = load_corpus(options.corpus, load_tokenizer(*which))
         model = loaded(vars(options))
+        check_recordable(model, options.mode)
         method = fit_cached(method, model, corpus)
     rows = in_modes(
         modes,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.results.noise import LEGEND, told
+from dyndepth.common.printing import Column, print_columns
+from dyndepth.results.noise import legend, told
 from dyndepth.timing.measure import Row
 
 if TYPE_CHECKING:
@@ -15,86 +16,73 @@ if TYPE_CHECKING:
 
 
 def show_timing(title: str, rows: Sequence[Row]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    """The rows of ``measure`` as a table. In a narrow terminal shares of the host, times, FLOPs and
+    numbers of pairs go first; a speedup keeps its interval and its noise."""
 
-    from dyndepth.common.commands import print_table
+    def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
+        return Column(heading, [form(row) for row in rows], name=name, rank=rank)
 
+    columns = [
+        of("phase", lambda row: row["phase"], name=True),
+        of("mode", lambda row: row["mode"], name=True),
+        of("shape", lambda row: f"{row['batch']}x{row['length']}", name=True),
+        of("dense ms", lambda row: f"{1000 * row['dense_median_s']:.1f}", 4),
+        of("method ms", lambda row: f"{1000 * row['method_median_s']:.1f}", 4),
+        of(WALL, _told),
+        of("pairs", lambda row: str(row["repeats"]), 2),
+        of("FLOPs speedup", lambda row: f"{row['total_speedup']:.3f}", 1),
+        of("efficiency", lambda row: f"{row['wall_efficiency']:.2f}", 3),
+    ]
+    if any(row["busy_speedup"] is not None for row in rows):
+        columns.append(of("busy speedup", lambda row: _known(row["busy_speedup"], "{:.3f}"), 5))
+        columns.append(of("host share", _host_shares, 5))
     one = rows[0]
-    table = Table(
-        title=title,
-        caption=(
-            f"{one['device_name']}, {one['dtype']}, {one['threads']} threads, "
-            f"{one['attn_implementation']}, allocator {one['allocator']}, "
-            f"load {one['load_average']}; decode: time of one step; {LEGEND}"
-        ),
-    )
-    headings = ["phase", "mode", "batch", "length", "dense ms", "method ms"]
-    headings += ["wall speedup [95% interval]", "pairs", "FLOPs speedup", "efficiency"]
-    on_gpu = any(row["busy_speedup"] is not None for row in rows)
-    headings += ["busy speedup", "host share"] if on_gpu else []
-    for heading in headings:
-        left = heading in ("phase", "mode")
-        table.add_column(escape(heading), justify="left" if left else "right")
-    for row in rows:
-        texts = [
-            row["phase"],
-            row["mode"],
-            str(row["batch"]),
-            str(row["length"]),
-            f"{1000 * row['dense_median_s']:.1f}",
-            f"{1000 * row['method_median_s']:.1f}",
-            _told(row),
-            str(row["repeats"]),
-            f"{row['total_speedup']:.3f}",
-            f"{row['wall_efficiency']:.2f}",
-        ]
-        if on_gpu:
-            texts.append(_known(row["busy_speedup"], "{:.3f}"))
-            shares = (_known(row[f"{side}_host_share"], "{:.0%}") for side in ("dense", "method"))
-            texts.append(", ".join(filter(None, shares)))
-        table.add_row(*map(escape, texts))
-    print_table(table)
+    about = f"{_conditions(one)}; decode: time of one step"
+    print_columns(columns, title, _with_legend(about, columns))
 
 
 def show_break_even(curve: Curve, rows: Sequence[dict[str, Any]]) -> None:
     """The curve of one phase as a table, and what follows from it."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from dyndepth.common.commands import print_table
-
     one = rows[0]
     skipping = "both sublayers" if one["sublayers"] == "both" else f"{one['sublayers']} alone"
     router = f", with a router of {one['router']}" if one["router"] else ""
     title = f"{one['phase']} {one['batch']}x{one['length']}, {skipping}{router}"
-    table = Table(
-        title=f"{title}, on {one['model']}",
-        caption=(
-            f"{one['device_name']}, {one['dtype']}, {one['threads']} threads, "
-            f"{one['attn_implementation']}, allocator {one['allocator']}, "
-            f"load {one['load_average']}; {one['repeats']} rounds; {LEGEND}"
-        ),
-    )
-    headings = ("skipped", "dense ms", "routed ms", "wall speedup [95% interval]")
-    for heading in (*headings, "FLOPs speedup", "efficiency"):
-        table.add_column(escape(heading), justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['skipped_fraction']:g}",
-            f"{1000 * row['dense_median_s']:.1f}",
-            f"{1000 * row['routed_median_s']:.1f}",
-            escape(_told(row)),
-            f"{row['total_speedup']:.3f}",
-            f"{row['wall_efficiency']:.2f}",
-        )
-    print_table(table)
+    columns = [
+        Column("skipped", [f"{row['skipped_fraction']:g}" for row in rows]),
+        Column("dense ms", [f"{1000 * row['dense_median_s']:.1f}" for row in rows], rank=3),
+        Column("routed ms", [f"{1000 * row['routed_median_s']:.1f}" for row in rows], rank=3),
+        Column(WALL, [_told(row) for row in rows]),
+        Column("FLOPs speedup", [f"{row['total_speedup']:.3f}" for row in rows], rank=1),
+        Column("efficiency", [f"{row['wall_efficiency']:.2f}" for row in rows], rank=2),
+    ]
+    about = f"{_conditions(one)}; {one['repeats']} rounds"
+    print_columns(columns, f"{title}, on {one['model']}", _with_legend(about, columns))
     print(f"{title}: token routing {curve.break_even}.\n", flush=True)
+
+
+WALL = "wall speedup [95% interval]"
+
+
+def _conditions(row: Row) -> str:
+    return (
+        f"{row['device_name']}, {row['dtype']}, {row['threads']} threads, "
+        f"{row['attn_implementation']}, allocator {row['allocator']}, load {row['load_average']}"
+    )
+
+
+def _with_legend(about: str, columns: Sequence[Column]) -> str:
+    (walls,) = (each.texts for each in columns if each.heading == WALL)
+    return "; ".join(filter(None, (about, legend(walls))))
+
+
+def _host_shares(row: Row) -> str:
+    shares = (_known(row[f"{side}_host_share"], "{:.0%}") for side in ("dense", "method"))
+    return ", ".join(filter(None, shares))
 
 
 def _told(row: Row) -> str:
     ends = row["wall_speedup_low"], row["wall_speedup_high"]
-    return told(row["wall_speedup"], *ends, bool(row.get("suspect")), form="{:.3f}")
+    return told(row["wall_speedup"], *ends, row.get("suspect"), form="{:.3f}")
 
 
 def _known(value: float | None, form: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dyndepth.common.modes import EAGER
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
 from dyndepth.models.blocks import blocks, cache_argument, cache_of
 from dyndepth.runtime.attach import attach
@@ -101,7 +102,7 @@ class Job:
     ) -> None:
         self.model, self.shape, self._graphs = model, shape, graphs
         if method is None and graphs is not None:
-            method = given(torch.ones(len(blocks(model)), 2, dtype=torch.bool))
+            method = whole(model)
         self.method = method
         self.flop_ideal = 1.0
         eager: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -109,7 +110,7 @@ class Job:
         if method is not None:
             own = method
             eager = lambda: attach(model, own, backend=backend)  # noqa: E731
-            self.attached = lambda: attach(model, own, backend=backend, mode=graphs or "eager")
+            self.attached = lambda: attach(model, own, backend=backend, mode=graphs or EAGER)
         with eager() as trace:
             self.state = shape.prefill(model)
             if trace is not None:
@@ -170,7 +171,7 @@ def method(work: str, model: Any, batch: int, width: int) -> DynamicDepthMethod:
     """Gates of one kind of work for ``[batch, width]`` tokens at a time."""
     layers = len(blocks(model))
     if work == "all_execute":
-        return given(torch.ones(layers, 2, dtype=torch.bool))
+        return whole(model)
     if work.startswith("static_"):
         dropped = round(int(work.removeprefix("static_")) / 30 * layers)
         plan = torch.ones(layers, 2, dtype=torch.bool)
@@ -186,6 +187,11 @@ def method(work: str, model: Any, batch: int, width: int) -> DynamicDepthMethod:
     if work.startswith("mask_50_"):
         masks[:, 1 - SUBLAYERS.index(work.removeprefix("mask_50_"))] = True
     return given(masks)
+
+
+def whole(model: Any) -> DynamicDepthMethod:
+    """Executes everything: dense where dense has to be attached."""
+    return given(torch.ones(len(blocks(model)), 2, dtype=torch.bool))
 
 
 def given(

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.modes import EAGER, MODES
 from dyndepth.data.capacity import check_length, longest
-
-MODES = ("eager", "graphs")
-"""How the model runs: every kernel launched by the host, or decoding replayed from CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def modes_of(mode: str | None, level: str, device: str) -> tuple[str, ...]:
         UserError: graphs without a GPU.
     """
     if mode is None:
-        mode = "both" if device == "cuda" and level == "full" else "eager"
-    if mode != "eager" and device != "cuda":
+        mode = "both" if device == "cuda" and level == "full" else EAGER
+    if mode != EAGER and device != "cuda":
         raise UserError("graphs need a CUDA device; take --mode eager")
     return MODES if mode == "both" else (mode,)

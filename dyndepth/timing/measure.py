@@ -18,7 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import RunFailed, UserError
-from dyndepth.timing.levels import MODES, Level, Shape, what_fits
+from dyndepth.common.modes import EAGER, GRAPHS, MODES
+from dyndepth.timing.levels import Level, Shape, what_fits
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def measure(
     text: Corpus | Tensor,
     *,
     level: str | Level = "quick",
-    mode: str = "eager",
+    mode: str = EAGER,
     seed: int = 0,
     check: Sequence[Document] | None = None,
     rescore: Callable[..., Sequence[float]] | None = None,
@@ -62,7 +63,8 @@ def measure(
             methods route by it.
         level: ``quick``, ``full``, or a Level. Of a named one, shapes that are longer than the
             model takes are left out, with a warning.
-        mode: ``eager``, or ``graphs``: both sides decode through CUDA graphs.
+        mode: ``eager``, or ``graphs``: both sides decode through CUDA graphs. Prompts run eagerly
+            there as well, so that decode alone has rows, of the shapes that have steps.
         seed: of the windows and of the order within the pairs.
         check: documents that were scored before, (context ids, continuation ids, log-likelihood)
             and the document's id where the method depends on it. Those that the model reads by
@@ -89,7 +91,9 @@ def measure(
         The rest are conditions; see dyndepth.common.machine.
 
     Raises:
-        UserError: an unknown level or mode, too little text, or a model that has a method attached.
+        UserError: an unknown level or mode, too little text, a model that has a method attached, or
+            in mode ``graphs`` shapes without steps, a model that cannot be recorded, or a method
+            some of whose steps cannot be.
         RunFailed: the device has no room for any of the shapes. Those that it has no room for, if
             others fit, are left out with a warning.
     """
@@ -108,7 +112,10 @@ def measure(
         warnings.warn(f"timing {shape} is left out: the model takes fewer tokens", stacklevel=2)
     if device == "cpu":
         steady_allocator()
-    texts = {shape: _texts(text, shape, chosen.texts, seed, model) for shape in chosen.shapes}
+    shapes = [shape for shape in chosen.shapes if shape.new_tokens or mode != GRAPHS]
+    if not shapes:
+        raise UserError("graphs hold decode steps, and no shape has any; take --mode eager")
+    texts = {shape: _texts(text, shape, chosen.texts, seed, model) for shape in shapes}
     with running(mode) as how:
         common: Row = {
             "level": level if isinstance(level, str) else "custom",
@@ -117,9 +124,10 @@ def measure(
             **_checked(model, method, check, rescore or partial(passes.rescore, how=how)),
             **conditions(model),
         }
+        _check_repeated(method, how)
     rows = []
     with torch.inference_mode():
-        for shape in chosen.shapes:
+        for shape in shapes:
             found = None
             try:
                 with running(mode) as how:
@@ -138,20 +146,54 @@ def measure(
 
 
 def in_modes(
-    modes: Sequence[str], asked: str | None, timed: Callable[[str], list[Row]]
+    modes: Sequence[str],
+    asked: str | None,
+    timed: Callable[[str], list[Row]],
+    stands: bool = False,
 ) -> list[Row]:
     """The rows that ``timed`` gives in each of the ``modes``. If nobody ``asked`` for one, a mode
-    that the model or the memory does not allow is left out, with a warning, where another stands.
+    that the model or the memory does not allow is left out, with a warning, where another
+    ``stands`` or was timed before.
     """
     rows: list[Row] = []
     for mode in modes:
         try:
             rows += timed(mode)
         except (UserError, RunFailed) as fault:
-            if asked is not None or not rows:
+            if asked is not None or not (rows or stands):
                 raise
             warnings.warn(f"timing in {mode} mode is left out: {fault}", stacklevel=2)
     return rows
+
+
+def check_recordable(model: torch.nn.Module, asked: str | None) -> None:
+    """Raises UserError if a mode with graphs was ``asked`` for and no step of the model can be
+    recorded: said before any work, not after it."""
+    if asked in (None, EAGER):
+        return
+    from dyndepth.models.blocks import Decoder
+    from dyndepth.runtime.graphs import obstacle
+
+    reason = obstacle(Decoder.of(model))
+    if reason is not None:
+        raise UserError(f"graphs cannot be recorded: {reason}; take --mode eager")
+
+
+def _check_repeated(method: DynamicDepthMethod, how: How, steps: bool = False) -> None:
+    """Raises UserError if what ran by recordings did so in part only, or, where there were
+    ``steps``, not at all: the time would be that of eager steps under another name."""
+    graphs = how.get("mode")
+    if graphs is None:
+        return
+    if graphs.others:
+        raise UserError(
+            f"{method.name}: {graphs.others} decode steps could not be repeated from recordings; "
+            "take --mode eager"
+        )
+    if steps and not graphs.steps:
+        raise UserError(
+            f"{method.name}: no decode step was repeated from a recording; take --mode eager"
+        )
 
 
 def _texts(
@@ -187,11 +229,14 @@ def _pairs(
     """The rows of one shape."""
     from tqdm import tqdm
 
+    from dyndepth.timing.jobs import whole
     from dyndepth.timing.pairing import interleave, ratio
-    from dyndepth.timing.passes import WHOLE, Side
+    from dyndepth.timing.passes import Side
 
-    dense = Side(model, WHOLE if how else None, texts, shape.new_tokens, how)
+    dense = Side(model, whole(model) if how else None, texts, shape.new_tokens, how)
     own = Side(model, method, texts, shape.new_tokens, how)
+    # In graphs, too, a prompt runs eagerly: its time says nothing of them.
+    phases = ("decode",) if how else own.phases
     deadline = time.monotonic() + level.seconds
     label = f"{method.name}: timing {shape.batch}x{shape.length}"
     with tqdm(desc=label, unit=" pairs", disable=not progress, leave=False) as bar:
@@ -199,8 +244,7 @@ def _pairs(
         def enough(times: dict[str, list[float]]) -> bool:
             n = len(times["dense"])
             found = [
-                ratio(dense.watch.host[phase][-n:], own.watch.host[phase][-n:])
-                for phase in own.phases
+                ratio(dense.watch.host[phase][-n:], own.watch.host[phase][-n:]) for phase in phases
             ]
             margin = max(each.margin for each in found)
             bar.set_postfix_str(f"±{margin:.1%}", refresh=False)
@@ -211,23 +255,27 @@ def _pairs(
             {"dense": dense.run, "method": own.run},
             around={"dense": dense.around, "method": own.around},
             repeats=level.pairs,
-            warmup=_warmup(level, texts, dense.place.type),
+            warmup=_warmup(level, texts, dense.place.type, bool(how)),
             seed=seed,
             device=dense.place,
             enough=enough,
             most=level.most,
         )
+    _check_repeated(method, how, steps=bool(shape.new_tokens))
     pairs = len(times["dense"])
-    rows = [_row(phase, shape, dense, own, pairs) for phase in own.phases]
+    rows = [_row(phase, shape, dense, own, pairs) for phase in phases]
     if dense.place.type == "cuda":
         _add_busy(rows, dense, own)
     return rows
 
 
-def _warmup(level: Level, texts: Sequence[Tensor], device: str) -> int:
-    """Rounds before those that are timed: on a GPU every text comes up, whose numbers of selected
-    tokens are its own."""
-    return max(level.warmup, len(texts)) if device == "cuda" else level.warmup
+def _warmup(level: Level, texts: Sequence[Tensor], device: str, recorded: bool = False) -> int:
+    """Rounds before those that are timed, each a whole pass with all its steps: on a GPU every text
+    comes up, whose numbers of selected tokens are its own. Where steps are ``recorded``, the first
+    round makes the buffers as long as they get, for which recordings over shorter ones are given
+    up; the second makes those again."""
+    rounds = max(level.warmup, len(texts)) if device == "cuda" else level.warmup
+    return max(rounds, 2) if recorded else rounds
 
 
 def _add_busy(rows: Sequence[Row], dense: Side, own: Side) -> None:

@@ -1,7 +1,7 @@
 """The passes that are timed: a prefill and greedy steps over its cache, dense or with a method.
 
 In eager mode dense is the stock model. Where decoding is replayed from CUDA graphs, dense is so as
-well: a method that executes everything (``WHOLE``) is attached in the same way.
+well: a method that executes everything (``jobs.whole``) is attached in the same way.
 
 ``rescore`` scores documents with the very same passes: what is timed can be shown to be what was
 scored.
@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from itertools import cycle
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyndepth.common.modes import EAGER
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
@@ -36,29 +36,14 @@ Document = tuple[Any, ...]
 
 How = Mapping[str, Any]
 """What ``attach`` is told of the mode; nothing in eager mode."""
-EAGER: How = {}
-
-
-@dataclass(kw_only=True)
-class _Whole(DynamicDepthMethod):
-    """Executes everything: dense where dense has to be attached."""
-
-    name = "whole"
-    granularity = "static"
-    paper = "control"
-
-    def start(self, context: Any) -> Tensor:
-        return torch.ones(context.layers, 2, dtype=torch.bool)
-
-
-WHOLE = _Whole()
+AS_EVER: How = {}
 
 
 @contextmanager
 def running(mode: str) -> Iterator[How]:
     """How to attach in ``mode``; graphs that are captured are kept to the end of the block."""
-    if mode == "eager":
-        yield EAGER
+    if mode == EAGER:
+        yield AS_EVER
         return
     from dyndepth.runtime.graphs import Graphs
 
@@ -136,7 +121,7 @@ class Side:
         method: DynamicDepthMethod | None,
         texts: Sequence[Tensor],
         new_tokens: int,
-        how: How = EAGER,
+        how: How = AS_EVER,
     ) -> None:
         self.model, self.method, self.new_tokens, self.how = model, method, new_tokens, how
         self.phases = tuple(PHASES) if new_tokens else ("prefill",)
@@ -186,7 +171,7 @@ def rescore(
     model: nn.Module,
     method: DynamicDepthMethod,
     documents: Sequence[Document],
-    how: How = EAGER,
+    how: How = AS_EVER,
 ) -> list[float]:
     """Log-likelihood of each document's continuation, by a timed prefill and timed steps.
 
@@ -209,7 +194,7 @@ def rescore(
 
 
 def attach_seconds(
-    model: nn.Module, method: DynamicDepthMethod, how: How = EAGER, repeats: int = 5
+    model: nn.Module, method: DynamicDepthMethod, how: How = AS_EVER, repeats: int = 5
 ) -> float:
     """Median seconds to attach and detach, which no timed call holds."""
     seconds = []

@@ -61,6 +61,8 @@ class FakeBench:
         self.broken, self.interrupt_at = broken, interrupt_at
         self.calls: list[tuple[str, str]] = []
         self.timing_fails = False
+        self.modes: list[str] = []
+        self.no_modes: tuple[str, ...] = ()
 
     shared_identity: Row = {}  # noqa: RUF012
 
@@ -84,9 +86,10 @@ class FakeBench:
         right = [1, 1, 1, 0] if plan.method == "dense" else [1, 0, 1, 0]
         return SimpleNamespace(**rows(right))
 
-    def measure(self, plan: CellSpec, samples: list[Row]) -> list[Row]:
+    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]:
         self.calls.append(("measure", plan.describe()))
-        if self.timing_fails:
+        self.modes.append(mode)
+        if self.timing_fails or mode in self.no_modes:
             raise RuntimeError("clock stopped")
         assert samples
         return [

@@ -10,10 +10,11 @@ import pytest
 
 from dyndepth.common.registry import method_class
 from dyndepth.pages.blocks import method_classes
-from dyndepth.pages.cards import card, claims, study_rows, training, unmeasured
+from dyndepth.pages.cards import card, claims, rows, study_rows, training, unmeasured
 from dyndepth.pages.parameters import parameters, preset_table, presets
+from dyndepth.results.noise import WORDS
 
-SCORES = ("retained", "retained_low", "retained_high", "bits_per_byte", "error")
+SCORES = ("retained", "retained_low", "retained_high", "bits_per_byte", "error", "mean_acc")
 
 
 def row(method: str, **values: Any) -> dict[str, str]:
@@ -116,6 +117,14 @@ def test_the_measured_setting_is_told_where_it_is_not_the_default():
     table = claims(cls, [reported("uls", recovery="lora")], [recovered, paper])
     assert "| recovery=lora | Large-7B |" in table
     assert "1.50x on embedded with `uls + lora" in table
+
+
+def test_the_words_beside_times_are_explained_where_they_stand():
+    walls = {"wall_decode_speedup": "1.01", "wall_decode_low": "0.98", "wall_decode_high": "1.02"}
+    made = rows([row("uls", **walls)])
+    assert made.endswith(f"\n\nBeside prefill and decode: undecided: {WORDS['undecided']}.")
+    assert "Beside" not in rows([row("uls", **walls | {"wall_decode_low": "1.005"})])
+    assert "Beside" not in rows([row("uls")])
 
 
 @pytest.mark.parametrize("cls", method_classes(), ids=lambda cls: cls.name)

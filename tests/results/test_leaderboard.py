@@ -120,6 +120,55 @@ def test_wall_speedup_is_that_of_batch_one_at_the_longest_length():
     }
 
 
+def _walls(*timed: tuple[str, str, int, int, float]) -> dict:
+    one = cell()
+    one.timing = [
+        {"phase": phase, "mode": mode, "batch": batch, "length": length, "wall_speedup": value}
+        | {"suspect": value > 5}
+        for phase, mode, batch, length, value in timed
+    ]
+    (row,) = leaderboard([one])
+    keys = ("prefill", "decode", "decode_graphs")
+    walls = [row.get(f"wall_{key}_speedup") for key in keys]
+    return {"walls": walls, "suspect": row["wall_suspect"]} | {
+        key: row.get(f"wall_{key}") for key in ("batch", "length")
+    }
+
+
+def test_all_wall_speedups_of_a_cell_are_of_one_shape():
+    both = [("prefill", "eager", 1, 512, 1.1), ("decode", "eager", 1, 512, 1.2)]
+    # A longer one without steps stands for neither phase.
+    longer = ("prefill", "eager", 1, 2048, 9.0)
+    expected = {"walls": [1.1, 1.2, None], "suspect": None, "batch": 1, "length": 512}
+    for timed in ([*both, longer], [longer, *both]):
+        assert _walls(*timed) == expected
+    # Another mode that reached less far: the shape that both have.
+    far = [("prefill", "eager", 1, 4096, 1.3), ("decode", "eager", 1, 4096, 9.0)]
+    graphs = ("decode", "graphs", 1, 512, 1.5)
+    assert _walls(*both, *far, graphs) == expected | {"walls": [1.1, 1.2, 1.5]}
+    # None in common: the longest of as many, and the other column is empty.
+    assert _walls(*far, graphs) == {
+        "walls": [1.3, 9.0, None],
+        "suspect": "decode",
+        "batch": 1,
+        "length": 4096,
+    }
+    # Of a larger batch nothing, however much was timed there.
+    larger = [(phase, mode, 8, 512, 1.9) for phase, mode, *_ in (*both, graphs)]
+    assert _walls(*larger, longer) == {
+        "walls": [9.0, None, None],
+        "suspect": "prefill",
+        "batch": 1,
+        "length": 2048,
+    }
+
+
+def test_a_prefill_beside_graphs_is_in_no_column():
+    found = _walls(("prefill", "graphs", 1, 4096, 1.4), ("decode", "graphs", 1, 512, 1.5))
+    assert found["walls"] == [None, None, 1.5]
+    assert found["length"] == 512
+
+
 def test_what_was_timed_stands_beside_the_wall_speedups():
     one = cell()
     base = {"phase": "decode", "wall_speedup": 1.1}

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import types
 from pathlib import Path
 
 import pytest
 from cells import cell
+from rich.console import Console
 
 import dyndepth
+from dyndepth.cells.naming import label
 from dyndepth.common import commands
 from dyndepth.pages.cards import wall
 from dyndepth.results import noise as module
 from dyndepth.results.console import show_leaderboard
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.leaderboard_pages import board, html, markdown
-from dyndepth.results.noise import WALLS, headed, noise, told, told_of
+from dyndepth.results.noise import WALLS, headed, legend, noise, told, told_of
 from dyndepth.results.numbers import Numbers
 from dyndepth.results.tables import write_tables
-from dyndepth.timing.console import show_timing
+from dyndepth.timing.console import show_break_even, show_timing
 
 
 @pytest.mark.parametrize(
     ("numbers", "word"),
     [
         ((1.23, 1.20, 1.26, False), ""),
-        ((1.44, 0.89, 1.99, False), "noisy"),
+        ((1.44, 0.89, 1.99, False), "noisy, undecided"),
         ((1.23, 1.16, 1.29, False), "noisy"),  # 0.13 of 1.23
         ((1.01, 0.98, 1.03, False), "undecided"),
         ((3.75, 3.70, 3.80, True), "suspect"),
         ((3.75, 2.00, 5.00, True), "suspect, noisy"),
         ((1.23, None, None, False), "no interval"),
+        ((1.23, float("nan"), float("nan"), False), "no interval"),
+        ((1.23, 1.20, float("nan"), False), "no interval"),
+        ((1.23, "1.20", "1.26", "False"), ""),
+        ((1.23, "1.20", "1.26", "FALSE"), ""),
+        ((1.23, "1.20", "1.26", ""), ""),
+        ((1.23, "1.20", "1.26", float("nan")), ""),
+        ((1.23, "1.20", "1.26", "TRUE"), "suspect"),
     ],
 )
 def test_an_interval_that_is_wide_or_holds_one_is_said_to_be(numbers, word):
@@ -39,9 +50,10 @@ def test_an_interval_that_is_wide_or_holds_one_is_said_to_be(numbers, word):
 
 
 def test_a_number_is_told_with_its_interval_and_its_noise():
-    assert told(1.44, 0.89, 1.99) == "1.44x [0.89, 1.99] noisy"
+    assert told(1.44, 0.89, 1.99) == "1.44x [0.89, 1.99] noisy, undecided"
+    assert told("1.2", "1.19", "1.21", suspect="False") == "1.20x [1.19, 1.21]"
     assert told("1.234", "1.2", "1.26", form="{:.3f}") == "1.234 [1.200, 1.260]"
-    assert told(1.44, 0.89, 1.99, mark=" ({})") == "1.44x [0.89, 1.99] (noisy)"
+    assert told(1.44, 0.89, 1.99, mark=" ({})") == "1.44x [0.89, 1.99] (noisy, undecided)"
     assert told(1.44, float("nan"), float("nan")) == "1.44x no interval"
     assert told(None, None, None) == told("", "", "") == told(float("nan"), 1, 2) == ""
 
@@ -52,7 +64,6 @@ def test_headings_name_the_mode_where_there_are_several():
     assert list(headed([eager, {"wall_decode_graphs_speedup": "1.3"}]).values()) == [
         "prefill (eager)",
         "decode (eager)",
-        "prefill (graphs)",
         "decode (graphs)",
     ]
     assert list(headed([{"wall_decode_graphs_speedup": ""}])) == ["prefill", "decode"]
@@ -66,7 +77,6 @@ def _cells():
         for phase, mode, value, low, high, suspect in (
             ("prefill", "eager", 1.23, 1.21, 1.25, False),
             ("decode", "eager", 3.75, 2.5, 5.5, True),
-            ("prefill", "graphs", 1.01, 0.99, 1.02, False),
             ("decode", "graphs", 1.44, 0.89, 1.99, False),
         )
     ]
@@ -76,8 +86,7 @@ def _cells():
 TOLD = (
     "1.23x [1.21, 1.25]",
     "3.75x [2.50, 5.50] suspect, noisy",
-    "1.01x [0.99, 1.02] undecided",
-    "1.44x [0.89, 1.99] noisy",
+    "1.44x [0.89, 1.99] noisy, undecided",
 )
 
 
@@ -101,8 +110,7 @@ def test_pages_of_a_leaderboard_tell_the_noise():
     assert found["entries"][1]["noise"] == {
         "prefill": "",
         "decode": "suspect, noisy",
-        "prefill_graphs": "undecided",
-        "decode_graphs": "noisy",
+        "decode_graphs": "noisy, undecided",
     }
     assert [wall["label"] for wall in found["walls"]][-1] == "decode (graphs)"
     assert "suspect, noisy" in html(found)
@@ -116,18 +124,13 @@ def test_seeds_together_are_as_suspect_as_each():
     found = board(cells, leaderboard(cells))["entries"][1]
     assert len(found["seeds"]) == 2
     assert {key for key, word in found["noise"].items() if "suspect" in word} == {
-        *("prefill", "decode", "prefill_graphs")
+        *("prefill", "decode")
     }
 
 
 def test_what_a_command_measured_is_told_with_its_noise(capsys, monkeypatch):
     monkeypatch.setattr(commands, "PIPE_WIDTH", 400)
-    row = {"phase": "decode", "mode": "eager", "batch": 1, "length": 8, "repeats": 9}
-    row |= {"dense_median_s": 0.2, "method_median_s": 0.1, "suspect": True, "wall_speedup": 3.75}
-    row |= {"wall_speedup_low": 2.5, "wall_speedup_high": 5.5, "total_speedup": 1.23}
-    row |= {"wall_efficiency": 3.0, "busy_speedup": 1.2, "dense_host_share": 0.6}
-    row |= {"method_host_share": 0.7, "device_name": "x", "dtype": "float32", "threads": 1}
-    row |= {"attn_implementation": "sdpa", "allocator": "default", "load_average": 0.1}
+    row = _measured()
     show_timing("one", [row])
     printed = capsys.readouterr().out
     assert "3.750 [2.500, 5.500] suspect, noisy" in printed
@@ -136,11 +139,106 @@ def test_what_a_command_measured_is_told_with_its_noise(capsys, monkeypatch):
     assert "host share" not in capsys.readouterr().out
 
 
+def _measured(**changes):
+    row = {"phase": "decode", "mode": "eager", "batch": 1, "length": 8, "repeats": 9}
+    row |= {"dense_median_s": 0.2, "method_median_s": 0.1, "suspect": True, "wall_speedup": 3.75}
+    row |= {"wall_speedup_low": 2.5, "wall_speedup_high": 5.5, "total_speedup": 1.23}
+    row |= {"wall_efficiency": 3.0, "busy_speedup": 1.2, "dense_host_share": 0.6}
+    row |= {"method_host_share": 0.7, "device_name": "x", "dtype": "float32", "threads": 1}
+    row |= {"attn_implementation": "sdpa", "allocator": "default", "load_average": 0.1}
+    return row | changes
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 80 columns: what it shows."""
+    shown = io.StringIO()
+    terminal = Console(width=80, file=shown, force_terminal=True, color_system=None)
+    monkeypatch.setattr(commands, "console", lambda: terminal)
+    return shown
+
+
+def _columns(printed, heading):
+    """The texts of the column whose heading begins so, its lines joined row by row."""
+    lines = [line for line in printed.splitlines() if line[:1] in "┃│├"]
+    head = [[text.strip() for text in line.split("┃")[1:-1]] for line in lines if line[0] == "┃"]
+    heads = [" ".join(filter(None, texts)) for texts in zip(*head, strict=True)]
+    place = next(index for index, text in enumerate(heads) if text.startswith(heading))
+    return [line.split("│")[1:-1][place].strip() for line in lines if line[0] == "│"]
+
+
+def _whole(printed, texts, headings):
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    shown = [
+        word for heading in headings for text in _columns(printed, heading) for word in text.split()
+    ]
+    assert shown == [word for text in texts for word in text.split()]
+
+
+def test_in_80_columns_a_speedup_keeps_its_interval_and_its_word(narrow):
+    row = _measured(length=4096, batch=32, mode="graphs", dense_median_s=12.3456)
+    show_timing("uls(spacing=even) on shape:llama-3-8b", [row, row | {"phase": "prefill"}])
+    printed = narrow.getvalue()
+    _whole(printed, ["3.750 [2.500, 5.500] suspect, noisy"] * 2, ["wall"])
+    assert [text for text in _columns(printed, "shape") if text] == ["32x4096"] * 2
+    assert "[2.500, 5.500]" in _columns(printed, "wall")
+    flat = " ".join(printed.split())
+    assert "for want of width without busy speedup, host share, dense ms, method ms" in flat
+    for word in ("suspect", "noisy"):
+        assert f"{word}: {module.WORDS[word]}" in flat
+    assert "undecided" not in flat
+
+
+def test_in_80_columns_a_break_even_keeps_its_numbers_whole(narrow):
+    row = _measured(skipped_fraction=0.25, routed_median_s=1234.5, sublayers="both", router=0)
+    curve = types.SimpleNamespace(break_even="pays")
+    show_break_even(curve, [row | {"model": "embedded"}])
+    _whole(narrow.getvalue(), ["3.750 [2.500, 5.500] suspect, noisy"], ["wall"])
+
+
+@pytest.mark.parametrize("parameters", ["", "criterion=greedy, windows=16, reads=constant"])
+def test_in_80_columns_a_leaderboard_keeps_its_times_whole(narrow, parameters):
+    cells = _cells()
+    for one in cells:
+        one.identity["parameters"] = parameters
+    other = cell(method="layer_controller_of_a_long_name", phases="generation", seed=12)
+    other.timing = cells[1].timing
+    rows = leaderboard([*cells, other])
+    show_leaderboard(rows)
+    printed = narrow.getvalue()
+    for key, heading in headed(rows).items():
+        _whole(printed, [told_of(row, key) for row in rows], [heading])
+    targets = [text for text in _columns(printed, "target") if text]
+    assert targets == ["1x", "1.25x", "1x"]
+    named = "".join(_columns(printed, "method")).replace(" ", "")
+    assert all(label(row).replace(" ", "") in named for row in rows)
+    assert "for want of width without" in " ".join(printed.split())
+
+
+def test_a_wide_terminal_and_a_pipe_have_every_column(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "PIPE_WIDTH", 60)
+    show_leaderboard(leaderboard(_cells()))
+    printed = capsys.readouterr().out
+    assert "want of width" not in printed
+    assert "ROUGE-L" in printed
+
+
+def test_the_legend_is_of_the_words_that_stand_there():
+    assert legend(["1.01x [0.98, 1.02] undecided"]).startswith("undecided: the interval holds 1")
+    assert "noisy" not in legend(["1.01x [0.98, 1.02] undecided"])
+    assert legend(["1.40x [1.37, 1.44]", ""]) == ""
+    assert all(word in legend() for word in ("suspect", "no interval", "noisy", "undecided"))
+
+
 def test_sentences_and_cards_tell_the_noise(tmp_path):
     write_tables(_cells(), tmp_path / "run")
     numbers = Numbers(tmp_path, Path("run"))
     where = {"method": "m", "phase": "decode", "mode": "graphs"}
-    assert numbers.of("timing", "wall_speedup", digits=2, **where) == "1.44 [0.89, 1.99] (noisy)"
+    assert (
+        numbers.of("timing", "wall_speedup", digits=2, **where)
+        == "1.44 [0.89, 1.99] (noisy, undecided)"
+    )
     said = numbers.of("leaderboard", "wall_decode_speedup", digits=2, method="m")
     assert said == "3.75 [2.50, 5.50] (suspect, noisy)"
     assert wall(leaderboard(_cells())[1], "decode") == "3.75 [2.50, 5.50] suspect, noisy"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas
 import pytest
-from cells import FakeBench, cell
+from cells import FakeBench, cell, identity
 
 from dyndepth.cells.cell import CellSpec, method_identity
 from dyndepth.cells.recipe import Recipe
@@ -29,6 +29,7 @@ from dyndepth.sweep.executors import Inline
 from dyndepth.sweep.grid import limits, modes, plans
 from dyndepth.sweep.progress.people import Lines
 from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
+from dyndepth.sweep.workbench import Workbench
 from dyndepth.sweep.worker import Worker
 
 CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0)]
@@ -380,6 +381,79 @@ class TestRun:
         assert needed(one, _settings(tmp_path, **both)) == "nothing"
         one.timing = []  # it foresees: it has no times, whatever is asked for
         assert needed(one, _settings(tmp_path, **both)) == "nothing"
+
+    def test_times_that_are_there_stay_and_only_what_is_missing_is_taken(self, tmp_path):
+        """Resumed in another mode or at a lower level, what was timed better is kept."""
+        plan, on_cuda = CELLS[:1], FakeBench()
+        on_cuda.identity = lambda plan: identity(method=plan.method, device="cuda")
+        settings = _settings(tmp_path, timing="full", mode="eager")
+        _run(plan, on_cuda, settings)
+        store = Store(settings.output_path)
+        (before,) = store.all()
+        assert (before.timing_level, on_cuda.modes) == ("full", ["eager"])
+
+        def again(**changes):
+            on_cuda.modes.clear()
+            _run(plan, on_cuda, _settings(tmp_path, **changes))
+            (found,) = store.all()
+            levels = {(row["mode"], row["level"]) for row in found.timing}
+            return on_cuda.modes[:], found.timing_level, levels
+
+        eager, quick = ("eager", "full"), ("graphs", "quick")
+        # The least of the modes' levels: a run that names no mode and asks for more goes on there.
+        both = (["graphs"], "quick", {eager, quick})
+        assert again(timing="quick", mode="graphs") == both
+        (after,) = store.all()
+        assert after.timing[: len(before.timing)] == before.timing
+        assert again(timing="quick", mode="both") == ([], "quick", {eager, quick})
+        assert again(timing="full", mode="eager") == ([], "quick", {eager, quick})
+        assert again(timing="quick") == ([], "quick", {eager, quick})
+        full = {eager, ("graphs", "full")}
+        assert again(timing="full") == (["graphs"], "full", full)
+        assert again(timing="quick", mode="both") == ([], "full", full)
+        assert [call for call, _ in on_cuda.calls].count("evaluate") == 1
+
+    def test_a_mode_that_fails_costs_no_times_of_another(self, tmp_path):
+        bench = FakeBench()
+        bench.identity = lambda plan: identity(method=plan.method, device="cuda")
+        bench.no_modes = ("graphs",)
+        settings = _settings(tmp_path, timing="quick", mode="both")
+        _run(CELLS[:1], bench, settings)
+        (found,) = Store(settings.output_path).all()
+        assert (found.status, found.timing_level) == ("error", "quick")
+        assert {row["mode"] for row in found.timing} == {"eager"}
+        bench.no_modes = ()
+        bench.modes.clear()
+        _run(CELLS[:1], bench, settings)
+        (found,) = Store(settings.output_path).all()
+        assert (bench.modes, found.status) == (["graphs"], "done")
+        assert {row["mode"] for row in found.timing} == {"eager", "graphs"}
+
+    def test_a_cell_whose_timing_failed_is_done_where_no_times_are_asked_for(self, tmp_path):
+        bench = FakeBench()
+        bench.timing_fails = True
+        _run(CELLS[:1], bench, _settings(tmp_path, timing="quick"))
+        bench = FakeBench()
+        _run(CELLS[:1], bench, _settings(tmp_path))
+        (found,) = Store(tmp_path / "run").all()
+        assert (bench.calls, found.status, found.timing) == ([], "done", [])
+
+    def test_a_mode_that_cannot_be_recorded_is_refused_before_anything_is_scored(
+        self, tmp_path, monkeypatch, tiny
+    ):
+        monkeypatch.setattr("dyndepth.runtime.graphs.obstacle", lambda parts: "it has a window")
+        bench = Workbench.__new__(Workbench)
+        bench.model, bench.device = tiny(), "cuda"
+        for mode in ("both", "graphs"):
+            bench.settings = _settings(tmp_path, timing="quick", mode=mode)
+            with pytest.raises(UserError, match="recorded: it has a window; take --mode eager"):
+                bench._check_modes()
+        for other in ({"timing": "full"}, {"timing": "off", "mode": "both"}):
+            bench.settings = _settings(tmp_path, **other)
+            bench._check_modes()
+        bench.device, bench.settings = "cpu", _settings(tmp_path, timing="quick", mode="both")
+        with pytest.raises(UserError, match="graphs need a CUDA device"):
+            bench._check_modes()
 
     def test_modes_follow_the_device(self, tmp_path):
         full = _settings(tmp_path, timing="full")

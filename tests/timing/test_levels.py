@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import types
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from gating import GivenPlan, plan_without
+from gating import GivenPlan, RandomMask, plan_without
+from recording import StandIn
 
 from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.modes import MODES
 from dyndepth.runtime import attach as runtime
+from dyndepth.runtime import graphs as recordings
 from dyndepth.timing import __main__ as door
 from dyndepth.timing import measure as measuring
-from dyndepth.timing import passes
+from dyndepth.timing import pairing, passes
+from dyndepth.timing.jobs import whole
 from dyndepth.timing.levels import (
     LEVELS,
-    MODES,
     ON_CUDA,
     Level,
     Shape,
@@ -27,8 +29,7 @@ from dyndepth.timing.levels import (
     parse_shapes,
     what_fits,
 )
-from dyndepth.timing.measure import in_modes, measure
-from dyndepth.timing.passes import WHOLE
+from dyndepth.timing.measure import check_recordable, in_modes, measure
 
 HALF = GivenPlan(plan=plan_without(4, (1, 0), (1, 1), (2, 0), (2, 1)))
 
@@ -124,6 +125,7 @@ def test_on_a_gpu_the_warm_up_meets_every_text():
     assert measuring._warmup(level(warmup=2), texts, "cuda") == 5
     assert measuring._warmup(level(warmup=9), texts, "cuda") == 9
     assert measuring._warmup(level(warmup=2), texts, "cpu") == 2
+    assert measuring._warmup(level(warmup=1), texts[:1], "cuda", recorded=True) == 2
 
 
 # --- modes ----------------------------------------------------------------------------------------
@@ -171,45 +173,119 @@ def test_a_mode_that_nobody_asked_for_is_left_out_where_it_cannot_be():
         in_modes(MODES, "both", timed)
     with pytest.raises(UserError, match="cannot be recorded"):
         in_modes(("graphs",), None, timed)
+    with pytest.warns(UserWarning, match="graphs mode is left out"):
+        assert in_modes(("graphs",), None, timed, stands=True) == []
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """A stand-in for the runtime's graphs: what was opened, and every attachment that got one."""
+    """Graphs by a stand-in for CUDA's: those that were opened, and every attachment in order."""
     opened, attached = [], []
 
-    class Graphs(contextlib.nullcontext):
-        def __enter__(self):
+    class Graphs(recordings.Graphs):
+        def __init__(self):
+            super().__init__(StandIn())
             opened.append(self)
-            return self
 
     def attach(model, method, *, mode="eager", **how):
         attached.append((method, mode))
-        return runtime.attach(model, method, **how)
+        return runtime.attach(model, method, mode=mode, **how)
 
-    module = types.ModuleType("dyndepth.runtime.graphs")
-    module.Graphs = Graphs
-    monkeypatch.setitem(sys.modules, "dyndepth.runtime.graphs", module)
+    monkeypatch.setattr(recordings, "Graphs", Graphs)
     monkeypatch.setattr(passes, "attach", attach)
     return opened, attached
 
 
 def test_in_graphs_mode_both_sides_are_attached_with_the_same_graphs(tiny, graphs):
     opened, attached = graphs
-    shapes = level(Shape(1, 12, 2), Shape(2, 6, 1))
+    shapes = level(Shape(1, 12, 2), Shape(2, 6, 1), Shape(1, 6, 0))
     check = [([5, 6, 7], [8, 9], 0.0)]
     rows = measure(
         tiny(), HALF, windows(), level=shapes, mode="graphs", check=check, progress=False
     )
     assert {row["mode"] for row in rows} == {"graphs"}
     assert all(row["total_speedup"] > 1 for row in rows)
+    # Prompts run eagerly in either mode: no prefill is said to be by graphs.
+    assert [(row["phase"], row["batch"], row["length"]) for row in rows] == [
+        ("decode", 1, 12),
+        ("decode", 2, 6),
+    ]
     assert {mode for _, mode in attached} == set(opened)  # the check's, and one a shape
     assert len(opened) == 3
+    assert all(own.steps and not own.others for own in opened)
     for own in opened[1:]:
         methods = [method for method, mode in attached if mode is own]
-        assert methods.count(WHOLE) == methods.count(HALF) == len(methods) / 2
+        assert methods.count(HALF) == len(methods) / 2
+        assert len({id(method) for method in methods}) == 2
     first = [method for method, mode in attached if mode is opened[0]]
     assert first == [HALF] * len(first)
+
+
+@dataclass(kw_only=True)
+class Dropping(RandomMask):
+    """Token gates that keep no keys of what they skip, whose steps nothing repeats."""
+
+    kv_policy = "drop"
+
+
+def test_steps_that_ran_eagerly_are_not_said_to_be_graphs(tiny, graphs):
+    shapes = level(Shape(1, 12, 2))
+    told = r"could not be repeated from recordings; take --mode eager"
+    with pytest.raises(UserError, match=rf"^{Dropping.name}: \d+ decode steps {told}"):
+        measure(tiny(), Dropping(), windows(), level=shapes, mode="graphs", progress=False)
+    check = [([5, 6, 7], [8, 9], 0.0)]
+    with pytest.raises(UserError, match=f"1 decode steps {told}"):  # before the pairs
+        measure(
+            *(tiny(), Dropping(), windows()),
+            level=shapes,
+            mode="graphs",
+            check=check,
+            progress=False,
+        )
+    rows = measure(tiny(), Dropping(), windows(), level=shapes, progress=False)
+    assert {row["mode"] for row in rows} == {"eager"}
+
+
+def test_graphs_of_shapes_without_steps_are_refused(tiny, graphs):
+    with pytest.raises(UserError, match="no shape has any; take --mode eager"):
+        measure(tiny(), HALF, windows(), level=level(Shape(1, 6, 0)), mode="graphs", progress=False)
+    assert not graphs[0]
+
+
+def test_nothing_is_recorded_while_it_is_timed(tiny, graphs, monkeypatch):
+    """The buffers grow within the first pass, and recordings over shorter ones are made again in
+    the second: neither is timed."""
+    counts, asked = [], []
+    interleave = pairing.interleave
+
+    def counted(functions, *, warmup, **how):
+        def run(name):
+            functions[name]()
+            counts.append(graphs[0][-1]._recorder.recorded)
+
+        asked.append(warmup * len(functions))
+        return interleave({name: partial(run, name) for name in functions}, warmup=warmup, **how)
+
+    monkeypatch.setattr(pairing, "interleave", counted)
+    over = next(n for n in range(16, 400) if recordings.bucket(n) != recordings.bucket(n + 3))
+    tokens, once = torch.randint(3, 90, (1, over)), level(Shape(1, over, 6), texts=1)
+    model = tiny(max_position_embeddings=512)
+    measure(model, HALF, tokens, level=once, mode="graphs", progress=False)
+    assert counts[1] < counts[asked[0] - 1] == counts[-1]
+
+
+def test_what_cannot_be_recorded_is_refused_before_any_work(tiny, monkeypatch, capsys):
+    model = tiny()
+    check_recordable(model, "both")
+    monkeypatch.setattr(recordings, "obstacle", lambda parts: "its attention has a window")
+    for asked in (None, "eager"):
+        check_recordable(model, asked)
+    for asked in ("graphs", "both"):
+        with pytest.raises(UserError, match="recorded: its attention has a window; take --mode"):
+            check_recordable(model, asked)
+    monkeypatch.setattr(door, "modes_of", lambda *_: MODES)
+    assert door.main(["--method", "dense", "--model", "shape:tiny", "--mode", "both"]) == 2
+    assert "attention has a window" in capsys.readouterr().err
 
 
 def test_in_eager_mode_dense_is_not_attached_and_no_mode_is_said(tiny, graphs):
@@ -223,7 +299,7 @@ def test_what_stands_for_dense_executes_everything(tiny):
     model, tokens = tiny(), windows(2)
     with torch.no_grad():
         expected = model(tokens).logits
-        with runtime.attach(model, WHOLE) as trace:
+        with runtime.attach(model, whole(model)) as trace:
             assert torch.equal(model(tokens).logits, expected)
         totals = trace.totals()
     assert totals["block_flops"] == totals["dense_block_flops"] > 0

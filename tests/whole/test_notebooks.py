@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas
 import pytest
 from nbclient import NotebookClient
 from test_curves import make_run
@@ -99,6 +100,28 @@ def test_reads_a_run(path, tmp_path, monkeypatch):
     printed = "".join(each.get("text", "") for each in notebook.cells[-2].outputs)
     for words in FOUND[path.stem[:2]]:
         assert words in printed
+
+
+@pytest.mark.parametrize("modes", [("graphs",), ("eager", "graphs")])
+def test_modes_are_apart(modes, tmp_path, monkeypatch):
+    """Each has its figures and findings, also where a run was timed in one of them alone."""
+    run = make_run(tmp_path / "run", methods=2)
+    timing = pandas.read_csv(run / "timing.csv", keep_default_na=False)
+    parts = [
+        timing[(timing["phase"] == "decode") | (mode == "eager")].assign(mode=mode)
+        for mode in modes
+    ]
+    pandas.concat(parts).to_csv(run / "timing.csv", index=False)
+    (path,) = (path for path in PATHS if path.stem.startswith("04"))
+    notebook = execute(path, run, monkeypatch)
+    check(notebook)
+    drawn = [each for each in outputs(notebook) if "image/png" in each.get("data", ())]
+    assert len(drawn) == 2 * len(modes)  # one a batch and mode
+    printed = "".join(each.get("text", "") for each in notebook.cells[-2].outputs)
+    found = {mode: printed.count(f"tokens, {mode}: a wall efficiency") for mode in modes}
+    assert found == {mode: {"eager": 4, "graphs": 2}[mode] for mode in modes}
+    assert "wall 1.00x [0.88, 1.25] noisy, undecided)" in printed
+    assert "noisy: the interval is wider" in "".join(o.get("text", "") for o in outputs(notebook))
 
 
 @pytest.mark.slow
