@@ -237,14 +237,13 @@ def code() -> dict[str, str]:
 def _run(name: str, words: Sequence[str], log: Path, device: str, seconds: float) -> dict[str, Any]:
     """Run ``python words`` for at most as long; its output goes to ``log``."""
     began = time.monotonic()
-    command = [sys.executable, "-P", *words]
     environment = os.environ | {
         "DYNDEPTH_TEST_DEVICE": device,
         "PYTHONUNBUFFERED": "1",
     }
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(  # nosec B603  # this Python and words of this file
-            command,
+            [sys.executable, "-P", *words],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -267,7 +266,7 @@ def _run(name: str, words: Sequence[str], log: Path, device: str, seconds: float
     return told
 
 
-def _waited(child: subprocess.Popen[bytes], name: str, seconds: float) -> int:
+def _waited(child: Any, name: str, seconds: float) -> int:
     """Its exit status; on a terminal the seconds gone are shown. Raises TimeoutExpired."""
     from tqdm import tqdm
 
