@@ -328,7 +328,11 @@ _TIMING = {
         "The system's load over the last minute; well above `threads`, it hints at other work.",
         ge=0,
     ),
-    "gpu": _text("Clocks, power limit and temperature of the GPU; empty on a CPU.", nullable=True),
+    "gpu": _text(
+        "Clocks, power limit and temperature of the GPU, and the kernels that torch may choose of "
+        "for attention; empty on a CPU.",
+        nullable=True,
+    ),
     "timing_code": _text(
         "Digest of the suite's code that takes times; empty for times of before there was one.",
         nullable=True,

@@ -21,7 +21,8 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
     """What a time of ``model`` depends on, as columns; nothing of it enters a cell's identity.
 
     ``load_average`` is the system's over the last minute, a hint at neighbours; ``gpu`` holds
-    clocks (MHz), power limit (W) and temperature as the driver tells them, None on a CPU;
+    clocks (MHz), power limit (W) and temperature as the driver tells them, and the kernels that
+    torch may choose of for attention, None on a CPU;
     ``timing_code`` is a digest of the procedure.
     """
     parameter = next(model.parameters())
@@ -39,9 +40,20 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
         "allocator": _allocator(on_gpu),
         "gather_limits": _gather_limits(model),
         "load_average": None if load is None else round(load, 2),
-        "gpu": _gpu_state(device) if on_gpu else None,
+        "gpu": ", ".join(filter(None, (_gpu_state(device), _kernels()))) if on_gpu else None,
         "timing_code": timing_code(),
     }
+
+
+def _kernels() -> str:
+    """The kernels that torch may choose of for attention."""
+    allowed = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    return f"attention {' '.join(kernel for kernel, on in allowed.items() if on)}"
 
 
 def _allocator(on_gpu: bool) -> str:
