@@ -79,8 +79,8 @@ HELP = {
     "batch_size": "most sequences scored at once; fewer where they are long",
     "device": "auto, cpu, cuda, cuda:1, ..., or spread: one model over all GPUs",
     "one_device": "auto, cpu, cuda, cuda:1, ...",
-    "shape": "'embedded', a hub id, a local path, or shape:NAME (random weights in the shape of a "
-    "public model; `dyndepth ls shapes` lists them)",
+    "shape": "'embedded', a hub id, or a local path; or shape:NAME: random weights in the shape of "
+    "a public model, which `dyndepth ls shapes` lists",
     "dtype": "of weights and arithmetic",
     "attn_implementation": "transformers' attention kernel; the model's own choice unless given",
     "revision": "branch, tag or commit of a hub model",

@@ -268,7 +268,7 @@ def test_the_page_sorts_what_held_from_what_fell_short():
     wide = facts(speedup=1.0)
     (measured,) = wide["bench"]["bench"].values()
     measured |= {"low": 0.7, "high": 1.3, "suspect": True, "peak_ratio": None}
-    assert "1.000 [0.700, 1.300] suspect, noisy |" in report.page(wide)
+    assert "1.000 [0.700, 1.300] suspect, noisy, undecided |" in report.page(wide)
     assert "noisy: the interval is wider" in section(report.page(wide), "Speed")
 
 

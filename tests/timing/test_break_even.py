@@ -229,7 +229,7 @@ class TestCommandLine:
             (["--device", "abacus"], "abacus"),
             (["--unknown"], "--unknown"),
             (["--output_path", "."], "is a folder"),
-            (["--output_path", __file__ + "/curve.csv"], "cannot be written"),
+            (["--output_path", __file__ + "/curve.csv"], "is a file; give a folder"),
         ],
     )
     def test_wrong_input_exits_with_2_and_one_sentence(self, arguments, message, capsys):
