@@ -211,6 +211,8 @@ def test_killed_at_random_moments(tiny, tmp_path, figures):
             late = len(whole(run)) == CELLS
             if hit.process.is_alive():
                 os.kill(hit.process.pid, number)
+            else:
+                late = True  # it came to its end meanwhile
             status = hit.wait()
             unchanged(before, run)
             figures["times that a whole cell was found and left as it was"] += len(before)
