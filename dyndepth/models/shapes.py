@@ -1,7 +1,7 @@
 """Shapes: models of a public configuration with random weights, to be timed without a download.
 
 ``shape:NAME`` is one of ``shapes.json``, where the fields of public models stand with the id of the
-card that they were read off; ``shape:PATH`` is any config.json, or a folder that holds one. How
+model that they describe; ``shape:PATH`` is any config.json, or a folder that holds one. How
 long a forward takes follows from the shape; what it says means nothing, so nothing is scored.
 """
 
