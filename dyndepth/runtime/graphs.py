@@ -9,13 +9,14 @@ makes the block's keys and values, which are made whatever it is. All other forw
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import MLP, DynamicDepthMethod, Gate
@@ -54,6 +55,8 @@ class Graphs:
 
     They last as long as this, through any number of attachments, until ``close`` or the end of a
     ``with`` block. Memory: a copy of the keys and values of a batch for each batch size.
+    A model whose modules or weights are others than before is recorded anew at the next attachment;
+    what is switched inside a module that stays is not seen.
 
     Attributes:
         steps: decode steps that were repeated from a recording.
@@ -63,6 +66,7 @@ class Graphs:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder, self._lent = recorder, recorder is not None
         self._owner: Any = None
+        self._parts: Any = None
         self._lanes: dict[int, Lane] = {}
         self._recorded: OrderedDict[Any, Whole | Pieces] = OrderedDict()
         self._places: dict[int, Place] = {}
@@ -81,7 +85,7 @@ class Graphs:
         self._places.clear()
         self._lanes.clear()
         self._shares.clear()
-        self._owner = None
+        self._owner = self._parts = None
         if not self._lent:
             self._recorder = None
 
@@ -96,6 +100,11 @@ class Graphs:
         if self._owner not in (None, parts.owner):
             raise UserError("these graphs are another model's; each model needs its own")
         self._owner = parts.owner
+        found = _parts_of(parts.owner)
+        if found != self._parts:
+            self._recorded.clear()
+            self._places.clear()
+        self._parts = found
         return self
 
     def place(self, parts: Decoder, batch: int, keys: int) -> Place:
@@ -143,6 +152,12 @@ class Share:
     def pieces_pay(self) -> bool:
         """Whether to wait for verdicts. At first for a single sequence: of several, some runs."""
         return self._alone if self._mean is None else self._mean < PAYS_BELOW
+
+
+def _parts_of(owner: nn.Module) -> Any:
+    """The modules of a decoder, and where their weights lie: what a recording is made of."""
+    weights = itertools.chain(owner.parameters(), owner.buffers())
+    return tuple(map(id, owner.modules())), tuple(each.data_ptr() for each in weights)
 
 
 def obstacle(parts: Decoder) -> str | None:
@@ -246,6 +261,7 @@ class Stepper:
             and len(args) + (kwargs.get("input_ids") is not None) == 1
             and all(value is None or value is False for value in _others(kwargs))
             and (mask is None or mask.ndim == 2)
+            and not self._parts.owner.training
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(self._device)
             and self._runtime.asked(kwargs, "return_dict")

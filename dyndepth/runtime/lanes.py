@@ -67,14 +67,16 @@ class Lane:
         for index in layers:
             slot: Any = cache.layers[index] if index < len(cache.layers) else None
             if not (
+                # One that keeps tokens in a way of its own (a window, quantised) is no lane's.
                 isinstance(slot, DynamicLayer)
-                and not slot.is_sliding
+                and type(slot).update is DynamicLayer.update
                 and slot.is_initialized
                 and slot.keys is not None
                 and slot.values is not None
                 and slot.keys.ndim == 4
                 and slot.keys.shape[2] == length
                 and slot.keys.shape == slot.values.shape
+                and slot.keys.device == self.length.device
                 and not getattr(slot, "skipped", 0)
             ):
                 return False

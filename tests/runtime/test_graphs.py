@@ -14,6 +14,8 @@ from conftest import DEVICE, TOLERANCE
 from gating import GivenPlan, RandomMask, plan_without
 from recording import Refused, StandIn
 from test_attach import METHODS, ids, incremental, padded
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
@@ -239,6 +241,29 @@ def test_a_method_that_was_fitted_anew_is_recorded_anew(model):
     torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("change", ["weight", "module"])
+def test_a_model_that_was_changed_is_recorded_anew(model, change):
+    """Between attachments: weights that lie elsewhere, and modules in the place of others."""
+    tokens, method = ids(1, 10), METHODS["scattered"]
+    with Graphs(recorder()) as graphs, torch.inference_mode():
+        with attach(model, method, mode=graphs):
+            before = incremental(model, tokens, 6)
+        mlp = model.model.layers[3].mlp
+        with torch.inference_mode(False):
+            if change == "weight":
+                mlp.down_proj.weight = torch.nn.Parameter(-mlp.down_proj.weight, False)
+            else:
+                model.model.layers[3].mlp = copy.deepcopy(mlp).requires_grad_(False)
+                model.model.layers[3].mlp.down_proj.weight.neg_()
+        with attach(model, method, mode=graphs):
+            found = incremental(model, tokens, 6)
+            assert graphs.others == 0
+        with attach(model, method):
+            want = incremental(model, tokens, 6)
+    torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
+    assert not torch.allclose(found, before, atol=1e-2)
+
+
 def test_forwards_that_are_no_plain_step_run_as_ever(model):
     """What a recording leaves out is not left out."""
     tokens, keyword = ids(1, 9), cache_argument(model)
@@ -252,6 +277,10 @@ def test_forwards_that_are_no_plain_step_run_as_ever(model):
             model(inputs_embeds=embedded, **step)
         model(tokens[:, 8:9], **step)  # with gradients
         assert (graphs.steps, graphs.others) == (0, 3)
+        with torch.no_grad():
+            model.train()(tokens[:, 8:9], **step)
+            model.eval()
+        assert (graphs.steps, graphs.others) == (0, 4)
         seen = []
         with torch.no_grad():
             model(tokens[:, :1], **step)
@@ -337,6 +366,28 @@ def test_random_masks_are_asked_between_pieces(model):
             incremental(model, ids(1, 12), 6)
         kinds = {key[0] for key in graphs._recorded}
     assert kinds == {"pieces"}
+
+
+class Odd(DynamicLayer):
+    """Keeps tokens in a way of its own."""
+
+    def update(self, *states, **more):
+        return super().update(*states, **more)
+
+
+def test_caches_of_another_kind_are_left_alone(model):
+    tokens, keyword = ids(1, 9), cache_argument(model)
+    found = []
+    for how in (Graphs(recorder()), "eager"):
+        with torch.inference_mode(), attach(model, METHODS["masks"], mode=how):
+            cache = DynamicCache()
+            cache.layer_class_to_replicate = Odd
+            for start, end in ((0, 6), (6, 7), (7, 8)):
+                out = model(tokens[:, start:end], **{keyword: cache}, use_cache=True)
+            found.append(out.logits)
+        if how != "eager":
+            assert (how.steps, how.others) == (0, 2)
+    assert torch.equal(*found)
 
 
 def test_recordings_are_bounded(model, monkeypatch):
