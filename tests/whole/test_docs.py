@@ -80,7 +80,7 @@ def _commands() -> Iterator[Any]:
                     yield pytest.param(words, id=f"{block} {' '.join(words)}"[:90])
     for page in PAGES:
         prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-        for text in re.findall(r"`((?:python -m|make) [^`]+)`", prose):
+        for text in re.findall(r"`((?:python -m|make|dyndepth) [^`]+)`", prose):
             words = shlex.split(" ".join(text.split()))
             yield pytest.param(words, id=f"{page.relative_to(ROOT)} {' '.join(words)}"[:90])
 
@@ -126,6 +126,12 @@ def test_commands_are_understood(words: list[str], understood: Any):
         module, *arguments = words[words.index("-m") + 1 :]
         options = understood(module, arguments)
         _check_values(module, arguments, options)
+    elif words == ["dyndepth", "--help"]:
+        pass
+    elif words[0] == "dyndepth":
+        test_commands_are_understood(
+            ["python", "-m", f"dyndepth.{words[1]}", *words[2:]], understood
+        )
     elif words[0] == "lm_eval":
         understood("lm_eval", words[1:])
     elif words[0] == "pytest":
