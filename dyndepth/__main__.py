@@ -20,6 +20,7 @@ COMMANDS = {
     "importance": "rank a model's blocks or sublayers",
     "timing": "time one method; with break-even or limits: when skipping pays",
     "routes": "record which sublayers each token runs",
+    "export": "write a method's model as a checkpoint that others load",
     "tables": "write a run's tables anew",
     "leaderboard": "merge runs into one table and page",
     "comparison": "compare methods on the same documents, at equal FLOPs",

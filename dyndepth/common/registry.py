@@ -46,6 +46,14 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
     return loaded
 
 
+def distribution(name: str) -> str:
+    """``package==version`` of the distribution that offers method ``name``; empty where none does,
+    as for a class of a notebook."""
+    entry = methods().get(name)
+    package = None if entry is None else entry.dist
+    return "" if package is None else f"{package.name}=={package.version}"
+
+
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """``"one,two(a=1, b=saturation)"`` as ``[("one", {}), ("two", {"a": 1, "b": "saturation"})]``.
 

@@ -17,6 +17,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, MODES, Mode
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, decoder
+from dyndepth.runtime.binding import bind
 from dyndepth.runtime.execution import Runtime
 from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
@@ -67,8 +68,9 @@ def attach(
     that is asked for counts raises RuntimeError.
 
     Raises UserError for an unsupported architecture, a model that already has a method attached,
-    one that is compiled or whose blocks are wrapped by somebody else, and, in the mode ``graphs``,
-    for one that is not on one CUDA device or whose steps cannot be recorded.
+    one that is compiled or whose blocks are wrapped by somebody else, a saved method of another
+    model, and, in the mode ``graphs``, for a model that is not on one CUDA device or whose steps
+    cannot be recorded.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
@@ -88,6 +90,7 @@ def attach(
         raise UserError("a model that was compiled in place cannot be attached to; load it anew")
     if _marked(owner):
         raise UserError("the model already has a method attached; leave that attach first")
+    bind(model, method)
     runtime = Runtime(parts, method, backend, limits or limits_of(model), count)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     run, forward, graphs = runtime.run, None, None
