@@ -107,31 +107,39 @@ def _part(logits: Tensor, columns: Sequence[int]) -> Tensor:
     return torch.cat([logits[..., list(columns)], logits.logsumexp(-1, keepdim=True)], -1)
 
 
-def read_elsewhere(folder: Path, job: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the checkpoint in ``folder`` computes in a process that has nothing of this project.
+def read_elsewhere(
+    folders: Sequence[Path], jobs: Sequence[dict[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """What the checkpoints in ``folders`` compute in a process that has nothing of this project.
 
-    ``job`` has the keys ``windows``, ``steps``, ``dtype``, ``device``, ``attn_implementation``,
-    ``threads``, ``tokenizer`` and ``settings``. Returns the tensors of ``reader.computed`` and the
-    values of the ``settings`` in the configuration that was read. Raises RunFailed if it cannot be
-    loaded, or not as a whole.
+    Each of ``jobs`` has the keys ``windows``, ``steps``, ``dtype``, ``device``,
+    ``attn_implementation``, ``threads``, ``tokenizer`` (whether there is one) and ``settings``, which
+    the configuration must be read as. Returns what ``reader.computed`` does. Raises RunFailed for a
+    checkpoint that cannot be loaded, or not as a whole.
     """
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="dyndepth-export-") as place:
-        given, result = Path(place) / "job.json", Path(place) / "found.safetensors"
-        given.write_text(json.dumps(job), encoding="utf-8")
-        # -P: what lies in the working folder is not imported. torch would bring every installed
-        # package that registers with it, this one among them.
+        # -P: what lies in the working folder is not imported.
         command = [sys.executable, "-P", reader.__file__]
-        command += [str(folder.absolute()), str(given), str(result)]
+        results = []
+        for number, (folder, job) in enumerate(zip(folders, jobs, strict=True)):
+            given = Path(place) / f"{number}.json"
+            given.write_text(json.dumps(job), encoding="utf-8")
+            results.append(given.with_suffix(".safetensors"))
+            command += [str(folder.absolute()), str(given), str(results[-1])]
+        # torch would bring every installed package that registers with it, this one among them.
         done = _run(command, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"})
-        said = json.loads(done.splitlines()[-1])
-        if said["imported"]:
-            raise RunFailed("the process that read it had imported this project")
-        if said["loader"]:
-            kind, names = next(iter(said["loader"].items()))
-            raise RunFailed(f"its loader reports {kind}: {', '.join(names[:3])}")
-        return load_file(result), said["settings"]
+        said = [json.loads(line) for line in done.splitlines()[-len(jobs) :]]
+        for each, job in zip(said, jobs, strict=True):
+            if each["imported"]:
+                raise RunFailed("the process that read it had imported this project")
+            if each["loader"]:
+                kind, names = next(iter(each["loader"].items()))
+                raise RunFailed(f"its loader reports {kind}: {', '.join(names[:3])}")
+            if each["settings"] != job["settings"]:
+                raise RunFailed(f"its configuration is read as {json.dumps(each['settings'])}")
+        return [load_file(result) for result in results]
 
 
 def attached_elsewhere(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:

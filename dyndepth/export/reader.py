@@ -46,13 +46,20 @@ def computed(model: Any, windows: list[list[int]], steps: int) -> dict[str, Any]
 
 
 def main(words: list[str]) -> int:
-    """``FOLDER JOB RESULT``: load the model in ``FOLDER``, do what ``JOB`` (JSON) says, write the
-    logits and tokens to ``RESULT`` (safetensors) and the loader's complaints to stdout (JSON)."""
+    """``FOLDER JOB RESULT``, any number of times: load the model in ``FOLDER``, do what ``JOB``
+    (JSON) says, write what is computed to ``RESULT`` (safetensors) and a line of JSON to stdout."""
+    for first in range(0, len(words), 3):
+        print(json.dumps(_read(*words[first : first + 3])), flush=True)
+    return 0
+
+
+def _read(source: str, asked: str, result: str) -> dict[str, Any]:
+    """Settings as they are read, what the loader complains of, and whether the project is here."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, job = words[0], json.loads(Path(words[1]).read_text(encoding="utf-8"))
+    job = json.loads(Path(asked).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
@@ -66,18 +73,12 @@ def main(words: list[str]) -> int:
     if job["tokenizer"]:
         AutoTokenizer.from_pretrained(source, local_files_only=True)
     found = computed(model, job["windows"], job["steps"])
-    save_file({name: each.contiguous() for name, each in found.items()}, words[2])
-    settings = {name: getattr(model.config, name, None) for name in job["settings"]}
-    print(
-        json.dumps(
-            {
-                "settings": settings,
-                "loader": {key: sorted(map(str, value)) for key, value in report.items() if value},
-                "imported": PROJECT in sys.modules,
-            }
-        )
-    )
-    return 0
+    save_file({name: each.contiguous() for name, each in found.items()}, result)
+    return {
+        "settings": {name: getattr(model.config, name, None) for name in job["settings"]},
+        "loader": {key: sorted(map(str, value)) for key, value in report.items() if value},
+        "imported": PROJECT in sys.modules,
+    }
 
 
 class _Stranger:

@@ -34,7 +34,8 @@ def hashes(folder: Path) -> dict[str, str]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record of what lies in ``folder``."""
     whole = {"layout": LAYOUT, **record, "files": hashes(folder)}
-    (folder / RECORD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items())
+    (folder / RECORD).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
