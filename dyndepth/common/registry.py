@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    if "/" in spec and path_of(spec.strip()).is_dir():
+        raise UserError(
+            f"{spec.strip()!r} is a folder, and commands take methods by name; in Python, "
+            "dyndepth.load_method loads a method that was saved there"
+        )
     name = name_of(spec, "method")
     method_class(name)
     return name, check_parameters(name, parameters_of(spec, "method"))

@@ -88,7 +88,7 @@ def _export(given: list[str]) -> None:
     corpus = load_corpus(options["corpus"], tokenizer)
     model = loaded(options)
     method, adapter = fit_and_recover(plan.build(), model, corpus, plan.recovery)
-    print(f"exporting {method!r}, recovery {plan.recovery}", flush=True)
+    print(f"exporting {spec}, target speedup {method.target_speedup:g}x", flush=True)
     command = f"python -m dyndepth.export {shlex.join(given)}"
     record = export(model, tokenizer, method, corpus, folder, adapter, command=command)
     _say(record, folder)
@@ -126,6 +126,9 @@ def _say(record: dict[str, Any], folder: Path) -> None:
         print(f"a plain checkpoint of {len(record['kept'])} of {record['blocks']} blocks")
     else:
         print(f"a folder for load_method, no plain checkpoint: {record['reason']}")
+    if record.get("irregular") and record["kind"] == "checkpoint":
+        named = " and ".join(record["irregular"])
+        print(f"{named}: other programs must read this from config.json, not from a pattern")
     print(
         f"read back in another process: logits differ by {agreed['logits']:.2g} at most "
         f"({agreed['tolerance']:.2g} tolerated), {agreed['tokens']} tokens of greedy decoding equal"

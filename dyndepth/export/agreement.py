@@ -113,9 +113,9 @@ def read_elsewhere(
     """What the checkpoints in ``folders`` compute in a process that has nothing of this project.
 
     Each of ``jobs`` has the keys ``windows``, ``steps``, ``dtype``, ``device``,
-    ``attn_implementation``, ``threads``, ``tokenizer`` (whether there is one) and ``settings``, which
-    the configuration must be read as. Returns what ``reader.computed`` does. Raises RunFailed for a
-    checkpoint that cannot be loaded, or not as a whole.
+    ``attn_implementation``, ``threads``, ``tokenizer`` (whether there is one) and ``settings``,
+    which the configuration must be read as. Returns what ``reader.computed`` does. Raises RunFailed
+    for a checkpoint that cannot be loaded, or not as a whole.
     """
     from safetensors.torch import load_file
 

@@ -299,6 +299,8 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(tmp_path, tiny_corpus, monk
 
     (tmp_path / "empty").mkdir()
     assert "there is no saved method" in told(tmp_path / "empty")
+    with pytest.raises(UserError, match="commands take methods by name"):
+        registry.parse_methods(f"{tmp_path}/empty")
     assert "no saved method" in told(f"{tmp_path}/absent")
     assert "names an installed method" in told("toy", revision="main")
     (tmp_path / "empty" / "config.json").write_text("{}")
