@@ -125,7 +125,7 @@ class Outcomes:
     dense_flops: Tensor
 
 
-_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context"}
+_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save"}
 """What every method has beside its fields: a field of such a name would be overwritten."""
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndepth.common.commands import CHOICES, HELP, Parser, run
+from dyndepth.common.commands import CHOICES, HELP, PIPE_WIDTH, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, check_folder
 
@@ -121,18 +123,28 @@ def _plan(chosen: Any, spec: str, layers: int, longest: int | None, plans: Any) 
 
 
 def _say(record: dict[str, Any], folder: Path) -> None:
-    found, agreed = record["measured"], record["agreement"]
+    """Print what became of it, in lines that fit the terminal, and the line of JSON."""
+    found, agreed, job = record["measured"], record["agreement"], record["job"]
     if record["kind"] == "checkpoint":
-        print(f"a plain checkpoint of {len(record['kept'])} of {record['blocks']} blocks")
+        said = [f"a plain checkpoint of {len(record['kept'])} of {record['blocks']} blocks"]
     else:
-        print(f"a folder for load_method, no plain checkpoint: {record['reason']}")
-    if record.get("irregular") and record["kind"] == "checkpoint":
+        said = [f"a folder for load_method, no plain checkpoint: {record['reason']}"]
+    if record["kind"] == "checkpoint" and record["irregular"]:
         named = " and ".join(record["irregular"])
-        print(f"{named}: other programs must read this from config.json, not from a pattern")
-    print(
-        f"read back in another process: logits differ by {agreed['logits']:.2g} at most "
-        f"({agreed['tolerance']:.2g} tolerated), {agreed['tokens']} tokens of greedy decoding equal"
+        said.append(f"{named}: other programs must read it from config.json, not from a pattern")
+    said.append(
+        f"read back in another process: logits differ by at most {agreed['logits']:.1e}, "
+        f"{agreed['tolerance']:.1e} is tolerated; {agreed['tokens']} of "
+        f"{len(job['windows']) * job['steps']} greedy tokens are equal"
     )
+    said.append(
+        f"achieved speedup {found['block_flops_speedup']:.2f}x in block FLOPs, "
+        f"{found['total_flops_speedup']:.2f}x in all"
+    )
+    for line in said:
+        print(
+            textwrap.fill(line, min(PIPE_WIDTH, shutil.get_terminal_size((PIPE_WIDTH, 0)).columns))
+        )
     summary = {
         "output_path": str(folder),
         "kind": record["kind"],

@@ -37,12 +37,9 @@ def _what(record: dict[str, Any]) -> str:
     )
     if record["kind"] == "checkpoint":
         gone = [block for block in range(record["blocks"]) if block not in record["kept"]]
-        said = (
-            f"`{base['name']}` without {len(gone)} of its {record['blocks']} blocks: those with "
-            f"the indices {', '.join(map(str, gone))}, from 0."
-            if gone
-            else f"`{base['name']}` with all of its {record['blocks']} blocks."
-        )
+        said = f"`{base['name']}` with {len(record['kept'])} of its {record['blocks']} blocks."
+        if gone:
+            said += f" Left out, counted from 0: {', '.join(map(str, gone))}."
         said += f" They were chosen by `{record['method']}`." if gone else ""
         said += adapter * (recovery != "none")
         said += " It is an ordinary checkpoint: nothing but its loader is needed."

@@ -29,12 +29,12 @@ def load_method(
 ) -> DynamicDepthMethod:
     """The method that ``spec`` names.
 
-    A name, or a spec with parameters (``"uls(spacing=even)"``), is of an installed method, which is
-    yet to be fitted; ``parameters`` win over those of the spec. Anything else is a fitted method
-    that was saved: a folder that ``method.save`` or ``python -m dyndepth.export`` wrote, or the hub
-    id of a repository that holds one, ``revision`` its branch, tag or commit. It has the parameters
-    it was saved with, and can be attached to the model that it was fitted on, no other. A name of
-    an installed method wins over a folder of that name.
+    A name, or a spec with parameters (``"name(parameter=value)"``), is of an installed method,
+    which is yet to be fitted; ``parameters`` win over those of the spec. Anything else is a fitted
+    method that was saved: a folder that ``method.save`` or ``python -m dyndepth.export`` wrote, or
+    the hub id of a repository that holds one, ``revision`` its branch, tag or commit. It has the
+    parameters it was saved with, and can be attached to the model that it was fitted on, no other.
+    A name of an installed method wins over a folder of that name.
 
     Raises UserError for what cannot be read or had, a method that is not installed, an unknown
     parameter or a value of the wrong kind.
