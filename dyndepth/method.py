@@ -252,15 +252,6 @@ class DynamicDepthMethod:
         """
         return self
 
-    def save(self, folder: str | Path, model: torch.nn.Module) -> None:
-        """Write what ``fit`` found on ``model`` into ``folder``, for ``dyndepth.load_method``.
-
-        Safetensors and JSON, all of it or nothing, bound to the model's fingerprint. Raises
-        UserError if the folder holds something else, TypeError for facts that are not plain JSON.
-        """
-        # This module imports nothing of the project: that which keeps fits comes when it is needed.
-        import_module("dyndepth.fitting.fits").save_fit(self, model, folder)
-
     def calibrate(self, model: torch.nn.Module, corpus: Any = None) -> None:
         """Called when the model's weights were adapted after ``fit``.
 
@@ -269,6 +260,15 @@ class DynamicDepthMethod:
         default does nothing: right for a rule that does not look at the states.
         """
         return
+
+    def save(self, folder: str | Path, model: torch.nn.Module) -> None:
+        """Write what ``fit`` found on ``model`` into ``folder``, for ``dyndepth.load_method``.
+
+        Safetensors and JSON, all of it or nothing, bound to the model's fingerprint. Raises
+        UserError if the folder holds something else, TypeError for facts that are not plain JSON.
+        """
+        # This module imports nothing of the project: that which keeps fits comes when it is needed.
+        import_module("dyndepth.fitting.fits").save_fit(self, model, folder)
 
     def candidates(self) -> Tensor | None:
         """Plans whose outcomes the method wants to see before a task is scored, after ``fit``.

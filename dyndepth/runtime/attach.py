@@ -68,9 +68,8 @@ def attach(
     that is asked for counts raises RuntimeError.
 
     Raises UserError for an unsupported architecture, a model that already has a method attached,
-    one that is compiled or whose blocks are wrapped by somebody else, a saved method of another
-    model, and, in the mode ``graphs``, for a model that is not on one CUDA device or whose steps
-    cannot be recorded.
+    one that is compiled or whose blocks are wrapped by somebody else, and, in the mode ``graphs``,
+    for one that is not on one CUDA device or whose steps cannot be recorded.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
