@@ -34,8 +34,8 @@ def _parser() -> Parser:
     )
     add = built.add_argument
     add("method", nargs="?", metavar="METHOD", help="as --methods takes it")
-    add("--methods", help=HELP["methods"].replace("methods to compare", "the method to export"))
-    add("--speedups", default="1.25", help=f"{HELP['speedup']} (default: 1.25)")
+    add("--methods", help=HELP["methods"].replace("methods to compare", "the one method to export"))
+    add("--speedups", default="1.25", help=f"{HELP['speedups']}; here one (default: 1.25)")
     built.shared("phases", "both", choices=CHOICES["phases"])
     add("--recovery", default="none", help='"lora(rank=8, steps=100)", joint, ... (default: none)')
     built.model(spread=False)
