@@ -35,6 +35,10 @@ _WORDS = {
     "attn_implementation": "attention",
     "data_fingerprint": "data",
     "corpus_fingerprint": "corpus",
+    "apply_chat_template": "chat template",
+    "chat_template_fingerprint": "template",
+    "fewshot_as_multiturn": "few-shot turns",
+    "system_instruction": "system",
     "harness_code": "code",
 }
 """Column -> what people call it, if that is not its name."""
