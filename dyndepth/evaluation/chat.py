@@ -58,9 +58,10 @@ class Chat:
         """What a cell's identity says of the settings; everything empty where prompts are plain
         text."""
         applied = bool(self.apply_chat_template)
+        turns = "yes" if self.fewshot_as_multiturn else "no"
         return {
             "apply_chat_template": _named(self.apply_chat_template) if applied else "",
-            "fewshot_as_multiturn": str(self.fewshot_as_multiturn).lower() if applied else "",
+            "fewshot_as_multiturn": turns if applied else "",
             "system_instruction": self.system_instruction or "",
         }
 

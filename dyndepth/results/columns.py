@@ -148,7 +148,7 @@ IDENTITY = {
         "Digest of that template's text; empty: plain text.", nullable=True
     ),
     "fewshot_as_multiturn": _text(
-        "`true` if few-shot examples are turns of the conversation, `false` if they are one text "
+        "`yes` if few-shot examples are turns of the conversation, `no` if they are one text "
         "with the question; empty: plain text.",
         nullable=True,
     ),

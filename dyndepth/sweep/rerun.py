@@ -162,7 +162,7 @@ def _flags(identity: Row) -> Flags:
         **{name: identity[name] for name in ("sample_seed", "num_fewshot", "batch_size")},
         **{name: identity[name] for name in ("apply_chat_template", "system_instruction")},
         # With a template they are turns unless told otherwise.
-        "fewshot_as_multiturn": ("false" if identity["fewshot_as_multiturn"] == "false" else ""),
+        "fewshot_as_multiturn": "no" if identity["fewshot_as_multiturn"] == "no" else "",
         "dtype": identity["dtype"],
         "device": identity["device"],
         # A kernel that no flag can name was the model's own choice.

@@ -321,7 +321,7 @@ def test_an_identity_says_how_prompts_were_put():
     assert set(Chat().identity(one).values()) == {""}
     told = Chat(True, None, SYSTEM).identity(one)
     assert told["apply_chat_template"] == "default"
-    assert told["fewshot_as_multiturn"] == "true"
+    assert told["fewshot_as_multiturn"] == "yes"
     assert told["system_instruction"] == SYSTEM
     assert len(told["chat_template_fingerprint"]) == 16
     assert (

@@ -138,8 +138,8 @@ def test_every_method_with_its_defaults(name, recovery):
     chat=st.sampled_from(
         [
             {},
-            {"apply_chat_template": "default", "fewshot_as_multiturn": "true"},
-            {"apply_chat_template": "rag", "fewshot_as_multiturn": "false"},
+            {"apply_chat_template": "default", "fewshot_as_multiturn": "yes"},
+            {"apply_chat_template": "rag", "fewshot_as_multiturn": "no"},
             {"system_instruction": "Answer, 'briefly'.\n- at once"},
         ]
     ),

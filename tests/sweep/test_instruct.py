@@ -83,7 +83,7 @@ def test_conversations_are_cells_of_their_own(scene, cells):
     assert told.pop("chat_template_fingerprint")
     assert told == {
         "apply_chat_template": "default",
-        "fewshot_as_multiturn": "false",
+        "fewshot_as_multiturn": "no",
         "system_instruction": "Be brief, or 'not'.",
     }
     for one, other in zip(plain, talked, strict=True):
@@ -109,7 +109,7 @@ def test_a_cell_is_made_again_as_it_was_put(scene, cells, capsys):
     assert rerun.main([str(scene / "run"), talked.key]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert "--apply_chat_template default " in line
-    assert "--fewshot_as_multiturn false " in line
+    assert "--fewshot_as_multiturn no " in line
     more = ["--include_path", str(scene / "tasks"), "--corpus", str(scene / "corpus.txt")]
     assert verify([str(scene / "run"), "--all", "--documents", "3", *more]) == 0
     assert "4 computed again: nothing failed" in capsys.readouterr().out
