@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ ROW = 64
 ROWS = 4
 """Rows of tokens in a picture; a longer text is drawn as means over ranges of its tokens."""
 RANGES = 96
+_LETTERS = 13
+"""Letters of the title that an inch holds."""
 
 
 def text_route(
@@ -52,7 +55,8 @@ def text_route(
         f"{routes.label} on {document}, {len(gates)} tokens: {gates.mean():.0%} of sublayers "
         f"executed ({shares})"
     )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
+    lines = textwrap.fill(title, int(_LETTERS * figure.get_size_inches()[0]))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=10, parse_math=False)
     return written(figure, path)
 
 
@@ -109,9 +113,10 @@ def _means(gates: np.ndarray, prompt: int) -> Figure:
         _framed(axis, TITLES[kind], None)
         axis.set_xlim(-0.5, tokens - 0.5)
         ends = _end_of_prompt(axis, prompt, tokens)
-    axes[1].set_xlabel(f"token of the text (means over {width} tokens)")
+    axes[1].set_xlabel(f"token of the text (means over {width} tokens)", fontsize=8)
     bar = figure.colorbar(image, ax=list(axes), pad=0.01, aspect=30)
     bar.set_label("fraction of tokens that executed", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     if ends is not None:
         figure.legend(handles=[ends], loc="outside lower right", frameon=False, fontsize=8)
     return figure

@@ -123,7 +123,7 @@ def shaded(routes: Routes, document: str, shades: str = SHADES) -> list[str]:
     if of_token.min() < of_token.max():
         order, texts = np.argsort(of_token, kind="stable"), routes.strings(rows)
         for name, chosen in (("least", order), ("most", order[::-1])):
-            told = [f"{_told(texts[i])} {of_token[i]:.0%}" for i in chosen[:_TOKENS_TOLD]]
+            told = [f"{_told(texts[i], shades)} {of_token[i]:.0%}" for i in chosen[:_TOKENS_TOLD]]
             lines.append(f"  {name:9} {', '.join(told)}")
     return lines
 
@@ -150,6 +150,7 @@ def _shade(share: float, shades: Sequence[str]) -> str:
     return shades[1 + min(2, int(3 * share))]
 
 
-def _told(token: str) -> str:
-    """A token's text, quoted, short, and in letters that every terminal has."""
-    return ascii(token if len(token) <= 12 else f"{token[:11]}...")
+def _told(token: str, shades: str) -> str:
+    """A token's text, quoted and short; in ASCII for terminals that have no more."""
+    text = token if len(token) <= 12 else f"{token[:11]}..."
+    return ascii(text) if shades == PLAIN_SHADES else repr(text)
