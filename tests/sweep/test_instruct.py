@@ -100,8 +100,8 @@ def test_plain_and_talked_cells_stand_apart_in_a_leaderboard(scene, cells, capsy
     monkeypatch.setenv("COLUMNS", "200")
     assert leaderboard.main([str(scene / "run")]) == 0
     printed = capsys.readouterr().out
-    assert "chat template=none" in printed
-    assert "chat template=default" in printed
+    assert "plain text" in printed
+    assert "chat template" in printed
 
 
 def test_a_cell_is_made_again_as_it_was_put(scene, cells, capsys):
