@@ -18,6 +18,7 @@ from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
+from dyndepth.evaluation.chat import DEFAULT, Chat
 from dyndepth.models.shapes import refuse_shape
 
 SUITE = "offline"
@@ -27,6 +28,9 @@ LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers
 
 PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
 """Settings that are paths, or may be; ``output_path`` is looked at apart."""
+
+BARE = {"apply_chat_template": DEFAULT, "fewshot_as_multiturn": "true"}
+"""Flags that need no value, and what they are without one."""
 
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
@@ -61,6 +65,9 @@ class Settings:
     sample_seed: int = 0
     limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
     num_fewshot: int | None = None
+    apply_chat_template: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
     batch_size: int = 32
     device: str = "auto"
     dtype: str = "float32"
@@ -88,6 +95,7 @@ class Settings:
 
 OPTIONAL = frozenset(
     {"attn_implementation", "revision", "include_path", "num_fewshot", "mode", "workers"}
+    | {"apply_chat_template", "fewshot_as_multiturn", "system_instruction"}
     | {"cpus_per_cell", "gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
 )
 """Settings that may be None."""
@@ -110,7 +118,8 @@ def parser() -> Parser:
             continue
         built.add_argument(
             f"--{name}",
-            nargs="+" if name in LISTS else None,
+            nargs="+" if name in LISTS else "?" if name in BARE else None,
+            const=BARE.get(name),
             metavar=name.upper(),
             help=f"{text} (default: {_shown(name, default)})",
         )
@@ -127,6 +136,9 @@ def _shown(name: str, default: Any) -> str:
         "revision": "the newest",
         "include_path": "none",
         "num_fewshot": "as each task's file says",
+        "apply_chat_template": "plain text",
+        "fewshot_as_multiturn": "true with --apply_chat_template",
+        "system_instruction": "none",
         "mode": MODE_DEFAULT,
         "workers": "one a GPU, or as many as the cores hold",
         "cpus_per_cell": "an equal share of the cores for processes, 1 for ray",
@@ -195,7 +207,15 @@ def settings(chosen: dict[str, Any]) -> Settings:
     model = values.get("model", EMBEDDED)
     values.setdefault("limit", DEFAULT_LIMIT.get(model, {OTHERS: None}))
     values.setdefault("output_path", Path("runs") / slug(model))
-    return Settings(**values)
+    found = Settings(**values)
+    chat_of(found)
+    return found
+
+
+def chat_of(settings: Settings) -> Chat:
+    """How prompts are put. Raises UserError for settings that do not go together."""
+    applied = settings.apply_chat_template or False
+    return Chat(applied, settings.fewshot_as_multiturn, settings.system_instruction)
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -226,6 +246,10 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name in OPTIONAL and value is None:
         return None
+    if name == "apply_chat_template" and isinstance(value, bool):  # as YAML has it
+        return DEFAULT if value else None
+    if name == "fewshot_as_multiturn":
+        return _truth(name, value)
     if name == "workers":
         return _integer(name, value, 1)
     if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout"):
@@ -242,6 +266,8 @@ def _checked(name: str, value: Any) -> Any:
         return word
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(f"--{name} takes a text, not {value!r}")
+    if name == "system_instruction":
+        return value
     check_path(name, value)
     if name in PATHS:
         value = expanded(value)
@@ -331,6 +357,13 @@ def _speedup(value: Any) -> float:
     if number < 1 or math.isinf(number):
         raise UserError(f"--speedups takes finite numbers of at least 1, not {value}")
     return number
+
+
+def _truth(name: str, value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word not in ("true", "1", "yes", "false", "0", "no"):
+        raise UserError(f"--{name} is true or false, not {value!r}")
+    return word in ("true", "1", "yes")
 
 
 def _amount(name: str, value: Any) -> float:
