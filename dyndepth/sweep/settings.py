@@ -28,6 +28,12 @@ LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers
 PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
 """Settings that are paths, or may be; ``output_path`` is looked at apart."""
 
+MACHINES = CHOICES["assume"]
+"""What a dry run can plan for, of ``estimate/machines.json``."""
+
+PLANNING = ("assume", "tflops", "bandwidth", "memory_gib")
+"""Settings that say which machine a dry run plans for."""
+
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
 
@@ -49,6 +55,7 @@ class Settings:
     what torch calls it; ``mode`` None is what ``timing.levels.modes_of`` makes of it. From
     ``executor`` on nothing changes what is computed. ``workers`` None is as many as the executor
     finds room for; ``shard`` is (which, of how many), from 1; ``cell_timeout`` is in seconds.
+    ``PLANNING`` is the machine that a dry run plans for: its name, TFLOP/s, GB/s and GiB.
     """
 
     model: str = EMBEDDED
@@ -83,12 +90,17 @@ class Settings:
     log_json: str | None = None
     trackers: tuple[str, ...] = ()
     dry_run: bool = False
+    assume: str | None = None
+    tflops: float | None = None
+    bandwidth: float | None = None
+    memory_gib: float | None = None
     debug: bool = False
 
 
 OPTIONAL = frozenset(
     {"attn_implementation", "revision", "include_path", "num_fewshot", "mode", "workers"}
     | {"cpus_per_cell", "gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
+    | set(PLANNING)
 )
 """Settings that may be None."""
 
@@ -136,6 +148,7 @@ def _shown(name: str, default: Any) -> str:
         "cell_timeout": "none",
         "log_json": "none",
         "trackers": "none",
+        **dict.fromkeys(PLANNING, "this machine's"),
     }
     if name in special:
         return special[name]
@@ -195,7 +208,24 @@ def settings(chosen: dict[str, Any]) -> Settings:
     model = values.get("model", EMBEDDED)
     values.setdefault("limit", DEFAULT_LIMIT.get(model, {OTHERS: None}))
     values.setdefault("output_path", Path("runs") / slug(model))
-    return Settings(**values)
+    found = Settings(**values)
+    _check_planning(found)
+    return found
+
+
+def _check_planning(found: Settings) -> None:
+    """Raises UserError for a shape that is to be scored, and for a machine that is only thought of,
+    outside of a dry run, or not described."""
+    if not found.dry_run:
+        refuse_shape(found.model)
+    given = [name for name in PLANNING if getattr(found, name) is not None]
+    if given and not found.dry_run:
+        raise UserError(f"--{given[0]} says which machine to plan for; add --dry_run")
+    if found.assume is None and given and None in (found.tflops, found.bandwidth):
+        raise UserError(
+            "a machine is described by --tflops and --bandwidth together; or name one by "
+            f"--assume {', '.join(MACHINES)}"
+        )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -228,7 +258,7 @@ def _checked(name: str, value: Any) -> Any:
         return None
     if name == "workers":
         return _integer(name, value, 1)
-    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout"):
+    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout", *PLANNING[1:]):
         return _amount(name, value)
     if name == "shard":
         return _shard(value)
@@ -245,8 +275,6 @@ def _checked(name: str, value: Any) -> Any:
     check_path(name, value)
     if name in PATHS:
         value = expanded(value)
-    if name == "model":
-        refuse_shape(value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":
