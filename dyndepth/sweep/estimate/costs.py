@@ -20,7 +20,7 @@ LOGITS = 6
 """How often a float32 logit is written or read, from the LM head's product to its log-probability
 and the likeliest token."""
 TRIED = 0.5
-"""Assumed part of a dense pass that trying a plan takes: plans are shallower, and share beginnings."""
+"""Assumed part of a dense pass that trying a plan takes: plans are shallower, and share blocks."""
 PAIRS = 40
 """Assumed pairs until an interval is narrow enough, where a level times so many."""
 

@@ -1,8 +1,8 @@
 """How fast a machine is: measured on this one, or off a data sheet for one that is planned for.
 
-A forward takes the arithmetic over the rate that is reached, and the bytes that it has to read over
-the bandwidth that is reached; nothing is assumed to overlap. On a GPU it takes no less than the host
-needs to launch it.
+A forward takes the arithmetic over the rate that is reached, and the bytes that it has to read
+over the bandwidth that is reached; nothing is assumed to overlap. On a GPU it takes no less than
+the host needs to launch it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 COMPUTE_SHARE = 0.5
-"""Share of the peak that prompts and training reach on a machine that is planned for. Measured on an
-H200 in bfloat16: a block of the Llama-3-8B shape at 8 x 2048 tokens runs at 0.51 of the peak."""
+"""Share of the peak that prompts and training reach on a machine that is planned for. Measured on
+an H200 in bfloat16: a block of the Llama-3-8B shape at 8 x 2048 tokens runs at 0.51 of the peak."""
 BANDWIDTH_SHARE = 0.5
-"""Share of the bandwidth that decoding reaches. Measured on an H200 in bfloat16: 7.0 ms a step of the
-Llama-3-8B shape from a CUDA graph, where the bytes allow 3.4."""
+"""Share of the bandwidth that decoding reaches. Measured on an H200 in bfloat16: 7.0 ms a step of
+the Llama-3-8B shape from a CUDA graph, where the bytes allow 3.4."""
 LAUNCH = 0.65e-3
-"""Seconds that the host takes to launch a block on a GPU. Measured beside the H200, in eager mode."""
+"""Seconds that the host takes to launch a block on a GPU. Measured beside the H200, eagerly."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ BUSY = 1.3
 def measured(device: str, flops: float, read: float, run: Any, what: str) -> Machine:
     """This machine, from two forwards, as it is when nothing else runs on it.
 
-    ``run(tokens)`` runs one, ``flops`` it takes for each token, and ``read`` the bytes that it reads
-    however few they are; ``what`` says what was run.
+    ``run(tokens)`` runs one, ``flops`` it takes for each token, and ``read`` the bytes that it
+    reads however few they are; ``what`` says what was run.
     """
     own, clock = zip(*(_least(run, tokens, device) for tokens in (FEW, MANY)), strict=True)
     few, many = own

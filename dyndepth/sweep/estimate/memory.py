@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 CHUNK = 2**24
 """Logits held at a time (``evaluation.scoring``): in their precision, and twice in float32."""
 KEPT = 17
-"""Values of the stream's width that a block keeps of a token for its gradients: the 34 bytes in half
-precision of Korthikanti et al., arXiv 2205.05198, without attention's scores."""
+"""Values of the stream's width that a block keeps of a token for its gradients: the 34 bytes in
+half precision of Korthikanti et al., arXiv 2205.05198, without attention's scores."""
 OPTIMISER = 16
 """Bytes of a trained number: itself, its gradient, and two moments, in float32."""
 
@@ -35,9 +35,7 @@ class Need:
         return self.weights + max(self.scoring, self.training)
 
 
-def need(
-    shape: Shape, passes: Sequence[Pass], readings: Sequence[Reading], trained: float
-) -> Need:
+def need(shape: Shape, passes: Sequence[Pass], readings: Sequence[Reading], trained: float) -> Need:
     """Of the largest forward and the longest window that is trained on; ``trained`` numbers are."""
     states = 4 * shape.hidden + 3 * shape.inner
     forwards = max(

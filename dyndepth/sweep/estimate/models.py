@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 LARGEST = 2 * 2**30
 """Bytes of weights up to which a dry run loads a model to measure it: some seconds."""
 WHOLE = 0.8
-"""Share of the rate of a block's products that a whole block reaches. Measured on two cores with the
-embedded model: 145 of 180 GFLOP/s."""
+"""Assumed share of the rate of a block's products that a whole block reaches: attention, norms and
+activations are the rest."""
 
 
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Which forwards read a task's texts: those of ``evaluation.scoring`` and ``evaluation.generation``.
+"""Which forwards read a task's texts, as ``evaluation.scoring`` and ``evaluation.generation`` do.
 
 A context is read once for all of a document's continuations, a beginning that contexts share once
 for all of them; what is written runs a token a forward.

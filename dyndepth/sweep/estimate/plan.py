@@ -70,10 +70,17 @@ class Fits:
     """What fitting each cell takes, what is kept for several of them counted once."""
 
     def __init__(
-        self, machine: Machine, shape: Shape, passes: Sequence[Any], model: Any, corpus: Any
+        self,
+        machine: Machine,
+        shape: Shape,
+        passes: Sequence[Any],
+        model: Any,
+        corpus: Any,
+        here: bool,
     ) -> None:
         self.machine, self.shape, self.passes = machine, shape, passes
-        self.model, self.corpus = model, corpus
+        # Whether it is on this machine, whose cache is looked into.
+        self.model, self.corpus, self.here = model, corpus, here
         self.charged: dict[Any, float] = {}
         self.readings: list[Reading] = []
         self.tried = False
@@ -120,7 +127,7 @@ class Fits:
 
     def _kept(self, method: Any) -> bool:
         """Whether the fit lies in the cache already."""
-        if self.model is None:
+        if self.model is None or not self.here:
             return False
         from dyndepth.common.files import cache_root
         from dyndepth.common.paths import file_part
@@ -138,8 +145,10 @@ class Fits:
         from dyndepth.fitting.recovery.kept import find_shipped, recovery_key
 
         asked = (method, self.model, self.corpus, recipe, method.seed)
+        if find_shipped(*asked) is not None:
+            return True
         folder = cache_root() / "recovery" / file_part(method.name) / recovery_key(*asked)
-        return find_shipped(*asked) is not None or folder.is_dir()
+        return self.here and folder.is_dir()
 
     def _numbers(self, recipe: Recipe) -> float:
         """Of a recipe's adapters, as if all roles were as wide as the MLP's gate."""
@@ -163,17 +172,16 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
     bare = skeleton(settings.model, settings.revision, settings.trust_remote_code)
     shape = Shape.of(bare, settings.dtype)
     texts = texts_of(settings, found.documents, longest)
-    model, corpus, start = None, None, None
+    started = time.perf_counter()
+    model = loaded(settings, shape, device)
+    corpus = None if model is None else _corpus(settings)
+    start = None if model is None else time.perf_counter() - started
+    here = machine is None
     if machine is None:
-        started = time.perf_counter()
-        model = loaded(settings, shape, device)
-        if model is not None:
-            corpus = _corpus(settings)
-            start = time.perf_counter() - started
         machine = measured_by(model or bare, shape, device, settings.dtype)
     rows, budget = settings.batch_size, costs.budget_of(machine.kind)
     passes = [one for text in texts for one in text.passes(rows, budget, True, False)]
-    fits = Fits(machine, shape, passes, model, corpus)
+    fits = Fits(machine, shape, passes, model, corpus, here)
     level = settings.timing
     several = len(modes(settings, machine.kind)) if level != "off" else 0
     cells = []
@@ -186,7 +194,7 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
         timing = costs.timing(machine, shape, longest, level, several, depth)
         cells.append(Planned(cell, word, scoring, fitting, timing))
     needs = need(shape, passes, fits.readings, fits.trained)
-    return Estimate(machine, shape, texts, cells, needs, start, fits.tried)
+    return Estimate(machine, shape, texts, cells, needs, start if here else None, fits.tried)
 
 
 def _corpus(settings: Settings) -> Any:

@@ -173,7 +173,7 @@ def assumptions(whole: Estimate, settings: Settings) -> list[str]:
     if whole.tried:
         lines.append(f"trying a plan of a bound takes {costs.TRIED:.0%} of a dense pass")
     if whole.start is None:
-        lines.append("no fit is in the cache yet: the weights were not read")
+        lines.append("no fit is in the cache yet")
     return lines
 
 

@@ -79,7 +79,9 @@ class Text:
         return found
 
 
-def texts_of(settings: Settings, limits: Mapping[str, int | None], longest: int | None) -> list[Text]:
+def texts_of(
+    settings: Settings, limits: Mapping[str, int | None], longest: int | None
+) -> list[Text]:
     """What scoring the tasks of ``limits`` reads, groups expanded, each task once.
 
     Raises:
@@ -88,9 +90,9 @@ def texts_of(settings: Settings, limits: Mapping[str, int | None], longest: int 
     reader = _reader(settings, longest)
     found: dict[str, Text] = {}
     for asked, limit in limits.items():
-        for task in members(asked, settings.include_path):
+        for place, task in enumerate(members(asked, settings.include_path)):
             if task not in found:
-                found[task] = _text(settings, reader, asked, task, limit)
+                found[task] = _text(settings, reader, asked, task, limit, place)
     return list(found.values())
 
 
@@ -142,14 +144,14 @@ def _reader(settings: Settings, longest: int | None) -> DyndepthLM:
 
 
 def _text(
-    settings: Settings, reader: DyndepthLM, asked: str, task: str, limit: int | None
+    settings: Settings, reader: DyndepthLM, asked: str, task: str, limit: int | None, place: int
 ) -> Text:
     from dyndepth.evaluation.evaluate import quiet_lm_eval
 
     with offline(), quiet_lm_eval():
         loaded = _loaded(task, settings.include_path)
         if loaded is None:
-            return _assumed(settings, asked, task, limit)
+            return _assumed(settings, asked, task, limit, place)
         return _counted(settings, reader, loaded, asked, limit)
 
 
@@ -218,8 +220,8 @@ def _facts() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _assumed(settings: Settings, asked: str, task: str, limit: int | None) -> Text:
-    """What is known of a task without its documents; ids that no two documents share."""
+def _assumed(settings: Settings, asked: str, task: str, limit: int | None, place: int) -> Text:
+    """What is known of a task without its documents; ``place`` is its own in its group."""
     from dyndepth.evaluation.scoring import Group
     from dyndepth.tasks import task_manager
 
@@ -229,7 +231,9 @@ def _assumed(settings: Settings, asked: str, task: str, limit: int | None) -> Te
         (one for name, one in _facts().items() if task.startswith(f"{name}_")), None
     )
     known = facts if facts is not None else UNKNOWN
-    size = round(known["documents"] / known.get("parts", 1))
+    parts = known.get("parts", 1)
+    number = place % parts
+    size = known["documents"] * (number + 1) // parts - known["documents"] * number // parts
     documents = size if limit is None else min(size, limit)
     own = config.get("num_fewshot") or 0
     shots = own if settings.num_fewshot is None or own == 0 else settings.num_fewshot
