@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import CellSpec
 from dyndepth.cells.recipe import Recipe
-from dyndepth.method import DynamicDepthMethod, Reading
 from dyndepth.sweep.estimate.machines import Machine
 from dyndepth.sweep.estimate.models import Shape
 from dyndepth.sweep.estimate.passes import Pass
 
 if TYPE_CHECKING:
+    from dyndepth.method import DynamicDepthMethod, Reading
     from dyndepth.sweep.estimate.texts import Text
 
 LOGITS = 6
@@ -128,6 +128,8 @@ def reading(machine: Machine, shape: Shape, one: Reading) -> Work:
 def recovery_reading(recipe: Recipe, share: float) -> Reading:
     """What training adapters reads: states' gradients alone, for the weights are frozen; the LM
     head's logits are made again for them."""
+    from dyndepth.method import Reading
+
     windows = recipe.steps * recipe.batch * recipe.accumulate
     return Reading(
         windows=windows, length=recipe.length, forwards=share, backwards=share, heads=3.0

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dyndepth.method import Reading
 from dyndepth.sweep.estimate.models import Shape
 
 if TYPE_CHECKING:
+    from dyndepth.method import Reading
     from dyndepth.sweep.estimate.passes import Pass
 
 CHUNK = 2**24

@@ -81,7 +81,7 @@ class Fits:
         self.machine, self.shape, self.passes = machine, shape, passes
         # Whether it is on this machine, whose cache is looked into.
         self.model, self.corpus, self.here = model, corpus, here
-        self.charged: dict[Any, float] = {}
+        self.charged: dict[str, float] = {}
         self.readings: list[Reading] = []
         self.tried = False
         self.trained = 0.0
@@ -101,7 +101,7 @@ class Fits:
             word = "trains" if any(one.backwards for one in expenses.fit) else "calibrates"
             for number, one in enumerate(expenses.fit):
                 work = costs.reading(self.machine, self.shape, one)
-                key = (costs.untargeted(cell), number)
+                key = f"{costs.untargeted(cell)} {number}"
                 if one.kept:
                     before = self.charged.get(key, 0.0)
                     self.charged[key] = max(before, work.seconds)
@@ -118,7 +118,7 @@ class Fits:
             self.trained = max(self.trained, self._numbers(recipe))
         if expenses.candidates:
             self.tried = True
-            key = (costs.untargeted(cell), "candidates")
+            key = costs.untargeted(cell)
             if key not in self.charged:
                 self.charged[key] = 1.0
                 one = costs.run(self.machine, self.shape, self.passes)
