@@ -21,6 +21,8 @@ LOGITS = 6
 and the likeliest token."""
 TRIED = 0.5
 """Assumed part of a dense pass that trying a plan takes: plans are shallower, and share blocks."""
+CELL = 0.7
+"""Assumed seconds of a cell for requests, metrics and tables. Measured on two cores."""
 PAIRS = 40
 """Assumed pairs until an interval is narrow enough, where a level times so many."""
 

@@ -190,7 +190,7 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
         expenses = method.expenses(shape.layers, model, corpus)
         depth = Depth.of(method, expenses.readouts)
         word, fitting = fits.of(cell, method, expenses)
-        scoring = costs.scoring(machine, shape, texts, method, depth, rows)
+        scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(costs.CELL)
         timing = costs.timing(machine, shape, longest, level, several, depth)
         cells.append(Planned(cell, word, scoring, fitting, timing))
     needs = need(shape, passes, fits.readings, fits.trained)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dyndepth.common.printing import Column, print_columns
+from dyndepth.common import commands
+from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.sweep.estimate import costs
 from dyndepth.sweep.estimate.machines import GIB
 from dyndepth.sweep.estimate.passes import WRITTEN
@@ -33,14 +34,22 @@ def print_estimate(settings: Settings, found: Grid) -> None:
     model = (settings.model, settings.revision, settings.trust_remote_code)
     whole = estimate(settings, found, longest_window(*model))
     _print_tasks(whole.texts)
-    _print_cells(whole)
+    _print_cells(whole, settings.phases)
     _print_time(whole)
-    print(memory_line(whole, settings))
+    say(memory_line(whole, settings))
     documents = sum(text.documents for text in whole.texts) * len(whole.cells)
     weights = f" and the weights, {_gib(whole.need.weights)}" if whole.start is None else ""
-    print(f"disk: about {size(documents * TABLES)} of cells and tables{weights}")
+    say(f"disk: about {size(documents * TABLES)} of cells and tables{weights}")
     for line in assumptions(whole, settings):
-        print(f"assumed: {line}")
+        say(f"assumed: {line}")
+
+
+def say(line: str) -> None:
+    """Print a line, at a terminal broken between words."""
+    from rich.text import Text as Plain
+
+    to = commands.console()
+    to.print(Plain(line), soft_wrap=not to.is_terminal)
 
 
 def _print_tasks(texts: Sequence[Text]) -> None:
@@ -73,27 +82,31 @@ _KNOWN = {
 }
 
 
-def _print_cells(whole: Estimate) -> None:
+WIDE = 110
+"""Columns of a terminal from which on every part has one."""
+
+
+def _print_cells(whole: Estimate, phases: str) -> None:
     cells = whole.cells
     rows = [[one] for one in cells] if len(cells) <= SINGLE else _grouped(cells)
     title = "Cells of this sweep (dry run: nothing was written)"
     timed = any(one.timing.seconds for one in cells)
-    parts = ("scoring", "fitting", "timing") if timed else ("scoring", "fitting")
+    parts = ["scoring", "fitting", "timing"] if timed else ["scoring", "fitting"]
+    seeds = len({one.cell.seed for one in cells}) > 1
     columns = [
-        Column("cell", [_named(row) for row in rows], name=True),
+        Column("cell", [_named(row, phases, seeds) for row in rows], name=True),
         Column("fit", [_joined(one.fit for one in row) for row in rows]),
-        Column("TFLOPs", [_flops(sum(one.flops for one in row)) for row in rows], rank=2),
+        Column("TFLOPs", [_flops(sum(one.flops for one in row)) for row in rows]),
         *(
-            Column(
-                part,
-                [duration(sum(getattr(one, part).seconds for one in row)) for row in rows],
-                rank=1,
-            )
+            Column(part, [duration(sum(getattr(one, part).seconds for one in row)) for row in rows])
             for part in parts
         ),
         Column("all", [duration(sum(one.seconds for one in row)) for row in rows]),
     ]
-    print_columns(columns, title, "")
+    if narrow(WIDE):
+        # Names come first; the sums of the parts stand below.
+        columns = [one for one in columns if one.heading in ("cell", "fit", "fitting", "all")]
+    print_columns(columns, title, f"where a method has the choice, it skips in phases={phases}")
 
 
 def _grouped(cells: Sequence[Planned]) -> list[list[Planned]]:
@@ -105,11 +118,16 @@ def _grouped(cells: Sequence[Planned]) -> list[list[Planned]]:
     return list(found.values())
 
 
-def _named(row: Sequence[Planned]) -> str:
-    first = row[0].cell.describe()
+def _named(row: Sequence[Planned], phases: str, seeds: bool) -> str:
+    first = row[0].cell.describe().replace(f"phases={phases}", "")
+    first = first.replace(", )", ")").replace("()", "").replace("(, ", "(")
+    if not seeds:
+        first = first.replace(f", seed {row[0].cell.seed}", "")
     if len(row) == 1:
         return first
-    return f"{first.partition(' at ')[0]}: {_many(len(row), 'cell')}"
+    before, _, after = first.partition(" at ")
+    recovery = after.partition(", ")[2].partition("seed")[0] if not seeds else ""
+    return f"{before}{f', {recovery}' if recovery else ''}: {_many(len(row), 'cell')}"
 
 
 def _joined(words: object) -> str:
@@ -122,9 +140,9 @@ def _print_time(whole: Estimate) -> None:
         for part in ("scoring", "fitting", "timing")
     }
     said = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items() if seconds)
-    print(f"about {duration(whole.seconds)} in all on {whole.machine.what}: {said}")
+    say(f"about {duration(whole.seconds)} in all on {whole.machine.what}: {said}")
     if whole.start is not None:
-        print(f"before that the model is loaded, which took {duration(whole.start)} here")
+        say(f"before that the model is loaded, which took {duration(whole.start)} here")
 
 
 def memory_line(whole: Estimate, settings: Settings) -> str:
@@ -166,12 +184,15 @@ def assumptions(whole: Estimate, settings: Settings) -> list[str]:
         )
     if "unknown" in kinds:
         lines.append(f"{UNKNOWN['documents']:,} documents of a task that nothing is known of")
+    lines.append(f"{costs.CELL:g} s a cell for requests, metrics and tables")
     if any(text.prompts for text in whole.texts):
         lines.append(f"texts end after {WRITTEN:.0%} of a task's limit")
     if any(one.timing.seconds for one in whole.cells):
         lines.append(f"at most {costs.PAIRS} pairs of a timed shape, none beyond its time")
     if whole.tried:
         lines.append(f"trying a plan of a bound takes {costs.TRIED:.0%} of a dense pass")
+    if any(one.fit == "trains" for one in whole.cells):
+        lines.append(f"training at the rate of {settings.dtype}, whatever it is cast to")
     if whole.start is None:
         lines.append("no fit is in the cache yet")
     return lines
