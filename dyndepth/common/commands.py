@@ -55,6 +55,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),
     "executor": ("inline", "processes", "ray"),
+    "assume": ("h100", "h200", "a100", "rtx4090", "cpu"),
 }
 
 MODE_DEFAULT = "both where a GPU is timed in full, else eager"
@@ -111,6 +112,11 @@ HELP = {
     "of the progress lines",
     "trackers": "installed experiment trackers, such as tensorboard or wandb; each cell is a step",
     "dry_run": "print the cells and an estimate of their cost, run nothing",
+    "assume": "with --dry_run: plan for another machine",
+    "tflops": "with --dry_run: the peak TFLOP/s of the machine to plan for, in the precision of "
+    "--dtype",
+    "bandwidth": "with --dry_run: the GB/s of its memory",
+    "memory_gib": "with --dry_run: the GiB of its memory",
     "debug": "print the whole traceback of every error",
     "speedup": "target speedup, dense block FLOPs / executed block FLOPs",
     "threads": "processor threads; torch's own choice unless given",

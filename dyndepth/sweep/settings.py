@@ -32,6 +32,12 @@ PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
 BARE = {"apply_chat_template": DEFAULT, "fewshot_as_multiturn": "true"}
 """Flags that need no value, and what they are without one."""
 
+MACHINES = CHOICES["assume"]
+"""What a dry run can plan for, of ``estimate/machines.json``."""
+
+PLANNING = ("assume", "tflops", "bandwidth", "memory_gib")
+"""Settings that say which machine a dry run plans for."""
+
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
 
@@ -53,6 +59,7 @@ class Settings:
     what torch calls it; ``mode`` None is what ``timing.levels.modes_of`` makes of it. From
     ``executor`` on nothing changes what is computed. ``workers`` None is as many as the executor
     finds room for; ``shard`` is (which, of how many), from 1; ``cell_timeout`` is in seconds.
+    ``PLANNING`` is the machine that a dry run plans for: its name, TFLOP/s, GB/s and GiB.
     """
 
     model: str = EMBEDDED
@@ -90,6 +97,10 @@ class Settings:
     log_json: str | None = None
     trackers: tuple[str, ...] = ()
     dry_run: bool = False
+    assume: str | None = None
+    tflops: float | None = None
+    bandwidth: float | None = None
+    memory_gib: float | None = None
     debug: bool = False
 
 
@@ -97,6 +108,7 @@ OPTIONAL = frozenset(
     {"attn_implementation", "revision", "include_path", "num_fewshot", "mode", "workers"}
     | {"apply_chat_template", "fewshot_as_multiturn", "system_instruction"}
     | {"cpus_per_cell", "gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
+    | set(PLANNING)
 )
 """Settings that may be None."""
 
@@ -148,6 +160,7 @@ def _shown(name: str, default: Any) -> str:
         "cell_timeout": "none",
         "log_json": "none",
         "trackers": "none",
+        **dict.fromkeys(PLANNING, "this machine's"),
     }
     if name in special:
         return special[name]
@@ -209,6 +222,7 @@ def settings(chosen: dict[str, Any]) -> Settings:
     values.setdefault("output_path", Path("runs") / slug(model))
     found = Settings(**values)
     chat_of(found)
+    _check_planning(found)
     return found
 
 
@@ -216,6 +230,21 @@ def chat_of(settings: Settings) -> Chat:
     """How prompts are put. Raises UserError for settings that do not go together."""
     applied = settings.apply_chat_template or False
     return Chat(applied, settings.fewshot_as_multiturn, settings.system_instruction)
+
+
+def _check_planning(found: Settings) -> None:
+    """Raises UserError for a shape that is to be scored, and for a machine that is only thought of,
+    outside of a dry run, or not described."""
+    if not found.dry_run:
+        refuse_shape(found.model)
+    given = [name for name in PLANNING if getattr(found, name) is not None]
+    if given and not found.dry_run:
+        raise UserError(f"--{given[0]} says which machine to plan for; add --dry_run")
+    if found.assume is None and given and None in (found.tflops, found.bandwidth):
+        raise UserError(
+            "a machine is described by --tflops and --bandwidth together; or name one by "
+            f"--assume {', '.join(MACHINES)}"
+        )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -252,7 +281,7 @@ def _checked(name: str, value: Any) -> Any:
         return _truth(name, value)
     if name == "workers":
         return _integer(name, value, 1)
-    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout"):
+    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout", *PLANNING[1:]):
         return _amount(name, value)
     if name == "shard":
         return _shard(value)
@@ -271,8 +300,6 @@ def _checked(name: str, value: Any) -> Any:
     check_path(name, value)
     if name in PATHS:
         value = expanded(value)
-    if name == "model":
-        refuse_shape(value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":

@@ -21,7 +21,7 @@ from dyndepth.common.paths import EMBEDDED
 from dyndepth.common.registry import method_class, methods
 from dyndepth.sweep import rerun
 from dyndepth.sweep.grid import limits, plans
-from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, chat_of, read
+from dyndepth.sweep.settings import DEFAULT_LIMIT, PLANNING, Settings, chat_of, read
 from dyndepth.sweep.workbench import shots
 
 LAYERS = 30
@@ -292,6 +292,6 @@ def test_every_setting_is_held_by_an_identity_or_accounted_for():
     held = set(rerun._flags(_identity(CellSpec("dense"), **OWN_TASKS, **OWN_TEXT)))
     harmless = {"timing", "mode", "resume", "output_path", "executor", "workers", "cpus_per_cell"}
     harmless |= {"gpus_per_cell", "ray_address", "shard", "cell_timeout", "log_json", "trackers"}
-    harmless |= {"dry_run", "debug", "trust_remote_code"}
+    harmless |= {"dry_run", "debug", "trust_remote_code", *PLANNING}
     assert held | harmless == {each.name for each in dataclasses.fields(Settings)}
     assert not held & harmless
