@@ -22,7 +22,7 @@ COMMANDS = {
     "routes": "record which sublayers each token runs",
     "tables": "write a run's tables anew",
     "leaderboard": "merge runs into one table and page",
-    "comparison": "compare methods on the same documents, at equal FLOPs",
+    "compare": "compare methods on the same documents, at equal FLOPs",
     "plots": "draw every figure that a run allows",
     "studies": "run a study's sweeps and test its claims",
     "rerun": "print the command that computes a cell again",
@@ -33,6 +33,9 @@ COMMANDS = {
 }
 """Every command with a line for people, in the order in which they are met."""
 
+FORMER = {"comparison": "compare"}
+"""Names that commands had, and still obey."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status of the command that is named first."""
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_listed())
         return 0 if given else 2
-    name, rest = given[0], given[1:]
+    name, rest = FORMER.get(given[0], given[0]), given[1:]
     if name == "--version":
         from dyndepth import __version__
 

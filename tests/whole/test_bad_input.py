@@ -155,11 +155,11 @@ def flags() -> list[Case]:
         Case("leaderboard-flag", "leaderboard run --otput_path x", "--otput_path", help_),
         Case("leaderboard-output-is-file", "leaderboard run --output_path corpus.txt",
              "corpus.txt", "give a folder"),
-        Case("comparison-budget-text", "comparison run --at x", "'x'", help_),
+        Case("compare-budget-text", "compare run --at x", "'x'", help_),
         Case("comparison-budget-below-1", "comparison run --at 0.5", "0.5", "at least 1"),
-        Case("comparison-budget-nan", "comparison run --at nan", "nan", "at least 1"),
-        Case("comparison-task", "comparison run --tasks three", "three", "scored were one"),
-        Case("comparison-output-is-file", "comparison run --output_path corpus.txt",
+        Case("compare-budget-nan", "compare run --at nan", "nan", "at least 1"),
+        Case("compare-task", "compare run --tasks three", "three", "scored were one"),
+        Case("compare-output-is-file", "compare run --output_path corpus.txt",
              "corpus.txt", "folder"),
         Case("plots-format", "plots run --formats gif", "'gif'", help_),
         Case("plots-output-is-file", "plots run --output_path corpus.txt", "corpus.txt", "folder"),
@@ -338,7 +338,7 @@ def loading() -> list[Case]:
 def runs() -> list[Case]:
     """What is handed to the commands that read runs."""
     found = []
-    for command in ("leaderboard", "comparison", "plots", "verify", "tables", "rerun", "routes"):
+    for command in ("leaderboard", "compare", "plots", "verify", "tables", "rerun", "routes"):
         only = " --only_stored" if command == "verify" else ""
         for name, path in (("missing", "absent"), ("empty", "empty"), ("file", "corpus.txt")):
             found.append(
@@ -349,7 +349,7 @@ def runs() -> list[Case]:
         found += [
             Case(f"leaderboard-cell-{name}", f"leaderboard cells/{name}", f"cells/{name} holds no",
                  "--output_path of a sweep", warnings=1),
-            Case(f"comparison-cell-{name}", f"comparison cells/{name}", f"cells/{name} holds no",
+            Case(f"compare-cell-{name}", f"compare cells/{name}", f"cells/{name} holds no",
                  "--output_path of a sweep", warnings=1),
         ]  # fmt: skip
     found += [
@@ -361,9 +361,9 @@ def runs() -> list[Case]:
              "separate leaderboards"),
         Case("leaderboard-rows-missing", "leaderboard rows/missing", "cell .*no metric", "verify"),
         Case("leaderboard-rows-text", "leaderboard rows/text", "tokens='many'", "not a number"),
-        Case("comparison-rows-missing", "comparison rows/missing", "cell .*no metric", "verify"),
-        Case("comparison-rows-outcomes", "comparison rows/outcomes", "outcomes='{'", "a JSON"),
-        Case("comparison-rows-flops", "comparison rows/flops", "no block_flops", "sweep again"),
+        Case("compare-rows-missing", "compare rows/missing", "cell .*no metric", "verify"),
+        Case("compare-rows-outcomes", "compare rows/outcomes", "outcomes='{'", "a JSON"),
+        Case("compare-rows-flops", "compare rows/flops", "no block_flops", "sweep again"),
     ]  # fmt: skip
     tables = [
         ("columnless", "leaderboard.csv: column 'sell'"),
