@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from dyndepth.common.pipes import outlive_readers
 from dyndepth.common.spec import nearest
 
 COMMANDS = {
@@ -40,6 +41,7 @@ FORMER = {"comparison": "compare"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status of the command that is named first."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    outlive_readers()
     if not given or given[0] in ("-h", "--help"):
         print(_listed())
         return 0 if given else 2

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
+from dyndepth.common.pipes import outlive_readers
+from dyndepth.common.registry import check_one_tree
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +129,9 @@ def run(
     ``interrupted``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    outlive_readers()
     try:
+        check_one_tree()
         return body(given) or 0
     except (UserError, RunFailed, FloatingPointError) as fault:
         if "--debug" in given:
