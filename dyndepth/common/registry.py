@@ -60,7 +60,16 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
             f"unknown method {name!r}; {nearest(name, methods())}see `dyndepth ls methods`"
         )
     check_one_tree()
-    loaded: type[DynamicDepthMethod] = methods()[name].load()
+    entry = methods()[name]
+    try:
+        loaded: type[DynamicDepthMethod] = entry.load()
+    except ModuleNotFoundError as fault:
+        if not f"{entry.module}.".startswith(f"{fault.name}."):
+            raise  # a library that the method needs
+        raise UserError(
+            f"method {name!r} is installed as {entry.value}, but there is no {fault.name}; "
+            "install what it is part of again, as by `pip install -e .`"
+        ) from None
     return loaded
 
 

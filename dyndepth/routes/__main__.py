@@ -52,7 +52,7 @@ def _parser() -> Parser:
     add("--corpus", help=f"{HELP['corpus']} (default: embedded)")
     add("--device", help=f"{HELP['device']} (default: auto)")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    built.whole("documents", 1, "evaluation passages to record", 8)
+    built.whole("limit", 1, "evaluation passages to record", 8)
     built.whole("length", 1, "tokens; longer documents are cut", 256)
     built.whole(
         "prompt_length",
@@ -70,7 +70,7 @@ def _routes(given: list[str]) -> int:
     options = vars(_parser().parse_args(given))
     started = time.monotonic()
     jobs, output = _cells(options) if options["run"] else _methods(options)
-    texts = documents(options["text"], options["documents"])
+    texts = documents(options["text"], options["limit"])
     print(f"{len(jobs)} to record on {len(texts)} documents", flush=True)
     recorded = failed = 0
     loaded = Loaded(options)

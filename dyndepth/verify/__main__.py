@@ -48,10 +48,10 @@ def _parser() -> Parser:
     add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
     add("--all", action="store_true", help="compute all cells again")
     add(
-        "--documents",
+        "--limit",
         default=str(DOCUMENTS),
         metavar="N",
-        help=f"documents a task to compute again, or 'all' (default: {DOCUMENTS})",
+        help=f"documents a task to compute again, 'none' for all of them (default: {DOCUMENTS})",
     )
     built.whole("seed", 0, "of the draw of cells and documents", 0)
     add("--only_stored", action="store_true", help="compute nothing again")
@@ -103,9 +103,9 @@ def _amounts(options: argparse.Namespace) -> tuple[int | None, int | None]:
     if options.only_stored and (options.all or options.sample is not None):
         raise UserError("--only_stored computes nothing again; leave --all and --sample out")
     sample = SAMPLE if options.sample is None else options.sample
-    text = str(options.documents).strip().lower()
-    documents = None if text == "all" else int(text) if text.isdecimal() else 0
-    for name, amount in (("sample", sample), ("documents", documents)):
+    text = str(options.limit).strip().lower()
+    documents = None if text in ("none", "all") else int(text) if text.isdecimal() else 0
+    for name, amount in (("sample", sample), ("limit", documents)):
         if amount is not None and amount < 1:
             raise UserError(
                 f"--{name} takes a whole number of at least 1, not {vars(options)[name]}"

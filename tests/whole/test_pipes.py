@@ -89,9 +89,7 @@ def test_what_was_to_be_written_is_written(place, tmp_path):
     assert {"comparison.csv", "curves.csv", "equal_flops.csv"} <= names
 
 
-@pytest.mark.parametrize(
-    "executor", ["inline", pytest.param("processes", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("executor", ["inline", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_sweep_goes_on_to_its_end(executor, place, tmp_path):
     words = f"{SWEEP} --output_path {tmp_path / 'swept'} --executor {executor}"
     assert unread(words, place, errors=True).returncode == 0
