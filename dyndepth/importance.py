@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED, path_of
+from dyndepth.common.paths import EMBEDDED, check_folder, path_of
 
 if TYPE_CHECKING:
     from dyndepth.fitting.importance import Settings
@@ -86,10 +86,10 @@ def _importance(given: list[str]) -> None:
     options = vars(_parser().parse_args(given))
     from dyndepth.fitting.importance import CRITERIA, rank
 
-    output = path_of(options["output_path"]) if options["output_path"] else None
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
     chosen = _chosen(options)
+    output = options["output_path"]
+    if output is not None:
+        output = check_folder("output_path", path_of(output))
     model, corpus = _loaded(options, chosen.values())
     began = time.monotonic()
     tables: Tables = {}

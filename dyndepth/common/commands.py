@@ -216,16 +216,18 @@ class Parser(argparse.ArgumentParser):
         return f"{now}{equals}{value}" if flag not in known and now in known else word
 
     def _check_flags(self, words: Sequence[str]) -> None:
-        """Say which flag there is none of, before it is missed under its right name."""
-        known = self._option_string_actions
+        """Say which flag is empty, or is none, before it is missed under its right name."""
+        known, before = self._option_string_actions, ""
         for word in words:
             flag = word.partition("=")[0]
             if word == "--":
                 return
             if flag.startswith("--") and " " not in flag and flag not in known:
                 names = [each[2:] for each in known if each.startswith("--")]
-                near = nearest(flag[2:], names, "--")
-                self.error(f"there is no flag {flag}", near)
+                self.error(f"there is no flag {flag}", nearest(flag[2:], names, "--"))
+            if word == f"{flag}=" or (not word and before in known):
+                self.error(f"{flag or before} is empty; give at least one value")
+            before = word
 
     def _refuse(self, left: Sequence[str], words: Sequence[str]) -> NoReturn:
         """Say of the first word too many whether it is a flag's second value."""
@@ -250,17 +252,26 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", default=default, metavar=name.upper(), help=text, **how)
 
     def whole(
-        self, name: str, least: int, text: str, default: int | None = None, **how: Any
+        self,
+        name: str,
+        least: int,
+        text: str,
+        default: int | None = None,
+        below: int = 2**63,  # torch and tables hold no more
+        **how: Any,
     ) -> None:
-        """Add a flag that takes a whole number of at least ``least``."""
+        """Add a flag that takes a whole number of at least ``least`` and ``below`` another."""
 
         def checked(word: str) -> int:
             try:
                 value = int(word)
             except ValueError:
                 value = least - 1
-            if value < least:
-                raise UserError(f"--{name} takes a whole number of at least {least}, not {word}")
+            if not least <= value < below:
+                most = f" and below {below}" if value >= below else ""
+                raise UserError(
+                    f"--{name} takes a whole number of at least {least}{most}, not {word}"
+                )
             return value
 
         said = "" if default is None else f" (default: {default})"
@@ -326,7 +337,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--trust_remote_code", action="store_true", help=HELP["trust_remote_code"]
         )
-        self.whole("threads", 1, HELP["threads"])
+        self.whole("threads", 1, HELP["threads"], below=2**16)
 
 
 def _wrapped(text: str) -> str:

@@ -93,7 +93,18 @@ def flags() -> list[Case]:
         Case("sweep-dtype", "sweep --dtype float8", "'float8'", "float32, bfloat16, float16"),
         Case("sweep-attention", "sweep --attn_implementation f", "'f'", "sdpa, eager"),
         Case("sweep-phases", "sweep --phases prompt", "'prompt'", "both, generation, published"),
-        Case("sweep-model-empty", "sweep --model ''", "--model takes a text", "text"),
+        Case("sweep-methods-empty", "sweep --methods ''", "--methods is empty", "at least one"),
+        Case("timing-methods-empty", "timing --methods=", "--methods is empty", "at least one"),
+        Case("leaderboard-output-empty", "leaderboard run --output_path ''",
+             "--output_path is empty", "at least one"),
+        Case("fit-seed-beyond", f"fit uls {TINY} --seed {2**80}", f"{2**80}", "below 9223"),
+        Case("fit-threads-beyond", f"fit uls {TINY} --threads {2**80}", "--threads", "below 65536"),
+        Case("importance-output-in-file", f"importance last {TINY} --output_path corpus.txt/a",
+             "corpus.txt/a", "give a folder"),
+        Case("importance-until-nan", "importance --until nan", "'nan'", "share above 0"),
+        Case("gpu-minutes", "gpu --minutes inf", "'inf'", "above 0"),
+        Case("sweep-two-limits", "sweep --limit 3 4", "'4' is a second", "takes one value"),
+        Case("sweep-model-empty", "sweep --model ''", "--model is empty", "at least one"),
         Case("sweep-device", f"sweep {TINY} --device abacus", "'abacus'", "use 'cpu'"),
         Case("sweep-output-is-file", "sweep --output_path corpus.txt", "corpus.txt", "a folder"),
         Case("sweep-output-in-file", f"sweep {TINY} --output_path corpus.txt/a", "corpus.txt/a",
@@ -137,7 +148,7 @@ def flags() -> list[Case]:
         Case("limits-tokens", "timing limits --tokens 3", "--tokens", f"{least} 256"),
         Case("importance-criterion", "importance gredy", "'gredy'", "did you mean greedy"),
         Case("importance-unit", "importance angular --unit sublayer", "angular", "must be block"),
-        Case("importance-until", "importance --until 0", "not 0", "share above 0"),
+        Case("importance-until", "importance --until 0", "not '0'", "share above 0"),
         Case("importance-windows", "importance --windows 0", "windows", "at least 1"),
         Case("importance-keep", f"importance {TINY} --keep_first 9", "9|blocks", "block"),
         Case("importance-output", "importance --output_path corpus.txt", "corpus.txt", "folder"),
@@ -181,6 +192,35 @@ def flags() -> list[Case]:
         Case("recovered-none", f"recovered --methods uls {TINY} --recovery none", "none", "lora"),
         Case("recovered-flag", "recovered --methods uls --x", "--x", help_),
     ]  # fmt: skip
+
+
+def devices() -> list[Case]:
+    """Devices that no machine has, in every command that takes one."""
+    out = "--output_path out"
+    commands = {
+        "sweep": f"sweep {TINY} {out}",
+        "fit": f"fit --methods uls {TINY} {out}",
+        "recovered": f"recovered --methods uls --speedups 2 {TINY}",
+        "importance": f"importance last {TINY}",
+        "timing": f"timing --methods uls {TINY}",
+        "break-even": "timing break-even --model model",
+        "limits": "timing limits --model model",
+        "routes": f"routes --methods uls --speedups 2 {TINY} {out}",
+        "studies": f"studies embedded --speedups 1.5 {TINY} {out}",
+        "bench": "bench --model model",
+        "gpu": "gpu --small",
+        "gpu-checks": "gpu checks --small",
+        "gpu-training": "gpu training --small",
+    }
+    return [
+        Case(f"{name}-device-{device}", f"{command} --device {device}", f"'{device}'", "use 'cpu'")
+        for name, command in commands.items()
+        for device in ("cuda:99", "meta")
+    ] + [
+        Case("verify-device", "verify run --device cuda:99", "cuda", "--device cpu"),
+        Case("verify-device-meta", "verify run --device meta", "'meta'", "use 'cpu'"),
+        Case("verify-include", "verify run --include_path absent", "absent", "is no folder"),
+    ]
 
 
 def specs() -> list[Case]:
@@ -387,7 +427,7 @@ def runs() -> list[Case]:
     return found
 
 
-CASES = [*flags(), *specs(), *configs(), *loading(), *runs()]
+CASES = [*flags(), *devices(), *specs(), *configs(), *loading(), *runs()]
 
 CONFIGS: dict[str, str | bytes] = {
     "invalid": "methods: [uls",

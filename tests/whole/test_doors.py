@@ -12,6 +12,8 @@ import dyndepth
 from dyndepth.__main__ import COMMANDS, FORMER, HEADINGS, SHELLS, main
 from dyndepth.common.commands import FORMER as FORMER_FLAGS
 from dyndepth.common.commands import HELP, Parser
+from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 
 ROOT = Path(dyndepth.__file__).parent
 DOORS = [*COMMANDS, "timing break-even", "timing limits", "gpu checks", "gpu training"]
@@ -114,12 +116,9 @@ def test_a_notion_has_one_flag_and_a_flag_one_help(parser_of):
     for command in DOORS:
         for action in parser_of(*command.split())._actions:
             for flag in action.option_strings:
-                if (
-                    flag.startswith("--")
-                    and flag[:5] != "--no-"
-                    and action.help != argparse.SUPPRESS
-                ):
-                    texts.setdefault(flag[2:], {})[command] = action.help or ""
+                said = action.help or argparse.SUPPRESS
+                if flag.startswith("--") and flag[:5] != "--no-" and said != argparse.SUPPRESS:
+                    texts.setdefault(flag[2:], {})[command] = said
     for flag, helps in texts.items():
         assert flag not in FORMER_FLAGS or set(helps) <= ANOTHER_NOTION.get(flag, set()), flag
         assert f"{flag}s" not in texts, f"--{flag} and --{flag}s"
@@ -127,11 +126,23 @@ def test_a_notion_has_one_flag_and_a_flag_one_help(parser_of):
             first = HELP[flag].partition(";")[0].partition(":")[0]
             for command, text in helps.items():
                 assert text.startswith(first), f"{command} --{flag}: {text}"
-    said: dict[str, str] = {}
+    flags: dict[str, str] = {}
     for flag, helps in texts.items():
         for text in helps.values():
-            assert said.setdefault(text, flag) == flag, f"--{flag} and --{said[text]}: {text}"
+            assert flags.setdefault(text, flag) == flag, f"--{flag} and --{flags[text]}: {text}"
     assert set(FORMER_FLAGS.values()) <= set(texts)
+
+
+@pytest.mark.parametrize("command", sorted({*DOORS} - {"compare"}))
+def test_no_flag_takes_what_is_no_number_for_one(command, parser_of):
+    """The budgets of ``compare`` are looked at where they are used."""
+    for action in parser_of(*command.split())._actions:
+        if not callable(action.type) or action.type in (path_of, Path):
+            continue
+        assert action.type not in (int, float), action.dest
+        for word in ("nan", "inf", "-inf", "-1", "1e999", "many"):
+            with pytest.raises(UserError, match="takes"):
+                action.type(word)
 
 
 @pytest.mark.parametrize(
