@@ -168,6 +168,10 @@ def worded(name: str, text: str = "") -> str:
     return text if named else f"{text}; one of {', '.join(choices)}"
 
 
+class _TooMany(Exception):
+    """Words of a command line that no flag takes."""
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of ``python -m dyndepth.<command>``, or of ``dyndepth <command>``: flags
     are written out, with dashes or underscores, and complaints are one sentence.
@@ -199,12 +203,15 @@ class Parser(argparse.ArgumentParser):
             offer(self, len(self.command.split()), CHOICES)
         words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
         self._check_flags(words)
-        found, left = super().parse_known_args(words, namespace)
-        if left:
-            self._refuse(left, words)
-        return found
+        try:
+            return super().parse_args(words, namespace)
+        except _TooMany as fault:
+            self._refuse(fault.args[0], words)
 
     def error(self, message: str, near: str = "") -> NoReturn:
+        unread = message.removeprefix("unrecognized arguments: ")
+        if unread != message:
+            raise _TooMany(unread)
         raise UserError(f"{' '.join(message.split())}; {near}--help lists the flags")
 
     def _spelled(self, word: str) -> str:
@@ -229,14 +236,13 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag or before} is empty; give at least one value")
             before = word
 
-    def _refuse(self, left: Sequence[str], words: Sequence[str]) -> NoReturn:
-        """Say of the first word too many whether it is a flag's second value."""
-        at = max(n for n, word in enumerate(words) if word == left[0])
-        flag = words[at - 2] if at > 1 else ""
-        action = self._option_string_actions.get(flag)
-        if action is not None and action.nargs is None:
-            self.error(f"{flag} takes one value here, and {left[0]!r} is a second")
-        self.error(f"unrecognized arguments: {' '.join(left)}")
+    def _refuse(self, unread: str, words: Sequence[str]) -> NoReturn:
+        """Say of words too many whether the first is a flag's second value."""
+        for flag, _value, word in zip(words, words[1:], words[2:], strict=False):
+            action = self._option_string_actions.get(flag)
+            if f"{unread} ".startswith(f"{word} ") and action and action.nargs is None:
+                self.error(f"{flag} takes one value here, and {word!r} is a second")
+        self.error(f"there is no place for {unread!r}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

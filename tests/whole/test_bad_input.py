@@ -68,7 +68,7 @@ def flags() -> list[Case]:
         Case("sweep-misspelt-flag", "sweep --methds uls", "--methds", help_),
         Case("sweep-abbreviated-flag", "sweep --meth uls", "--meth", help_),
         Case("sweep-no-value", "sweep --limit", "--limit: expected one argument", help_),
-        Case("sweep-stray-word", "sweep uls", "unrecognized arguments: uls", help_),
+        Case("sweep-stray-word", "sweep uls", "no place for 'uls'", help_),
         Case("sweep-newline-in-flag", "sweep --a\nb", "--a", help_),
         Case("sweep-speedup-below-1", "sweep --speedups 0.9", "not 0.9", "of at least 1"),
         Case("sweep-speedup-text", "sweep --speedups fast", "'fast'", "numbers of at least 1"),
