@@ -112,6 +112,7 @@ HELP = {
     "trackers": "installed experiment trackers, such as tensorboard or wandb; each cell is a step",
     "dry_run": "print the cells and an estimate of their cost, run nothing",
     "debug": "print the whole traceback of every error",
+    "speedup": "target speedups, dense block FLOPs / executed block FLOPs; here one",
     "threads": "processor threads; torch's own choice unless given",
     "run": "a sweep's output path",
     "config": "YAML file with any of these settings; flags override it",
@@ -315,7 +316,7 @@ class Parser(argparse.ArgumentParser):
 
     def speedup(self, default: float | None, said: str) -> None:
         """Add ``--speedups`` for a command that takes one; ``said`` is the default in words."""
-        text = f"{HELP['speedups']}; here one (default: {said})"
+        text = f"{HELP['speedup']} (default: {said})"
         self.number("speedups", lambda x: x >= 1, "one number of at least 1 here", text, default)
 
     def method(self, text: str, **how: Any) -> None:
