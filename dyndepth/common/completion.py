@@ -27,7 +27,7 @@ def script(shell: str) -> str:
     """What a shell is to run before it can ask."""
     from argcomplete import shellcode
 
-    return str(shellcode(["dyndepth"], shell=shell))
+    return str(shellcode(["dyndepth"], True, shell))
 
 
 def finished_words() -> list[str]:
