@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -124,7 +125,7 @@ class Outcomes:
     dense_flops: Tensor
 
 
-_TAKEN = {"tensors", "facts", "curve", "anew", "context"}
+_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save"}
 """What every method has beside its fields: a field of such a name would be overwritten."""
 
 
@@ -233,6 +234,8 @@ class DynamicDepthMethod:
         self.curve: list[dict[str, float]] = []
         # Set by who fits: take nothing that comes with the method.
         self.anew = False
+        # Set by who loads a saved method: the model that it belongs to; see runtime/binding.py.
+        self.bound: Any = None
 
     def max_speedup(self, layers: int) -> float:
         """The largest target speedup that the method can meet on a model of ``layers`` blocks."""
@@ -257,6 +260,15 @@ class DynamicDepthMethod:
         default does nothing: right for a rule that does not look at the states.
         """
         return
+
+    def save(self, folder: str | Path, model: torch.nn.Module) -> None:
+        """Write what ``fit`` found on ``model`` into ``folder``, for ``dyndepth.load_method``.
+
+        Safetensors and JSON, all of it or nothing, bound to the model's fingerprint. Raises
+        UserError if the folder holds something else, TypeError for facts that are not plain JSON.
+        """
+        # This module imports nothing of the project: that which keeps fits comes when it is needed.
+        import_module("dyndepth.fitting.fits").save_fit(self, model, folder)
 
     def candidates(self) -> Tensor | None:
         """Plans whose outcomes the method wants to see before a task is scored, after ``fit``.
