@@ -119,11 +119,12 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         shape = Shape(*(int(number or 0) for number in match.groups())) if match else None
         if shape is None or shape.batch < 1 or shape.length < 1:
             raise UserError(
-                f"--shapes takes BATCHxLENGTH or BATCHxLENGTH+NEW, such as 1x512+32, not {word!r}"
+                "--timing_shapes takes BATCHxLENGTH or BATCHxLENGTH+NEW, such as 1x512+32, "
+                f"not {word!r}"
             )
         found.append(shape)
     if not found:
-        raise UserError("--shapes is empty; give at least one, such as 1x512+32")
+        raise UserError("--timing_shapes is empty; give at least one, such as 1x512+32")
     return tuple(dict.fromkeys(found))
 
 

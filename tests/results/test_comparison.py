@@ -18,7 +18,7 @@ from test_statistics import point, scored
 
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.comparison import main
+from dyndepth.compare import main
 from dyndepth.results import console
 from dyndepth.results.comparison import against_dense, compared, left_out, texts
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS

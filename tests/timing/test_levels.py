@@ -86,7 +86,7 @@ def test_shapes_are_read():
 
 @pytest.mark.parametrize("text", ["", ",", "512", "0x5", "1x0", "1x5+", "1x5+2+3", "-1x5", "1×5"])
 def test_what_is_no_shape_is_refused(text):
-    with pytest.raises(UserError, match="--shapes"):
+    with pytest.raises(UserError, match="--timing_shapes"):
         parse_shapes(text)
 
 
