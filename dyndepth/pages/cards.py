@@ -26,7 +26,7 @@ from dyndepth.pages.markdown import joined, layout, markup, table
 from dyndepth.pages.parameters import choices, parameters, preset_table
 from dyndepth.results.noise import legend, told_of
 from dyndepth.results.numbers import Record, number, read, spread
-from dyndepth.results.published import kind_of, nearest
+from dyndepth.results.published import kind_of, known_well, nearest
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -141,7 +141,10 @@ def claims(
     if not published:
         control = kind(cls) == "control"
         return "None: it is a control." if control else "No value of it is kept here."
-    ours = [{**row, "block_speedup": float(row["block_speedup"] or 0)} for row in measured]
+    ours = [
+        {**row, "block_speedup": float(row["block_speedup"] or 0)}
+        for row in filter(known_well, measured)
+    ]
     lines = []
     for row in published:
         speedup = (

@@ -114,6 +114,12 @@ def nearest(row: Row, measured: Iterable[Row]) -> Row | None:
     return min(found, key=lambda each: each[:4])[4] if found else None
 
 
+def known_well(row: Row) -> bool:
+    """Whether a leaderboard row has a score with an interval: what is of a few documents alone is
+    set beside no paper."""
+    return any(row.get(f"{key}_low") not in (None, "") for key in ("mean_acc", "bits_per_byte"))
+
+
 def kind_of(recovery: Any) -> str:
     """``lora`` of ``lora(rank=8)``; ``none`` of nothing."""
     return str(recovery or NONE).partition("(")[0].strip()
