@@ -8,7 +8,6 @@ from typing import Any
 
 from dyndepth.cells.identity import Row
 from dyndepth.cells.naming import label
-from dyndepth.common.commands import print_table
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.shown import about, board_rows, by_chance, chosen, headings
 
@@ -27,7 +26,8 @@ _SETTING = (
 )
 """Columns of the leading ones that tell settings apart."""
 
-Told = tuple[str, Callable[[Row], str]]
+Told = tuple[str, Callable[[Row], str], int]
+"""Heading, text, and ``Column.rank``."""
 
 
 def show_comparison(tables: dict[str, list[Row]]) -> None:
@@ -46,10 +46,6 @@ def _by_rank(row: Row) -> tuple[float, str, float]:
 
 
 def _each(rows: Sequence[Row], what: str, columns: Sequence[Told], caption: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     groups: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
         if row.get("task"):
@@ -61,24 +57,20 @@ def _each(rows: Sequence[Row], what: str, columns: Sequence[Told], caption: str)
         better = "more is better" if own[0]["higher_is_better"] else "less is better"
         documents = max((row["n"] for row in own if row.get("n")), default=0)
         where = f", {model} {own[0]['dtype']} {own[0]['device']}" if several else ""
-        note = f"{better}, {documents} documents; [..] are 95% intervals\n{caption}"
-        table = Table(
-            title=escape(f"{task} {metric}, {what}{f' ({flops})' if flops else ''}{where}"),
-            title_justify="left",
-            caption=escape(note),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+        names = [label(row) + (" (bound)" if row["bound"] else "") for row in own]
+        print_columns(
+            [
+                Column("method", names, name=True),
+                *(
+                    Column(heading, [text(row) for row in own], rank=rank)
+                    for heading, text, rank in columns
+                ),
+            ],
+            f"{task} {metric}, {what}{f' ({flops})' if flops else ''}{where}",
+            f"{better}, {documents} documents; [..]: 95% intervals; {caption}",
         )
-        table.add_column("method", overflow="fold")
-        for heading, _ in columns:
-            left = heading == "verdict"
-            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-        for row in own:
-            name = label(row) + (" (bound)" if row["bound"] else "")
-            table.add_row(*map(escape, [name, *(text(row) for _, text in columns)]))
-        print_table(table)
         _reasons(own)
+        print()
 
 
 def _reasons(rows: Iterable[Row]) -> None:
@@ -125,32 +117,33 @@ def _p(row: Row) -> str:
 
 
 _COMPARISON: tuple[Told, ...] = (
-    ("target", _target),
-    ("FLOPs", _number("block_fraction", "{:.3f}")),
-    ("value", _number("value", "{:.3f}")),
-    ("- dense", _spread("difference", "low", "high", "{:+.3f}")),
-    ("kept", _number("retained", "{:.2f}")),
-    ("p Holm", _p),
-    ("verdict", _verdict),
+    ("target", _target, 0),
+    ("FLOPs", _number("block_fraction", "{:.3f}"), 2),
+    ("value", _number("value", "{:.3f}"), 0),
+    ("- dense", _spread("difference", "low", "high", "{:+.3f}"), 0),
+    ("kept", _number("retained", "{:.2f}"), 3),
+    ("p Holm", _p, 1),
+    ("verdict", _verdict, 0),
 )
 
 _CURVES: tuple[Told, ...] = (
-    ("points", _number("points", "{}")),
-    ("FLOPs", lambda row: _range(row)),
-    ("area", _number("area", "{:.3f}")),
-    ("SDR", _spread("sdr", "sdr_low", "sdr_high", "{:.2f}")),
+    ("points", _number("points", "{}"), 2),
+    ("FLOPs", lambda row: _range(row), 1),
+    ("area", _number("area", "{:.3f}"), 0),
+    ("SDR", _spread("sdr", "sdr_low", "sdr_high", "{:.2f}"), 3),
     (
         "- hardest other",
         _spread("area_difference", "area_difference_low", "area_difference_high", "{:+.3f}"),
+        0,
     ),
-    ("verdict", _verdict),
+    ("verdict", _verdict, 0),
 )
 
 _EQUAL_FLOPS: tuple[Told, ...] = (
-    ("budget", _number("reference_speedup", "{:g}x")),
-    ("value", _number("value", "{:.3f}")),
-    ("- dense", _number("difference", "{:+.3f}")),
-    ("rank", lambda row: f"{row['rank']}/{row['competitors']}" if row.get("rank") else ""),
+    ("budget", _number("reference_speedup", "{:g}x"), 0),
+    ("value", _number("value", "{:.3f}"), 0),
+    ("- dense", _number("difference", "{:+.3f}"), 2),
+    ("rank", lambda row: f"{row['rank']}/{row['competitors']}" if row.get("rank") else "", 1),
     (
         "- best other",
         _spread(
@@ -159,9 +152,10 @@ _EQUAL_FLOPS: tuple[Told, ...] = (
             "competitor_difference_high",
             "{:+.3f}",
         ),
+        0,
     ),
-    ("p Holm", _p),
-    ("verdict", _verdict),
+    ("p Holm", _p, 3),
+    ("verdict", _verdict, 0),
 )
 
 
@@ -193,8 +187,11 @@ def show_leaderboard(
         )
         for each, heading in zip(shown, headings(shown, found), strict=True)
     ]
-    texts = [text for each in columns for text in each.texts]
-    groups = [(row["bound"], row["target_speedup"]) for row in found]
-    print_columns(columns, title, about(found, texts), groups)
+    groups = [(row["bound"], None if row["bound"] else row["target_speedup"]) for row in found]
+
+    def caption(kept: Sequence[Column]) -> str:
+        return about(found, [text for each in kept for text in each.texts])
+
+    print_columns(columns, title, caption, groups)
     for text in stand_for:
         print(text)
