@@ -18,9 +18,10 @@ from dyndepth.cells.identity import LEADING, UNHASHED, Row
 from dyndepth.cells.naming import changed, label, lettered, recovered
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
+from dyndepth.common.markup import markdown_table, plain
 from dyndepth.common.provenance import VERSIONS
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
-from dyndepth.results.published import known_well, nearest, published
+from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
 from dyndepth.results.tables import as_csv
 
@@ -53,7 +54,7 @@ CONTROLS = "Controls are no methods of a paper: they say what a method is worth 
 PAPERS = (
     "As the sources state them, for other models, tasks and budgets than those measured here; they "
     "enter no average. Beside each stands the setting of the same method measured at the nearest "
-    "block FLOPs speedup, recovered in the same way or not at all."
+    f"block FLOPs speedup, recovered in the same way or not at all. {HANDED}"
 )
 
 DOUBTS = (SUSPECT, LOADED)
@@ -294,7 +295,7 @@ def _published(rows: Sequence[Row], words: dict[str, str]) -> list[Row]:
                 "block": near["block_speedup"],
                 **{key: _spread(near, key) for key, *_ in SCORES},
             }
-        found.append({**row, "measured": beside})
+        found.append({**row, "hand_told": HANDS[row["hand"]], "measured": beside})
     return found
 
 
@@ -354,7 +355,7 @@ def markdown(found: Board) -> str:
     lines += [_sentence(competitors, bounds, found["failed"]), ""]
     lines += _entries(competitors, fixed, found["walls"])
     if found["runs"]:
-        lines += ["", "Settings:", "", *(f"- {_cell(text)}" for text in found["runs"])]
+        lines += ["", "Settings:", "", *(f"- {plain(text)}" for text in found["runs"])]
     if any(entry["noise"] for entry in found["entries"]):
         lines += ["", found["texts"]["walls"]]
     if found["chance"] and any(score["key"] == "mean_acc" for score in fixed):
@@ -366,15 +367,16 @@ def markdown(found: Board) -> str:
     if bounds:
         lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
     if found["failed"]:
-        lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
-        lines.append(_line(["---"] * 5))
-        for one in found["failed"]:
-            texts = [one["label"], f"{one['target']:g}x", str(one["seed"]), one["cell"]]
-            lines.append(_line([*texts, one["error"]]))
+        failed = [
+            [one["label"], f"{one['target']:g}x", str(one["seed"]), one["cell"], one["error"]]
+            for one in found["failed"]
+        ]
+        heads = ("method", "target", "seed", "cell", "error")
+        lines += ["", "## Failed cells", "", markdown_table(heads, failed)]
     if found["published"]:
         lines += ["", "## Reported by papers", "", PAPERS, "", *_papers(found["published"])]
     lines += ["", "## Conditions", ""]
-    lines += [f"- {key}: {_cell('; '.join(values))}" for key, values in found["conditions"].items()]
+    lines += [f"- {key}: {plain('; '.join(values))}" for key, values in found["conditions"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -385,7 +387,7 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]
     heads += ["block FLOPs", "total FLOPs", *(wall["label"] for wall in walls)]
     timed = any(entry["pairs"] is not None for entry in entries)
     heads += ["pairs", "load"] if timed else []
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    rows = []
     for entry in entries:
         texts = [entry["model"]] if several else []
         name = ", ".join(filter(None, (entry["name"], entry["setting"])))
@@ -398,8 +400,8 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]
         texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
         texts += [_told(entry, wall["key"]) for wall in walls]
         texts += [_plain(entry["pairs"]), _plain(entry["load"])] if timed else []
-        lines.append(_line(texts))
-    return lines
+        rows.append(texts)
+    return [markdown_table(heads, rows)]
 
 
 def _told(entry: Row, key: str) -> str:
@@ -410,8 +412,8 @@ def _told(entry: Row, key: str) -> str:
 
 def _papers(rows: Sequence[Row]) -> list[str]:
     heads = ["method", "model", "budget", "task", "metric", "dense", "reported", "measured nearest"]
-    heads += ["source", "note"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    heads += ["hand", "source", "note"]
+    lines = []
     for row in rows:
         near = row["measured"]
         beside = ""
@@ -426,8 +428,8 @@ def _papers(rows: Sequence[Row]) -> list[str]:
         method += f" + {recovery}" if recovery not in ("", "none") else ""
         texts = [method, row["model"], f"{row['speedup']:g}x {row['unit_of_speedup']}"]
         texts += [row["task"], row["metric"], _plain(row["dense_value"]), _plain(row["value"])]
-        lines.append(_line([*texts, beside, row["source"], row["note"]]))
-    return lines
+        lines.append([*texts, beside, HANDS[row["hand"]], row["source"], row["note"]])
+    return [markdown_table(heads, lines)]
 
 
 def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row]) -> str:
@@ -452,15 +454,3 @@ def _interval(
 
 def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _line(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, texts))} |"
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its field: no line breaks, no bars, no markup."""
-    text = " ".join(str(text).split())
-    for letter in "\\|*`":
-        text = text.replace(letter, f"\\{letter}")
-    return text.replace("<", "&lt;").replace("](", "]\\(")
