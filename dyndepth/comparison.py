@@ -41,9 +41,7 @@ def _comparison(given: list[str]) -> None:
         help="those whose standing is printed on every task, as 'one,other(layer=3)' (default: the "
         "best three on the first task)",
     )
-    parser.add_argument(
-        "--all", action="store_true", help="print every table after the first page"
-    )
+    parser.add_argument("--all", action="store_true", help="print every table after the first page")
     parser.add_argument(
         "--output_path",
         type=path_of,

@@ -65,8 +65,8 @@ class Column:
         return ["\n".join(_lines(pieces.findall(text), width)) for text in self.texts]
 
     def within(self, most: Sequence[int], least: int) -> list[tuple[int, list[int]]]:
-        """For each number of lines the width, from ``least`` on, at which no text takes ``most`` of them or more
-        (its longest line where there is none), and the lines of each text there."""
+        """For each of ``most`` the width, from ``least`` on, at which no text takes more lines than
+        that (the longest line where there is none), and the lines of each text there."""
         found, width = [], least
         counted = [text.count("\n") + 1 for text in self.folded(width)]
         for lines in sorted(most, reverse=True):
@@ -137,8 +137,8 @@ _NAME_LINES = (1, 2, 3, 5, 8, 13)
 
 
 def _widths(columns: Sequence[Column], least: Sequence[int], room: int) -> list[int]:
-    """The widths, none below ``least``, at which all rows together take the fewest lines; what is left goes to names.
-    Empty if none is within ``room``."""
+    """The widths, none below ``least``, at which all rows together take the fewest lines; what is
+    left goes to names. Empty if none is within ``room``."""
     if not columns or not columns[0].texts:
         return []
     choices = [
@@ -155,7 +155,9 @@ def _widths(columns: Sequence[Column], least: Sequence[int], room: int) -> list[
             taken = [each[own.get(place, number)] for place, each in enumerate(choices)]
             widths = [width for width, _ in taken]
             if sum(widths) <= room:
-                high = sum(max(lines) for lines in zip(*(counts for _, counts in taken), strict=True))
+                high = sum(
+                    max(lines) for lines in zip(*(counts for _, counts in taken), strict=True)
+                )
                 best = (high, widths) if best is None or high < best[0] else best
     if best is None:
         return []
@@ -198,7 +200,9 @@ def print_columns(
     kept, widths, left_out = fitting(columns, to.width if to.is_terminal else max(every, to.width))
     caption = caption if isinstance(caption, str) else caption(kept)
     if left_out:
-        caption = "; ".join(filter(None, (caption, f"left out at this width: {', '.join(left_out)}")))
+        caption = "; ".join(
+            filter(None, (caption, f"left out at this width: {', '.join(left_out)}"))
+        )
     texts = [each.folded(width) for each, width in zip(kept, widths, strict=True)]
     cells = []
     for place, row in enumerate(zip(*texts, strict=True)):

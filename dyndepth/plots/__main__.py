@@ -36,8 +36,9 @@ Drawing = Callable[[], "Figure"]
 def figures(
     *folders: str | Path, tables: dict[str, pd.DataFrame] | None = None
 ) -> Iterator[tuple[str, Drawing]]:
-    """Name and drawing of every figure of a run, or of several together; a drawing raises UserError, saying why, if the
-    run's tables do not allow it. ``tables`` are the runs', if they were read already.
+    """Name and drawing of every figure of a run, or of several together; a drawing raises
+    UserError, saying why, if the tables do not allow it. ``tables`` are the runs', if they were
+    read already.
 
     Where one run holds several models or settings of data, each has its own figures, in a folder
     ``setting_1`` and so on. Records of routes are drawn for each run, of several in a folder of its

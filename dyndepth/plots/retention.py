@@ -66,7 +66,9 @@ def gaps(
     measured range are left out. Raises UserError without a bound, or where none can be compared.
     """
     if len(by_run(table)) > 1:
-        raise UserError("a bound is held against methods of its own run; draw each run's own figure")
+        raise UserError(
+            "a bound is held against methods of its own run; draw each run's own figure"
+        )
     found = points(table, metric, across)
     bounds, own = found[found["bound"]], found[~found["bound"]]
     if bounds.empty:

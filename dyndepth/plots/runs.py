@@ -58,4 +58,3 @@ def by_run(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     if "run" not in table:
         return [("", table)]
     return [(str(letter), own) for letter, own in table.groupby("run", sort=True)]
-

@@ -146,7 +146,10 @@ def _scores(
     found["front"] = False
     if front and not by_chance and not several:
         found["front"] = on_front(found, lower, fraction, chance)
-    through = [*(end for ends in full.values() for end in ends), *([] if chance is None else [chance])]
+    through = [
+        *(end for ends in full.values() for end in ends),
+        *([] if chance is None else [chance]),
+    ]
     logarithmic = lower and is_logarithmic([*found["value"], *dense[metric]])
     scale = scale_of(found, through, logarithmic=logarithmic)
 
@@ -178,7 +181,8 @@ def _scores(
     recoveries = sorted(set(found["recovery"]), key=lambda name: (name != NONE, name))
     many = len(curves) > TOGETHER
     if not many:
-        figure = figure_of(PAGE, 4.8)
+        runs = table["run_told"].nunique() if "run_told" in table else 0
+        figure = figure_of(PAGE, 4.8 + 0.3 * runs)
         panels = [figure.subplots()]
         backdrop(panels[0], 10, recoveries)
         for own in curves:

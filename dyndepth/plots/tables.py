@@ -20,6 +20,7 @@ from dyndepth.common.paths import path_of
 from dyndepth.results.columns import TIMING
 from dyndepth.results.leaderboard import METRIC, OF_ACCURACY
 from dyndepth.results.schema import validate
+from dyndepth.results.statistics.intervals import LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,8 +167,10 @@ def task_table(
     rows = rows.drop_duplicates("cell").copy()
     spent = compute[(compute["task"] == task) & (compute["phase"] == "all")]
     rows[metric] = rows["value"]
-    rows[f"{metric}_low"] = rows["value"] - _NORMAL * rows["stderr"]
-    rows[f"{metric}_high"] = rows["value"] + _NORMAL * rows["stderr"]
+    # Of few documents there is no interval.
+    margin = (_NORMAL * rows["stderr"]).where(rows["n"] >= LEAST)
+    rows[f"{metric}_low"] = rows["value"] - margin
+    rows[f"{metric}_high"] = rows["value"] + margin
     return rows.merge(spent[["cell", "block_speedup", "total_speedup"]], on="cell", how="left")
 
 

@@ -414,7 +414,7 @@ LEADERBOARD = Table(
         ),
         "retained": _number(
             "Mean accuracy / dense's on the same documents (1 = dense, not percent); empty "
-            "without a dense cell of the same setting, or with fewer than 10 documents of a task.",
+            "without a dense cell of the same setting.",
             ge=0,
         ),
         "retained_low": _number(f"Retained fraction, lower {_END}", ge=0),

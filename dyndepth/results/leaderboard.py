@@ -111,9 +111,11 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         row |= {"mean_acc": mean.value, "chance": chance(cell)}
         if enough:
             row |= {"mean_acc_low": mean.low, "mean_acc_high": mean.high}
-    kept = retained(own, dense) if enough and dense else None
+    kept = retained(own, dense) if own and dense else None
     if kept:
-        row |= {"retained": kept.value, "retained_low": kept.low, "retained_high": kept.high}
+        row["retained"] = kept.value
+        if enough:
+            row |= {"retained_low": kept.low, "retained_high": kept.high}
     return row
 
 

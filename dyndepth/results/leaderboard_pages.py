@@ -255,7 +255,8 @@ def _is_share(cell: Cell, row: Row) -> bool:
 
 
 def _spread(row: Row, key: str) -> Spread | None:
-    if row.get(key) is None:
+    # A share of dense's score is told with its interval or not at all.
+    if row.get(key) is None or (key == "retained" and row.get("retained_low") is None):
         return None
     return [row[key], row.get(f"{key}_low"), row.get(f"{key}_high")]
 

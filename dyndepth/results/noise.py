@@ -34,9 +34,7 @@ def legend(texts: Iterable[str] | None = None) -> str:
     )
 
 
-def noise(
-    median: float, low: Any, high: Any, suspect: Any = False, loaded: Any = False
-) -> str:
+def noise(median: float, low: Any, high: Any, suspect: Any = False, loaded: Any = False) -> str:
     """What is to be said of a wall speedup and its 95% interval, in ``WORDS``; empty if nothing is
     in doubt. An end that is missing or no number is no end; ``suspect`` and ``loaded`` may be a CSV
     file's."""

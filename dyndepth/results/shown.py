@@ -84,6 +84,11 @@ def _accuracy(row: Row) -> str:
     return FEW * by_chance(row) + spread(row, "mean_acc")
 
 
+def _retained(row: Row) -> str:
+    """Nothing without interval: all documents of a few may be right by chance."""
+    return "" if row.get("retained_low") is None else spread(row, "retained", 100, 0)
+
+
 def _wall(key: str, rank: int) -> Shown:
     column = f"wall_{key}_speedup"
     reads = (column, f"wall_{key}_low", f"wall_{key}_high", SUSPECT, LOADED)
@@ -103,8 +108,7 @@ COLUMNS = (
           _ends("bits_per_byte"), 1, only=_any("bits_per_byte")),
     Shown("mean_acc", "mean acc", _accuracy, (*_ends("mean_acc"), "chance"), 3,
           only=_any("mean_acc")),
-    Shown("retained", "% of dense", lambda row: spread(row, "retained", 100, 0), _ends("retained"),
-          6, only=_any("retained")),
+    Shown("retained", "% of dense", _retained, _ends("retained"), 6, only=_any("retained_low")),
     Shown("rouge_l", "ROUGE-L", lambda row: spread(row, "rouge_l"), _ends("rouge_l"), 8,
           only=_any("rouge_l")),
     Shown("block", "block FLOPs", lambda row: spread(row, "block_speedup", 1, 2, "x"),
@@ -179,7 +183,7 @@ def _together(group: Sequence[Row]) -> Row:
     if len(group) == 1:
         return row
     for key, value in group[0].items():
-        values = [one.get(key) for one in group]
+        values: list[Any] = [one.get(key) for one in group]
         if key in (SUSPECT, LOADED):
             row[key] = ", ".join(sorted(set().union(*(named(one, key) for one in group)))) or None
         elif key in LEADING or not any(isinstance(v, float) for v in values):

@@ -65,9 +65,7 @@ FORMS: dict[str, Form] = {"latex": _latex, "markdown": _markdown, "csv": _csv}
 """Name of ``--format`` -> what writes it."""
 
 
-def _caption(
-    rows: Sequence[Row], texts: Sequence[Sequence[str]], stand_for: Sequence[str]
-) -> str:
+def _caption(rows: Sequence[Row], texts: Sequence[Sequence[str]], stand_for: Sequence[str]) -> str:
     """What a reader of the table alone must know: model, documents, intervals, speedups."""
 
     def all_of(key: str) -> str:
@@ -84,7 +82,9 @@ def _caption(
     ]
     if any(row.get("wall_batch") for row in rows):
         shape = f"{all_of('wall_batch')} sequences of {all_of('wall_length')} tokens"
-        sentences.append(f"Prefill and decode are wall-clock speedups, in pairs with dense: {shape}")
+        sentences.append(
+            f"Prefill and decode are wall-clock speedups, in pairs with dense: {shape}"
+        )
     if any(len(row["seeds"]) > 1 for row in rows):
         sentences.append(
             "Of several seeds the mean, its interval from the lowest end to the highest"

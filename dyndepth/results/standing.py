@@ -149,9 +149,7 @@ def _told(row: Row, key: str) -> str:
 
 
 def _difference(row: Row) -> str:
-    value, low, high = (
-        row.get(f"competitor_difference{end}") for end in ("", "_low", "_high")
-    )
+    value, low, high = (row.get(f"competitor_difference{end}") for end in ("", "_low", "_high"))
     if value is None:
         return ""
     return f"{value:+.3f}" + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")
