@@ -321,14 +321,15 @@ def test_printed_rows_of_several_settings_say_which_is_theirs(capsys, monkeypatc
     alone = capsys.readouterr().out
     assert "run" not in alone.split()
     assert "dense (control)" in alone
-    cells = [cell(), cell(num_fewshot=5), cell(method="m", num_fewshot=5)]
+    both = {"phases": "both"}
+    cells = [cell(**both), *(cell(method=m, num_fewshot=5, **both) for m in ("dense", "m"))]
     runs = {cells[0].key: ["runs/a"], cells[1].key: ["runs/b"], cells[2].key: ["runs/b"]}
     show_leaderboard(leaderboard(cells), runs=runs)
     told = capsys.readouterr().out
     assert [line.split()[:2] for line in told.splitlines() if line[:2] in ("A ", "B ")] == [
         ["A", "dense"],
         ["B", "dense"],
-        ["B", "m(phases=x)"],
+        ["B", "m"],
     ]
     assert "A: runs/a, num_fewshot=x" in told
     assert "B: runs/b, num_fewshot=5" in told
