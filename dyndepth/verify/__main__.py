@@ -166,20 +166,17 @@ def _again(
 
 def show(path: Path, found: Sequence[Finding]) -> None:
     """Print findings as a table, failures first."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from dyndepth.common.commands import print_table
+    from dyndepth.common.printing import Column, print_columns
 
     if not found:
         return
-    table = Table(title=str(path))
-    for heading in ("", "cell", "what", "stored", "found"):
-        table.add_column(heading, overflow="fold")
-    for each in sorted(found, key=lambda each: not each.failure):
-        mark = "FAILED" if each.failure else "note"
-        table.add_row(mark, *map(escape, (each.cell, each.what, each.stored, each.found)))
-    print_table(table)
+    rows = [
+        ("FAILED" if each.failure else "note", each.cell, each.what, each.stored, each.found)
+        for each in sorted(found, key=lambda each: not each.failure)
+    ]
+    headings = ("", "cell", "what", "stored", "found")
+    texts = zip(headings, zip(*rows, strict=True), strict=True)
+    print_columns([Column(each, own, name=True) for each, own in texts], str(path))
 
 
 def _print_commands(cells: Sequence[Cell], found: Sequence[Finding]) -> None:
