@@ -258,7 +258,7 @@ def _executed(
     if not texts:
         raise UserError("there are no documents to record; give at least one")
     device, most = next(model.parameters()).device, longest(model)
-    with torch.no_grad(), attach(model, method, prompt_length=prompt_length) as trace:
+    with torch.no_grad(), attach(model, method, prompt_length=prompt_length, warn=False) as trace:
         for document, text in texts.items():
             ids = tokenizer([text], verbose=False)["input_ids"][0][:length][:most]
             if not ids:

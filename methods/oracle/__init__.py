@@ -46,7 +46,7 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.importance import Settings, rank
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes, Phases
 from dyndepth.methods.oracle.knapsack import solve
 from dyndepth.methods.random_skip import kept_blocks
 from dyndepth.methods.uls import UnifiedLayerSkipping
@@ -74,6 +74,7 @@ class Oracle(DynamicDepthMethod):
     name: ClassVar[str] = "oracle"
     granularity: ClassVar[Granularity] = "sequence"
     paper: ClassVar[str] = "arXiv 2410.20022"
+    published_phases: ClassVar[Phases] = "generation"
     uses_labels: ClassVar[bool] = True
     quick: ClassVar[dict[str, Any]] = {"windows": 4}
 
