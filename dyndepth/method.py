@@ -144,8 +144,8 @@ class DynamicDepthMethod:
         paper: the source, or "control".
         phases: where it skips: ``generation`` (the prompt keeps full depth) or ``both``. A field
             where both make sense, ``both`` by default as everywhere; then ``--phases`` sets it.
-        published_phases: where the method of the paper skips. It changes nothing here but what
-            ``--phases published`` sets.
+        published_phases: where the method of the paper skips, which ``--phases published`` sets;
+            None: as ``phases`` is by default. Nothing else looks at it.
         kv_policy: what becomes of keys and values of a skipped attention. ``drop``: a sequence
             that skips it once skips it always, so nothing is kept. ``project``: they are computed
             from the token's current hidden state and kept. ``prompt_only``: as ``drop``, but for
@@ -176,7 +176,7 @@ class DynamicDepthMethod:
     name: ClassVar[str]
     granularity: ClassVar[Granularity]
     paper: ClassVar[str]
-    published_phases: ClassVar[Phases] = "both"
+    published_phases: ClassVar[Phases | None] = None
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False

@@ -101,7 +101,8 @@ def phases_given(name: str, parameters: dict[str, Any], asked: str) -> dict[str,
     cls = method_class(name)
     if "phases" in parameters or not any(f.name == "phases" for f in fields(cls)):
         return {}
-    return {"phases": cls.published_phases if asked == "published" else asked}
+    wanted = cls.published_phases if asked == "published" else asked
+    return {} if wanted is None else {"phases": wanted}
 
 
 def check_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
