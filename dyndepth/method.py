@@ -29,6 +29,7 @@ The ``masked`` backend also takes a float tensor of that shape and lets its grad
 
 Granularity = Literal["static", "sequence", "token"]
 Phase = Literal["prompt", "generation", "mixed"]
+Phases = Literal["generation", "both"]
 KVPolicy = Literal["drop", "project", "prompt_only"]
 
 ATTENTION, MLP = 0, 1
@@ -180,7 +181,9 @@ class DynamicDepthMethod:
         granularity: ``static`` (one plan for all inputs), ``sequence`` or ``token``.
         paper: the source, or "control".
         phases: where it skips: ``generation`` (the prompt keeps full depth) or ``both``. A field
-            where both make sense; then the sweep's ``--phases`` sets it.
+            where both make sense, ``both`` by default as everywhere; then ``--phases`` sets it.
+        published_phases: where the method of the paper skips, which ``--phases published`` sets;
+            None: as ``phases`` is by default. Nothing else looks at it.
         kv_policy: what becomes of keys and values of a skipped attention. ``drop``: a sequence
             that skips it once skips it always, so nothing is kept. ``project``: they are computed
             from the token's current hidden state and kept. ``prompt_only``: as ``drop``, but for
@@ -211,6 +214,7 @@ class DynamicDepthMethod:
     name: ClassVar[str]
     granularity: ClassVar[Granularity]
     paper: ClassVar[str]
+    published_phases: ClassVar[Phases | None] = None
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
@@ -240,7 +244,7 @@ class DynamicDepthMethod:
         return "prompt_only" if self.phases == "generation" else "drop"
 
     @property
-    def phases(self) -> Literal["generation", "both"]:
+    def phases(self) -> Phases:
         """See the class docstring."""
         return "both"
 
@@ -253,6 +257,17 @@ class DynamicDepthMethod:
     def budgeted(self) -> bool:
         """See the class docstring."""
         return True
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its rule has all that it reads; ``attach`` refuses a method that has not.
+
+        By default: one that has a ``fit`` of its own and is asked to skip has something in
+        ``tensors`` or ``facts``. A method whose ``fit`` leaves nothing there, or need not be
+        called, says so by a property of its own.
+        """
+        own = type(self).fit is not DynamicDepthMethod.fit and self.target_speedup > 1.0
+        return not own or bool(self.tensors or self.facts)
 
     @property
     def window_length(self) -> int | None:

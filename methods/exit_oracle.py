@@ -10,7 +10,7 @@ and L blocks in all, a token leaves after block number
 Granularity: token; every token executes block 0.
 KV policy: project. A token that left keeps its stream; the blocks above compute keys and values
 from it (CALM's state propagation).
-Phases: ``generation``, or ``both``: prompt tokens leave too.
+Phases: ``both``, prompt tokens leave too, or ``generation`` as in the paper.
 Costs: what it takes to look ahead, a forward of the dense model and a head after each block, is
 billed to nobody, and the clock cannot leave it out: times of this method mean nothing.
 What it is not: a policy, since it knows the answer; nor a bound in the strict sense. Depths are
@@ -32,7 +32,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity, Phases
 
 
 @dataclass(kw_only=True)
@@ -41,16 +41,17 @@ class ExitOracle(DynamicDepthMethod):
 
     Fields:
         agree: ``first``, or ``stays``: from there on all blocks must agree.
-        phases: ``generation`` (full depth on the prompt) or ``both``.
+        phases: ``both``, or ``generation`` (full depth on the prompt).
     """
 
     name: ClassVar[str] = "exit_oracle"
     granularity: ClassVar[Granularity] = "token"
     paper: ClassVar[str] = "arXiv 2207.07061"
+    published_phases: ClassVar[Phases] = "generation"
     uses_labels: ClassVar[bool] = True
     foresees: ClassVar[bool] = True
 
-    phases: Literal["generation", "both"] = "generation"
+    phases: Literal["generation", "both"] = "both"
     agree: Literal["first", "stays"] = "first"
 
     @property

@@ -13,8 +13,8 @@ target; what is left is made to meet it by the threshold).
 Granularity: token; static for ``reads=constant``, whose learned rates, taken without sampling, are
 one plan.
 KV policy: project; the static control drops, or prompt_only.
-Phases: ``generation``, as in the paper (the prompt at full depth), or ``both``. Under
-``generation`` the second half of each training window counts.
+Phases: ``both``, or ``generation`` as in the paper (the prompt at full depth): then the second half
+of each training window counts.
 Costs: one linear map a block that may be skipped, billed.
 Deviations: deterministic at inference (the reference samples Gumbel noise at temperature 1 there);
 keys and values of a skipped block come from the stream that passes it by (the reference computes
@@ -46,6 +46,7 @@ from dyndepth.method import (
     ForwardContext,
     Gate,
     Granularity,
+    Phases,
     Reading,
 )
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
@@ -81,7 +82,7 @@ class LayerController(DynamicDepthMethod):
     """See the module's docstring.
 
     Fields:
-        phases: ``generation`` (full depth on the prompt) or ``both``.
+        phases: ``both``, or ``generation`` (full depth on the prompt).
         reads: ``stream``, or ``constant``: the control whose controllers see no token.
         initial: ``damage``: everything runs at first, biases follow the damage of removing each
             block alone, weights are zero; ``random``: Kaiming-uniform weights and zero biases, as
@@ -95,10 +96,11 @@ class LayerController(DynamicDepthMethod):
     granularity: ClassVar[Granularity] = "token"
     capturable: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.20022"
+    published_phases: ClassVar[Phases] = "generation"
     needs_training: ClassVar[bool] = True
     quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 24, "weight_rate": 0.1}
 
-    phases: Literal["generation", "both"] = "generation"
+    phases: Literal["generation", "both"] = "both"
     reads: Literal["stream", "constant"] = "stream"
     initial: Literal["damage", "random"] = "damage"
     cost: Literal["target", "linear"] = "target"

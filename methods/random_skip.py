@@ -6,7 +6,7 @@ Rule: keep the first and the last block and round(L / speedup) - 2 of the others
 lowest hash of (seed, document, block).
 Granularity: sequence. The same document has the same blocks in every forward, whatever its batch;
 without document ids all sequences share one set.
-Phases: ``generation`` as in Glavas et al., or ``both``.
+Phases: ``both``, or ``generation`` as in Glavas et al.
 KV policy: prompt_only (``generation``), drop (``both``). In a batch whose documents differ, a
 block's keys and values are computed for all of them if any runs it; those never read are counted
 as padding.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Phases
 
 
 @dataclass(kw_only=True)
@@ -33,14 +33,15 @@ class RandomSkip(DynamicDepthMethod):
     """See the module's docstring.
 
     Fields:
-        phases: ``generation`` (full depth on the prompt) or ``both``.
+        phases: ``both``, or ``generation`` (full depth on the prompt).
     """
 
     name: ClassVar[str] = "random_skip"
     granularity: ClassVar[Granularity] = "sequence"
     paper: ClassVar[str] = "control"
+    published_phases: ClassVar[Phases] = "generation"
 
-    phases: Literal["generation", "both"] = "generation"
+    phases: Literal["generation", "both"] = "both"
 
     def max_speedup(self, layers: int) -> float:
         """L / 2: the first and the last block always run."""

@@ -5,7 +5,7 @@ Paper: Unified Layer Skipping, arXiv 2404.06954.
 Rule: with L blocks keep N = int(L / speedup) of them. ``paper`` spacing keeps the first and the
 last, then walks from block 1 upwards and keeps each multiple of int(L / (N - 1)) until N are kept.
 ``even`` spacing keeps round(i (L - 1) / (N - 1)) for i = 0 .. N - 1.
-Granularity: static. Phases: ``generation`` as in the paper, or ``both``.
+Granularity: static. Phases: ``both``, or ``generation`` as in the paper.
 KV policy: prompt_only (``generation``), drop (``both``). Prompt keys and values are exact.
 Deviations: the paper tunes the whole model for its sets; here that is optional and low-rank
 (``--recovery lora``, with the paper's two-pass objective); without it, quality falls steeply. N is
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Phases
 
 
 @dataclass(kw_only=True)
@@ -32,14 +32,15 @@ class UnifiedLayerSkipping(DynamicDepthMethod):
 
     Fields:
         spacing: ``paper`` (its literal set) or ``even``.
-        phases: ``generation`` (full depth on the prompt) or ``both``.
+        phases: ``both``, or ``generation`` (full depth on the prompt).
     """
 
     name: ClassVar[str] = "uls"
     granularity: ClassVar[Granularity] = "static"
     paper: ClassVar[str] = "arXiv 2404.06954"
+    published_phases: ClassVar[Phases] = "generation"
 
-    phases: Literal["generation", "both"] = "generation"
+    phases: Literal["generation", "both"] = "both"
     spacing: Literal["paper", "even"] = "paper"
 
     def max_speedup(self, layers: int) -> float:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dyndepth.common.completion import asked, offer
-from dyndepth.common.errors import RunFailed, UserError
+from dyndepth.common.culprits import culprit, told
+from dyndepth.common.errors import MethodFault, RunFailed, UserError
 from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.common.pipes import outlive_readers
@@ -152,9 +153,9 @@ def run(
 ) -> int:
     """The exit status of a command whose ``body`` is given its words.
 
-    0, or what ``body`` returns; 2 for wrong input and 1 where what was computed came to no good,
-    with a sentence on stderr (before it the traceback, with ``--debug``); 130 after Ctrl-C, with
-    ``interrupted``.
+    0, or what ``body`` returns; 2 for wrong input and 1 where what was computed came to no good or
+    a method failed, with a sentence on stderr (before it the traceback, with ``--debug``); 130
+    after Ctrl-C, with ``interrupted``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     outlive_readers()
@@ -166,6 +167,14 @@ def run(
             traceback.print_exc()
         print(f"dyndepth.{command}: {fault}", file=sys.stderr)
         return 2 if isinstance(fault, UserError) else 1
+    except Exception as fault:
+        if not (isinstance(fault, MethodFault) or culprit(fault)):
+            raise
+        if "--debug" in given:
+            traceback.print_exc()
+        how = "" if "--debug" in given else "; --debug prints the traceback"
+        print(f"dyndepth.{command}: {told(fault)}{how}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED

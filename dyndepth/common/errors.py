@@ -10,6 +10,14 @@ class UserError(Exception):
     """
 
 
+class NothingSkipped(UserWarning):
+    """A method that is meant to skip ran, and every token executed every block."""
+
+
+class MethodFault(TypeError):
+    """A method answered what the contract does not allow; names the method, file and line."""
+
+
 class RunFailed(Exception):
     """A run that cannot go on, told in one sentence: a full disk, workers that keep dying.
 

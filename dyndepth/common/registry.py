@@ -6,11 +6,13 @@ A spec is what stands on a command line: ``name`` or ``name(parameter=value, ...
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.common.culprits import culprit, definition, import_failure
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
@@ -55,22 +57,20 @@ def methods() -> dict[str, EntryPoint]:
 
 
 def method_class(name: str) -> type[DynamicDepthMethod]:
-    """The class of method ``name``. Raises UserError, with the nearest names, if none is."""
+    """The class of method ``name``. Raises UserError, with the nearest names, if none is, and with
+    file and line if it cannot be imported."""
     if name not in methods():
         raise UserError(
             f"unknown method {name!r}; {nearest(name, methods())}see `dyndepth ls methods`"
         )
     check_one_tree()
-    entry = methods()[name]
     try:
-        loaded: type[DynamicDepthMethod] = entry.load()
-    except ModuleNotFoundError as fault:
-        if not f"{entry.module}.".startswith(f"{fault.name}."):
-            raise  # a library that the method needs
+        loaded: type[DynamicDepthMethod] = methods()[name].load()
+    except Exception as fault:  # whatever a method's file does while it is read
         raise UserError(
-            f"method {name!r} is installed as {entry.value}, but there is no {fault.name}; "
-            "install what it is part of again, as by `pip install -e .`"
-        ) from None
+            f"method {name!r} cannot be imported from {methods()[name].value}: "
+            f"{import_failure(fault, methods()[name].module)}"
+        ) from fault
     return loaded
 
 
@@ -108,9 +108,28 @@ def load_method(spec: str, **parameters: Any) -> DynamicDepthMethod:
     chosen = method_class(name)
     values = given | check_parameters(name, parameters)
     try:
-        return chosen(**values)
-    except (ValueError, TypeError) as error:
+        method = chosen(**values)
+    except ValueError as error:
         raise UserError(f"method {name!r}: {error}") from error
+    except TypeError as error:
+        place = culprit(error)
+        raise UserError(f"method {name!r}: {error}" + f" ({place})" * bool(place)) from error
+    if not hasattr(method, "tensors"):
+        raise UserError(
+            f"method {name!r} does not call super().__post_init__() "
+            f"({definition(chosen.__post_init__)})"
+        )
+    return method
+
+
+def phases_given(name: str, parameters: dict[str, Any], asked: str) -> dict[str, str]:
+    """What ``--phases asked`` adds to the ``parameters`` of a method: nothing where it has no
+    choice or the user made one."""
+    cls = method_class(name)
+    if "phases" in parameters or not any(f.name == "phases" for f in fields(cls)):
+        return {}
+    wanted = cls.published_phases if asked == "published" else asked
+    return {} if wanted is None else {"phases": wanted}
 
 
 def check_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -402,7 +402,7 @@ class DyndepthLM(HFLM):
             return
 
         def run(score: Callable[[Trace], Iterable[Scored]]) -> list[Scored]:
-            with attach(self.model, self.method, backend=self.execution) as trace:
+            with attach(self.model, self.method, backend=self.execution, warn=False) as trace:
                 return list(score(trace))
 
         def together(chosen: list[int]) -> list[Scored]:
@@ -418,7 +418,7 @@ class DyndepthLM(HFLM):
     @contextmanager
     def _attached(self, task: str) -> Iterator[Trace]:
         """The method attached to the model; what runs inside is the cost of ``task``."""
-        with attach(self.model, self.method, backend=self.execution) as trace:
+        with attach(self.model, self.method, backend=self.execution, warn=False) as trace:
             yield trace
             if not trace.totals()["tokens"]:
                 raise RuntimeError(

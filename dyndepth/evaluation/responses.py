@@ -184,7 +184,7 @@ def completions(
     a time. The plans stay attached to ``model`` until the last completion is taken or this is
     closed.
     """
-    with attach(model, _Numbered(plans, phases)) as trace:
+    with attach(model, _Numbered(plans, phases), warn=False) as trace:
         write = _branches if phases == "generation" else _rows
         yield from write(model, trace, prompts, len(plans), batch_size)
 

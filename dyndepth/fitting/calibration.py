@@ -45,7 +45,7 @@ def measured(
     device = next(model.parameters()).device
     phase = prompt_phase(method)
     names = [f"window {number}" for number in range(len(windows))]
-    with torch.no_grad(), attach(model, method) as trace:
+    with torch.no_grad(), attach(model, method, warn=False) as trace:
         if phase is not None:
             trace.prompt_length = windows.shape[1] // 2
         for first in range(0, len(windows), batch_size):

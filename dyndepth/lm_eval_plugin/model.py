@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +19,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method, method_class, parse_methods
 from dyndepth.data.corpus import load_corpus
 from dyndepth.evaluation.language_model import ROWS, DyndepthLM
+from dyndepth.evaluation.rows import Cost
 from dyndepth.fitting.fits import fit_cached
 from dyndepth.lm_eval_plugin import register
 from dyndepth.method import DynamicDepthMethod
@@ -33,7 +36,8 @@ class NamedLM(DyndepthLM):
         pretrained: a loaded model, or what ``dyndepth.load_model`` takes: ``embedded``, a hub id
             or a local path.
         method: a method object, or a specification as in ``--methods``. One that is given by name
-            is fitted on the embedded corpus (cached) unless it comes fitted.
+            is fitted on the embedded corpus (cached) unless it comes fitted. It skips in prompt and
+            generation, unless it says ``phases=generation``.
         tokenizer: a loaded tokenizer or its name; the model's own by default.
         batch_size: see ``DyndepthLM``.
         max_batch_size: taken, as every model of lm-eval takes it, and not used.
@@ -99,6 +103,33 @@ class NamedLM(DyndepthLM):
         )
         if named:
             self.method = _fitted(method, model, tokenizer)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As lm-eval's, which asks once a run, when all requests are answered; and what was run:
+        ``phases``, ``block_speedup`` and ``total_speedup``, which are told on stderr, too."""
+        found: dict[str, Any] = super().get_model_info()
+        ran = achieved(self.costs.values()) | {"phases": self.method.phases}
+        if "block_speedup" in ran:
+            print(
+                f"dyndepth: {self.method.name} at target {self.method.target_speedup:g}x, "
+                f"phases={ran['phases']}: achieved {ran['block_speedup']:.2f}x of dense's block "
+                f"FLOPs, {ran['total_speedup']:.2f}x of its total FLOPs",
+                file=sys.stderr,
+            )
+        return found | ran
+
+
+def achieved(costs: Iterable[Cost]) -> dict[str, float]:
+    """``block_speedup`` and ``total_speedup`` over all that was run, where anything was."""
+    totals = [cost.totals["all"] for cost in costs if "all" in cost.totals]
+    found: dict[str, float] = {}
+    for kind in ("block", "total"):
+        dense, own = (
+            sum(each[f"{name}{kind}_flops"] for each in totals) for name in ("dense_", "")
+        )
+        if own:
+            found[f"{kind}_speedup"] = dense / own
+    return found
 
 
 SETTINGS = (

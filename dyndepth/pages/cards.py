@@ -124,13 +124,14 @@ def facts(cls: type[DynamicDepthMethod]) -> str:
         ("kind", kind(cls)),
         ("decides", f"{cls.granularity}: {_DECIDES[cls.granularity]}"),
         ("skips", skips[default.phases] + (" by default (`phases`)" if chooses else "")),
+        ("skips in its paper", skips.get(cls.published_phases or "", "")),
         ("keys and values of what is skipped", f"{default.kv_policy}: {_KV[default.kv_policy]}"),
         ("trains", _TRAINS[training(cls)]),
         ("sees the answers", "yes: a bound" if cls.uses_labels else "no"),
         ("source", cls.paper),
         ("file", f"`{_file(cls)}`"),
     ]
-    return table(("fact", "value"), lines)
+    return table(("fact", "value"), [line for line in lines if line[1]])
 
 
 def claims(

@@ -262,7 +262,7 @@ def _executed(
     if not texts:
         raise UserError("there are no documents to record; give at least one")
     device, most = next(model.parameters()).device, longest(model)
-    with torch.no_grad(), attach(model, method) as trace:
+    with torch.no_grad(), attach(model, method, warn=False) as trace:
         for document, text in texts.items():
             ids = list(_token_ids(tokenizer, text))[:length][:most]
             if not ids:

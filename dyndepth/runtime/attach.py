@@ -21,7 +21,7 @@ from dyndepth.runtime.binding import bind
 from dyndepth.runtime.execution import Runtime
 from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
-from dyndepth.runtime.patching import called_in, run_by
+from dyndepth.runtime.patching import called_in, run_by, unsaved
 from dyndepth.runtime.trace import Backend, Trace
 
 _MARK = "_dyndepth_runtime"
@@ -47,6 +47,7 @@ def attach(
     limits: Limits | None = None,
     mode: Mode | Graphs = EAGER,
     count: bool = True,
+    warn: bool = True,
 ) -> Iterator[Trace]:
     """Run ``model`` under ``method`` inside the ``with`` block; yields the Trace.
 
@@ -67,9 +68,16 @@ def attach(
     ``count=False`` counts nothing: under ``masked`` the host then waits for no gate, and a trace
     that is asked for counts raises RuntimeError.
 
-    Raises UserError for an unsupported architecture, a model that already has a method attached,
-    one that is compiled or whose blocks are wrapped by somebody else, and, in the mode ``graphs``,
-    for one that is not on one CUDA device or whose steps cannot be recorded.
+    Where forwards ran, the method is asked for a speedup above 1 and no token skipped anything, the
+    end of the block warns (``NothingSkipped``) and says why, unless ``warn`` is False.
+
+    Inside, ``save_pretrained`` and ``push_to_hub`` of the model raise UserError: they would save
+    the model as if nothing were attached.
+
+    Raises UserError for an unsupported architecture, a method that needs a fit and has none, a
+    model that already has a method attached, one that is compiled or whose blocks are wrapped by
+    somebody else, and, in the mode ``graphs``, for one that is not on one CUDA device or whose
+    steps cannot be recorded.
     """
     if backend not in ("sparse", "masked"):
         raise UserError(f"backend must be 'sparse' or 'masked', not {backend!r}")
@@ -81,6 +89,11 @@ def attach(
         )
     if method.foresees and not method.uses_labels:
         raise TypeError(f"{method.name} foresees but does not say that it uses labels")
+    if not method.fitted:
+        raise UserError(
+            f"{method.name} is not fitted, and has nothing to decide by: call "
+            ".fit(model, corpus) before attaching"
+        )
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
     parts = Decoder.of(model)
@@ -105,6 +118,7 @@ def attach(
     setattr(owner, _MARK, runtime)
     try:
         with (
+            unsaved((model, parts.model, owner)),
             called_in(owner, runtime.around, forward),
             run_by(parts.blocks, run, checkpointed=runtime.checkpointed, repeated=True),
         ):
@@ -115,3 +129,5 @@ def attach(
         delattr(owner, _MARK)
         if isinstance(mode, str) and graphs is not None:
             graphs.close()
+    if warn and runtime.idle is not None:
+        runtime.idle.warn(runtime.trace, len(parts.blocks))

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.culprits import definition
+from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder, cache_argument, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
-from dyndepth.runtime.gates import Settler
+from dyndepth.runtime.gates import Settler, pair
+from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.sublayers import Executor
@@ -78,6 +80,7 @@ class Runtime:
         self.repeated = {each[0]: each for each in places(self.blocks).values() if len(each) > 1}
         self.passes: list[_Pass] = []
         self.warned = False
+        self.idle = Idle(method) if count else None
         self.foresight = Foresight(parts, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
@@ -198,6 +201,8 @@ class Runtime:
         now = self.passes[-1]
         if self.count and not _in_backward():
             self.ledger.add(now.forward)
+            if self.idle is not None and not self.idle.skipped:
+                self.idle.see(now.forward)
         if now.weights is None:
             return None
         output["attentions"] = tuple(now.weights)
@@ -238,10 +243,12 @@ class Runtime:
         if plan is None:
             return None
         rows = (context.batch, context.layers, 2)
-        if plan.dtype != torch.bool or tuple(plan.shape) not in (rows, rows[1:]):
-            raise TypeError(
+        known = isinstance(plan, Tensor)
+        if not known or plan.dtype != torch.bool or tuple(plan.shape) not in (rows, rows[1:]):
+            kind = f"{plan.dtype} {list(plan.shape)}" if known else f"a {type(plan).__name__}"
+            raise MethodFault(
                 f"{self.method.name}: a plan must be bool [layers, 2] or [batch, layers, 2], here "
-                f"{list(rows[1:])} or {list(rows)}, not {plan.dtype} {list(plan.shape)}"
+                f"{list(rows[1:])} or {list(rows)}, not {kind} ({definition(self.method.start)})"
             )
         if plan.ndim == 3 and bool((plan == plan[:1]).all()):
             plan = plan[0]
@@ -310,7 +317,11 @@ class Runtime:
             before = sum(layer in each for layer, _, _ in now.forward.calls)
             index = each[min(before, len(each) - 1)]
         if now.plan is None:
-            return index, self.method.gates(index, hidden)
+            gates = self.method.gates(index, hidden)
+            if not isinstance(gates, tuple):
+                # A list, say, or a tensor of both, whose rows are gates.
+                gates = pair(self.method, gates)
+            return index, gates
         return index, now.plan[index]
 
     def checkpointed(self, index: int, checkpoint: Any, function: Any, *inputs: Any) -> Any:

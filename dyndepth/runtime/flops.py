@@ -211,6 +211,12 @@ class Ledger:
             return torch.full((len(self.costs.mlp), 2), float("nan"), dtype=torch.float64)
         return torch.from_numpy(sum(sums.executed[p] for p in phases) / tokens)
 
+    def computed_for_all(self) -> tuple[int, int]:
+        """Calls of sublayers that computed all tokens although their gate was not open for all of
+        them, and calls of sublayers with such a gate: ``(computed, gated)``."""
+        sums = self._flush()
+        return sums.whole, sums.gated
+
     @staticmethod
     def _named(row: np.ndarray) -> dict[str, Any]:
         block = row[_COLUMN["attention"]] + row[_COLUMN["mlp"]]
@@ -244,6 +250,7 @@ class _Sums:
         self.tokens: dict[str, float] = {}
         self.computed = 0.0
         self.reused = 0.0
+        self.gated = self.whole = 0
 
     def copy(self) -> _Sums:
         """Sums that can be added to without changing these; no array is ever written to."""
@@ -257,6 +264,10 @@ class _Sums:
         for phase, part in _parts(forward):
             self._reduce(forward, phase, part)
         self.computed += self._physical(forward)
+        gates = [gate for _, *pair in forward.calls for gate in pair]
+        gated = len(gates) - sum(gate is True for gate in gates)
+        self.gated += gated
+        self.whole += gated if forward.masked else len(forward.whole)
 
     def _reduce(self, forward: Forward, phase: str, part: Tensor | None) -> None:
         """Add the useful work of one phase's tokens; ``part`` is their mask, None for all."""

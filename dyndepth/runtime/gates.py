@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dyndepth.common.culprits import definition
+from dyndepth.common.errors import MethodFault
 from dyndepth.method import DynamicDepthMethod, Gate
 from dyndepth.models.selection import UNREAD, Counts, Selection
 from dyndepth.runtime.flops import Forward
@@ -69,7 +71,7 @@ class Settler:
     def __call__(self, gates: tuple[Gate, Gate], hidden: Tensor) -> Settling:
         """Both gates of a block whose tokens are ``hidden``, ``[batch, tokens, hidden]``.
 
-        Raises TypeError for a gate that is none.
+        Raises MethodFault for a gate that is none.
         """
         if self._masked:
             return Settling([self._mask(gates[0], hidden), self._mask(gates[1], hidden)])
@@ -79,6 +81,8 @@ class Settler:
             if isinstance(gate, bool) and (gate or self._generation is None):
                 found.append(gate)
                 continue
+            if not isinstance(gate, Tensor | bool):
+                raise wrong_gate(self._method, gate, hidden)
             key = found[0] if gate is gates[0] and found else self._key(gate, hidden.device)
             found.append(key)
             if key not in self._known and key not in new:
@@ -153,11 +157,9 @@ class Settler:
             if gate or generation is None:
                 return gate
             return ~generation.to(hidden.device)
-        if gate.shape != hidden.shape[:2] or not (gate.dtype == torch.bool or self._masked):
-            raise TypeError(
-                f"{self._method.name}: a gate must be a bool, or a bool tensor [batch, tokens], "
-                f"here {list(hidden.shape[:2])}, not {gate.dtype} {list(gate.shape)}"
-            )
+        fits = isinstance(gate, Tensor) and gate.shape == hidden.shape[:2]
+        if not fits or not (gate.dtype == torch.bool or self._masked):
+            raise wrong_gate(self._method, gate, hidden)
         gate = gate.to(hidden.device)
         if generation is None:
             return gate
@@ -180,6 +182,27 @@ class Settler:
     @cached_property
     def _count(self) -> int:
         return sum(self._by_row)
+
+
+def pair(method: DynamicDepthMethod, gates: Any) -> tuple[Gate, Gate]:
+    """What ``gates`` returned, as a pair. Raises MethodFault if it is none."""
+    try:
+        attention, mlp = gates
+    except (TypeError, ValueError):
+        raise MethodFault(
+            f"{method.name}: gates must return those of attention and MLP, a pair, not a "
+            f"{type(gates).__name__} ({definition(method.gates)})"
+        ) from None
+    return attention, mlp
+
+
+def wrong_gate(method: DynamicDepthMethod, gate: Any, hidden: Tensor) -> MethodFault:
+    """What is said of a gate for ``hidden``, ``[batch, tokens, hidden]``, that is none."""
+    kind = f"{gate.dtype} {list(gate.shape)}" if isinstance(gate, Tensor) else repr(gate)
+    return MethodFault(
+        f"{method.name}: a gate must be a bool, or a bool tensor [batch, tokens], here "
+        f"{list(hidden.shape[:2])}, not {kind} ({definition(method.gates)})"
+    )
 
 
 def _decision(gate: Tensor) -> bool | Selection:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
@@ -25,6 +26,7 @@ Run = Callable[[int, Stock, Tensor, dict[str, Any]], Tensor]
 Checkpointed = Callable[..., Any]
 """``(index, checkpoint, function, *inputs)``, in the place of ``checkpoint(function, *inputs)``."""
 _CHECKPOINT = "_gradient_checkpointing_func"  # as transformers calls it
+_SAVING = ("save_pretrained", "push_to_hub")
 _STOCK, _GONE = "_dyndepth_stock", "_dyndepth_gone"
 
 
@@ -83,10 +85,12 @@ def called_in(
     """Inside, each call of ``module``, its hooks included, is made in a ``context()``.
 
     That ends however the call does; of torch's hooks none runs when a call is interrupted. With
-    ``forward``, the module's own is ``forward(stock, *args, **kwargs)``.
+    ``forward``, the module's own is ``forward(stock, *args, **kwargs)``. What torch.compile makes
+    of something around the module leaves the call to Python, with all that is in it.
     """
     stock = type(module)
 
+    @torch.compiler.disable
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with context():
             return stock.__call__(module, *args, **kwargs)
@@ -101,6 +105,30 @@ def called_in(
         yield
     finally:
         _leave(module, patched)
+
+
+@contextmanager
+def unsaved(modules: Sequence[Any]) -> Iterator[None]:
+    """Inside, ``save_pretrained`` and ``push_to_hub`` of these modules raise UserError."""
+
+    def refused(module: nn.Module, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            "a method is attached, and what would be saved is the model without it: save behind "
+            "the `with` block, or the model with the method by `python -m dyndepth.export`"
+        )
+
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in {id(each): each for each in modules}.values():
+            names = [name for name in _SAVING if hasattr(type(module), name)]
+            if names:
+                patched = _subclass(type(module), dict.fromkeys(names, refused))
+                module.__class__ = patched
+                undo.append(partial(_leave, module, patched))
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
 
 
 def places(split: Sequence[Block]) -> dict[int, list[int]]:

@@ -56,7 +56,7 @@ class _Uncounted:
         """Whatever is asked for: it is not known."""
         raise RuntimeError("nothing is counted: attached with count=False")
 
-    by_document = bill_last = executed = totals
+    by_document = bill_last = executed = computed_for_all = totals
     last = property(totals)
 
 
@@ -94,6 +94,16 @@ class Trace:
     def executed(self, phase: str | None = None) -> Tensor:
         """Executed fraction of tokens, float64 ``[layers, 2]`` (attention, mlp)."""
         return self._ledger.executed(phase)
+
+    def computed_for_all(self) -> tuple[int, int]:
+        """How often a sublayer computed all tokens although its gate was not open for all of them,
+        and how often there was such a gate: ``(computed, gated)``, in calls of sublayers.
+
+        Where most tokens execute a sublayer or the forward is short, that is faster than to gather
+        them; the backend ``masked`` always does it. FLOPs leave out what was so computed for nobody
+        (but for ``padding``), the clock does not.
+        """
+        return self._ledger.computed_for_all()
 
     def gates(self) -> Tensor:
         """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.

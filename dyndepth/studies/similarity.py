@@ -89,7 +89,7 @@ def cosines(
             if name not in dense:
                 forget(model)
                 dense[name] = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-            with attach(model, method, documents=[name], prompt_length=PROMPT) as trace:
+            with attach(model, method, documents=[name], prompt_length=PROMPT, warn=False) as trace:
                 thin = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
                 totals = trace.totals()
         whole, thinned = (states[PROMPT:].double() for states in (dense[name], thin[0]))

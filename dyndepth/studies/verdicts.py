@@ -7,7 +7,6 @@ Which cells may stand against each other is decided here; the statistics are in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,13 +101,10 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
     Raises:
         UserError: an unknown method or parameter; cells of several versions of its code.
     """
-    from dyndepth.common.registry import load_method, parse_methods
+    from dyndepth.common.registry import load_method, parse_methods, phases_given
 
-    method = load_method(pick.method)
-    ((_, given),) = parse_methods(pick.method)
-    choosable = any(field.name == "phases" for field in fields(method))
-    if phases != "published" and choosable and "phases" not in given:
-        method = load_method(pick.method, phases=phases)
+    ((name, given),) = parse_methods(pick.method)
+    method = load_method(pick.method, **phases_given(name, given, phases))
     own = method_identity(method, pick.recipe)
     keys = ("method", "parameters", "phases", "recovery")
     found = [cell for cell in cells if all(_same(cell, key, own[key]) for key in keys)]

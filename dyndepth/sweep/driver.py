@@ -174,6 +174,12 @@ class Driver:
         except TimeoutError:
             cell = failed(self._blank(turn), timeout_text(self.settings.cell_timeout))
         cell = self.store.write(cell)
+        if not turn.timing and skipped_nothing(cell):
+            self.listener.note(
+                f"{turn.plan.describe()} skipped nothing: every token of every task executed every "
+                "block, so its scores and times are dense's",
+                "warning",
+            )
         turn.seconds += time.monotonic() - turn.began
         if cell.status == "done" and not turn.timing and needed(cell, self.settings) == "timing":
             self.listener.scored(turn.job, cell, turn.seconds)
@@ -218,6 +224,12 @@ class _Tables:
         # The first time takes in what is loaded once.
         self.seconds = 0.0 if self.seconds is None else ended - started
         self._stale, self._next = False, ended + self.seconds / SHARE
+
+
+def skipped_nothing(cell: Cell) -> bool:
+    """Whether a scored cell was meant to skip and executed all that dense executes."""
+    reached = [row.get("block_speedup") for row in cell.compute if row.get("phase") == "all"]
+    return cell.identity["target_speedup"] > 1.0 and set(reached) == {1.0}
 
 
 def needed(recorded: Cell | None, settings: Settings) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dyndepth.cells.cell import DENSE, CellSpec
@@ -95,12 +95,12 @@ def plans(settings: Settings, layers: int, longest: int | None = None) -> list[C
             of text that are longer than the model takes, or ``joint`` for a method that trains
             nothing.
     """
-    from dyndepth.common.registry import method_class, parse_methods
+    from dyndepth.common.registry import parse_methods, phases_given
 
     chosen = parse_methods(settings.methods) if settings.methods else []
     found: dict[str, CellSpec] = {}
     for name, parameters in [(DENSE, {}), *chosen]:
-        with_phases = parameters | _phases(method_class(name), parameters, settings.phases)
+        with_phases = parameters | phases_given(name, parameters, settings.phases)
         base = CellSpec(name, parameters=with_phases)
         _refuse_own(name, parameters)
         method = base.build()
@@ -142,14 +142,6 @@ def _recoverable(plan: CellSpec, recovery: str, longest: int | None) -> bool:
         f"recovery 'joint' trains routers and adapters at once, and {plan.method} trains nothing; "
         "use lora"
     )
-
-
-def _phases(cls: type, parameters: dict[str, Any], phases: str) -> dict[str, str]:
-    """What ``--phases`` adds to a method: nothing where it has no choice or the user made one."""
-    choosable = any(f.name == "phases" for f in fields(cls))
-    if phases == "published" or "phases" in parameters or not choosable:
-        return {}
-    return {"phases": phases}
 
 
 def _refuse_own(name: str, parameters: dict[str, Any]) -> None:

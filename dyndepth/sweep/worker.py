@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from dyndepth.cells.cell import ROWS, Cell, CellSpec
 from dyndepth.cells.identity import UNHASHED, Row
+from dyndepth.common.culprits import told
 from dyndepth.common.errors import UserError
 from dyndepth.common.pipes import outlive_readers
 from dyndepth.sweep.grid import modes
@@ -72,7 +73,7 @@ class Worker:
         except TimeIsUp:
             failed(cell, timeout_text(self.settings.cell_timeout), traceback.format_exc())
         except Exception as fault:  # noqa: BLE001 - whatever a method does, the sweep goes on
-            failed(cell, in_one_line(fault), traceback.format_exc())
+            failed(cell, told(fault), traceback.format_exc())
         if cell.status == "error":
             free_memory()
         return cell
@@ -125,12 +126,6 @@ def failed(cell: Cell, error: str, trace: str = "") -> Cell:
 def timeout_text(seconds: float | None) -> str:
     """What a cell says that was given up."""
     return f"given up after {seconds:g} s (--cell_timeout)"
-
-
-def in_one_line(fault: Exception) -> str:
-    """An exception as a cell's error text."""
-    text = " ".join(str(fault).split())
-    return text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
 
 
 def quiet_libraries(debug: bool) -> None:

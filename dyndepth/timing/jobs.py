@@ -109,8 +109,10 @@ class Job:
         self.attached = eager
         if method is not None:
             own = method
-            eager = lambda: attach(model, own, backend=backend)  # noqa: E731
-            self.attached = lambda: attach(model, own, backend=backend, mode=graphs or EAGER)
+            eager = lambda: attach(model, own, backend=backend, warn=False)  # noqa: E731
+            self.attached = lambda: attach(
+                model, own, backend=backend, mode=graphs or EAGER, warn=False
+            )
         with eager() as trace:
             self.state = shape.prefill(model)
             if trace is not None:

@@ -138,7 +138,7 @@ class Side:
             yield
             return
         documents = [f"text {number}, row {row}" for row in range(len(self.tokens))]
-        with attach(self.model, self.method, documents=documents, **self.how) as trace:
+        with attach(self.model, self.method, documents=documents, warn=False, **self.how) as trace:
             yield
             self.totals.append({lap: trace.totals(phase) for lap, phase in PHASES.items()})
 
@@ -181,7 +181,7 @@ def rescore(
     found = []
     for context, continuation, _, *name in documents:
         named = [str(name[0])] if name else None
-        with attach(model, method, documents=named, **how):
+        with attach(model, method, documents=named, warn=False, **how):
             logits, past = prefill(model, torch.tensor([list(context)], device=device))
             total = 0.0
             for place, token in enumerate(continuation):
@@ -200,7 +200,7 @@ def attach_seconds(
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        with attach(model, method, **how):
+        with attach(model, method, warn=False, **how):
             pass
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[repeats // 2]

@@ -27,11 +27,11 @@ from typing import Any
 from dyndepth.cells.cell import Cell, CellSpec
 from dyndepth.cells.identity import Row, agrees
 from dyndepth.cells.recipe import NONE
+from dyndepth.common.culprits import told
 from dyndepth.common.errors import UserError
 from dyndepth.sweep.rerun import plan_of, settings_of
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.workbench import free_memory
-from dyndepth.sweep.worker import in_one_line
 from dyndepth.verify.differences import COARSE, EXACT, KEYS, differences, differs
 from dyndepth.verify.findings import Finding
 
@@ -109,7 +109,7 @@ def again(cells: Sequence[Cell], how: How) -> Iterator[tuple[Cell, list[Finding]
             except Exception as fault:  # noqa: BLE001 - whatever a method does, others are verified
                 if how.debug:
                     traceback.print_exc()
-                found = [Finding(cell.key, "cannot be computed again", found=in_one_line(fault))]
+                found = [Finding(cell.key, "cannot be computed again", found=told(fault))]
                 free_memory()
             yield cell, found
 

@@ -13,7 +13,7 @@ correct it to within 1%. Measured on the embedded model at 1.1 to 2: off by at m
 Granularity: token; static for a fixed layer.
 KV policy: project. A token that left keeps its stream; the blocks above compute keys and values
 from it (CALM's state propagation). Fixed layer: drop, or prompt_only in phase ``generation``.
-Phases: ``generation``, or ``both``: prompt tokens leave too.
+Phases: ``both``, prompt tokens leave too, or ``generation`` as in the paper.
 Costs: each readout is a full LM head, billed; beside a small model with a large vocabulary it may
 cost more than the blocks saved. ``saturation`` needs none.
 Deviations: decoder-only instead of encoder-decoder; no joint training of the exits; no meta

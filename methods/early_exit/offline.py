@@ -187,7 +187,7 @@ def _pass(
     )
     probe.facts["threshold"] = float("inf")
     confidences, predictions = [], []
-    with attach(model, probe) as trace:
+    with attach(model, probe, warn=False) as trace:
         # One by one: a window's logits are all that is held of that size.
         for row, ids in enumerate(windows.to(next(model.parameters()).device)):
             probe.wanted = None if targets is None else targets[row]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity, Phases
 
 
 @dataclass(kw_only=True)
@@ -22,14 +22,15 @@ class ExitRule(DynamicDepthMethod):
         layer: block before which every token leaves, instead of any confidence.
         first_exit: first block before which a token may leave; None: a third of the depth.
         every: blocks from one candidate exit to the next.
-        phases: ``generation`` (full depth on the prompt) or ``both``.
+        phases: ``both``, or ``generation`` (full depth on the prompt).
     """
 
     name: ClassVar[str] = "early_exit"
     granularity: ClassVar[Granularity] = "token"
     paper: ClassVar[str] = "arXiv 2207.07061"
+    published_phases: ClassVar[Phases] = "generation"
 
-    phases: Literal["generation", "both"] = "generation"
+    phases: Literal["generation", "both"] = "both"
     confidence: Literal["margin", "max_prob", "saturation", "fixed"] = "margin"
     layer: int | None = None
     first_exit: int | None = None
@@ -43,6 +44,12 @@ class ExitRule(DynamicDepthMethod):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.layer is not None or self.confidence == "fixed":
             self.granularity = "static"  # type: ignore[misc]
+
+    @property
+    def fitted(self) -> bool:
+        """A fixed depth needs no threshold, and neither does the full one."""
+        fixed = self.granularity == "static" or self.target_speedup == 1.0
+        return fixed or "threshold" in self.facts
 
     def exits(self, layers: int) -> range:
         """Blocks at whose entry a token may leave; UserError if the model has none of them."""

@@ -52,6 +52,7 @@ from dyndepth.method import (
     ForwardContext,
     Granularity,
     Outcomes,
+    Phases,
     Reading,
 )
 from dyndepth.methods.oracle.knapsack import solve
@@ -81,6 +82,7 @@ class Oracle(DynamicDepthMethod):
     name: ClassVar[str] = "oracle"
     granularity: ClassVar[Granularity] = "sequence"
     paper: ClassVar[str] = "arXiv 2410.20022"
+    published_phases: ClassVar[Phases] = "generation"
     uses_labels: ClassVar[bool] = True
     quick: ClassVar[dict[str, Any]] = {"windows": 4}
 

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held_out = corpus.windows(length, 24, options.seed + 1, split="calibration", model=model)
 
     def held_out_loss(method: SkipGPT) -> float:
-        with torch.no_grad(), attach(model, method):
+        with torch.no_grad(), attach(model, method, warn=False):
             return mean(loss(model, rows).item() for rows in held_out.split(4))
 
     dense_loss = held_out_loss(SkipGPT())

@@ -447,6 +447,26 @@ def test_lm_eval_knows_the_name(model, tokenizer, tmp_path):
         DyndepthLM(model, Dense(), tokenizer, target_speedup=2.0)
 
 
+@pytest.mark.parametrize("phases", [None, "generation"])
+def test_lm_eval_is_told_what_was_achieved_once(model, tokenizer, folder, capsys, phases):
+    from lm_eval import simple_evaluate
+
+    given = {} if phases is None else {"phases": phases}
+    made = NamedLM(model, "uls", tokenizer, target_speedup=1.5, progress=False, **given)
+    manager = task_manager(["choice"], folder)
+    found = simple_evaluate(
+        made, tasks=["choice"], limit=2, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    totals = [cost.totals["all"] for cost in made.costs.values()]
+    achieved = sum(t["dense_block_flops"] for t in totals) / sum(t["block_flops"] for t in totals)
+    said = capsys.readouterr().err
+    wanted = f"dyndepth: uls at target 1.5x, phases={phases or 'both'}: achieved {achieved:.2f}x"
+    assert said.count(wanted) == said.count("dyndepth: uls") == 1
+    assert found["config"]["block_speedup"] == pytest.approx(achieved)
+    assert found["config"]["phases"] == made.method.phases
+    assert achieved > 1.0
+
+
 def test_standard_errors_agree_with_resampling():
     from lm_eval.api import metrics
 

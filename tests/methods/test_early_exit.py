@@ -93,7 +93,7 @@ def test_fixed_layer_is_a_plan(model, tokens):
         assert (method.granularity, method.kv_policy) == ("static", "drop")
         assert method.fit(model, None) is method
         assert executed(model, method, tokens).tolist() == [1] * depth + [0] * (LAYERS - depth)
-    assert EarlyExit(layer=3).kv_policy == "prompt_only"
+    assert EarlyExit(layer=3, phases="generation").kv_policy == "prompt_only"
     assert EarlyExit().kv_policy == "project"
     assert EarlyExit(layer=4).max_speedup(LAYERS) == 2.0
 
@@ -107,6 +107,7 @@ def test_wrong_use_is_refused(model, tiny_corpus):
         EarlyExit(target_speedup=1.5, first_exit=9).fit(model, tiny_corpus)
     with pytest.raises(ValueError, match="every must be at least 1"):
         EarlyExit(every=0)
-    unfitted = EarlyExit(target_speedup=2, phases="both")
-    with attach(model, unfitted), pytest.raises(UserError, match="no threshold"):
-        model(torch.ones(1, 3, dtype=torch.long, device=DEVICE))
+    for phases in ("both", "generation"):
+        unfitted = EarlyExit(target_speedup=2, phases=phases)
+        with pytest.raises(UserError, match="not fitted.*call .fit"), attach(model, unfitted):
+            pass

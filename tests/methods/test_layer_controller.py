@@ -70,10 +70,9 @@ def test_the_first_and_the_last_block_always_run(model, tiny_corpus, calibration
         fitted(model, tiny_corpus, target_speedup=3.5)
 
 
-def test_the_prompt_keeps_full_depth_by_default(model, tiny_corpus, tokens):
-    assert LayerController().phases == "generation"
-    method = fitted(model, tiny_corpus)
-    with attach(model, method) as trace:
+def test_the_prompt_keeps_full_depth_where_asked(model, tiny_corpus, tokens):
+    method = fitted(model, tiny_corpus, phases="generation")
+    with attach(model, method, warn=False) as trace:
         prompt = model(tokens).logits
         assert (trace.executed() == 1).all()
         trace.reset()
@@ -113,7 +112,8 @@ def test_rule_is_the_formula(model, tokens):
 def test_a_control_that_reads_nothing_is_one_plan(model, tiny_corpus, calibration):
     method = fitted(model, tiny_corpus, reads="constant", phases="both", target_speedup=1.5)
     assert (method.granularity, method.kv_policy) == ("static", "drop")
-    assert LayerController(reads="constant").kv_policy == "prompt_only"
+    kept = LayerController(reads="constant", phases="generation")
+    assert kept.kv_policy == "prompt_only"
     assert (method.tensors["weight"] == 0).all()
     with attach(model, method) as trace:
         model(calibration)
@@ -223,8 +223,8 @@ def test_refusals(model, tiny, tiny_corpus, tokens):
     with pytest.raises(UserError, match="give fit a corpus"):
         LayerController(target_speedup=1.4).fit(model)
     unfitted = LayerController(target_speedup=1.4, phases="both")
-    with attach(model, unfitted), pytest.raises(UserError, match="call fit"):
-        model(tokens)
+    with pytest.raises(UserError, match="not fitted.*call .fit"), attach(model, unfitted):
+        pass
     deeper = tiny(num_hidden_layers=8)
     method = fitted(model, tiny_corpus, phases="both")
     with attach(deeper, method), pytest.raises(UserError, match="of 6 blocks, not 8"):

@@ -246,8 +246,9 @@ def test_routers_of_another_model_are_refused(tiny, trained, tokens, tmp_path):
 
 def test_unfitted_is_refused(tiny, tokens):
     model = tiny()
-    with attach(model, SkipGPT(target_speedup=2.0)), pytest.raises(UserError, match="call fit"):
-        model(tokens)
+    unfitted = SkipGPT(target_speedup=2.0)
+    with pytest.raises(UserError, match="not fitted.*call .fit"), attach(model, unfitted):
+        pass
     with pytest.raises(UserError, match="give fit a corpus"):
         SkipGPT(target_speedup=2.0, **QUICK).fit(tiny())
 

@@ -778,9 +778,16 @@ def test_files_of_an_attached_model(tiny, tmp_path):
     want, names = model(ids(2, 5)).logits, list(model.state_dict())
     with attach(model, PLAN):
         assert list(model.state_dict()) == names
-        model.save_pretrained(tmp_path)
+        for part in (model, decoder(model)):
+            with pytest.raises(UserError, match="save behind the `with` block.*dyndepth.export"):
+                part.save_pretrained(tmp_path)
+            with pytest.raises(UserError, match="a method is attached"):
+                part.push_to_hub("somewhere")
+        assert not list(tmp_path.iterdir())
         with pytest.raises(UserError, match="pickled while a method is attached"):
             torch.save(model, tmp_path / "whole.pt")
+        copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.architectures == ["LlamaForCausalLM"]
     assert torch.equal(again(ids(2, 5)).logits, want)

@@ -15,6 +15,7 @@ import cells
 import pytest
 from rich.console import Console
 
+from dyndepth.cells.cell import readable_name
 from dyndepth.common.errors import UserError
 from dyndepth.sweep.progress import json_log
 from dyndepth.sweep.progress.choice import Several, listener_for
@@ -108,6 +109,8 @@ class TestLines:
         ]
         assert said.err.splitlines() == [
             "[3/5] method(x=[3]) at 1.5x: failed: ValueError: no such layer",
+            f"  its traceback is in cells/{readable_name(FAILED.identity)}-{FAILED.key}.json of "
+            "the output path; --debug prints it",
             "warning: a worker died; its cell is tried again",
         ]
         assert ESCAPE not in said.out + said.err

@@ -324,6 +324,22 @@ class TestRun:
         assert {row["wall_decode_speedup"] for row in board} == {"2.1"}
         assert len(_table(settings.output_path / "timing.csv")) == 12
 
+    def test_a_cell_that_skipped_nothing_is_told_once(self, tmp_path, capsys):
+        class Idle(FakeBench):
+            def evaluate(self, plan):
+                found = super().evaluate(plan)
+                if plan.method != "b":
+                    found.compute[0]["block_speedup"] = 1.0
+                return found
+
+        settings = _settings(tmp_path, timing="quick")
+        assert _sweep(CELLS, Idle(), settings) == 0
+        assert _sweep(CELLS, Idle(), settings) == 0
+        captured = capsys.readouterr()
+        told = [line for line in captured.err.splitlines() if "skipped nothing" in line]
+        assert len(told) == 1
+        assert told[0].startswith("warning: a at 1.5x, seed 0 skipped nothing: every token")
+
     def test_failing_cell_leaves_a_row_and_the_sweep_goes_on(self, tmp_path, capsys):
         settings = _settings(tmp_path)
         assert _sweep(CELLS, FakeBench(broken=("a",)), settings) == 1

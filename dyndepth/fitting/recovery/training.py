@@ -116,7 +116,7 @@ def _train(
     plan = Schedule.of(recipe)
     windows = corpus.reader(recipe.length, plan.windows, _READING + seed, model=model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with attach(model, method) as trace:
+    with attach(model, method, warn=False) as trace:
         return optimise(
             lambda ids, step: window_loss(model, method, trace, ids),
             [{"params": parameters, "lr": recipe.rate}],

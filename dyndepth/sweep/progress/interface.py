@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dyndepth.cells.cell import Cell
+from dyndepth.cells.cell import Cell, readable_name
 from dyndepth.sweep.settings import Settings
 
 STDERR = "-"
@@ -71,9 +71,13 @@ class Listener(Protocol):
 
 
 def failure(job: Job, total: int, cell: Cell, debug: bool) -> str:
-    """The line that says why a cell failed; with ``debug`` its traceback below."""
+    """The line that says why a cell failed, and below with ``debug`` its traceback, else where that
+    is."""
     line = f"[{job.index}/{total}] {job.name}: failed: {cell.error}"
-    return f"{line}\n{cell.traceback}" if debug else line
+    if debug or not cell.traceback:
+        return f"{line}\n{cell.traceback}" if debug else line
+    file = f"cells/{readable_name(cell.identity)}-{cell.key}.json"
+    return f"{line}\n  its traceback is in {file} of the output path; --debug prints it"
 
 
 @contextmanager
