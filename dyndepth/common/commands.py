@@ -139,6 +139,7 @@ FORMER = {
     "documents": "limit",
     "batch": "batch_size",
     "dtypes": "dtype",
+    "formats": "format",
     "phases": "passes",
 }
 """What a flag was called in some commands -> what it is called in all: obeyed by each command that

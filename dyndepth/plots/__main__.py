@@ -176,7 +176,7 @@ def _plots(given: list[str]) -> None:
         help="folder to write to (default: figures in the first RUN)",
     )
     parser.add_argument(
-        "--formats",
+        "--format",
         nargs="+",
         choices=(*FORMATS, "pdf"),
         default=FORMATS,
@@ -191,7 +191,7 @@ def _plots(given: list[str]) -> None:
         except UserError as reason:
             print(f"not drawn: {name}: {reason}")
             continue
-        paths = [output / f"{name}.{ending}" for ending in options.formats]
+        paths = [output / f"{name}.{ending}" for ending in options.format]
         for path in paths:
             written(figure, path)
         print(f"written: {', '.join(map(str, paths))}")

@@ -565,7 +565,7 @@ class TestParts:
 
 class TestCommand:
     def test_writes_what_it_can_and_tells_what_it_cannot(self, run, tmp_path, capsys):
-        assert main([str(run), "--output_path", str(tmp_path), "--formats", "svg"]) == 0
+        assert main([str(run), "--output_path", str(tmp_path), "--format", "svg"]) == 0
         out = capsys.readouterr().out
         for name in (
             "accuracy_vs_flops", "accuracy_vs_total_flops", "accuracy_vs_decode_time",
@@ -593,7 +593,7 @@ class TestCommand:
         ]
         write_tables(mixed, tmp_path)
         make_routes().save(tmp_path / "routes" / "abc.safetensors")
-        assert main([str(tmp_path), "--formats", "png"]) == 0
+        assert main([str(tmp_path), "--format", "png"]) == 0
         written = {
             str(path.relative_to(tmp_path / "figures"))
             for path in (tmp_path / "figures").rglob("*.png")

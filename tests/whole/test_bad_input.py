@@ -178,7 +178,7 @@ def flags() -> list[Case]:
         Case("compare-task", "compare run --tasks three", "three", "scored were one"),
         Case("compare-output-is-file", "compare run --output_path corpus.txt",
              "corpus.txt", "folder"),
-        Case("plots-format", "plots run --formats gif", "'gif'", help_),
+        Case("plots-format", "plots run --format gif", "'gif'", help_),
         Case("plots-output-is-file", "plots run --output_path corpus.txt", "corpus.txt", "folder"),
         Case("tables-nothing", "tables", "RUN", help_),
         Case("verify-sample", "verify run --sample 0", "--sample", least),
@@ -813,7 +813,7 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(place, 
     run = Path(shutil.copytree(place / "run", tmp_path / "run"))
     (run / "routes").mkdir()
     (run / "routes" / "cut.safetensors").write_bytes(b"\x07" * 64)
-    assert _main(["plots", str(run), "--formats", "svg"]) == 0
+    assert _main(["plots", str(run), "--format", "svg"]) == 0
     said = capfd.readouterr()
     assert re.search(r"not drawn: routing/cut: .*cut\.safetensors", said.out)
     assert (run / "figures" / "accuracy_vs_flops.svg").is_file()
