@@ -13,6 +13,7 @@ from dyndepth.common.commands import print_table
 from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.results.leaderboard import APART, is_control
 from dyndepth.results.noise import headed, legend, told_of
+from dyndepth.results.serving import show_serving
 
 MARKS = {
     "better": "better",
@@ -214,6 +215,7 @@ def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
     meant = legend(text for each in walls for text in each.texts)
     caption = "[..] are 95% intervals; prefill and decode are wall-clock"
     print_columns([*columns, *walls], title, "; ".join(filter(None, (caption, meant))))
+    show_serving(rows, lambda row: f"{_short(row)} {row['target_speedup']:g}x")
 
 
 _APART = ("bits/byte", "ROUGE-L")

@@ -22,6 +22,7 @@ from dyndepth.common.provenance import VERSIONS
 from dyndepth.results.noise import headed, legend, noise, suspects, told
 from dyndepth.results.published import nearest, published
 from dyndepth.results.schema import TABLES, validate
+from dyndepth.results.serving import CAPTION, TITLE, serving
 from dyndepth.results.tables import as_csv
 
 TEMPLATE = "leaderboard.html"
@@ -65,7 +66,7 @@ Spread = list[Any]
 
 def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``walls``, ``published``, ``conditions``, ``chance``, ``texts``.
+    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``texts``.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
     high]``, its ends None where there is none; an entry's ``noise`` is what ``noise.noise`` says of
@@ -95,6 +96,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
         "entries": entries,
         "failed": failed,
         "published": _published(rows, words),
+        "serving": _serving(rows, words),
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
@@ -138,6 +140,16 @@ def _entry(
             if spread is not None
         },
     }
+
+
+def _serving(rows: Sequence[Row], words: dict[str, list[str]]) -> Row:
+    """Latency, throughput and memory, a line a side of each cell that was measured."""
+
+    def name(row: Row) -> str:
+        seed = f", seed {row['seed']}" if row["seed"] else ""
+        return f"{_labels(row, words)['label']} {row['target_speedup']:g}x{seed}"
+
+    return {"title": TITLE, "caption": f"{CAPTION}."} | serving(rows, name)._asdict()
 
 
 def _chance(found: Sequence[tuple[str, float]]) -> str:
@@ -345,6 +357,11 @@ def markdown(found: Board) -> str:
         lines += ["", CONTROLS]
     if bounds:
         lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
+    told_apart = found["serving"]
+    if told_apart["rows"]:
+        lines += ["", f"## {TITLE}", "", told_apart["caption"], ""]
+        lines += [_line(told_apart["headings"]), _line(["---"] * len(told_apart["headings"]))]
+        lines += map(_line, told_apart["rows"])
     if found["failed"]:
         lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
         lines.append(_line(["---"] * 5))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.common.modes import EAGER
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.noise import legend, told
 from dyndepth.timing.measure import Row
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def show_timing(title: str, rows: Sequence[Row]) -> None:
-    """The rows of ``measure`` as a table. In a narrow terminal shares of the host, times, FLOPs and
-    numbers of pairs go first; a speedup keeps its interval and its noise."""
+    """The rows of ``measure`` as a table, and below it what they say of latency, throughput and
+    memory. In a narrow terminal shares of the host, FLOPs and numbers of pairs go first; a speedup
+    keeps its interval and its noise."""
 
     def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
         return Column(heading, [form(row) for row in rows], name=name, rank=rank)
@@ -26,8 +28,6 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
         of("phase", lambda row: row["phase"], name=True),
         of("mode", lambda row: row["mode"], name=True),
         of("shape", lambda row: f"{row['batch']}x{row['length']}", name=True),
-        of("dense ms", lambda row: f"{1000 * row['dense_median_s']:.1f}", 4),
-        of("method ms", lambda row: f"{1000 * row['method_median_s']:.1f}", 4),
         of(WALL, _told),
         of("pairs", lambda row: str(row["repeats"]), 2),
         of("FLOPs speedup", lambda row: f"{row['total_speedup']:.3f}", 1),
@@ -39,6 +39,64 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
     one = rows[0]
     about = f"{_conditions(one)}; decode: time of one step"
     print_columns(columns, title, _with_legend(about, columns))
+    _show_serving(title, rows)
+
+
+def _show_serving(title: str, rows: Sequence[Row]) -> None:
+    """A line a measure and shape: dense, the method, and how many times better that is."""
+    lines = [line for row in rows for line in _served(row)]
+    if not lines:
+        return
+    heads = ("shape", "measure", "dense", "method", "ratio")
+    columns = [
+        Column(head, texts, name=place < 2)
+        for place, (head, texts) in enumerate(zip(heads, zip(*lines, strict=True), strict=True))
+    ]
+    caption = (
+        "[..] are 95% intervals, of a ratio that of pairs; peak: above weights; MB: 10^6 bytes"
+    )
+    print_columns(columns, f"Latency, throughput and memory of {title}", caption)
+    for fault in dict.fromkeys(filter(None, (row.get("compiled_error") for row in rows))):
+        print(f"dense under torch.compile has no times: {fault}")
+
+
+_MEASURES = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "tokens_per_s": "tokens/s"}
+_MEMORY = {"peak_above_bytes": "peak MB", "cache_bytes": "cache MB"}
+
+
+def _served(row: Row) -> list[tuple[str, ...]]:
+    """The lines of one row of ``measure``: of ``prefill`` without tokens a second, which are the
+    prompts'."""
+    graphs = f" {row['mode']}" if row["mode"] != EAGER else ""
+    place, phase = f"{row['batch']}x{row['length']}{graphs}", row["phase"]
+    found = []
+    for side, ratio in (("dense", _told(row)), ("compiled", _over_compiled(row))):
+        for name, heading in _MEASURES.items():
+            if row.get(f"{side}_{name}") is None or (name, phase) == ("tokens_per_s", "prefill"):
+                continue
+            label = f"{heading}, compiled dense" if side == "compiled" else heading
+            found.append(
+                (place, label, *(_time(row, f"{of}_{name}") for of in (side, "method")), ratio)
+            )
+    for name, heading in _MEMORY.items():
+        both = [row.get(f"{side}_{name}") for side in ("dense", "method")]
+        if None not in both:
+            ratio = f"{both[0] / both[1]:.2f}" if both[1] else ""
+            found.append(
+                (place, f"{heading} {phase}", *(f"{each / 1e6:.2f}" for each in both), ratio)
+            )
+    return found
+
+
+def _time(row: Row, name: str) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    ends = "no interval" if low is None or high is None else f"[{low:.1f}, {high:.1f}]"
+    return f"{value:.1f} {ends}"
+
+
+def _over_compiled(row: Row) -> str:
+    name = "speedup_over_compiled"
+    return told(*(row.get(f"{name}{end}") for end in ("", "_low", "_high")), form="{:.3f}")
 
 
 def show_break_even(curve: Curve, rows: Sequence[dict[str, Any]]) -> None:

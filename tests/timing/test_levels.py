@@ -15,8 +15,7 @@ from dyndepth.common.modes import MODES
 from dyndepth.runtime import attach as runtime
 from dyndepth.runtime import graphs as recordings
 from dyndepth.timing import __main__ as door
-from dyndepth.timing import measure as measuring
-from dyndepth.timing import pairing, passes
+from dyndepth.timing import pairing, passes, rounds
 from dyndepth.timing.jobs import whole
 from dyndepth.timing.levels import (
     LEVELS,
@@ -96,14 +95,14 @@ def test_a_shape_without_steps_has_no_decode_row(tiny):
 
 
 def _too_small(monkeypatch, *batches):
-    real = measuring._pairs
+    real = rounds.measured
 
     def pairs(model, method, shape, *rest):
         if shape.batch in batches:
             raise torch.OutOfMemoryError("no room")
         return real(model, method, shape, *rest)
 
-    monkeypatch.setattr(measuring, "_pairs", pairs)
+    monkeypatch.setattr(rounds, "measured", pairs)
 
 
 def test_a_shape_without_room_is_left_out_and_the_others_stand(tiny, monkeypatch):
@@ -122,10 +121,10 @@ def test_no_room_for_anything_is_a_failure(tiny, monkeypatch):
 
 def test_on_a_gpu_the_warm_up_meets_every_text():
     texts = [torch.zeros(1, 1)] * 5
-    assert measuring._warmup(level(warmup=2), texts, "cuda") == 5
-    assert measuring._warmup(level(warmup=9), texts, "cuda") == 9
-    assert measuring._warmup(level(warmup=2), texts, "cpu") == 2
-    assert measuring._warmup(level(warmup=1), texts[:1], "cuda", recorded=True) == 2
+    assert rounds.warmup(level(warmup=2), texts, "cuda") == 5
+    assert rounds.warmup(level(warmup=9), texts, "cuda") == 9
+    assert rounds.warmup(level(warmup=2), texts, "cpu") == 2
+    assert rounds.warmup(level(warmup=1), texts[:1], "cuda", recorded=True) == 2
 
 
 # --- modes ----------------------------------------------------------------------------------------
