@@ -87,6 +87,7 @@ def _graphs() -> int:
 
 
 def _told(fault: Exception) -> str:
-    """The first line that says something, with the kind of failure."""
+    """The kind of failure and the first two lines that say something: torch names the backend in
+    the first, what was the matter with it in the second."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return ": ".join([type(fault).__name__, *lines[:1]])[:300]
+    return f"{type(fault).__name__}: {' '.join(lines[:2])}"[:300]

@@ -20,6 +20,7 @@ from dyndepth.timing.jobs import whole
 from dyndepth.timing.levels import (
     LEVELS,
     ON_CUDA,
+    STEPS,
     Level,
     Shape,
     check_shapes,
@@ -79,13 +80,16 @@ def test_the_shapes_that_were_left_out_are_told(tiny, monkeypatch):
 
 
 def test_shapes_are_read():
-    assert parse_shapes("1x512+32, 8x2048,1x512+32") == (Shape(1, 512, 32), Shape(8, 2048, 0))
-    assert [str(shape) for shape in parse_shapes("1x512+32,8x2048")] == ["1 x 512 + 32", "8 x 2048"]
+    found = parse_shapes("1x512+32, 8x2048+0,1x512+32,4x64")
+    assert found == (Shape(1, 512, 32), Shape(8, 2048, 0), Shape(4, 64, STEPS))
+    assert [str(shape) for shape in found] == ["1 x 512 + 32", "8 x 2048", f"4 x 64 + {STEPS}"]
+    with pytest.raises(UserError, match="has 1x8 twice, with 2 and with 3 new tokens; give it on"):
+        parse_shapes("1x8+2,1x8+3")
 
 
 @pytest.mark.parametrize("text", ["", ",", "512", "0x5", "1x0", "1x5+", "1x5+2+3", "-1x5", "1×5"])
 def test_what_is_no_shape_is_refused(text):
-    with pytest.raises(UserError, match="--shapes"):
+    with pytest.raises(UserError, match="--timing_shapes"):
         parse_shapes(text)
 
 
