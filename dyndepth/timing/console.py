@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.modes import EAGER
@@ -39,12 +39,18 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
     one = rows[0]
     about = f"{_conditions(one)}; decode: time of one step"
     print_columns(columns, title, _with_legend(about, columns))
-    _show_serving(title, rows)
+    _show_serving(rows)
 
 
-def _show_serving(title: str, rows: Sequence[Row]) -> None:
+def _show_serving(rows: Sequence[Row]) -> None:
     """A line a measure and shape: dense, the method, and how many times better that is."""
-    lines = [line for row in rows for line in _served(row)]
+    shapes: dict[str, list[Row]] = {}
+    for row in rows:
+        mode = f" {row['mode']}" if row["mode"] != EAGER else ""
+        shapes.setdefault(f"{row['batch']}x{row['length']}{mode}", []).append(row)
+    lines = [
+        (shape, *line) for shape, own in shapes.items() for line in (*_times(own), *_memory(own))
+    ]
     if not lines:
         return
     heads = ("shape", "measure", "dense", "method", "ratio")
@@ -53,39 +59,47 @@ def _show_serving(title: str, rows: Sequence[Row]) -> None:
         for place, (head, texts) in enumerate(zip(heads, zip(*lines, strict=True), strict=True))
     ]
     caption = (
-        "[..] are 95% intervals, of a ratio that of pairs; peak: above weights; MB: 10^6 bytes"
+        "tokens/s: of decode; peak: above weights; cache: at the end; MB: 10^6 bytes; [..] are 95% "
+        "intervals, of a ratio that of pairs"
     )
-    print_columns(columns, f"Latency, throughput and memory of {title}", caption)
+    print_columns(columns, "Latency, throughput and memory", caption)
     for fault in dict.fromkeys(filter(None, (row.get("compiled_error") for row in rows))):
         print(f"dense under torch.compile has no times: {fault}")
 
 
-_MEASURES = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "tokens_per_s": "tokens/s"}
-_MEMORY = {"peak_above_bytes": "peak MB", "cache_bytes": "cache MB"}
+_MEASURES = (
+    ("prefill", "ttft_ms", "TTFT ms"),
+    ("decode", "tpot_ms", "TPOT ms"),
+    ("decode", "tokens_per_s", "tokens/s"),
+)
 
 
-def _served(row: Row) -> list[tuple[str, ...]]:
-    """The lines of one row of ``measure``: of ``prefill`` without tokens a second, which are the
-    prompts'."""
-    graphs = f" {row['mode']}" if row["mode"] != EAGER else ""
-    place, phase = f"{row['batch']}x{row['length']}{graphs}", row["phase"]
-    found = []
-    for side, ratio in (("dense", _told(row)), ("compiled", _over_compiled(row))):
-        for name, heading in _MEASURES.items():
-            if row.get(f"{side}_{name}") is None or (name, phase) == ("tokens_per_s", "prefill"):
-                continue
-            label = f"{heading}, compiled dense" if side == "compiled" else heading
-            found.append(
-                (place, label, *(_time(row, f"{of}_{name}") for of in (side, "method")), ratio)
-            )
-    for name, heading in _MEMORY.items():
-        both = [row.get(f"{side}_{name}") for side in ("dense", "method")]
-        if None not in both:
-            ratio = f"{both[0] / both[1]:.2f}" if both[1] else ""
-            found.append(
-                (place, f"{heading} {phase}", *(f"{each / 1e6:.2f}" for each in both), ratio)
-            )
-    return found
+def _times(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The times of one shape, those against compiled dense last."""
+    for side, ratio in (("dense", _told), ("compiled", _over_compiled)):
+        for phase, name, heading in _MEASURES:
+            for row in rows:
+                if row["phase"] == phase and row.get(f"{side}_{name}") is not None:
+                    more = ", compiled dense" if side == "compiled" else ""
+                    times = (_time(row, f"{each}_{name}") for each in (side, "method"))
+                    yield f"{heading}{more}", *times, ratio(row)
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The larger phase's peak, and what the last phase keeps, of one shape."""
+    for name, heading, of in (
+        ("peak_above_bytes", "peak MB", max),
+        ("cache_bytes", "cache MB", _last),
+    ):
+        sides = [[row.get(f"{side}_{name}") for row in rows] for side in ("dense", "method")]
+        if None not in sides[0] + sides[1]:
+            dense, method = (of(found) for found in sides)
+            ratio = f"{dense / method:.3f}" if method else ""
+            yield heading, f"{dense / 1e6:.2f}", f"{method / 1e6:.2f}", ratio
+
+
+def _last(found: Sequence[float]) -> float:
+    return found[-1]
 
 
 def _time(row: Row, name: str) -> str:
