@@ -87,19 +87,15 @@ def _times(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 def _memory(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     """The larger phase's peak, and what the last phase keeps, of one shape."""
-    for name, heading, of in (
-        ("peak_above_bytes", "peak MB", max),
-        ("cache_bytes", "cache MB", _last),
-    ):
-        sides = [[row.get(f"{side}_{name}") for row in rows] for side in ("dense", "method")]
+    for name, heading in (("peak_above_bytes", "peak MB"), ("cache_bytes", "cache MB")):
+        sides: list[list[Any]] = [
+            [row.get(f"{side}_{name}") for row in rows] for side in ("dense", "method")
+        ]
         if None not in sides[0] + sides[1]:
-            dense, method = (of(found) for found in sides)
+            last = name == "cache_bytes"
+            dense, method = (float(found[-1] if last else max(found)) for found in sides)
             ratio = f"{dense / method:.3f}" if method else ""
             yield heading, f"{dense / 1e6:.2f}", f"{method / 1e6:.2f}", ratio
-
-
-def _last(found: Sequence[float]) -> float:
-    return found[-1]
 
 
 def _time(row: Row, name: str) -> str:
