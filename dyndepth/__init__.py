@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dyndepth.common.registry import load_method
     from dyndepth.data.corpus import load_corpus
     from dyndepth.evaluation.evaluate import evaluate
+    from dyndepth.fitting.saved import load_method
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.models.loading import load_model, load_tokenizer
     from dyndepth.runtime.attach import attach
@@ -35,7 +35,7 @@ _HOMES = {
     "attach": "dyndepth.runtime.attach",
     "evaluate": "dyndepth.evaluation.evaluate",
     "load_corpus": "dyndepth.data.corpus",
-    "load_method": "dyndepth.common.registry",
+    "load_method": "dyndepth.fitting.saved",
     "load_model": "dyndepth.models.loading",
     "load_tokenizer": "dyndepth.models.loading",
 }

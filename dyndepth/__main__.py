@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "score, count and time methods at several speedups",
     "fit": "fit one method to a model",
     "recovered": "train adapters under a method's gates",
+    "export": "write a method's model as a checkpoint that others load",
     "importance": "rank a model's blocks or sublayers",
     "timing": "time one method; with break-even or limits: when skipping pays",
     "routes": "record which sublayers each token runs",

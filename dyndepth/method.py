@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -124,7 +125,44 @@ class Outcomes:
     dense_flops: Tensor
 
 
-_TAKEN = {"tensors", "facts", "curve", "anew", "context"}
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Text that a fit reads, as an estimate counts it.
+
+    Attributes:
+        windows, length: how many windows, and tokens in each.
+        forwards: passes through all blocks over each of them; one that executes half counts half.
+        backwards: as much again for gradients: 1 for those of states, 2 with those of all weights.
+        heads: passes through the LM head, gradients included.
+        kept: what is read off it is kept and serves every target.
+    """
+
+    windows: float
+    length: int
+    forwards: float = 1.0
+    backwards: float = 0.0
+    heads: float = 0.0
+    kept: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expenses:
+    """What a method costs beside the blocks that it executes: for the estimate of a dry run alone.
+
+    Attributes:
+        fit: what ``fit`` reads.
+        readouts: LM heads that the rule itself runs for a token.
+        candidates: how many plans are tried on the documents that are scored.
+        shipped: what ``fit`` would find comes with the method.
+    """
+
+    fit: tuple[Reading, ...] = ()
+    readouts: float = 0.0
+    candidates: int = 0
+    shipped: bool = False
+
+
+_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save"}
 """What every method has beside its fields: a field of such a name would be overwritten."""
 
 
@@ -233,6 +271,8 @@ class DynamicDepthMethod:
         self.curve: list[dict[str, float]] = []
         # Set by who fits: take nothing that comes with the method.
         self.anew = False
+        # Set by who loads a saved method: the model that it belongs to; see runtime/binding.py.
+        self.bound: Any = None
 
     def max_speedup(self, layers: int) -> float:
         """The largest target speedup that the method can meet on a model of ``layers`` blocks."""
@@ -249,6 +289,24 @@ class DynamicDepthMethod:
         """
         return self
 
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Any = None
+    ) -> Expenses:
+        """What the method will cost on a model of ``layers`` blocks, before it is fitted.
+
+        Only the estimate of a dry run asks. ``model`` and ``corpus`` are those of the sweep, or
+        None where nothing was loaded. The default knows of the fields ``steps``, ``batch``,
+        ``accumulate`` and ``length`` of a method that ``needs_training``: each step reads so many
+        windows, forward, backward and through the LM head.
+        """
+        steps = getattr(self, "steps", None)
+        if not (self.needs_training and steps and self.target_speedup > 1.0):
+            return Expenses()
+        windows = steps * (getattr(self, "batch", None) or 1)
+        windows *= getattr(self, "accumulate", None) or 1
+        length = self.window_length or 256
+        return Expenses(fit=(Reading(windows=windows, length=length, backwards=1.0, heads=3.0),))
+
     def calibrate(self, model: torch.nn.Module, corpus: Any = None) -> None:
         """Called when the model's weights were adapted after ``fit``.
 
@@ -257,6 +315,15 @@ class DynamicDepthMethod:
         default does nothing: right for a rule that does not look at the states.
         """
         return
+
+    def save(self, folder: str | Path, model: torch.nn.Module) -> None:
+        """Write what ``fit`` found on ``model`` into ``folder``, for ``dyndepth.load_method``.
+
+        Safetensors and JSON, all of it or nothing, bound to the model's fingerprint. Raises
+        UserError if the folder holds something else, TypeError for facts that are not plain JSON.
+        """
+        # This module imports nothing of the project: that which keeps fits comes when it is needed.
+        import_module("dyndepth.fitting.fits").save_fit(self, model, folder)
 
     def candidates(self) -> Tensor | None:
         """Plans whose outcomes the method wants to see before a task is scored, after ``fit``.

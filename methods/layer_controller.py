@@ -40,7 +40,14 @@ from dyndepth.fitting.calibration import meet_target
 from dyndepth.fitting.loop import Schedule
 from dyndepth.fitting.removal import losses_alone, ranked_biases, units_of
 from dyndepth.fitting.routers import Tuning, budget_shares, stream_statistics, tune_router
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.method import (
+    DynamicDepthMethod,
+    Expenses,
+    ForwardContext,
+    Gate,
+    Granularity,
+    Reading,
+)
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token, kaiming
 from dyndepth.models.blocks import Decoder, blocks
 
@@ -52,6 +59,8 @@ _ALWAYS = 1e4
 """Logit of the blocks that are never skipped."""
 _DAMAGE_WINDOWS, _STATISTICS_WINDOWS = 2, 8
 _CALIBRATION_WINDOWS, _CALIBRATION_LENGTH = 8, 256
+# For an estimate: of at most twelve.
+_CALIBRATION_ROUNDS = 4
 
 
 class BlockRouter(LinearRouter):
@@ -120,6 +129,40 @@ class LayerController(DynamicDepthMethod):
     def max_speedup(self, layers: int) -> float:
         """The first and the last block alone."""
         return layers / min(layers, 2)
+
+    def expenses(
+        self, layers: int, model: nn.Module | None = None, corpus: Corpus | None = None
+    ) -> Expenses:
+        """The training's, and what comes before and after it; for an estimate."""
+        if self.target_speedup == 1.0:
+            return Expenses()
+        dense = self.objective == "kl"
+        length = min(2 * self.length, _CALIBRATION_LENGTH)
+        damage = Reading(
+            windows=_DAMAGE_WINDOWS,
+            length=self.length,
+            # Plans without one block share the blocks before it.
+            forwards=0.5 * layers,
+            heads=layers,
+            kept=True,
+        )
+        return Expenses(
+            fit=(
+                *([damage] if self.initial == "damage" else []),
+                Reading(
+                    windows=self.steps * self.batch,
+                    length=self.length,
+                    forwards=1.0 + dense,
+                    backwards=1.0,
+                    heads=3.0 + dense,
+                ),
+                Reading(
+                    windows=_CALIBRATION_ROUNDS * _CALIBRATION_WINDOWS,
+                    length=length,
+                    forwards=1 / self.target_speedup,
+                ),
+            )
+        )
 
     def fit(self, model: nn.Module, corpus: Corpus | None = None) -> Self:
         """Train the controllers and solve their threshold.

@@ -22,7 +22,7 @@ sublayers; the rates are means over calibration text, while a router's follow ea
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -33,7 +33,14 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.registry import load_method
 from dyndepth.fitting.calibration import measured, solve_threshold
 from dyndepth.fitting.fits import fit_cached
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.method import (
+    DynamicDepthMethod,
+    Expenses,
+    ForwardContext,
+    Gate,
+    Granularity,
+    Reading,
+)
 from dyndepth.methods.skipgpt import SkipGPT
 from dyndepth.runtime.flops import BlockCosts
 
@@ -101,6 +108,19 @@ class RandomMask(DynamicDepthMethod):
         if self.rates == "uniform":
             return self.length
         return max(self.length, self.source_method().window_length or 0)
+
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Corpus | None = None
+    ) -> Expenses:
+        """Its source's, unless that is fitted or shipped, and the rates read off it and checked."""
+        if self.target_speedup == 1.0:
+            return Expenses()
+        share = 1 / self.target_speedup
+        own = Reading(windows=2 * _WINDOWS, length=self.length, forwards=share)
+        if self.rates == "uniform":
+            return Expenses(fit=(replace(own, windows=_WINDOWS),))
+        source = self.source_method().expenses(layers, model, corpus)
+        return Expenses(fit=(*(() if source.shipped else source.fit), own))
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Find the rates. Raises UserError if ``matched`` is to be fitted without a corpus."""

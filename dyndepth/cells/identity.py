@@ -11,6 +11,12 @@ import json
 import math
 from typing import Any
 
+CHAT = (
+    *("apply_chat_template", "chat_template_fingerprint", "fewshot_as_multiturn"),
+    "system_instruction",
+)
+"""Keys that say how prompts are put; all of them are empty where that is plain text."""
+
 IDENTITY = (
     "model",
     "model_fingerprint",
@@ -30,6 +36,7 @@ IDENTITY = (
     "limit",
     "sample_seed",
     "num_fewshot",
+    *CHAT,
     "batch_size",
     "data_fingerprint",
     "corpus_fingerprint",
@@ -52,7 +59,7 @@ UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values
 (``model_fingerprint`` is), and a commit that touches no hashed code changes no number."""
 
-ADDED = {"tokenizer_fingerprint": ""}
+ADDED = {"tokenizer_fingerprint": "", **dict.fromkeys(CHAT, "")}
 """Keys that cells recorded before do not have, and as what they are read there. As long as a key
 says no more than that, it is no part of a hash."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from dyndepth.cells.identity import IDENTITY, METHOD_KEYS, UNHASHED
+from dyndepth.cells.identity import CHAT, IDENTITY, METHOD_KEYS, UNHASHED
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
@@ -35,6 +35,9 @@ _WORDS = {
     "attn_implementation": "attention",
     "data_fingerprint": "data",
     "corpus_fingerprint": "corpus",
+    "chat_template_fingerprint": "template",
+    "fewshot_as_multiturn": "few-shot turns",
+    "system_instruction": "system",
     "harness_code": "code",
 }
 """Column -> what people call it, if that is not its name."""
@@ -89,6 +92,11 @@ def apart(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     if len(models) == len({tuple(_entry(row, key) for key in MODEL) for row in rows}):
         # The name says it all.
         keys = [key for key in keys if key not in MODEL[1:]]
+    for key in ("chat_template_fingerprint", "fewshot_as_multiturn"):
+        # With a template for some and none for others, it is the same template mostly.
+        others = [each for each in keys if each != key and each in CHAT]
+        if key in keys and _kinds(rows, others) == _kinds(rows, [*others, key]):
+            keys.remove(key)
     words = _words(rows, keys)
     alike = defaultdict(list)
     for place, row in enumerate(rows):
@@ -112,6 +120,11 @@ def _words(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[list[
     return [[w for w, drop in zip(words, same, strict=True) if not drop] for words in chosen]
 
 
+def _kinds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    """How many different values rows have in ``keys``."""
+    return len({tuple(_entry(row, key) for key in keys) for row in rows})
+
+
 def _entry(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     return "" if value is None else str(value)
@@ -120,6 +133,8 @@ def _entry(row: Mapping[str, Any], key: str) -> str:
 def _word(key: str, value: str, short: bool) -> str:
     if key in ("model", "dtype"):
         return value
+    if key == "apply_chat_template" and value in ("", "default"):
+        return "chat template" if value else "plain text"
     if key in _DIGESTS and short:
         value = value[:_FIRST]
     elif key in VERSIONS:

@@ -55,6 +55,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "attn_implementation": ("sdpa", "eager"),
     "executor": ("inline", "processes", "ray"),
+    "assume": ("h100", "h200", "a100", "rtx4090", "cpu"),
 }
 
 MODE_DEFAULT = "both where a GPU is timed in full, else eager"
@@ -76,6 +77,11 @@ HELP = {
     "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
     "32,title_generation=8",
     "num_fewshot": "examples before each question; 'none' for what each task's own file says",
+    "apply_chat_template": "put prompts in the tokenizer's chat template, or in that of its "
+    "templates which is named; texts that are scored whole stay as they are",
+    "fewshot_as_multiturn": "few-shot examples as turns of the conversation (true), or as one text "
+    "with the question (false)",
+    "system_instruction": "text put before each task's own description",
     "batch_size": "most sequences scored at once; fewer where they are long",
     "device": "auto, cpu, cuda, cuda:1, ..., or spread: one model over all GPUs",
     "one_device": "auto, cpu, cuda, cuda:1, ...",
@@ -110,6 +116,11 @@ HELP = {
     "of the progress lines",
     "trackers": "installed experiment trackers, such as tensorboard or wandb; each cell is a step",
     "dry_run": "print the cells and an estimate of their cost, run nothing",
+    "assume": "with --dry_run: plan for another machine",
+    "tflops": "with --dry_run: the peak TFLOP/s of the machine to plan for, in the precision of "
+    "--dtype",
+    "bandwidth": "with --dry_run: the GB/s of its memory",
+    "memory_gib": "with --dry_run: the GiB of its memory",
     "debug": "print the whole traceback of every error",
     "speedup": "target speedup, dense block FLOPs / executed block FLOPs",
     "threads": "processor threads; torch's own choice unless given",

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
         )
     loaded: type[DynamicDepthMethod] = methods()[name].load()
     return loaded
+
+
+def distribution(name: str) -> str:
+    """``package==version`` of the distribution that offers method ``name``; empty where none does,
+    as for a class of a notebook."""
+    entry = methods().get(name)
+    package = None if entry is None else entry.dist
+    return "" if package is None else f"{package.name}=={package.version}"
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -87,6 +96,11 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    if "/" in spec and path_of(spec.strip()).is_dir():
+        raise UserError(
+            f"{spec.strip()!r} is a folder, and commands take methods by name; in Python, "
+            "dyndepth.load_method loads a method that was saved there"
+        )
     name = name_of(spec, "method")
     method_class(name)
     return name, check_parameters(name, parameters_of(spec, "method"))

@@ -21,6 +21,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
 from dyndepth.common.errors import UserError
+from dyndepth.evaluation.chat import Chat
 from dyndepth.evaluation.language_model import ROWS, DyndepthLM
 from dyndepth.evaluation.outcomes import outcomes_of
 from dyndepth.evaluation.rows import (
@@ -94,6 +95,9 @@ def evaluate(
     backend: Backend = "sparse",
     progress: bool = True,
     include_path: str | Path | None = None,
+    apply_chat_template: bool | str = False,
+    fewshot_as_multiturn: bool | None = None,
+    system_instruction: str | None = None,
 ) -> Evaluation:
     """Score a fitted method on tasks.
 
@@ -113,14 +117,21 @@ def evaluate(
         backend: ``sparse`` or ``masked``.
         progress: show progress bars.
         include_path: a folder with further task files.
+        apply_chat_template: put prompts in the tokenizer's chat template (True), or in that of
+            its templates which is named.
+        fewshot_as_multiturn: few-shot examples are turns of the conversation, not one text; None:
+            wherever a template is applied.
+        system_instruction: put before each task's own description.
 
     Raises:
-        UserError: an unknown task, a limit below 1, more examples than a task holds, or a bound on
-            a task whose metric has no value on single documents.
+        UserError: an unknown task, a limit below 1, more examples than a task holds, a bound on
+            a task whose metric has no value on single documents, or a chat template that the
+            tokenizer lacks or that can't write what is asked of it.
         FloatingPointError: a log-likelihood that is not a number.
         RuntimeError: batches give other log-likelihoods than documents alone; see
             ``dyndepth.evaluation.agreement``.
     """
+    chat = Chat(apply_chat_template, fewshot_as_multiturn, system_instruction)
     # Whatever ran before: a rule that draws begins where it always does.
     with quiet_lm_eval(), seeded(method.seed, next(model.parameters()).device):
         loaded, drawn = drawn_tasks(tasks, limit, seed, num_fewshot, include_path)
@@ -128,6 +139,7 @@ def evaluate(
             model, method, tokenizer, batch_size, backend=backend, progress=progress
         )
         language_model.document_index = drawn
+        language_model.converse(chat)
         _let_choose(language_model, loaded)
         # Not simple_evaluate: it seeds the process's generators and runs several subprocesses to
         # describe the machine, for every cell anew.
@@ -137,6 +149,7 @@ def evaluate(
             samples=drawn or None,
             bootstrap_iters=0,
             log_samples=True,
+            **chat.settings(),
         )
     missing = [name for name in loaded if name not in language_model.costs]
     if results is None or missing:
@@ -166,15 +179,20 @@ def let_choose(
     batch_size: int = ROWS,
     progress: bool = True,
     include_path: str | Path | None = None,
+    apply_chat_template: bool | str = False,
+    fewshot_as_multiturn: bool | None = None,
+    system_instruction: str | None = None,
 ) -> None:
     """Have a method with ``candidates`` choose as ``evaluate`` does, without scoring it; others are
     left alone. Arguments and errors are those of ``evaluate``."""
     if method.candidates() is None:
         return
+    chat = Chat(apply_chat_template, fewshot_as_multiturn, system_instruction)
     with quiet_lm_eval():
         loaded, drawn = drawn_tasks(tasks, limit, seed, num_fewshot, include_path)
         reader = DyndepthLM(model, method, tokenizer, batch_size, progress=progress)
         reader.document_index = drawn
+        reader.converse(chat)
         _let_choose(reader, loaded)
 
 
@@ -292,7 +310,9 @@ def _of_task(
         # One at a time: how lm-eval numbers the requests of a sample is its own affair.
         requests = []
         for row in rows:
-            task.build_all_requests(samples=[row["doc_id"]])
+            task.build_all_requests(
+                samples=[row["doc_id"]], **language_model.chat.building(language_model)
+            )
             requests.append(task.instances[0])
     found = []
     for row, request in zip(rows, requests, strict=True):

@@ -27,6 +27,7 @@ from dyndepth.data.capacity import check_length, check_tokens, check_vocabulary
 from dyndepth.data.tokenizers import PROBE
 from dyndepth.evaluation import generation, scoring
 from dyndepth.evaluation.agreement import agree
+from dyndepth.evaluation.chat import PLAIN, Chat, template_of
 from dyndepth.evaluation.generation import Prompt
 from dyndepth.evaluation.generation_settings import GenerationSettings
 from dyndepth.evaluation.rows import Cost
@@ -66,6 +67,7 @@ class DyndepthLM(HFLM):
         costs: by task, what its requests executed.
         document_index: by task, the index in the task's file of the n-th document scored. lm-eval
             numbers the documents of a sample anew; a task that is missing here was not sampled.
+        chat: how prompts are put, for those who have tasks build requests; see ``converse``.
 
     Raises UserError for a setting that can't be had, and for a tokenizer without a token that could
     stand for an empty context.
@@ -123,6 +125,8 @@ class DyndepthLM(HFLM):
         self.progress = progress
         self.costs: dict[str, Cost] = defaultdict(Cost)
         self.document_index: Mapping[str, Sequence[int]] = {}
+        self.chat = PLAIN
+        self._own_template_args: dict[str, Any] = dict(vars(self)["chat_template_args"])
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **settings: Any
@@ -133,6 +137,25 @@ class DyndepthLM(HFLM):
         if (string, how) not in kept:
             kept[string, how] = super().tok_encode(string, add_special_tokens, **settings)
         return list(kept[string, how])
+
+    def converse(self, chat: Chat) -> None:
+        """Put prompts as ``chat`` says. Raises UserError where the tokenizer can't."""
+        chat.check(self.tokenizer)
+        self.chat = chat
+        self.chat_template(chat.apply_chat_template)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The text of the template that is asked for, which writes every conversation from now on;
+        None where none is.
+
+        lm-eval asks before it has tasks build their requests. Its own ``hf`` then writes with the
+        tokenizer's default template, whatever was named; here the named one writes. Raises
+        UserError as ``template_of``.
+        """
+        found = template_of(self.tokenizer, chat_template)
+        chosen = {} if found is None else {"chat_template": found}
+        self.chat_template_args = chosen | self._own_template_args
+        return found
 
     # --- the three kinds of request -------------------------------------------------------------
 

@@ -58,7 +58,8 @@ def outcomes_of(reader: DyndepthLM, task: Task, plans: Tensor) -> Outcomes:
     _check(task)
     name = task.task_name
     drawn = reader.document_index.get(name)
-    task.build_all_requests(samples=None if drawn is None else list(drawn))
+    samples = None if drawn is None else list(drawn)
+    task.build_all_requests(samples=samples, **reader.chat.building(reader))
     asked = Asked.of(reader, task)
     folder = cache_root() / "outcomes" / _key(reader, task, plans, asked)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Method = TypeVar("Method", bound=DynamicDepthMethod)
 
 
-_TENSORS, _FACTS, CURVE = "tensors.safetensors", "facts.json", "curve.csv"
+TENSORS, FACTS, CURVE = "tensors.safetensors", "facts.json", "curve.csv"
 _LAYOUT = 1
 
 
@@ -86,7 +86,7 @@ def _fit(
     from dyndepth.fitting.loop import checkpoints
     from dyndepth.models.seeding import seeded
 
-    method.anew = refresh
+    method.anew, method.bound = refresh, None
     with seeded(method.seed, next(model.parameters()).device), checkpoints(unfinished):
         method.fit(model, corpus)
 
@@ -187,12 +187,14 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
     }
     method.facts = record["facts"]
     method.curve = read_curve(path_of(path) / CURVE)
+    method.bound = None
     return method
 
 
 def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    from dyndepth.common.registry import distribution
     from dyndepth.models.fingerprints import fingerprint
 
     if json.loads(json.dumps(method.facts, default=repr)) != method.facts:
@@ -200,12 +202,14 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
     device = next(model.parameters()).device
     if method.curve:
         write_curve(folder / CURVE, method.curve)
-    file = folder / _TENSORS
+    file = folder / TENSORS
     save_file({k: v.detach().cpu().contiguous() for k, v in method.tensors.items()}, file)
     record = {
         "layout": _LAYOUT,
         "name": method.name,
         "method": repr(method),
+        "class": f"{type(method).__module__}.{type(method).__qualname__}",
+        "package": distribution(method.name),
         "fit_version": method.fit_version,
         "parameters": _parameters(method),
         "model": fingerprint(model),
@@ -215,7 +219,7 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
         ),
         "facts": method.facts,
     }
-    (folder / _FACTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -233,17 +237,17 @@ def read_fit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         return UserError(f"the fit in {str(folder)!r} can't be read ({reason}); fit again")
 
     try:
-        record = json.loads((folder / _FACTS).read_text(encoding="utf-8-sig"))
-        content = (folder / _TENSORS).read_bytes()
+        record = json.loads((folder / FACTS).read_text(encoding="utf-8-sig"))
+        content = (folder / TENSORS).read_bytes()
         if record["layout"] != _LAYOUT:
             raise refuse(f"its layout is {record['layout']}, this version reads {_LAYOUT}")
         if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise refuse(f"{_TENSORS} does not have the content that was saved")
+            raise refuse(f"{TENSORS} does not have the content that was saved")
         for key in ("name", "fit_version", "parameters", "model", "on_model_device", "facts"):
             record[key]
         return record, load(content)
     except KeyError as error:
-        raise refuse(f"{_FACTS} has no entry {error}") from error
+        raise refuse(f"{FACTS} has no entry {error}") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise refuse(error) from error
 
@@ -274,7 +278,7 @@ def read_curve(file: Path) -> list[dict[str, float]]:
 
 
 def _is_fit_or_empty(folder: Path) -> bool:
-    return folder.is_dir() and {x.name for x in folder.iterdir()} <= {_TENSORS, _FACTS, CURVE}
+    return folder.is_dir() and {x.name for x in folder.iterdir()} <= {TENSORS, FACTS, CURVE}
 
 
 def _parameters(method: DynamicDepthMethod) -> dict[str, Any]:

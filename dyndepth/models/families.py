@@ -42,6 +42,11 @@ class Family:
         returns_tuple: a block returns a tuple that leads with the stream.
         logit_divisor, logit_softcap: attributes of the config that change the LM head's output.
         requires: (attribute of the config, value, what is the matter with any other).
+        per_layer: settings of the config that are lists with an entry a block.
+        first_layers: settings of the config that say how many blocks, from the first on, are of a
+            kind.
+        indexed: (attribute of the config, value, what is the matter with any other where a block
+            gets another index).
     """
 
     decoder: str = "model"
@@ -74,6 +79,9 @@ class Family:
     logit_divisor: str | None = None
     logit_softcap: str | None = None
     requires: tuple[tuple[str, Any, str], ...] = ()
+    per_layer: tuple[str, ...] = ("layer_types",)
+    first_layers: tuple[str, ...] = ("max_window_layers",)
+    indexed: tuple[tuple[str, Any, str], ...] = ()
 
 
 def _fused(name: str) -> dict[str, Any]:
@@ -93,7 +101,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(query_norm="q_norm", key_norm="k_norm"),
-    "smollm3": Family(rotary="use_rope"),
+    "smollm3": Family(rotary="use_rope", per_layer=("layer_types", "no_rope_layers")),
     "granite": Family(multiplier="residual_multiplier", logit_divisor="logits_scaling"),
     "gemma2": Family(softcap="attn_logit_softcapping", **_SANDWICH),
     "gemma3_text": Family(
@@ -144,6 +152,13 @@ FAMILIES: dict[str, Family] = {
         gate="mlp.c_fc",
         rotary=False,
         requires=(("add_cross_attention", False, "its blocks have a third branch"),),
+        indexed=(
+            (
+                "scale_attn_by_inverse_layer_idx",
+                False,
+                "each attention divides its scores by its place among the blocks",
+            ),
+        ),
     ),
     "opt": Family(
         decoder="model.decoder",

@@ -85,13 +85,20 @@ def values_digest(model: torch.nn.Module) -> str:
 
 
 @contextmanager
-def known_as(model: torch.nn.Module, digest: str) -> Iterator[None]:
-    """The values that ``model`` holds now go by ``digest`` inside the ``with`` block."""
-    setattr(model, _STAND_IN, (checksum(model), digest))
+def known_as(model: torch.nn.Module, digest: str, before: str | None = None) -> Iterator[None]:
+    """The values that ``model`` holds now go by ``digest`` inside the ``with`` block; ``before`` is
+    its fingerprint without what was merged into it."""
+    setattr(model, _STAND_IN, (checksum(model), digest, before))
     try:
         yield
     finally:
         delattr(model, _STAND_IN)
+
+
+def original(model: torch.nn.Module) -> str | None:
+    """Fingerprint of ``model`` before something was merged into it; None where nothing is."""
+    known = getattr(model, _STAND_IN, None)
+    return None if known is None else known[2]
 
 
 @contextmanager

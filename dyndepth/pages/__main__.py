@@ -1,10 +1,10 @@
 """``python -m dyndepth.pages``: writes what the pages say of methods, tables and results.
 
 It writes a card for each method and their index (``docs/methods/``), the reference of the tables
-(``docs/tables.md``), what was run on GPUs (``docs/gpu_status.md``), and the parts of README.md,
-docs/*.md and results/README.md that stand between ``<!-- generated: NAME ... -->`` and ``<!-- end
--->``. Every number there comes from the committed tables. ``--check`` writes nothing and names what
-differs.
+(``docs/tables.md``), what was run on GPUs (``docs/gpu_status.md``), the pictures that pages ask
+for, and the parts of README.md, docs/*.md and results/README.md that stand between ``<!--
+generated: NAME ... -->`` and ``<!-- end -->``. Every number there comes from the committed tables.
+``--check`` writes nothing and names what differs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ COMMAND = "`make docs`"
 
 _MARKER = re.compile(r"<!-- generated: *(\w+)(.*?)-->\n(.*?)(<!-- end -->)", re.DOTALL)
 _OPEN = re.compile(r"<!-- generated:")
+FIGURE = "figure"
+"""The block that is a picture; its file is written, too."""
 
 
 def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
@@ -54,23 +56,17 @@ def filled(text: str, path: Path, source: Any) -> str:
     Raises:
         UserError: a marker that can't be read, has no end or names no block.
     """
-    import yaml
-
     from dyndepth.pages.blocks import BLOCKS
+    from dyndepth.pages.figures import figure
     from dyndepth.pages.gpus import sentence
 
-    blocks = BLOCKS | {"gpu": sentence}
+    blocks = BLOCKS | {"gpu": sentence, FIGURE: figure}
 
     def block(match: re.Match[str]) -> str:
         name, written = match[1], match[2]
         if name not in blocks:
             raise UserError(f"{path} asks for the block {name!r}; there is {', '.join(blocks)}")
-        try:
-            options = yaml.safe_load(written) or {}
-        except yaml.YAMLError as fault:
-            raise UserError(f"{path}: the options of {name!r} are not YAML: {fault}") from None
-        if not isinstance(options, dict):
-            raise UserError(f"{path}: the options of {name!r} must map names to values")
+        options = _options(path, name, written)
         try:
             made = blocks[name](source, options)
         except KeyError as fault:
@@ -80,6 +76,35 @@ def filled(text: str, path: Path, source: Any) -> str:
     if len(_OPEN.findall(text)) != len(_MARKER.findall(text)):
         raise UserError(f"{path} has a generated block that can't be read or has no <!-- end -->")
     return _MARKER.sub(block, text)
+
+
+def _options(path: Path, name: str, written: str) -> dict[str, Any]:
+    """What stands behind a block's name, as YAML."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(written) or {}
+    except yaml.YAMLError as fault:
+        raise UserError(f"{path}: the options of {name!r} are not YAML: {fault}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: the options of {name!r} must map names to values")
+    return options
+
+
+def pictures(root: Path, results: Path, found: dict[Path, str]) -> list[Any]:
+    """Every ``Picture`` that the pages ask for, if the main run has what they are drawn from."""
+    from dyndepth.pages.blocks import Source
+    from dyndepth.pages.figures import Picture, drawable
+
+    source = Source(root, results)
+    if not drawable(source):
+        return []
+    return [
+        Picture(source, _options(path, FIGURE, match[2]))
+        for path, text in found.items()
+        for match in _MARKER.finditer(text)
+        if match[1] == FIGURE
+    ]
 
 
 def cards(source: Any) -> dict[Path, str]:
@@ -203,9 +228,11 @@ def _pages(given: list[str]) -> int:
         )
     found = pages(root, options.results)
     changed, old = differing(root, found), stale(root, found)
+    drawn = [each for each in pictures(root, options.results, found) if not each.current(root)]
     if options.check:
-        return _report(changed, old)
-    _write(root, {path: found[path] for path in changed}, old)
+        return _report([*changed, *(each.path for each in drawn)], old)
+    texts = {path: found[path] for path in changed} | {each.path: each.svg() for each in drawn}
+    _write(root, texts, old)
     return 0
 
 

@@ -23,6 +23,7 @@ from dyndepth.plots.tables import (
     reference,
     task_table,
 )
+from dyndepth.plots.texts import text_route
 
 __all__ = [
     "accuracy_vs_flops",
@@ -44,6 +45,7 @@ __all__ = [
     "retained_by_task",
     "routing_heatmap",
     "task_table",
+    "text_route",
     "training_curve",
     "written",
 ]

@@ -150,7 +150,7 @@ def executed_in_run(
         values = part.pivot_table("executed", "label", "layer", observed=True).reindex(names)
         step = max(1, layers // 10)
         seaborn.heatmap(
-            100 * values, ax=axis, cmap="cividis", vmin=0, vmax=100, cbar=False,
+            100 * values, ax=axis, cmap="cividis", vmin=0, vmax=100, cbar=False, rasterized=True,
             yticklabels=[wrapped(name, 24) for name in names], xticklabels=step,
         )  # fmt: skip
         for row, mean in enumerate(values.mean(axis=1)):

@@ -12,7 +12,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import DENSE
 from dyndepth.common.paths import path_of
@@ -241,23 +241,29 @@ def whole_numbers(axis: Any) -> None:
 
 
 def written(figure: Figure, path: str | Path | None) -> Figure:
-    """Write ``figure`` to ``path`` (PNG, PDF or SVG, by its ending) if one is given; return it.
+    """Write ``figure`` to ``path`` (PNG, PDF or SVG, by its ending) if one is given; return it."""
+    if path is not None:
+        path = path_of(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(figure, path, path.suffix.lower().removeprefix("."))
+    return figure
+
+
+def save(figure: Figure, file: Path | IO[bytes], kind: str, **about: str) -> None:
+    """Write ``figure`` as a ``kind`` (png, pdf or svg) to ``file``, with ``about`` in its metadata.
 
     Equal figures give equal bytes: no date is kept, and ids in an SVG are seeded.
     """
-    if path is not None:
-        import warnings
+    import warnings
 
-        from matplotlib import rc_context
+    from matplotlib import rc_context
 
-        path = path_of(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        with warnings.catch_warnings(), rc_context({"svg.hashsalt": _SALT}):
-            # Tokens of other scripts than the font has are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(path, metadata=undated.get(path.suffix.lower()))
-    return figure
+    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    metadata = undated.get(kind, {}) | about
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": _SALT}):
+        # Tokens of other scripts than the font has are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(file, format=kind or None, metadata=metadata)
 
 
 _HEADING_SIZE = 8

@@ -139,6 +139,20 @@ IDENTITY = {
     "num_fewshot": Column(
         "any", True, "Examples before each question; empty: as each task's own file says."
     ),
+    "apply_chat_template": _text(
+        "Name of the chat template that prompts are put in, `default` for the tokenizer's own; "
+        "empty: plain text.",
+        nullable=True,
+    ),
+    "chat_template_fingerprint": _text(
+        "Digest of that template's text; empty: plain text.", nullable=True
+    ),
+    "fewshot_as_multiturn": _text(
+        "`yes` if few-shot examples are turns of the conversation, `no` if they are one text "
+        "with the question; empty: plain text.",
+        nullable=True,
+    ),
+    "system_instruction": _text("Text put before the task's own description.", nullable=True),
     "batch_size": Column("any", False, "Most contexts in one forward while scoring."),
     "data_fingerprint": _text("Digest of the evaluation data, and of own tasks."),
     "corpus_fingerprint": _text(

@@ -5,7 +5,7 @@ Each mapping is in the order of the table's columns.
 
 from __future__ import annotations
 
-from dyndepth.cells.identity import LEADING
+from dyndepth.cells.identity import CHAT, LEADING
 from dyndepth.results.columns import IDENTITY
 
 COMPARISON = {name: IDENTITY[name].description for name in LEADING} | {
@@ -47,7 +47,7 @@ CURVE = {
         for name in (
             *("model", "model_fingerprint", "tokenizer_fingerprint", "method", "parameters"),
             *("phases", "recovery"),
-            *("bound", "dtype", "device", "num_fewshot", "data_fingerprint", "dyndepth"),
+            *("bound", "dtype", "device", "num_fewshot", *CHAT, "data_fingerprint", "dyndepth"),
             *("harness_code", "method_code"),
         )
     },

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dyndepth.cells.identity import Row
+from dyndepth.cells.identity import CHAT, Row
 from dyndepth.cells.naming import apart, label
 from dyndepth.cells.recipe import NONE, shortened
 from dyndepth.common.commands import print_table
@@ -26,6 +26,7 @@ MARKS = {
 _SETTING = (
     *("model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "attn_implementation"),
     *("limit", "sample_seed"),
+    *CHAT,
     *("num_fewshot", "batch_size", "harness_code", "torch", "transformers", "lm_eval", "dyndepth"),
 )
 """Columns of the leading ones that tell settings apart."""

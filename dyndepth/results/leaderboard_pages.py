@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.identity import LEADING, UNHASHED, Row
+from dyndepth.cells.identity import CHAT, LEADING, UNHASHED, Row
 from dyndepth.cells.naming import apart, changed, label, recovered
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
@@ -40,6 +40,7 @@ CONDITIONS = (
     *("model", "model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "device_name"),
     "threads",
     *("attn_implementation", "batch_size", "tasks", "num_fewshot", "limit", "sample_seed"),
+    *CHAT,
     *("data_fingerprint", "dyndepth", "harness_code", "git_commit"),
     *("torch", "transformers", "lm_eval"),
 )

@@ -1,7 +1,8 @@
 """The command line ``python -m dyndepth.routes``: records routing traces.
 
 With ``--methods`` it records them on some documents; with a sweep's output folder every cell of
-that run, rebuilt from its identity, into ``RUN/routes/<cell>.safetensors``.
+that run, rebuilt from its identity, into ``RUN/routes/<cell>.safetensors``. ``--plot`` draws what
+was recorded.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dyndepth.cells.identity import cell_hash
 from dyndepth.cells.store import Store
 from dyndepth.common.commands import HELP, Parser, run, worded
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import path_of
-from dyndepth.routes.recorded import Loaded, Recording, documents
+from dyndepth.common.paths import check_folder, path_of
+from dyndepth.routes.own_text import legend, own_texts, shaded, usable_shades
+from dyndepth.routes.recorded import Loaded, Recording, passages_of
 from dyndepth.sweep.grid import plans
 from dyndepth.sweep.rerun import check_given, revision_of
 from dyndepth.sweep.settings import Settings, settings
@@ -29,8 +31,12 @@ FREE = (*LISTS, "model", "phases", "dtype", "attn_implementation", "revision", "
 """Flags that a recorded run decides by itself."""
 TEXTS = {
     "methods": HELP["methods"].replace("compare", "record"),
-    "output_path": "folder for the recorded files; needed without RUN",
+    "output_path": "folder for the recorded files and pictures (default: routes; RUN/routes)",
 }
+OUTPUT = "routes"
+PICTURES = (".png", ".svg", ".pdf")
+LENGTH = 256
+"""Tokens of an evaluation passage that are recorded; of one's own text all that the model takes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +59,12 @@ def _parser() -> Parser:
     add("--device", help=f"{HELP['device']} (default: auto)")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
     built.whole("documents", 1, "evaluation passages to record", 8)
-    built.whole("length", 1, "tokens; longer documents are cut", 256)
+    built.whole(
+        "length",
+        1,
+        f"tokens; longer documents are cut (default: {LENGTH}; of one's own text all that the "
+        "model takes)",
+    )
     built.whole(
         "prompt_length",
         0,
@@ -61,7 +72,21 @@ def _parser() -> Parser:
         "are scored",
         1,
     )
-    add("--text", metavar="FILE", help="text file to record, an empty line between documents")
+    add(
+        "--text",
+        metavar="FILE",
+        help="text file to record, an empty line between documents; - for standard input",
+    )
+    add("--prompt", metavar="WORDS", help="words to record in place of a file")
+    built.whole("generate", 1, "tokens that the method writes after each text, recorded as well")
+    add(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw each text's route: tokens across, blocks upwards; as PNG, SVG or PDF by the "
+        "file's ending (default: a PNG beside each record)",
+    )
     return built
 
 
@@ -69,17 +94,24 @@ def _routes(given: list[str]) -> int:
     """Record; the last line printed is one JSON document."""
     options = vars(_parser().parse_args(given))
     started = time.monotonic()
+    _check_plot(options)
     jobs, output = _cells(options) if options["run"] else _methods(options)
-    texts = documents(options["text"], options["documents"])
+    texts, own = _texts(options)
     print(f"{len(jobs)} to record on {len(texts)} documents", flush=True)
     recorded = failed = 0
+    drawn: list[tuple[Any, str, str]] = []
     loaded = Loaded(options)
     for index, job in enumerate(jobs, start=1):
         where = f"[{index}/{len(jobs)}] {job.label}"
         print(f"{where}: recording ({time.monotonic() - started:.0f} s)", flush=True)
         try:
-            job.record(loaded, texts, options).save(output / f"{job.file}.safetensors")
+            routes = job.record(loaded, texts, options)
+            routes.save(output / f"{job.file}.safetensors")
             recorded += 1
+            shown = list(texts) if own else list(texts)[:1]
+            if own:
+                _tell(routes, shown, texts, loaded, index == 1)
+            drawn += [(routes, document, job.file) for document in shown]
         except UserError as fault:
             if not options["run"]:
                 raise
@@ -91,8 +123,73 @@ def _routes(given: list[str]) -> int:
         "failed": failed,
         "seconds": round(time.monotonic() - started, 1),
     }
+    if options["plot"] is not None:
+        summary["plots"] = _draw(drawn, output, options["plot"])
     print(json.dumps({"routes": summary}), flush=True)
     return 1 if failed else 0
+
+
+def _check_plot(options: dict[str, Any]) -> None:
+    """Raises UserError for a picture that could not be written, before anything is computed."""
+    file = options["plot"]
+    if file and path_of(file).suffix.lower() not in PICTURES:
+        raise UserError(f"--plot takes a file that ends in {', '.join(PICTURES)}, not {file!r}")
+    if file:
+        check_folder("plot", path_of(file).parent)
+
+
+def _texts(options: dict[str, Any]) -> tuple[dict[str, str], bool]:
+    """What is recorded, and whether it is a text of one's own; what is left out of it is told."""
+    count = options["documents"]
+    if options["text"] is None and options["prompt"] is None:
+        options["length"] = options["length"] or LENGTH
+        return passages_of(count), False
+    found = own_texts(options["text"], options["prompt"])
+    if len(found) > count:
+        print(
+            f"the text has {len(found)} documents, with an empty line between them; the first "
+            f"{count} are recorded (--documents)",
+            file=sys.stderr,
+        )
+    return dict(list(found.items())[:count]), True
+
+
+def _tell(
+    routes: Any, documents: list[str], texts: dict[str, str], loaded: Loaded, first: bool
+) -> None:
+    """Print the route of each document; with the ``first`` record what was cut of it, and what the
+    marks mean."""
+    shades = usable_shades(sys.stdout.encoding)
+    for document in documents:
+        whole = len(loaded.tokenizer([texts[document]], verbose=False)["input_ids"][0])
+        rows = routes.document(document)
+        if first and whole > rows.stop - rows.start:
+            print(
+                f"{document} has {whole} tokens; the first {rows.stop - rows.start} are recorded",
+                file=sys.stderr,
+            )
+        print("\n".join(shaded(routes, document, shades)), flush=True)
+    if first:
+        print(legend(routes.gates.shape[1], shades), flush=True)
+
+
+def _draw(drawn: list[tuple[Any, str, str]], output: Path, file: str) -> list[str]:
+    """Draw each (routes, document, name of its record), and return the pictures' paths: ``file`` if
+    there is one, which is numbered if there are several, or beside the records."""
+    from dyndepth.plots.texts import text_route
+
+    single = len({document for _, document, _ in drawn}) == 1
+    found = []
+    for number, (routes, document, name) in enumerate(drawn):
+        place = "" if single else f"-{document.rpartition('/')[2]}"
+        path = output / f"{name}{place}.png"
+        if file:
+            named = path_of(file)
+            path = named.with_stem(f"{named.stem}-{number}") if len(drawn) > 1 else named
+        text_route(routes, document, path)
+        print(f"written: {path}", flush=True)
+        found.append(str(path))
+    return found
 
 
 def _methods(options: dict[str, Any]) -> tuple[list[Recording], Path]:
@@ -102,9 +199,7 @@ def _methods(options: dict[str, Any]) -> tuple[list[Recording], Path]:
 
     if not options["methods"]:
         raise UserError("nothing to record: give --methods, or a sweep's output folder")
-    if options["output_path"] is None:
-        raise UserError("--output_path is missing; name a folder for the recorded files")
-    chosen = _settings(options, FREE)
+    chosen = _settings(options | {"output_path": options["output_path"] or OUTPUT}, FREE)
     model = (chosen.model, chosen.revision, chosen.trust_remote_code)
     named = {name for name, _ in parse_methods(chosen.methods)}
     jobs = []

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import CellSpec, parameters_text
 from dyndepth.cells.identity import Row, agrees
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
-from dyndepth.common.files import paragraphs, read_text
-from dyndepth.common.paths import path_of
+from dyndepth.routes.own_text import own_texts
 from dyndepth.sweep.settings import Settings
 
 PASSAGES = "wikipedia_bpb"
@@ -31,20 +29,18 @@ class Recording:
     identity: Row | None = None
 
     def record(self, loaded: Loaded, texts: dict[str, str], options: dict[str, Any]) -> Any:
-        """The routes. Raises UserError if a cell can't be rebuilt as it was."""
+        """The routes of ``texts``, or of what the method writes after them (``generate``). Raises
+        UserError if a cell can't be rebuilt as it was."""
+        from dyndepth.routes.own_text import continued
         from dyndepth.routes.trace import record
 
         identity = self.identity and self.identity | {"cell": self.file}
         with self.ready(loaded) as method:
-            return record(
-                loaded.model,
-                loaded.tokenizer,
-                method,
-                texts,
-                options["prompt_length"],
-                length=options["length"],
-                identity=identity,
-            )
+            on, length = (loaded.model, loaded.tokenizer, method), options["length"]
+            if options.get("generate"):
+                written, own = continued(*on, texts, length, options["generate"])
+                return record(*on, written, own, identity=identity)
+            return record(*on, texts, options["prompt_length"], length=length, identity=identity)
 
     @contextmanager
     def ready(self, loaded: Loaded) -> Iterator[Any]:
@@ -134,21 +130,15 @@ def rebuilt(identity: Row) -> Any:
 def documents(file: str | None, count: int) -> dict[str, str]:
     """Document id -> text: the first of a file's, or evaluation passages.
 
-    The passages and their ids are those that a sweep with ``--limit`` scores, so that rules which
-    depend on the document decide as they did there. Raises UserError for an unreadable file.
+    Raises UserError for an unreadable file.
     """
-    return _texts(path_of(file), count) if file else dict(_passages(count))
+    return dict(list(own_texts(file, None).items())[:count]) if file else passages_of(count)
 
 
-def _texts(file: Path, count: int) -> dict[str, str]:
-    try:
-        content = read_text(file, f"--text {file}")
-    except OSError as fault:
-        raise UserError(f"--text {file} can't be read: {fault.strerror}") from None
-    found = [text.strip() for text in paragraphs(content) if text.strip()]
-    if not found:
-        raise UserError(f"--text {file} holds no text")
-    return {f"{file.name}/{index}": text for index, text in enumerate(found[:count])}
+def passages_of(count: int) -> dict[str, str]:
+    """Document id -> text of evaluation passages: those that a sweep with ``--limit`` scores, so
+    that rules which depend on the document decide as they did there."""
+    return dict(_passages(count))
 
 
 def _passages(count: int) -> Iterator[tuple[str, str]]:

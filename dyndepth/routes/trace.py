@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -210,30 +210,34 @@ def record(
     model: Any,
     tokenizer: Any,
     method: DynamicDepthMethod,
-    texts: Mapping[str, str],
-    prompt_length: int | None = None,
+    texts: Mapping[str, str | Sequence[int]],
+    prompt_length: int | Mapping[str, int] | None = None,
     *,
     length: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Routes:
-    """Run ``method``, fitted, on ``texts`` (document id -> text) and keep what was executed.
+    """Run ``method``, fitted, on ``texts`` (document id -> text, or its token ids) and keep what
+    was executed.
 
     Each document is one forward of the sparse backend, without the LM head. ``prompt_length`` is
-    how many tokens of each count as prompt (None: all); documents longer than ``length``, or than
-    the model takes, are cut. ``identity`` replaces what the method and the model say of themselves.
+    how many tokens of each count as prompt, the same for all or by document id (None: all);
+    documents longer than ``length``, or than the model takes, are cut. ``identity`` replaces what
+    the method and the model say of themselves.
     Raises UserError for no documents, an empty one, or one with tokens that the model does not
     know.
     """
     parts = list(_executed(model, tokenizer, method, texts, prompt_length, length))
     ids = np.concatenate([ids for ids, _ in parts])
     lengths = tuple(len(ids) for ids, _ in parts)
+    prompts = [_prompt(prompt_length, each) for each in texts]
     return Routes(
         gates=np.concatenate([gates for _, gates in parts]),
         token_ids=ids,
         documents=tuple(texts),
         lengths=lengths,
         prompt_lengths=tuple(
-            n if prompt_length is None else min(prompt_length, n) for n in lengths
+            n if prompt is None else min(prompt, n)
+            for n, prompt in zip(lengths, prompts, strict=True)
         ),
         vocabulary={token: tokenizer.decode([token]) for token in np.unique(ids).tolist()},
         identity={**(identity or _identity(model, tokenizer, method)), "spec": _spec(method)},
@@ -244,8 +248,8 @@ def _executed(
     model: Any,
     tokenizer: Any,
     method: DynamicDepthMethod,
-    texts: Mapping[str, str],
-    prompt_length: int | None,
+    texts: Mapping[str, str | Sequence[int]],
+    prompt_length: int | Mapping[str, int] | None,
     length: int | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids ``[tokens]`` and gates ``[tokens, layers, 2]`` of each document."""
@@ -258,15 +262,26 @@ def _executed(
     if not texts:
         raise UserError("there are no documents to record; give at least one")
     device, most = next(model.parameters()).device, longest(model)
-    with torch.no_grad(), attach(model, method, prompt_length=prompt_length) as trace:
+    with torch.no_grad(), attach(model, method) as trace:
         for document, text in texts.items():
-            ids = tokenizer([text], verbose=False)["input_ids"][0][:length][:most]
+            ids = list(_token_ids(tokenizer, text))[:length][:most]
             if not ids:
                 raise UserError(f"document {document!r} has no tokens; leave it out")
             check_tokens(model, ids, f"document {document!r}")
             trace.documents = [document]
+            trace.prompt_length = _prompt(prompt_length, document)
             decoder(model)(input_ids=torch.tensor([ids], device=device), use_cache=False)
             yield np.array(ids, dtype=np.int64), trace.gates()[0].numpy()
+
+
+def _token_ids(tokenizer: Any, text: str | Sequence[int]) -> Sequence[int]:
+    """Those of a text, or those that are given."""
+    return tokenizer([text], verbose=False)["input_ids"][0] if isinstance(text, str) else text
+
+
+def _prompt(prompt_length: int | Mapping[str, int] | None, document: str) -> int | None:
+    """How many of a document's tokens count as prompt; None: all."""
+    return prompt_length[document] if isinstance(prompt_length, Mapping) else prompt_length
 
 
 def _spec(method: DynamicDepthMethod) -> str:

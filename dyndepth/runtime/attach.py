@@ -17,6 +17,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, MODES, Mode
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, decoder
+from dyndepth.runtime.binding import bind
 from dyndepth.runtime.execution import Runtime
 from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
@@ -88,6 +89,7 @@ def attach(
         raise UserError("a model that was compiled in place cannot be attached to; load it anew")
     if _marked(owner):
         raise UserError("the model already has a method attached; leave that attach first")
+    bind(model, method)
     runtime = Runtime(parts, method, backend, limits or limits_of(model), count)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
     run, forward, graphs = runtime.run, None, None

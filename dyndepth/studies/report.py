@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.identity import Row, flat
+from dyndepth.cells.identity import CHAT, Row, flat
 from dyndepth.common.commands import print_table
 from dyndepth.common.files import write_atomically
 from dyndepth.results.statistics.differences import RESAMPLES
@@ -22,7 +22,7 @@ HEADINGS = (
 
 CONDITIONS = (
     *("model", "model_fingerprint", "tokenizer_fingerprint", "limit", "sample_seed"),
-    *("num_fewshot", "device", "dtype"),
+    *("num_fewshot", *CHAT, "device", "dtype"),
     *("data_fingerprint", "dyndepth", "torch", "transformers", "git_commit"),
 )
 """What all cells of a report share, from their identity."""

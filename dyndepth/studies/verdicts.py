@@ -34,7 +34,7 @@ from dyndepth.results.statistics.verdicts import direction, holm
 from dyndepth.studies import recordings, similarity
 from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.sweep.grid import limits
-from dyndepth.sweep.settings import Settings, limit_text
+from dyndepth.sweep.settings import Settings, chat_of, limit_text
 
 COLUMNS = (
     *("study", "claim", "source", "published", "kind", "task", "metric", "higher_is_better"),
@@ -76,6 +76,7 @@ def comparable(store: Store, settings: Settings) -> list[Cell]:
     limit = limits(settings, tasks)
     wanted: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "dtype": settings.dtype}
     wanted |= {key: getattr(settings, key) for key in ("sample_seed", "batch_size")}
+    wanted |= chat_of(settings).asked()
     if settings.num_fewshot is not None:
         wanted["num_fewshot"] = settings.num_fewshot
     cells = store.all()

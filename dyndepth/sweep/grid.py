@@ -54,11 +54,19 @@ def grid(settings: Settings) -> Grid:
     if settings.timing != "off":
         # What the machines of a cluster have is seen there.
         device = "cpu" if settings.executor == "ray" else resolve_device(settings.device)
+        device = planned(settings) or device
         check_shapes(longest, asked_level(settings, device), device.partition(":")[0])
         if settings.executor != "ray":
             modes(settings, device)
     tasks = resolve(settings.tasks, settings.include_path)
     return Grid(tuple(cells), limits(settings, tasks))
+
+
+def planned(settings: Settings) -> str | None:
+    """The kind of device that a dry run plans for; None where it is the one here."""
+    if settings.assume is None and settings.tflops is None:
+        return None
+    return "cpu" if settings.assume == "cpu" or settings.device == "cpu" else "cuda"
 
 
 def modes(settings: Settings, device: str) -> tuple[str, ...]:

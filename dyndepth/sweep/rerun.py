@@ -160,6 +160,9 @@ def _flags(identity: Row) -> Flags:
         "tasks": ",".join(identity["tasks"]),
         "limit": limit_text(_limit(identity["limit"])),
         **{name: identity[name] for name in ("sample_seed", "num_fewshot", "batch_size")},
+        **{name: identity[name] for name in ("apply_chat_template", "system_instruction")},
+        # With a template they are turns unless told otherwise.
+        "fewshot_as_multiturn": "no" if identity["fewshot_as_multiturn"] == "no" else "",
         "dtype": identity["dtype"],
         "device": identity["device"],
         # A kernel that no flag can name was the model's own choice.
@@ -206,6 +209,7 @@ def _usual(model: str, tasks: str) -> dict[str, str]:
         "recovery": ",".join(default.recovery),
         "tasks": ",".join(suite),
         "limit": limit_text(_limit(limit)),
+        **dict.fromkeys(("apply_chat_template", "system_instruction", "fewshot_as_multiturn"), ""),
         "attn_implementation": "",
         "revision": "",
     }

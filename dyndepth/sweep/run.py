@@ -48,7 +48,7 @@ def sweep(settings: Settings) -> int:
     found = grid(settings)
     announce(settings, found)
     if settings.dry_run:
-        from dyndepth.sweep.estimate import print_estimate
+        from dyndepth.sweep.estimate.report import print_estimate
 
         print_estimate(settings, found)
         return 0

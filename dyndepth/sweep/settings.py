@@ -19,6 +19,7 @@ from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
+from dyndepth.evaluation.chat import DEFAULT, Chat
 from dyndepth.models.shapes import refuse_shape
 from dyndepth.timing.levels import parse_shapes
 
@@ -29,6 +30,15 @@ LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers
 
 PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
 """Settings that are paths, or may be; ``output_path`` is looked at apart."""
+
+BARE = {"apply_chat_template": DEFAULT, "fewshot_as_multiturn": "true"}
+"""Flags that need no value, and what they are without one."""
+
+MACHINES = CHOICES["assume"]
+"""What a dry run can plan for, of ``estimate/machines.json``."""
+
+PLANNING = ("assume", "tflops", "bandwidth", "memory_gib")
+"""Settings that say which machine a dry run plans for."""
 
 OTHERS = "*"
 """In a limit by task: every task that is not named."""
@@ -52,6 +62,7 @@ class Settings:
     what torch calls it; ``mode`` None is what ``timing.levels.modes_of`` makes of it. From
     ``executor`` on nothing changes what is computed. ``workers`` None is as many as the executor
     finds room for; ``shard`` is (which, of how many), from 1; ``cell_timeout`` is in seconds.
+    ``PLANNING`` is the machine that a dry run plans for: its name, TFLOP/s, GB/s and GiB.
     """
 
     model: str = EMBEDDED
@@ -64,6 +75,9 @@ class Settings:
     sample_seed: int = 0
     limit: dict[str, int | None] = field(default_factory=lambda: {OTHERS: None})
     num_fewshot: int | None = None
+    apply_chat_template: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
     batch_size: int = 32
     device: str = "auto"
     dtype: str = "float32"
@@ -88,12 +102,18 @@ class Settings:
     log_json: str | None = None
     trackers: tuple[str, ...] = ()
     dry_run: bool = False
+    assume: str | None = None
+    tflops: float | None = None
+    bandwidth: float | None = None
+    memory_gib: float | None = None
     debug: bool = False
 
 
 OPTIONAL = frozenset(
     {"attn_implementation", "revision", "include_path", "num_fewshot", "mode", "workers"}
+    | {"apply_chat_template", "fewshot_as_multiturn", "system_instruction"}
     | {"cpus_per_cell", "gpus_per_cell", "ray_address", "cell_timeout", "log_json"}
+    | set(PLANNING)
 )
 """Settings that may be None."""
 
@@ -115,7 +135,8 @@ def parser() -> Parser:
             continue
         built.add_argument(
             f"--{name}",
-            nargs="+" if name in LISTS else None,
+            nargs="+" if name in LISTS else "?" if name in BARE else None,
+            const=BARE.get(name),
             metavar=name.upper(),
             help=f"{text} (default: {_shown(name, default)})",
         )
@@ -133,6 +154,9 @@ def _shown(name: str, default: Any) -> str:
         "include_path": "none",
         "num_fewshot": "as each task's file says",
         "timing_shapes": "those of the level",
+        "apply_chat_template": "plain text",
+        "fewshot_as_multiturn": "true with --apply_chat_template",
+        "system_instruction": "none",
         "mode": MODE_DEFAULT,
         "workers": "one a GPU, or as many as the cores hold",
         "cpus_per_cell": "an equal share of the cores for processes, 1 for ray",
@@ -142,6 +166,7 @@ def _shown(name: str, default: Any) -> str:
         "cell_timeout": "none",
         "log_json": "none",
         "trackers": "none",
+        **dict.fromkeys(PLANNING, "this machine's"),
     }
     if name in special:
         return special[name]
@@ -201,11 +226,39 @@ def settings(chosen: dict[str, Any]) -> Settings:
     model = values.get("model", EMBEDDED)
     values.setdefault("limit", DEFAULT_LIMIT.get(model, {OTHERS: None}))
     values.setdefault("output_path", Path("runs") / slug(model))
-    made = Settings(**values)
+    found = Settings(**values)
+    chat_of(found)
+    _check_planning(found)
+    _check_timing(found)
+    return found
+
+
+def chat_of(settings: Settings) -> Chat:
+    """How prompts are put. Raises UserError for settings that do not go together."""
+    applied = settings.apply_chat_template or False
+    return Chat(applied, settings.fewshot_as_multiturn, settings.system_instruction)
+
+
+def _check_planning(found: Settings) -> None:
+    """Raises UserError for a shape that is to be scored, and for a machine that is only thought of,
+    outside of a dry run, or not described."""
+    if not found.dry_run:
+        refuse_shape(found.model)
+    given = [name for name in PLANNING if getattr(found, name) is not None]
+    if given and not found.dry_run:
+        raise UserError(f"--{given[0]} says which machine to plan for; add --dry_run")
+    if found.assume is None and given and None in (found.tflops, found.bandwidth):
+        raise UserError(
+            "a machine is described by --tflops and --bandwidth together; or name one by "
+            f"--assume {', '.join(MACHINES)}"
+        )
+
+
+def _check_timing(found: Settings) -> None:
+    """Raises UserError for what is to be timed where nothing is."""
     for name in ("timing_shapes", "compiled_dense"):
-        if made.timing == "off" and getattr(made, name):
+        if found.timing == "off" and getattr(found, name):
             raise UserError(f"--timing off times nothing; leave it or --{name} out")
-    return made
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -236,9 +289,13 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name in OPTIONAL and value is None:
         return None
+    if name == "apply_chat_template" and isinstance(value, bool):  # as YAML has it
+        return DEFAULT if value else None
+    if name == "fewshot_as_multiturn":
+        return _truth(name, value)
     if name == "workers":
         return _integer(name, value, 1)
-    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout"):
+    if name in ("cpus_per_cell", "gpus_per_cell", "cell_timeout", *PLANNING[1:]):
         return _amount(name, value)
     if name == "shard":
         return _shard(value)
@@ -254,11 +311,11 @@ def _checked(name: str, value: Any) -> Any:
         return word
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(f"--{name} takes a text, not {value!r}")
+    if name == "system_instruction":
+        return value
     check_path(name, value)
     if name in PATHS:
         value = expanded(value)
-    if name == "model":
-        refuse_shape(value)
     if name == "include_path" and not Path(value).is_dir():
         raise UserError(f"--include_path {value} is no folder")
     if name == "output_path":
@@ -343,6 +400,13 @@ def _speedup(value: Any) -> float:
     if number < 1 or math.isinf(number):
         raise UserError(f"--speedups takes finite numbers of at least 1, not {value}")
     return number
+
+
+def _truth(name: str, value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word not in ("true", "1", "yes", "false", "0", "no"):
+        raise UserError(f"--{name} is true or false, not {value!r}")
+    return word in ("true", "1", "yes")
 
 
 def _amount(name: str, value: Any) -> float:

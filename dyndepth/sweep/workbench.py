@@ -18,7 +18,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.models.loading import SPREAD, resolve_device
 from dyndepth.sweep.grid import asked_level, modes
-from dyndepth.sweep.settings import Settings
+from dyndepth.sweep.settings import Settings, chat_of
 
 if TYPE_CHECKING:
     from dyndepth.evaluation.evaluate import Evaluation
@@ -52,6 +52,8 @@ class Workbench:
         self.device = resolve_device(settings.device)
         named = (settings.model, settings.revision, settings.trust_remote_code)
         self.tokenizer = load_tokenizer(*named)
+        self.chat = chat_of(settings)
+        self.chat.check(self.tokenizer)
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
         loaded = bring_tasks(settings, self.tasks)
         check_room(loaded, checked_config(*named), self.tokenizer)
@@ -103,6 +105,7 @@ class Workbench:
             "limit": self.limits,
             "sample_seed": self.settings.sample_seed,
             "num_fewshot": self.num_fewshot,
+            **self.chat.identity(self.tokenizer),
             "batch_size": self.settings.batch_size,
             "data_fingerprint": self.data_fingerprint,
             "corpus_fingerprint": self.corpus.fingerprint,
@@ -188,6 +191,7 @@ class Workbench:
             "num_fewshot": self.num_fewshot,
             "batch_size": self.batch_size,
             "include_path": self.settings.include_path,
+            **self.chat.settings(),
         }
         return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
 
@@ -210,6 +214,7 @@ class Workbench:
                     let_choose(self.model, self.tokenizer, method, tasks, progress=False, **how)
                 self._scored = method
             reader = DyndepthLM(self.model, method, self.tokenizer, progress=False)
+            reader.converse(self.chat)
             check = scored_documents(samples, reader, self.num_fewshot, self.settings.include_path)
             return measure(
                 self.model,

@@ -40,6 +40,7 @@ SAME_THING = (
     "tokenizer_fingerprint",
     "data_fingerprint",
     "corpus_fingerprint",
+    "chat_template_fingerprint",
 )
 """Without these there is nothing to compare."""
 SAME_CODE = ("harness_code", "method_code", "fit_version", "torch", "transformers", "lm_eval")
@@ -201,7 +202,10 @@ def rescored(bench: Any, plan: CellSpec, documents: Mapping[str, Sequence[int]])
     from dyndepth.evaluation.language_model import DyndepthLM
 
     wanted = bench.settings
-    how = {"num_fewshot": bench.num_fewshot, "include_path": wanted.include_path}
+    how: dict[str, Any] = {
+        "num_fewshot": bench.num_fewshot,
+        "include_path": wanted.include_path,
+    }
     with bench.fitted(plan) as method, evaluate.quiet_lm_eval():
         for task in documents:
             evaluate.let_choose(
@@ -213,18 +217,21 @@ def rescored(bench: Any, plan: CellSpec, documents: Mapping[str, Sequence[int]])
                 seed=wanted.sample_seed,
                 batch_size=wanted.batch_size,
                 progress=False,
+                **bench.chat.settings(),
                 **how,
             )
         loaded, _ = evaluate.drawn_tasks(list(documents), None, wanted.sample_seed, **how)
         reader = DyndepthLM(bench.model, method, bench.tokenizer, wanted.batch_size, progress=False)
         chosen = {task: list(indices) for task, indices in documents.items()}
         reader.document_index = chosen
+        reader.converse(bench.chat)
         results = run_lm_eval(
             reader,
             {"tasks": loaded},
             samples=chosen,
             bootstrap_iters=0,
             log_samples=True,
+            **bench.chat.settings(),
         )
         assert results is not None
         return [

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from dyndepth.method import Expenses
+
 from .rule import ExitRule
 
 if TYPE_CHECKING:
@@ -39,6 +41,21 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class EarlyExit(ExitRule):
     """See the module's docstring, and ``ExitRule`` for the fields."""
+
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Corpus | None = None
+    ) -> Expenses:
+        """The pass at full depth, some sparse ones, and the readouts of the exits that a token of
+        mean depth comes by."""
+        from .threshold import readings
+
+        if self.granularity != "token" or self.target_speedup == 1.0:
+            return Expenses()
+        exits = list(self.exits(layers))
+        passed = sum(block <= layers / self.target_speedup for block in exits)
+        if self.confidence == "saturation":
+            exits, passed = [], 0
+        return Expenses(fit=readings(self, len(exits), passed), readouts=float(passed))
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Solve the threshold on calibration text; a fixed depth needs none.

@@ -14,6 +14,7 @@ import torch
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.fitting.calibration import block_speedup, prompt_phase, solve_threshold
+from dyndepth.method import Reading
 from dyndepth.models.blocks import blocks
 
 from .offline import kept_table
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 _WINDOWS, _LENGTH = 4, 256
 _ROUNDS = 4
+
+
+def readings(method: ExitRule, exits: int, passed: int) -> tuple[Reading, ...]:
+    """What ``solve`` reads, with so many readouts a token at full depth and at the target."""
+    share, rounds = 1 / method.target_speedup, 0.5 * _ROUNDS
+    return (
+        Reading(windows=_WINDOWS, length=_LENGTH, heads=exits, kept=True),
+        Reading(windows=rounds * _WINDOWS, length=_LENGTH, forwards=share, heads=passed),
+    )
 
 
 def solve(method: ExitRule, model: torch.nn.Module, corpus: Corpus | None) -> None:

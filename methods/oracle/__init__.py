@@ -45,8 +45,15 @@ import torch
 from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.fitting.importance import Settings, rank
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity, Outcomes
+from dyndepth.fitting.importance import CRITERIA, Settings, rank
+from dyndepth.method import (
+    DynamicDepthMethod,
+    Expenses,
+    ForwardContext,
+    Granularity,
+    Outcomes,
+    Reading,
+)
 from dyndepth.methods.oracle.knapsack import solve
 from dyndepth.methods.random_skip import kept_blocks
 from dyndepth.methods.uls import UnifiedLayerSkipping
@@ -107,6 +114,21 @@ class Oracle(DynamicDepthMethod):
         """L / 2: the shallowest route runs two blocks. There is but one, so it has no partner:
         cross-fitted, L / the second depth tried."""
         return layers / min(self._grid(layers)[self.cross_fitted :], default=layers)
+
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Any = None
+    ) -> Expenses:
+        """The blocks' influence, and the routes that are tried."""
+        if self.target_speedup == 1.0:
+            return Expenses()
+        windows, length = CRITERIA[Settings().criterion].text or (0, 0)
+        one = Reading(windows=self.windows or windows, length=length, kept=True)
+        order = list(range(layers))  # of any influence: as many routes
+        routes = sum(
+            min(len(self._listed(layers, depth, order)), comb(layers - 2, depth - 2))
+            for depth in self._grid(layers)
+        )
+        return Expenses(fit=(one,), candidates=1 + routes)
 
     def fit(self, model: torch.nn.Module, corpus: Any = None) -> Self:
         """Lay out the routes: bool ``[routes, layers, 2]``, full depth first, then by depth."""

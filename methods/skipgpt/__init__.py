@@ -36,6 +36,7 @@ import torch
 
 from dyndepth.common.errors import UserError
 from dyndepth.data.wheels import say
+from dyndepth.method import Expenses
 
 from .rule import RouterRule
 
@@ -46,6 +47,18 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class SkipGPT(RouterRule):
     """See the module's docstring, and ``RouterRule`` for the fields."""
+
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Corpus | None = None
+    ) -> Expenses:
+        """None where routers are given or shipped; else the training's."""
+        from .shipped import load_shipped
+        from .tuning import readings
+
+        if self.target_speedup == 1.0 or self.routers is not None:
+            return Expenses()
+        shipped = model is not None and load_shipped(self, model, corpus) is not None
+        return Expenses(fit=readings(self, layers), shipped=shipped)
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Take the routers named, or those shipped for this model, target and corpus, else train.

@@ -26,6 +26,7 @@ from dyndepth.fitting.routers import (
     trained_along,
     tune_router,
 )
+from dyndepth.method import Reading
 from dyndepth.models.blocks import Decoder
 
 from .router import LinearRouter, MLPRouter, kaiming
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _CALIBRATION_WINDOWS = 16
 _CALIBRATION_LENGTH = 256
+# For an estimate: of at most twelve.
+_CALIBRATION_ROUNDS = 4
 # Removals are measured on 1,024 tokens; the order reaches a little beyond the target.
 _REMOVAL_WINDOWS, _REMOVAL_LENGTH = 8, 128
 _STATISTICS_WINDOWS = 8
@@ -94,6 +97,52 @@ def train(
     method.curve = curve
     calibrate(method, model, corpus)
     return curve
+
+
+def readings(method: RouterRule, layers: int) -> tuple[Reading, ...]:
+    """What training on a model of ``layers`` blocks reads, for an estimate.
+
+    The removal's order is found once for all targets: each sublayer alone, then some again after
+    each of those that go, on plans that share beginnings. Regression and steps read each window
+    gated and for its gradients, and at full depth where the loss is the divergence from that.
+    """
+    recipe, share = method.recipe, 1 / method.target_speedup
+    length = recipe.length
+    found = []
+    if recipe.initial in ("gain", "order", "damage"):
+        units = 2 * layers
+        asked = units + (0.0 if recipe.initial == "damage" else 3 * units * (1 - _LEAST_EXECUTED))
+        found.append(
+            Reading(
+                windows=_REMOVAL_WINDOWS,
+                length=min(_REMOVAL_LENGTH, length),
+                forwards=0.5 * asked,
+                heads=asked,
+                kept=True,
+            )
+        )
+    if recipe.initial == "gain":
+        windows = recipe.rounds * recipe.windows
+        found.append(
+            Reading(windows=windows, length=length, forwards=2.0, backwards=1.0, heads=3.0)
+        )
+    if recipe.steps:
+        windows = recipe.steps * recipe.batch * recipe.accumulate
+        dense = recipe.objective == "kl"
+        found.append(
+            Reading(
+                windows=windows,
+                length=length,
+                # A gate that is trained is computed whether or not it is open.
+                forwards=1.0 + dense,
+                backwards=1.0,
+                heads=3.0 + dense,
+            )
+        )
+    rounds = 1 if recipe.threshold == "zero" else _CALIBRATION_ROUNDS
+    length = min(2 * length, _CALIBRATION_LENGTH)
+    found.append(Reading(windows=rounds * _CALIBRATION_WINDOWS, length=length, forwards=share))
+    return tuple(found)
 
 
 def initial_router(

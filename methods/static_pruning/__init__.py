@@ -34,7 +34,12 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.importance import Settings
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Granularity
+from dyndepth.method import (
+    DynamicDepthMethod,
+    Expenses,
+    ForwardContext,
+    Granularity,
+)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +107,14 @@ class StaticPruning(DynamicDepthMethod):
         """L / protected blocks: an upper bound. Where one kind of sublayer stays, how much less is
         possible depends on what it costs; ``fit`` knows."""
         return max(1.0, layers / max(1, sum(self.settings.keep(layers))))
+
+    def expenses(
+        self, layers: int, model: torch.nn.Module | None = None, corpus: Any = None
+    ) -> Expenses:
+        """The ranking's, kept for all targets."""
+        from .choice import readings
+
+        return Expenses(fit=readings(self.settings, layers, 1 / self.target_speedup))
 
     def fit(self, model: torch.nn.Module, corpus: Any = None) -> Self:
         """Rank, and choose how many go. Raises UserError if the target is out of reach."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.fitting.importance import Settings, calibration_text, rank
+from dyndepth.fitting.importance import CRITERIA, Settings, calibration_text, rank
 from dyndepth.fitting.removal import Unit, plan_without
 from dyndepth.fitting.routers import budget_shares
 from dyndepth.fitting.unit_scores import streams
-from dyndepth.method import SUBLAYERS
+from dyndepth.method import SUBLAYERS, Reading
 from dyndepth.models.blocks import blocks
 
 if TYPE_CHECKING:
@@ -50,6 +50,38 @@ def choose(
         "achieved_speedup": float(shares.sum() / shares[plan].sum()),
     }
     return {"plan": plan}, facts
+
+
+def readings(settings: Settings, layers: int, executed: float) -> tuple[Reading, ...]:
+    """What ranking reads until a share ``executed`` is left, for an estimate.
+
+    Plans without a unit share the blocks before it, so that each costs half a pass.
+    """
+    text = CRITERIA[settings.criterion].text
+    if executed >= 1.0 or text is None:
+        return ()
+    windows, length = settings.windows or text[0], settings.length or text[1]
+    units = len(settings.candidates(layers))
+    forwards, backwards, heads = 1.0, 0.0, 0.0
+    if settings.criterion == "taylor":
+        backwards, heads = 2.0, 3.0
+    elif settings.criterion in ("perplexity", "greedy"):
+        heads = float(units)
+        if settings.criterion == "greedy":
+            gone = units * (1 - executed)
+            # Every unit that is left, after each removal; lazily, the first time and some more.
+            heads = gone * units - gone**2 / 2 if settings.search == "full" else units + 3 * gone
+        forwards = 0.5 * heads
+    return (
+        Reading(
+            windows=windows,
+            length=length,
+            forwards=forwards,
+            backwards=backwards,
+            heads=heads,
+            kept=True,
+        ),
+    )
 
 
 def removed_units(

@@ -106,13 +106,13 @@ def embedded(numbers: Numbers) -> Iterator[str]:
     """
 
     yield f"""
-        **Looking at tokens pays for the routers.** At 1.5x the routers fed a constant lose
+        **Looking at tokens pays for the routers.** At 1.5x fixed-input routers lose
         {bits.from_best(ROUTERS_CONSTANT, 1.5)} more than they do, random masks at the routers' own
         rates {bits.from_best(RANDOM_MASKS, 1.5)} more (both paired); each is shown to be worse at
         {bits.times("worse", ROUTERS_CONSTANT)} and {bits.times("worse", RANDOM_MASKS)} of 4
-        budgets. Controllers of whole blocks lose {bits.from_dense(CONTROLLERS, 1.5)}, and
-        {bits.from_dense(CONTROLLERS_CONSTANT, 1.5)} when fed a constant; the table does not test
-        these two against each other.
+        budgets. Controllers of whole blocks lose {bits.from_dense(CONTROLLERS, 1.5)},
+        fixed-input controllers {bits.from_dense(CONTROLLERS_CONSTANT, 1.5)}; the table does not
+        test these two against each other.
     """
 
     dense = numbers.of("leaderboard", "bits_per_byte", label="dense")

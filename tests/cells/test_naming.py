@@ -74,6 +74,25 @@ def _apart(*changes: dict) -> list[str]:
         ({"limit": None}, {"limit": {"a": 4, "b": 4}}, ["limit=all", "limit=4"]),
         ({"limit": {"a": 4, "b": 5}}, {"limit": {"a": 4}}, ["limit=a=4+b=5", "limit=4"]),
         ({"num_fewshot": None}, {"num_fewshot": 5}, ["num_fewshot=by task", "num_fewshot=5"]),
+        (
+            {},
+            {
+                "apply_chat_template": "default",
+                "chat_template_fingerprint": "a" * 16,
+                "fewshot_as_multiturn": "yes",
+            },
+            ["plain text", "chat template"],
+        ),
+        (
+            {"apply_chat_template": "default", "chat_template_fingerprint": "a" * 16},
+            {"apply_chat_template": "default", "chat_template_fingerprint": "b" * 16},
+            ["template=aaaaaa", "template=bbbbbb"],
+        ),
+        (
+            {"apply_chat_template": "rag", "fewshot_as_multiturn": "no"},
+            {"apply_chat_template": "rag", "fewshot_as_multiturn": "yes"},
+            ["few-shot turns=no", "few-shot turns=yes"],
+        ),
         ({"torch": "2.1"}, {"torch": "2.2"}, ["torch=2.1", "torch=2.2"]),
         ({"harness_code": "1a2b3c4d"}, {"harness_code": "9a"}, ["code=1a2b3c", "code=9a"]),
         (

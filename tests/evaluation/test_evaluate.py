@@ -507,6 +507,17 @@ def both(model, tokenizer, task, limit, **settings):
         ("wikipedia_bpb", 4, {}),
         ("wikipedia_continuation", 3, {}),
         ("title_generation", 2, {}),
+        ("quartz", 5, {"num_fewshot": 2, "apply_chat_template": True}),
+        (
+            "last_word",
+            3,
+            {
+                "apply_chat_template": True,
+                "fewshot_as_multiturn": False,
+                "system_instruction": "Go on.",
+            },
+        ),
+        ("title_generation", 1, {"apply_chat_template": "default", "system_instruction": "Hm."}),
     ],
 )
 def test_dense_equals_lm_evals_own_model(

@@ -132,6 +132,7 @@ def test_nothing_of_lm_evals_is_shadowed(both):
     stock, ours = both(tokenizer("metaspace"))
     theirs = {name for base in HFLM.__mro__[:-1] for name in vars(base)} | set(vars(stock))
     replaced = {"loglikelihood", "loglikelihood_rolling", "generate_until", "tok_encode"}
+    replaced |= {"chat_template"}
     replaced |= {"_loglikelihood_tokens", "__init__"}
     automatic = {"__module__", "__doc__", "__abstractmethods__", "_abc_impl"}
     automatic |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__"}

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from dyndepth.cells.cell import Cell, CellSpec
-from dyndepth.cells.identity import IDENTITY, Row
+from dyndepth.cells.identity import CHAT, IDENTITY, Row
 from dyndepth.cells.times import Shape
 
 
 def identity(**changes: Any) -> Row:
     """A complete identity; ``changes`` replace some of its values."""
-    base = dict.fromkeys(IDENTITY, "x") | {
+    base = dict.fromkeys(IDENTITY, "x") | dict.fromkeys(CHAT, "")
+    base |= {
         "model": "tiny",
         "method": "dense",
         "parameters": "",

@@ -19,6 +19,7 @@ from recording import StandIn
 from test_attach import ids, incremental, padded
 from test_flops import counted
 
+import dyndepth
 from dyndepth.common.registry import load_method, method_class, methods
 from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.method import DynamicDepthMethod
@@ -178,10 +179,11 @@ def test_deterministic_and_saved_exactly(tiny, fitted, tiny_corpus, name, phases
     save_fit(method, model, tmp_path / "fit")
     given = {f.name: getattr(method, f.name) for f in fields(method)}
     fresh = load_fit(load_method(name, **given), model, tmp_path / "fit")
+    loaded = dyndepth.load_method(tmp_path / "fit")
     refitted = load_method(name, **given).fit(model, tiny_corpus)
-    assert repr(fresh) == repr(method) == repr(refitted)
+    assert repr(fresh) == repr(method) == repr(refitted) == repr(loaded)
     logits = []
-    for candidate in (method, fresh, refitted, method):
+    for candidate in (method, fresh, refitted, loaded, method):
         with attach(model, candidate, documents=DOCUMENTS, prompt_length=3):
             logits.append(model(ids(3, 12)).logits)
     assert all(torch.equal(one, logits[0]) for one in logits)

@@ -195,7 +195,7 @@ def test_what_is_no_shape_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("main", "words"),
     [
-        (sweep.main, ["--dry_run"]),
+        (sweep.main, ["--methods", "uls"]),
         (fit.main, ["uls"]),
         (importance.main, []),
         (recovered.main, ["--methods", "uls"]),

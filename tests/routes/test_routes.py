@@ -309,7 +309,10 @@ class TestCommand:
         ("arguments", "sentence"),
         [
             ([], "nothing to record: give --methods, or a sweep's output folder"),
-            (["--methods", "uls"], "--output_path is missing"),
+            (
+                ["--methods", "uls", "--plot", "a.txt"],
+                "--plot takes a file that ends in .png, .svg",
+            ),
             (["--methods", "ulz", "--output_path", "x"], "unknown method 'ulz'; did you mean uls"),
             (["--methods", "uls", "--output_path", "x", "--speedups", "99"], "out of its reach"),
             (["--methods", "uls", "--documents", "0"], "--documents takes a whole number"),

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from dyndepth import rerun as dyndepth_rerun
 from dyndepth.cells.cell import HIDDEN, CellSpec, method_identity
-from dyndepth.cells.identity import IDENTITY, Row
+from dyndepth.cells.identity import CHAT, IDENTITY, Row
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED
 from dyndepth.common.registry import method_class, methods
 from dyndepth.sweep import rerun
 from dyndepth.sweep.grid import limits, plans
-from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
+from dyndepth.sweep.settings import DEFAULT_LIMIT, PLANNING, Settings, chat_of, read
 from dyndepth.sweep.workbench import shots
 
 LAYERS = 30
@@ -29,7 +29,8 @@ TASKS = ["socialiqa", "quartz", "last_word", "wikipedia_bpb", "title_generation"
 
 
 def _identity(plan: CellSpec, **changes: Any) -> Row:
-    base: Row = dict.fromkeys(IDENTITY, "x") | {
+    base: Row = dict.fromkeys(IDENTITY, "x") | dict.fromkeys(CHAT, "")
+    base |= {
         "model": EMBEDDED,
         "revision": "wheel==1",
         "dtype": "float32",
@@ -106,6 +107,8 @@ def _same(identity: Row) -> None:
         assert getattr(wanted, key) == identity[key]
     assert shots(wanted, {0}) == identity["num_fewshot"]  # the offline tasks say 0
     assert limits(wanted, identity["tasks"]) == identity["limit"]
+    asked = {key: identity[key] for key in CHAT if key != "chat_template_fingerprint"}
+    assert chat_of(wanted).asked() == asked
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -132,9 +135,17 @@ def test_every_method_with_its_defaults(name, recovery):
     dtype=st.sampled_from(["float32", "bfloat16"]),
     device=st.sampled_from(["cpu", "cuda"]),
     revision=st.sampled_from(["", "main"]),
+    chat=st.sampled_from(
+        [
+            {},
+            {"apply_chat_template": "default", "fewshot_as_multiturn": "yes"},
+            {"apply_chat_template": "rag", "fewshot_as_multiturn": "no"},
+            {"system_instruction": "Answer, 'briefly'.\n- at once"},
+        ]
+    ),
 )
-def test_settings_come_back(limit, **changes):
-    identity = _identity(CellSpec("dense"), limit=limit, tasks=sorted(limit), **changes)
+def test_settings_come_back(limit, chat, **changes):
+    identity = _identity(CellSpec("dense"), limit=limit, tasks=sorted(limit), **changes, **chat)
     _same(identity)
     wanted = rerun.settings_of(identity)
     assert wanted.model == changes["model"]
@@ -281,6 +292,6 @@ def test_every_setting_is_held_by_an_identity_or_accounted_for():
     held = set(rerun._flags(_identity(CellSpec("dense"), **OWN_TASKS, **OWN_TEXT)))
     harmless = {"timing", "mode", "resume", "output_path", "executor", "workers", "cpus_per_cell"}
     harmless |= {"gpus_per_cell", "ray_address", "shard", "cell_timeout", "log_json", "trackers"}
-    harmless |= {"dry_run", "debug", "trust_remote_code"}
+    harmless |= {"dry_run", "debug", "trust_remote_code", *PLANNING}
     assert held | harmless == {each.name for each in dataclasses.fields(Settings)}
     assert not held & harmless

@@ -189,7 +189,7 @@ def test_recovering_alone_prints_a_card_a_method(tiny, cache, monkeypatch, capsy
 def test_dry_run_prints_cells_and_writes_nothing(tiny, tmp_path):
     run = sweeping.start(tmp_path / "a", *_arguments(tiny, *GRID, "--dry-run"))
     assert run.wait() == 0, run.err
-    assert "random_skip(phases=both) at 1.3x, seed 0" in run.out
+    assert "random_skip at 1.3x" in run.out
     assert "GFLOP/s" in run.out
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["err", "out"]
 

@@ -8,6 +8,7 @@ parsed all the same.
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import re
 import runpy
 import shlex
@@ -27,6 +28,8 @@ import yaml
 
 import dyndepth
 from dyndepth import attach
+from dyndepth.common import registry
+from dyndepth.common.errors import UserError
 from dyndepth.common.registry import GROUP, parse_methods
 from dyndepth.models.families import FAMILIES
 from dyndepth.pages import __main__ as door
@@ -77,7 +80,7 @@ def _commands() -> Iterator[Any]:
                     yield pytest.param(words, id=f"{block} {' '.join(words)}"[:90])
     for page in PAGES:
         prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-        for text in re.findall(r"`((?:python -m|make) [^`]+)`", prose):
+        for text in re.findall(r"`((?:python -m|make|dyndepth) [^`]+)`", prose):
             words = shlex.split(" ".join(text.split()))
             yield pytest.param(words, id=f"{page.relative_to(ROOT)} {' '.join(words)}"[:90])
 
@@ -123,6 +126,12 @@ def test_commands_are_understood(words: list[str], understood: Any):
         module, *arguments = words[words.index("-m") + 1 :]
         options = understood(module, arguments)
         _check_values(module, arguments, options)
+    elif words == ["dyndepth", "--help"]:
+        pass
+    elif words[0] == "dyndepth":
+        test_commands_are_understood(
+            ["python", "-m", f"dyndepth.{words[1]}", *words[2:]], understood
+        )
     elif words[0] == "lm_eval":
         understood("lm_eval", words[1:])
     elif words[0] == "pytest":
@@ -190,6 +199,7 @@ def test_python_runs(
     embedded_model: Any,
     embedded_tokenizer: Any,
     tiny: Any,
+    tiny_corpus: Any,
 ):
     monkeypatch.setattr(dyndepth, "load_model", lambda name: {"embedded": embedded_model}[name])
     monkeypatch.setattr(
@@ -210,6 +220,33 @@ def test_python_runs(
             model(torch.tensor([[5, 6, 7]]))
         layers = len(trace.executed())
         assert trace.executed().tolist() == [[float(2 * i < layers)] * 2 for i in range(layers)]
+    if "LongStreams" in vars(module):
+        model = tiny()
+        method = module.LongStreams(target_speedup=1.5).fit(model, tiny_corpus)
+        assert method.facts["achieved_speedup"] == pytest.approx(1.5, rel=0.05)
+        solved = method.facts["threshold"]
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(3.0)
+        method.calibrate(model, tiny_corpus)
+        assert method.facts["threshold"] > solved
+        with pytest.raises(UserError, match="call fit"), attach(model, module.LongStreams(
+            target_speedup=1.5
+        )):  # fmt: skip
+            model(torch.tensor([[5, 6, 7]]))
+
+
+def _named() -> list[str]:
+    """What the pages call by its full name."""
+    texts = (FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES)
+    found = {
+        name for text in texts for name in re.findall(r"`(dyndepth\.[a-z]\w*(?:\.\w+)*)", text)
+    }
+    return sorted(name for name in found if not name.endswith((".py", ".csv", ".json")))
+
+
+@pytest.mark.parametrize("name", _named())
+def test_what_pages_name_is_there(name: str):
+    pkgutil.resolve_name(name)
 
 
 def test_the_entry_point_of_the_example():
@@ -277,6 +314,16 @@ def test_citation():
     assert f"{{{{{citation['authors'][0]['name']}}}}}" in bibtex
     for value in (citation["title"], citation["version"], citation["license"]):
         assert f"= {{{value}}}" in bibtex
+
+
+def test_every_paper_can_be_cited():
+    entries = re.findall(
+        r"^@\w+\{([\d.]+),", (ROOT / "docs" / "papers.bib").read_text(), re.MULTILINE
+    )
+    papers = " ".join(registry.method_class(name).paper for name in registry.methods())
+    wanted = set(re.findall(r"\d{4}\.\d{5}", papers))
+    assert len(entries) == len(set(entries))
+    assert wanted == set(entries) != set()
 
 
 def test_the_changelog_knows_this_version():

@@ -169,7 +169,7 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             change = change.T if transposed(module) else change
             module.weight.data = (kept[name].float() + change).to(kept[name].dtype)
         setattr(model, _MARK, adapter.card["sha256"])
-        with known_as(model, merged):
+        with known_as(model, merged, here):
             yield
     finally:
         for name, module in linears.items():

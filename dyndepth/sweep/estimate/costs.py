@@ -1,0 +1,167 @@
+"""What the parts of a cell take: scoring, fitting, trying a bound's plans, timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.cells.cell import CellSpec
+from dyndepth.cells.recipe import Recipe
+from dyndepth.sweep.estimate.machines import Machine
+from dyndepth.sweep.estimate.models import Shape
+from dyndepth.sweep.estimate.passes import Pass
+
+if TYPE_CHECKING:
+    from dyndepth.method import DynamicDepthMethod, Reading
+    from dyndepth.sweep.estimate.texts import Text
+
+LOGITS = 6
+"""How often a float32 logit is written or read, from the LM head's product to its log-probability
+and the likeliest token."""
+TRIED = 0.5
+"""Assumed part of a dense pass that trying a plan takes: plans are shallower, and share blocks."""
+CELL = 0.7
+"""Assumed seconds of a cell for requests, metrics and tables. Measured on two cores."""
+PAIRS = 40
+"""Assumed pairs until an interval is narrow enough, where a level times so many."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much of the model a method runs.
+
+    Attributes:
+        share: of the block FLOPs, where it skips.
+        prompt: whether it skips there, too.
+        readouts: LM heads a token where it skips.
+        ahead: whether everything runs once more, with a head after each block (``foresees``).
+    """
+
+    share: float = 1.0
+    prompt: bool = True
+    readouts: float = 0.0
+    ahead: bool = False
+
+    @classmethod
+    def of(cls, method: DynamicDepthMethod, readouts: float) -> Depth:
+        """That of a method at its target."""
+        share = 1 / method.target_speedup
+        return cls(share, method.phases == "both", readouts if share < 1 else 0.0, method.foresees)
+
+
+DENSE = Depth()
+
+
+@dataclass
+class Work:
+    """Seconds and FLOPs of some part."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.seconds + other.seconds, self.flops + other.flops)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.seconds * times, self.flops * times)
+
+
+def run(machine: Machine, shape: Shape, passes: Iterable[Pass], depth: Depth = DENSE) -> Work:
+    """What forwards take at that depth."""
+    total = Work()
+    head = shape.costs.lm_head
+    for one in passes:
+        skips = one.generation or depth.prompt
+        share, readouts = (depth.share, depth.readouts) if skips else (1.0, 0.0)
+        tokens = one.rows * one.width
+        blocks = shape.flops(one.keys)
+        heads = one.heads + tokens * readouts
+        flops = tokens * blocks * share + heads * head
+        read = shape.size * share * (shape.in_blocks + one.rows * one.keys * shape.cache)
+        if heads:
+            read += shape.size * shape.in_head + 4 * LOGITS * heads * shape.vocabulary
+        launched = shape.layers * share
+        if depth.ahead:
+            flops += tokens * (blocks + (shape.layers + 1) * head)
+            read += shape.size * shape.in_blocks
+            read += 4 * LOGITS * tokens * (shape.layers + 1) * shape.vocabulary
+            launched += shape.layers
+        seconds = machine.seconds(flops, read, launched)
+        total += Work(seconds, flops) * one.times
+    return total
+
+
+def scoring(
+    machine: Machine, shape: Shape, texts: Sequence[Text], method: Any, depth: Depth, rows: int
+) -> Work:
+    """Scoring all texts under a method."""
+    budget = budget_of(machine.kind)
+    sharing = not method.by_document
+    return sum(
+        (
+            run(machine, shape, text.passes(rows, budget, sharing, method.pooled), depth)
+            for text in texts
+        ),
+        Work(),
+    )
+
+
+def budget_of(kind: str) -> int:
+    """Tokens that a forward may hold, of ``evaluation.forwards``."""
+    import torch
+
+    from dyndepth.evaluation import forwards
+
+    return forwards.budget_of(torch.device(kind))
+
+
+def reading(machine: Machine, shape: Shape, one: Reading) -> Work:
+    """What a fit's reading takes."""
+    tokens = one.windows * one.length
+    blocks = one.forwards + one.backwards
+    flops = tokens * (shape.flops(one.length) * blocks + one.heads * shape.costs.lm_head)
+    forwards = max(1.0, tokens / budget_of(machine.kind)) * blocks
+    read = forwards * shape.size * shape.in_blocks
+    read += 4 * LOGITS * tokens * one.heads * shape.vocabulary
+    return Work(machine.seconds(flops, read, shape.layers * forwards), flops)
+
+
+def recovery_reading(recipe: Recipe, share: float) -> Reading:
+    """What training adapters reads: states' gradients alone, for the weights are frozen; the LM
+    head's logits are made again for them."""
+    from dyndepth.method import Reading
+
+    windows = recipe.steps * recipe.batch * recipe.accumulate
+    return Reading(
+        windows=windows, length=recipe.length, forwards=share, backwards=share, heads=3.0
+    )
+
+
+def timing(
+    machine: Machine, shape: Shape, longest: int | None, level: str, modes: int, depth: Depth
+) -> Work:
+    """Timing a cell against dense: pairs, until their interval is narrow or the time is over."""
+    from dyndepth.timing.levels import what_fits
+
+    total = Work()
+    if level == "off" or depth.ahead:
+        return total
+    chosen, _ = what_fits(longest, level, machine.kind)
+    for each in chosen.shapes:
+        passes = [Pass(each.batch, each.length, each.length, each.batch, False)]
+        if each.new_tokens:
+            keys = each.length + each.new_tokens
+            passes.append(Pass(each.batch, 1, keys, each.batch, True, each.new_tokens))
+        pair = run(machine, shape, passes) + run(machine, shape, passes, depth)
+        warm = max(chosen.warmup, chosen.texts) if machine.kind == "cuda" else chosen.warmup
+        least = warm + chosen.pairs
+        most = warm + min(chosen.most, max(chosen.pairs, PAIRS))
+        rounds = max(least, min(most, chosen.seconds / max(pair.seconds, 1e-9)))
+        total += pair * rounds * modes
+    return total
+
+
+def untargeted(plan: CellSpec) -> str:
+    """The cell's method without its target, by which what is kept for all targets is known."""
+    return repr((plan.method, sorted(plan.parameters.items()), plan.seed))

@@ -1,0 +1,205 @@
+"""The whole of an estimate: each cell with its parts, and what has to fit into the memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dyndepth.cells.recipe import parse_recovery
+from dyndepth.sweep.estimate import costs
+from dyndepth.sweep.estimate.costs import Depth, Work
+from dyndepth.sweep.estimate.machines import Machine, assumed, check_here
+from dyndepth.sweep.estimate.memory import Need, need
+from dyndepth.sweep.estimate.models import Shape, loaded, measured_by, skeleton
+from dyndepth.sweep.estimate.texts import Text, texts_of
+
+if TYPE_CHECKING:
+    from dyndepth.cells.cell import CellSpec
+    from dyndepth.cells.recipe import Recipe
+    from dyndepth.method import Reading
+    from dyndepth.sweep.grid import Grid
+    from dyndepth.sweep.settings import Settings
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell: what scoring, fitting (calibration, training, trying plans) and timing it take.
+
+    ``fit`` says how it is fitted: ``none``, ``calibrates``, ``trains``, ``cached`` or ``shipped``.
+    """
+
+    cell: CellSpec
+    fit: str
+    scoring: Work
+    fitting: Work
+    timing: Work
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.scoring.seconds + self.fitting.seconds + self.timing.seconds
+
+    @property
+    def flops(self) -> float:
+        """All of it."""
+        return self.scoring.flops + self.fitting.flops + self.timing.flops
+
+
+@dataclass
+class Estimate:
+    """What a sweep will cost; ``start`` is the seconds that loading took here, or None."""
+
+    machine: Machine
+    shape: Shape
+    texts: list[Text]
+    cells: list[Planned]
+    need: Need
+    start: float | None = None
+    tried: bool = False
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of all cells."""
+        return sum(each.seconds for each in self.cells)
+
+
+class Fits:
+    """What fitting each cell takes, what is kept for several of them counted once."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        shape: Shape,
+        passes: Sequence[Any],
+        model: Any,
+        corpus: Any,
+        here: bool,
+    ) -> None:
+        self.machine, self.shape, self.passes = machine, shape, passes
+        # Whether it is on this machine, whose cache is looked into.
+        self.model, self.corpus, self.here = model, corpus, here
+        self.charged: dict[str, float] = {}
+        self.readings: list[Reading] = []
+        self.tried = False
+        self.trained = 0.0
+
+    def of(self, cell: CellSpec, method: Any, expenses: Any) -> tuple[str, Work]:
+        """How the cell is fitted, and what that takes."""
+        recipe = parse_recovery(cell.recovery)
+        total, word = Work(), "none"
+        if recipe is not None and self._recovered(method, recipe):
+            return "cached", total
+        joint = recipe is not None and recipe.kind == "joint"
+        if expenses.shipped and not joint:
+            word = "shipped"
+        elif expenses.fit and not joint and self._kept(method):
+            word = "cached"
+        elif expenses.fit:
+            word = "trains" if any(one.backwards for one in expenses.fit) else "calibrates"
+            for number, one in enumerate(expenses.fit):
+                work = costs.reading(self.machine, self.shape, one)
+                key = f"{costs.untargeted(cell)} {number}"
+                if one.kept:
+                    before = self.charged.get(key, 0.0)
+                    self.charged[key] = max(before, work.seconds)
+                    left = max(0.0, work.seconds - before)
+                    work = work * (left / work.seconds if work.seconds else 0.0)
+                total += work
+                self.readings.append(one)
+        if recipe is not None and not joint:
+            one = costs.recovery_reading(recipe, 1 / method.target_speedup)
+            total += costs.reading(self.machine, self.shape, one)
+            self.readings.append(one)
+            word = "trains"
+        if recipe is not None:
+            self.trained = max(self.trained, self._numbers(recipe))
+        if expenses.candidates:
+            self.tried = True
+            key = costs.untargeted(cell)
+            if key not in self.charged:
+                self.charged[key] = 1.0
+                one = costs.run(self.machine, self.shape, self.passes)
+                total += one * (expenses.candidates * costs.TRIED)
+        return word, total
+
+    def _kept(self, method: Any) -> bool:
+        """Whether the fit lies in the cache already."""
+        if self.model is None or not self.here:
+            return False
+        from dyndepth.common.files import cache_root
+        from dyndepth.common.paths import file_part
+        from dyndepth.fitting.fits import fit_key
+
+        key = fit_key(method, self.model, self.corpus)
+        return (cache_root() / "fits" / file_part(method.name) / key).is_dir()
+
+    def _recovered(self, method: Any, recipe: Recipe) -> bool:
+        """Whether the recovered method is shipped, or lies in the cache."""
+        if self.model is None:
+            return False
+        from dyndepth.common.files import cache_root
+        from dyndepth.common.paths import file_part
+        from dyndepth.fitting.recovery.kept import find_shipped, recovery_key
+
+        asked = (method, self.model, self.corpus, recipe, method.seed)
+        if find_shipped(*asked) is not None:
+            return True
+        folder = cache_root() / "recovery" / file_part(method.name) / recovery_key(*asked)
+        return self.here and folder.is_dir()
+
+    def _numbers(self, recipe: Recipe) -> float:
+        """Of a recipe's adapters, as if all roles were as wide as the MLP's gate."""
+        shape = self.shape
+        return float(recipe.rank * len(recipe.roles) * (shape.hidden + shape.inner) * shape.layers)
+
+
+def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
+    """What the sweep of ``found`` will cost.
+
+    Raises:
+        UserError: a device that is not here, or whatever is missing of model and tasks.
+    """
+    from dyndepth.models.loading import resolve_device
+    from dyndepth.sweep.grid import modes
+
+    machine = assumed(settings)
+    device = "cpu" if machine is not None else resolve_device(settings.device)
+    if machine is None:
+        check_here(device)
+    bare = skeleton(settings.model, settings.revision, settings.trust_remote_code)
+    shape = Shape.of(bare, settings.dtype)
+    texts = texts_of(settings, found.documents, longest)
+    started = time.perf_counter()
+    model = loaded(settings, shape, device)
+    corpus = None if model is None else _corpus(settings)
+    start = None if model is None else time.perf_counter() - started
+    here = machine is None
+    if machine is None:
+        machine = measured_by(model or bare, shape, device, settings.dtype)
+    rows, budget = settings.batch_size, costs.budget_of(machine.kind)
+    passes = [one for text in texts for one in text.passes(rows, budget, True, False)]
+    fits = Fits(machine, shape, passes, model, corpus, here)
+    level = settings.timing
+    several = len(modes(settings, machine.kind)) if level != "off" else 0
+    cells = []
+    for cell in found.cells:
+        method = cell.build()
+        expenses = method.expenses(shape.layers, model, corpus)
+        depth = Depth.of(method, expenses.readouts)
+        word, fitting = fits.of(cell, method, expenses)
+        scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(costs.CELL)
+        timing = costs.timing(machine, shape, longest, level, several, depth)
+        cells.append(Planned(cell, word, scoring, fitting, timing))
+    needs = need(shape, passes, fits.readings, fits.trained)
+    return Estimate(machine, shape, texts, cells, needs, start if here else None, fits.tried)
+
+
+def _corpus(settings: Settings) -> Any:
+    from dyndepth.data.corpus import load_corpus
+    from dyndepth.models.loading import load_tokenizer
+
+    named = (settings.model, settings.revision, settings.trust_remote_code)
+    return load_corpus(settings.corpus, load_tokenizer(*named))
