@@ -104,7 +104,7 @@ results: setup
 	  folder=results/$$run; \
 	  $(RUN) -m dyndepth.studies $$run --output_path $$folder && \
 	  $(RUN) -m dyndepth.tables $$folder --pack && \
-	  $(RUN) -m dyndepth.comparison $$folder --output_path $$folder && \
+	  $(RUN) -m dyndepth.compare $$folder --output_path $$folder && \
 	  $(RUN) -m dyndepth.leaderboard $$folder --output_path $$folder && \
 	  $(RUN) -m dyndepth.verify $$folder --write_manifest && \
 	  $(RUN) -m dyndepth.verify $$folder --sample 5 || exit 1; \

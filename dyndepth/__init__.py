@@ -7,6 +7,7 @@ imported from its module when it is first used.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from dyndepth.runtime.attach import attach
 
 __version__ = "0.1.0"
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "methods").is_dir() and (_HERE.parent / "methods" / "__init__.py").is_file():
+    # A checkout, installed or not: its methods/ lies beside this folder, not in it.
+    __path__ = [*__path__, str(_HERE.parent)]
 
 __all__ = [
     "DynamicDepthMethod",

@@ -1,4 +1,4 @@
-"""Fitting as a command: ``python -m dyndepth.fit METHOD --target_speedup 1.25 ...``.
+"""Fitting as a command: ``python -m dyndepth.fit --methods METHOD --speedups 1.25 ...``.
 
 Every parameter of the method is a flag. What is found goes into the cache, where sweeps find it,
 and into a folder: ``fit/`` with tensors, facts and the training curve, ``curve.png``, with
@@ -8,6 +8,7 @@ same command goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.recipe import parse_recovery
-from dyndepth.common.commands import HELP, Parser, run
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import write_atomically
 from dyndepth.common.paths import EMBEDDED, check_folder, file_part, slug
@@ -41,13 +42,14 @@ def parser(given: Sequence[str]) -> Parser:
     built = Parser(
         "fit",
         "Fit a method to a model: train its routers, solve its thresholds.",
-        "`dyndepth fit METHOD --help` lists the method's own parameters. For several GPUs: "
-        "accelerate launch -m dyndepth.fit ...",
+        "`dyndepth fit --methods METHOD --help` lists the method's own parameters. For several "
+        "GPUs: accelerate launch -m dyndepth.fit ...",
     )
     add = built.add_argument
-    add("method", metavar="METHOD", help="`dyndepth ls methods` lists them")
+    built.method("fit")
+    add("method", nargs="?", help=argparse.SUPPRESS)
     built.model()
-    add("--target_speedup", type=float, default=1.25, help=f"{HELP['speedup']} (default: 1.25)")
+    built.speedup(1.25, "1.25")
     built.whole("seed", 0, "of everything random", 0)
     built.shared("corpus", EMBEDDED)
     add(
@@ -62,11 +64,12 @@ def parser(given: Sequence[str]) -> Parser:
         action="store_true",
         help="fit again, whatever is kept or comes with the project",
     )
-    from dyndepth.common.registry import method_class, methods
+    from dyndepth.common.registry import method_class
+    from dyndepth.common.spec import name_of
 
-    first = given[0] if given and not given[0].startswith("-") else None
-    name = next((each for each in given if each in methods()), first)
-    if name is not None:
+    asked = _asked(given)
+    if asked is not None:
+        name = name_of(asked, "method")
         own = built.add_argument_group(f"parameters of {name}")
         for field in dataclasses.fields(method_class(name)):
             if field.init and field.name not in _COMMON:
@@ -76,6 +79,18 @@ def parser(given: Sequence[str]) -> Parser:
                     help=f"(default: {text})",
                 )  # fmt: skip
     return built
+
+
+def _asked(given: Sequence[str]) -> str | None:
+    """The method that the command line names: behind its flag, or by itself."""
+    from dyndepth.common.registry import methods
+
+    for number, word in enumerate(given, start=1):
+        flag, equals, value = word.partition("=")
+        if flag in ("--methods", "--method"):
+            return value if equals else next(iter(given[number:]), None)
+    first = given[0] if given and not given[0].startswith("-") else None
+    return next((each for each in given if each in methods()), first)
 
 
 def build(options: dict[str, Any]) -> DynamicDepthMethod:
@@ -88,13 +103,18 @@ def build(options: dict[str, Any]) -> DynamicDepthMethod:
         for name, given in options.items()
         if name.startswith("parameter ") and given is not None
     }
-    common = {name: options[name] for name in _COMMON}
-    return load_method(options["method"], **parameters, **common)
+    common = {"target_speedup": options["speedups"], "seed": options["seed"]}
+    return load_method(options["methods"], **parameters, **common)
 
 
 def _fit(given: list[str]) -> None:
     """Fit, recover if asked to, and write; the last line printed is one JSON document."""
-    options = vars(parser(given).parse_args(given))
+    built = parser(given)
+    options = vars(built.parse_args(given))
+    asked = {options["methods"], options.pop("method")} - {None}
+    if len(asked) != 1:
+        built.error("--methods takes one method" if asked else "--methods METHOD is missing")
+    (options["methods"],) = asked
     method = build(options)
     recipe = parse_recovery(options["recovery"])
     if recipe is not None and recipe.kind == "joint" and not method.needs_training:
@@ -174,7 +194,7 @@ def recovered_curve(output: Path) -> list[dict[str, float]]:
 
 
 def _default_path(options: dict[str, Any]) -> str:
-    name = file_part(f"{options['method']}-{options['target_speedup']:g}x")
+    name = file_part(f"{options['methods']}-{options['speedups']:g}x")
     return str(Path("runs") / "fits" / slug(options["model"]) / name)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
-from dyndepth.common.paths import EMBEDDED, path_of
+from dyndepth.common.paths import EMBEDDED, check_folder, path_of
 
 if TYPE_CHECKING:
     from dyndepth.fitting.importance import Settings
@@ -53,26 +53,27 @@ def _parser() -> Parser:
     )
     built.model()
     add("--unit", choices=("block", "sublayer"), help="what is ranked (default: the criterion's)")
-    add("--windows", type=int, help="of calibration text (default: the criterion's)")
-    add("--length", type=int, help="tokens of each window (default: the criterion's)")
-    add("--run", type=int, default=1, help="angular: blocks that go together (default: 1)")
+    built.whole("windows", 1, "of calibration text (default: the criterion's)")
+    built.whole("length", 1, "tokens of each window (default: the criterion's)")
+    built.whole("run", 1, "angular: blocks that go together", 1)
     add(
         "--search",
         choices=("full", "lazy"),
         default="full",
         help="greedy: which search (default: full)",
     )
-    add(
-        "--until",
-        type=float,
-        default=2 / 3,
-        help="greedy: share of the block FLOPs at which it stops (default: 2/3)",
+    built.number(
+        "until",
+        lambda share: 0 < share <= 1,
+        "a share above 0 and up to 1",
+        "greedy: share of the block FLOPs at which it stops (default: 2/3)",
+        2 / 3,
     )
     for end in ("first", "last"):
-        add(
-            f"--keep_{end}",
-            type=int,
-            help=f"{end} blocks that are left out (default: none; 1 for {' and '.join(_SEARCHED)})",
+        built.whole(
+            f"keep_{end}",
+            0,
+            f"{end} blocks that are left out (default: none; 1 for {' and '.join(_SEARCHED)})",
         )
     built.whole("seed", 0, "of the text's windows, and of random", 0)
     built.shared("corpus", EMBEDDED)
@@ -85,12 +86,10 @@ def _importance(given: list[str]) -> None:
     options = vars(_parser().parse_args(given))
     from dyndepth.fitting.importance import CRITERIA, rank
 
-    output = path_of(options["output_path"]) if options["output_path"] else None
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"--output_path {str(output)!r} is a file; give a folder")
     chosen = _chosen(options)
-    if not 0 < options["until"] <= 1:
-        raise UserError(f"--until takes a share above 0 and up to 1, not {options['until']:g}")
+    output = options["output_path"]
+    if output is not None:
+        output = check_folder("output_path", path_of(output))
     model, corpus = _loaded(options, chosen.values())
     began = time.monotonic()
     tables: Tables = {}

@@ -1,6 +1,7 @@
 """The command line ``python -m dyndepth.leaderboard RUN...``: one table of several runs.
 
-With --output_path it writes leaderboard.csv and, for people, leaderboard.md and leaderboard.html.
+With --output_path it writes leaderboard.csv and, for people, leaderboard.md and leaderboard.html;
+with --format it prints the table for a paper.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dyndepth.cells.merging import merged
+from dyndepth.cells.merging import merged, origins
 from dyndepth.common.commands import Parser, run
 from dyndepth.common.paths import check_folder, path_of
 from dyndepth.results.console import show_leaderboard
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.leaderboard_pages import NAMES, write
+from dyndepth.results.shown import COLUMNS, chosen
+from dyndepth.results.shown_formats import FORMS, written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,15 +37,36 @@ def _leaderboard(given: list[str]) -> None:
         metavar="FOLDER",
         help=f"folder to write {', '.join(NAMES)} to",
     )
+    parser.add_argument(
+        "--format",
+        choices=("terminal", *FORMS),
+        default="terminal",
+        help="what is printed: a table for this terminal (default), latex (booktabs), markdown or "
+        "csv, all of the same rows",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN",
+        help=f"these alone, in this order, of {', '.join(each.key for each in COLUMNS)} (default: "
+        "those that have values, as far as the terminal is wide enough)",
+    )
     options = parser.parse_args(given)
+    keys = [key for word in options.columns or () for key in word.split(",") if key] or None
     if options.output_path:
         options.output_path = check_folder("output_path", options.output_path)
     cells = merged(options.runs)
     rows = leaderboard(cells)
-    written = write(cells, rows, options.output_path) if options.output_path else []
-    show_leaderboard(rows)
-    if written:
-        print(f"written: {', '.join(map(str, written))}")
+    runs = origins(options.runs) if len(options.runs) > 1 else None
+    chosen(rows, keys or [])
+    files = write(cells, rows, options.output_path, runs) if options.output_path else []
+    if options.format == "terminal":
+        show_leaderboard(rows, runs=runs, keys=keys)
+    else:
+        print(written(options.format, rows, runs, keys))
+    if files:
+        to = sys.stdout if options.format == "terminal" else sys.stderr
+        print(f"written: {', '.join(map(str, files))}", file=to)
 
 
 if __name__ == "__main__":

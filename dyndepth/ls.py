@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dyndepth.common.commands import Parser, print_table, run
+from dyndepth.common.commands import Parser, run
+from dyndepth.common.printing import Column, print_columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,13 +80,8 @@ def list_tasks() -> None:
 
 
 def _print(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*headings)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    print_table(table)
+    texts = zip(headings, zip(*rows, strict=True), strict=True)
+    print_columns([Column(each, own, name=True) for each, own in texts], "")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,20 @@ def _recovered(given: list[str]) -> None:
     parser = Parser("recovered", "Recover methods by adapters.")
     parser.model()
     add = parser.add_argument
-    add("--methods", required=True, help=HELP["methods"].replace("compare", "recover"))
-    add("--speedups", default="1.25,1.5,2.0", help=f"{HELP['speedups']} (default: 1.25,1.5,2.0)")
+    add(
+        "--methods",
+        required=True,
+        nargs="+",
+        metavar="METHODS",
+        help=HELP["methods"].replace("compare", "recover"),
+    )
+    add(
+        "--speedups",
+        nargs="+",
+        metavar="SPEEDUPS",
+        default=["1.25,1.5,2.0"],
+        help=f"{HELP['speedups']} (default: 1.25,1.5,2.0)",
+    )
     add("--recovery", default="lora", help='"lora(rank=8, steps=100)", joint, ... (default: lora)')
     parser.shared("corpus", EMBEDDED)
     parser.whole("seed", 0, "of everything random", 0)
@@ -58,7 +70,7 @@ def _recover_all(options: argparse.Namespace) -> None:
         }
     )
     # A sweep always has its yardstick; here only what was named is made.
-    wanted = {name for name, _ in parse_methods(options.methods)}
+    wanted = {name for name, _ in parse_methods(chosen.methods)}
     which = named(vars(options))
     found = plans(chosen, layer_count(*which), longest_window(*which))
     cells = [plan for plan in found if plan.method in wanted]

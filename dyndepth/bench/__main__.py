@@ -54,17 +54,19 @@ def _parser() -> Parser:
         help="JSON with the lines of the part shapes, written after each phase; phases that are in "
         "it are not measured again",
     )
-    parser.whole("documents", 1, "that routes, evaluation and sweep score", 100)
+    documents = "documents that routes, evaluation and sweep score"
+    parser.whole("limit", 1, documents, 100, dest="documents")
     for flag, name, choices, default in (
         ("parts", "part", PARTS, PARTS),
         ("works", "work", WORKS + MORE_WORKS, WORKS),
-        ("phases", "phase", PHASES, ()),
-        ("dtypes", "dtype", DTYPES, DTYPES),
+        ("passes", "phase", PHASES, ()),
+        ("dtype", "dtype", DTYPES, DTYPES),
         ("skipping", "where", SKIPPING, SKIPPING[:1]),
     ):
         said = "all" if default is choices else " ".join(default) or "by device"
         parser.add_argument(
             f"--{flag}",
+            dest={"passes": "phases", "dtype": "dtypes"}.get(flag, flag),
             nargs="+",
             default=list(default),
             choices=list(choices),

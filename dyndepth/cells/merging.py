@@ -154,6 +154,15 @@ def merged(runs: Sequence[Path]) -> list[Cell]:
     return cells
 
 
+def origins(runs: Sequence[Path]) -> dict[str, list[str]]:
+    """The hash of every cell of several runs -> the runs that hold it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for cell in Store(run).all():
+            found.setdefault(cell.key, []).append(str(run))
+    return found
+
+
 Check = Callable[[Any], bool]
 
 

@@ -109,6 +109,34 @@ def apart(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return words
 
 
+def lettered(
+    rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[str]] | None = None
+) -> tuple[list[str], list[str]]:
+    """A letter for each row's setting, A for that of the first row, and what each letter stands
+    for: ``A: results/one, bfloat16, limit=200``. No letters where all rows have one setting.
+
+    ``rows`` as for ``apart``; ``runs``: the hash of a row's cell -> where it was read.
+    """
+    words = [tuple(found) for found in apart(rows)]
+    settings = list(dict.fromkeys(words))
+    if len(settings) < 2:
+        return [""] * len(rows), []
+    names = {setting: letter(place) for place, setting in enumerate(settings)}
+    read: dict[str, dict[str, None]] = defaultdict(dict)
+    for row, setting in zip(rows, words, strict=True):
+        read[names[setting]] |= dict.fromkeys((runs or {}).get(_entry(row, "cell"), ()))
+    told = [", ".join((*read[name], *setting)) for setting, name in names.items()]
+    return [names[setting] for setting in words], [
+        f"{name}: {text or 'the rest'}" for name, text in zip(names.values(), told, strict=True)
+    ]
+
+
+def letter(place: int) -> str:
+    """A to Z, then AA, AB and so on."""
+    more, rest = divmod(place, 26)
+    return (letter(more - 1) if more else "") + chr(ord("A") + rest)
+
+
 def _words(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[list[str]]:
     """``key=value`` for each row and key, in short where that tells as many rows apart."""
     keys = list(keys)

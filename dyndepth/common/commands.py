@@ -7,6 +7,7 @@ A door reads its command line by a ``Parser`` inside of ``run``.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import textwrap
@@ -15,9 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dyndepth.common.completion import asked, offer
 from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
+from dyndepth.common.pipes import outlive_readers
+from dyndepth.common.registry import check_one_tree
+from dyndepth.common.spec import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,11 +127,25 @@ HELP = {
     "bandwidth": "with --dry_run: the GB/s of its memory",
     "memory_gib": "with --dry_run: the GiB of its memory",
     "debug": "print the whole traceback of every error",
-    "speedup": "target speedup, dense block FLOPs / executed block FLOPs",
+    "speedup": "target speedups, dense block FLOPs / executed block FLOPs; here one",
     "threads": "processor threads; torch's own choice unless given",
     "run": "a sweep's output path",
     "config": "YAML file with any of these settings; flags override it",
 }
+
+FORMER = {
+    "method": "methods",
+    "speedup": "speedups",
+    "target_speedup": "speedups",
+    "level": "timing",
+    "shapes": "timing_shapes",
+    "documents": "limit",
+    "batch": "batch_size",
+    "dtypes": "dtype",
+    "phases": "passes",
+}
+"""What a flag was called in some commands -> what it is called in all: obeyed by each command that
+has the second and not the first."""
 
 
 def run(
@@ -142,7 +161,9 @@ def run(
     ``interrupted``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    outlive_readers()
     try:
+        check_one_tree()
         return body(given) or 0
     except (UserError, RunFailed, FloatingPointError) as fault:
         if "--debug" in given:
@@ -163,6 +184,10 @@ def worded(name: str, text: str = "") -> str:
     return text if named else f"{text}; one of {', '.join(choices)}"
 
 
+class _TooMany(Exception):
+    """Words of a command line that no flag takes."""
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of ``python -m dyndepth.<command>``, or of ``dyndepth <command>``: flags
     are written out, with dashes or underscores, and complaints are one sentence.
@@ -173,6 +198,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, command: str, description: str, epilog: str = "", debug: bool = True
     ) -> None:
+        self.command = command
         script = Path(sys.argv[0]).stem == "dyndepth"
         super().__init__(
             prog=f"dyndepth {command}" if script else f"python -m dyndepth.{command}",
@@ -185,12 +211,61 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--debug", action="store_true", help=HELP["debug"])
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, flags with dashes as if they had underscores."""
-        words = sys.argv[1:] if args is None else args
-        return super().parse_args([_underscored(word) for word in words], namespace)
+        """As argparse does, flags with dashes as if they had underscores, and by former names.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
+        Where a shell asks what may come next, it is told and the process ends.
+        """
+        if asked():
+            offer(self, len(self.command.split()), CHOICES)
+        words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        self._check_flags(words)
+        try:
+            return super().parse_args(words, namespace)
+        except _TooMany as fault:
+            self._refuse(fault.args[0], words)
+
+    def error(self, message: str, near: str = "") -> NoReturn:
+        unread = message.removeprefix("unrecognized arguments: ")
+        if unread != message:
+            raise _TooMany(unread)
+        raise UserError(f"{' '.join(message.split())}; {near}--help lists the flags")
+
+    def _spelled(self, word: str) -> str:
+        """``word``, a flag as it is declared."""
+        word = _underscored(word)
+        flag, equals, value = word.partition("=")
+        now = f"--{FORMER.get(flag[2:], '')}"
+        known = self._option_string_actions
+        return f"{now}{equals}{value}" if flag not in known and now in known else word
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Say which flag is empty, or is none, before it is missed under its right name."""
+        known, before = self._option_string_actions, ""
+        for word in words:
+            flag = word.partition("=")[0]
+            if word == "--":
+                return
+            if flag.startswith("--") and " " not in flag and flag not in known:
+                names = [each[2:] for each in known if each.startswith("--")]
+                self.error(f"there is no flag {flag}", nearest(flag[2:], names, "--"))
+            if word == f"{flag}=" or (not word and before in known):
+                self.error(f"{flag or before} is empty; give at least one value")
+            before = word
+
+    def _refuse(self, unread: str, words: Sequence[str]) -> NoReturn:
+        """Say of words too many whether the first is a flag's second value."""
+        for flag, _value, word in zip(words, words[1:], words[2:], strict=False):
+            action = self._option_string_actions.get(flag)
+            if f"{unread} ".startswith(f"{word} ") and action and action.nargs is None:
+                self.error(f"{flag} takes one value here, and {word!r} is a second")
+        self.error(f"there is no place for {unread!r}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            flag = (action.option_strings or [str(action.metavar or action.dest)])[0]
+            said = f"{flag} takes one of {', '.join(known)}, not {value!r}"
+            self.error(said, nearest(str(value), known))
 
     def shared(self, name: str, default: Any = None, words: str = "", **how: Any) -> None:
         """Add a flag that several commands have, in the words of ``HELP`` for it or ``words``."""
@@ -198,22 +273,72 @@ class Parser(argparse.ArgumentParser):
         text = worded(name, HELP[words or name]) + said
         self.add_argument(f"--{name}", default=default, metavar=name.upper(), help=text, **how)
 
-    def whole(self, name: str, least: int, text: str, default: int | None = None) -> None:
-        """Add a flag that takes a whole number of at least ``least``."""
+    def whole(
+        self,
+        name: str,
+        least: int,
+        text: str,
+        default: int | None = None,
+        below: int = 2**63,  # torch and tables hold no more
+        **how: Any,
+    ) -> None:
+        """Add a flag that takes a whole number of at least ``least`` and ``below`` another."""
 
         def checked(word: str) -> int:
             try:
                 value = int(word)
             except ValueError:
                 value = least - 1
-            if value < least:
-                raise UserError(f"--{name} takes a whole number of at least {least}, not {word}")
+            if not least <= value < below:
+                most = f" and below {below}" if value >= below else ""
+                raise UserError(
+                    f"--{name} takes a whole number of at least {least}{most}, not {word}"
+                )
             return value
 
         said = "" if default is None else f" (default: {default})"
         self.add_argument(
-            f"--{name}", type=checked, default=default, metavar=name.upper(), help=text + said
+            f"--{name}",
+            type=checked,
+            default=default,
+            metavar=name.upper(),
+            help=text + said,
+            **how,
         )
+
+    def number(
+        self,
+        name: str,
+        fits: Callable[[float], bool],
+        wanted: str,
+        text: str,
+        default: Any = None,
+        **how: Any,
+    ) -> None:
+        """Add a flag that takes a finite number, or several, that ``fits``: ``wanted`` in words."""
+
+        def checked(word: str) -> float:
+            try:
+                value = float(word)
+            except ValueError:
+                value = math.nan
+            if not (math.isfinite(value) and fits(value)):
+                self.error(f"--{name} takes {wanted}, not {word!r}")
+            return value
+
+        how = {"metavar": name.upper()} | how
+        self.add_argument(f"--{name}", type=checked, default=default, help=text, **how)
+
+    def speedup(self, default: float | None, said: str) -> None:
+        """Add ``--speedups`` for a command that takes one; ``said`` is the default in words."""
+        text = f"{HELP['speedup']} (default: {said})"
+        self.number("speedups", lambda x: x >= 1, "one number of at least 1 here", text, default)
+
+    def method(self, text: str, **how: Any) -> None:
+        """Add ``--methods`` for a command that takes one; ``text`` is what happens to it."""
+        text = HELP["methods"].replace("methods to compare", f"the one method to {text}")
+        text = text.replace("one,other(layer=3, mode=name)", "name(layer=3, mode=name)")
+        self.add_argument("--methods", metavar="METHOD", help=text, **how)
 
     def runs(self) -> None:
         """Add the runs that a command reads."""
@@ -234,7 +359,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--trust_remote_code", action="store_true", help=HELP["trust_remote_code"]
         )
-        self.whole("threads", 1, HELP["threads"])
+        self.whole("threads", 1, HELP["threads"], below=2**16)
 
 
 def _wrapped(text: str) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 
 
 GROUP = "dyndepth.methods"
+"""Of entry points; and the package of the methods that come with the suite."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def check_one_tree() -> None:
+    """Raises UserError if this package and its methods come from different folders: a second
+    checkout that is not installed, say, in an environment of the first."""
+    found = find_spec(GROUP)
+    here = "run `pip install -e .` in the one that you mean, or use its own environment"
+    if found is None or found.origin is None:
+        raise UserError(f"there are no methods beside {_PACKAGE}; {here}")
+    methods = Path(found.origin).resolve().parent
+    if methods not in (_PACKAGE / "methods", _PACKAGE.parent / "methods"):
+        raise UserError(f"the suite is of {_PACKAGE}, but its methods are of {methods}; {here}")
 
 
 @functools.cache
@@ -43,7 +60,17 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
         raise UserError(
             f"unknown method {name!r}; {nearest(name, methods())}see `dyndepth ls methods`"
         )
-    loaded: type[DynamicDepthMethod] = methods()[name].load()
+    check_one_tree()
+    entry = methods()[name]
+    try:
+        loaded: type[DynamicDepthMethod] = entry.load()
+    except ModuleNotFoundError as fault:
+        if not f"{entry.module}.".startswith(f"{fault.name}."):
+            raise  # a library that the method needs
+        raise UserError(
+            f"method {name!r} is installed as {entry.value}, but there is no {fault.name}; "
+            "install what it is part of again, as by `pip install -e .`"
+        ) from None
     return loaded
 
 

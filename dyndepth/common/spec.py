@@ -116,10 +116,14 @@ def checked(
     return found
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"did you mean ...? "``, or nothing if no known name resembles ``name``."""
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}? " if near else ""
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    """``"did you mean ...? "``, or nothing if no known name begins with ``name`` or resembles it;
+    ``before`` is put before each."""
+    names = sorted(known)
+    begun = [each for each in names if name and each.startswith(name)]
+    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = list(dict.fromkeys([*begun, *alike]))[:3]
+    return f"did you mean {' or '.join(before + each for each in near)}? " if near else ""
 
 
 def _match(spec: str, kind: str) -> re.Match[str]:

@@ -39,17 +39,24 @@ def _gpu(given: list[str]) -> int:
         "comes out, with status.md to read first. Needs no hub; called again, it goes on.",
     )
     parser.shared("device", "auto", "one_device")
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, metavar="MINUTES",
-        help="for all parts; what there is no time for is named, the least important first "
+    parser.number(
+        "minutes",
+        lambda minutes: minutes > 0,
+        "a number above 0",
+        "for all parts; what there is no time for is named, the least important first "
         "(default: 10)",
-    )  # fmt: skip
+        10.0,
+    )
     parser.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="part",
         help=f"of {', '.join(PARTS)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--methods", default="", metavar="METHODS", help=f"of the sweep: {HELP['methods']}"
+        "--methods",
+        default=[],
+        nargs="+",
+        metavar="METHODS",
+        help=f"{HELP['methods']}; of the sweep",
     )
     parser.add_argument(
         "--small", action="store_true",
@@ -59,8 +66,7 @@ def _gpu(given: list[str]) -> int:
         "--output_path", type=path_of, metavar="FOLDER", help="default: runs/gpu-CARD"
     )
     options = parser.parse_args(given)
-    if not options.minutes > 0:
-        raise UserError(f"--minutes takes a number above 0, not {options.minutes:g}")
+    options.methods = ",".join(word.strip(" ,") for word in options.methods)
     return _run(options)
 
 

@@ -79,9 +79,9 @@ def _bench(small: bool) -> Callable[[Path, str, float], list[str]]:
         words += ["--output_path", str(folder / "bench.json"), "--seconds", str(int(seconds * 0.8))]
         works = ["all_execute", "static_15", "mask_75", "mask_50", "early_exit_half"]
         if small:
-            words += ["--model", TRIAL, "--dtypes", "float32", "--repeats", "6"]
-            return [*words, "--works", *works[1:4:2], "--phases", "prefill_1x512", "decode_1"]
-        words += ["--model", MODEL, "--dtypes", "bfloat16", "--repeats", "7"]
+            words += ["--model", TRIAL, "--dtype", "float32", "--repeats", "6"]
+            return [*words, "--works", *works[1:4:2], "--passes", "prefill_1x512", "decode_1"]
+        words += ["--model", MODEL, "--dtype", "bfloat16", "--repeats", "7"]
         return [*words, "--works", *works]
 
     return command

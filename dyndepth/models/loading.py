@@ -366,7 +366,8 @@ def check_device(device: str) -> None:
     if device == "auto":
         return
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise NotImplementedError("it computes nothing")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device {device!r} is not usable here ({_first_line(error)}); use 'cpu' or 'auto'"

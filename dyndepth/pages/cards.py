@@ -26,7 +26,7 @@ from dyndepth.pages.markdown import joined, layout, markup, table
 from dyndepth.pages.parameters import choices, parameters, preset_table
 from dyndepth.results.noise import legend, told_of
 from dyndepth.results.numbers import Record, number, read, spread
-from dyndepth.results.published import kind_of, nearest
+from dyndepth.results.published import HANDED, HANDS, kind_of, known_well, nearest
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -141,7 +141,10 @@ def claims(
     if not published:
         control = kind(cls) == "control"
         return "None: it is a control." if control else "No value of it is kept here."
-    ours = [{**row, "block_speedup": float(row["block_speedup"] or 0)} for row in measured]
+    ours = [
+        {**row, "block_speedup": float(row["block_speedup"] or 0)}
+        for row in filter(known_well, measured)
+    ]
     lines = []
     for row in published:
         speedup = (
@@ -154,9 +157,10 @@ def claims(
         settings = [row["parameters"], "" if recovery == NONE else f"recovery={recovery}"]
         given = ", ".join(filter(None, settings))
         what = (given, row["model"], speedup, f"{row['task']}, {row['metric']}")
-        lines.append((*what, *values, _ours(close), source))
+        lines.append((*what, *values, _ours(close), HANDS[row["hand"]], source))
     headings = ("parameters", "model", "speedup", "task", "dense", "value")
-    return table((*headings, "ours at the nearest block FLOPs", "source"), lines)
+    found = table((*headings, "ours at the nearest block FLOPs", "hand", "source"), lines)
+    return f"{found}\n\n{HANDED}"
 
 
 def _ours(row: Row | None) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dyndepth.common.markup import lines
+
 _SECTION = re.compile(r"([A-Z][A-Za-z]*(?: [a-z]+){0,4}(?: \([^)]*\))?): ?(.*)")
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; a bar or a line break in an entry would end its cell and is replaced."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    return "\n".join(lines(list(map(_cell, headings)), (list(map(_cell, row)) for row in rows)))
 
 
 def _cell(text: str) -> str:

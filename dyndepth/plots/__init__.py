@@ -13,6 +13,7 @@ from dyndepth.plots.routes import (
     executed_in_run,
     routing_heatmap,
 )
+from dyndepth.plots.runs import read_runs
 from dyndepth.plots.scores import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
 from dyndepth.plots.style import readable, written
 from dyndepth.plots.tables import (
@@ -38,6 +39,7 @@ __all__ = [
     "main_metric",
     "on_front",
     "points",
+    "read_runs",
     "read_tables",
     "readable",
     "reference",

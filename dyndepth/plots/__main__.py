@@ -1,4 +1,7 @@
-"""The command line ``python -m dyndepth.plots RUN``: every figure that a run's tables allow."""
+"""The command line ``python -m dyndepth.plots RUN...``: every figure that runs' tables allow.
+
+Several runs stand in the same figures; where their settings differ, labels have their letters.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.common.commands import HELP, Parser, run
+from dyndepth.common.commands import Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import check_folder, file_part, path_of
 from dyndepth.plots.retention import bound_gap, retained_by_task
 from dyndepth.plots.routes import executed_by_position, executed_in_run, routing_heatmap
+from dyndepth.plots.runs import read_runs
 from dyndepth.plots.scores import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
 from dyndepth.plots.style import written
-from dyndepth.plots.tables import SETTING, main_metric, read_tables, task_table
+from dyndepth.plots.tables import SETTING, main_metric, task_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,17 +34,30 @@ Drawing = Callable[[], "Figure"]
 
 
 def figures(
-    folder: str | Path, tables: dict[str, pd.DataFrame] | None = None
+    *folders: str | Path, tables: dict[str, pd.DataFrame] | None = None
 ) -> Iterator[tuple[str, Drawing]]:
-    """Name and drawing of every figure of a run; a drawing raises UserError, saying why, if the
-    run's tables do not allow it. ``tables`` are the run's, if they were read already.
+    """Name and drawing of every figure of a run, or of several together; a drawing raises
+    UserError, saying why, if the tables do not allow it. ``tables`` are the runs', if they were
+    read already.
 
-    Where a run holds several models or settings of data, each has its own figures, in a folder
-    ``setting_1`` and so on. Raises UserError if the folder is no run.
+    Where one run holds several models or settings of data, each has its own figures, in a folder
+    ``setting_1`` and so on. Records of routes are drawn for each run, of several in a folder of its
+    name. Raises UserError if a folder is no run.
     """
-    tables = read_tables(folder) if tables is None else tables
+    tables = read_runs(folders) if tables is None else tables
+    yield from _of_tables(tables)
+    for folder in map(Path, folders):
+        place = f"{file_part(folder.name)}/" if len(folders) > 1 else ""
+        for name, draw in _of_records(folder):
+            yield place + name, draw
+
+
+def _of_tables(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]]:
     board = tables["leaderboard"]
     keys = [key for key in SETTING if key in board]
+    if "run" in board:
+        yield from _of_setting(tables)
+        return
     settings = board.groupby(keys, sort=False, dropna=False)["cell"].apply(set).tolist()
     for number, cells in enumerate(settings, start=1):
         own = {
@@ -51,7 +68,6 @@ def figures(
         place = f"setting_{number}/" if len(settings) > 1 else ""
         for name, draw in _of_setting(own):
             yield place + name, draw
-    yield from _of_records(Path(folder))
 
 
 def _of_setting(tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Drawing]]:
@@ -148,14 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plots(given: list[str]) -> None:
     parser = Parser(
-        "plots", "Write every figure that a run's tables allow, and say which they do not."
+        "plots",
+        "Write every figure that a run's tables allow, and say which they do not; of several runs "
+        "together, with a letter for each where their settings differ.",
     )
-    parser.add_argument("run", type=path_of, metavar="RUN", help=HELP["run"])
+    parser.runs()
     parser.add_argument(
         "--output_path",
         type=path_of,
         metavar="FOLDER",
-        help="folder to write to (default: RUN/figures)",
+        help="folder to write to (default: figures in the first RUN)",
     )
     parser.add_argument(
         "--formats",
@@ -165,9 +183,9 @@ def _plots(given: list[str]) -> None:
         help=f"kinds of files (default: {' '.join(FORMATS)})",
     )
     options, count = parser.parse_args(given), 0
-    tables = read_tables(options.run)
-    output = check_folder("output_path", options.output_path or options.run / "figures")
-    for name, draw in figures(options.run, tables):
+    tables = read_runs(options.runs)
+    output = check_folder("output_path", options.output_path or options.runs[0] / "figures")
+    for name, draw in figures(*options.runs, tables=tables):
         try:
             figure = draw()
         except UserError as reason:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dyndepth.common.errors import UserError
+from dyndepth.plots.runs import by_run
 from dyndepth.plots.scores import ACROSS, TOGETHER
 from dyndepth.plots.style import (
     GRAY,
@@ -64,6 +65,10 @@ def gaps(
     points; it may spend less than its budget, so it never gets worse with more. Points beyond its
     measured range are left out. Raises UserError without a bound, or where none can be compared.
     """
+    if len(by_run(table)) > 1:
+        raise UserError(
+            "a bound is held against methods of its own run; draw each run's own figure"
+        )
     found = points(table, metric, across)
     bounds, own = found[found["bound"]], found[~found["bound"]]
     if bounds.empty:
@@ -244,9 +249,11 @@ def retained(accuracy: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
 
     accuracy = labelled(accuracy)
     parts = []
-    for task in accuracy["task"].dropna().unique():
-        metric = main_metric(accuracy, task)
-        table = task_table(accuracy, compute, task, metric)
+    tasks = accuracy["task"].dropna().unique()
+    runs = [(task, own) for task in tasks for _, own in by_run(accuracy[accuracy["task"] == task])]
+    for task, rows in runs:
+        metric = main_metric(rows, task)
+        table = task_table(rows, compute, task, metric)
         dense = table.loc[reference(table), metric].mean()
         found = points(table, metric, "block_speedup")
         if not found.empty and dense > 0:

@@ -17,6 +17,7 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, Mode
 from dyndepth.plots.labels import label_targets
+from dyndepth.plots.runs import by_run
 from dyndepth.plots.style import (
     BLUE,
     CHANCE,
@@ -78,6 +79,8 @@ _RULE = (
 _CHANCE, _OPEN = "Chance: mean of 1 / choices", ", 0 for a task that offers none"
 _RINGS, _DOTS = ("o", "s", "D"), ((0, (1, 1.5)), (0, (3, 1.5)), (0, (5, 1.5, 1, 1.5)))
 """Of the fronts of one recovery after another."""
+_DENSE = ("-", (0, (7, 2)), (0, (4, 2, 1, 2)), (0, (1, 2)))
+"""Lines of dense of one run after another."""
 _TITLE = 26
 """Letters in a line of a small panel's title."""
 
@@ -135,24 +138,29 @@ def _scores(
         raise UserError("the table holds no method beside dense; there is nothing to compare")
     fraction, lower = across == "block_fraction", metric in LOWER_IS_BETTER
     chance = chance_of(table, metric, dense["mean_acc"].mean() if "mean_acc" in dense else 1.0)
-    # Value and ends of its interval; nothing where the run has no dense.
-    full = spread(dense, metric) if len(dense) else ()
-    by_chance = chance is not None and len(full) > 0 and full[1] <= chance <= full[2]
-    banded = len(full) > 0 and full[1] < full[2]
+    # Value and ends of each run's interval; nothing where there is no dense.
+    full = {run: spread(own, metric) for run, own in by_run(dense)} if len(dense) else {}
+    by_chance = chance is not None and any(low <= chance <= high for _, low, high in full.values())
+    banded = any(low < high for _, low, high in full.values())
+    several = "run" in table and table["run"].nunique() > 1
     found["front"] = False
-    if front and not by_chance:
+    if front and not by_chance and not several:
         found["front"] = on_front(found, lower, fraction, chance)
-    through = [*full, *([] if chance is None else [chance])]
+    through = [
+        *(end for ends in full.values() for end in ends),
+        *([] if chance is None else [chance]),
+    ]
     logarithmic = lower and is_logarithmic([*found["value"], *dense[metric]])
     scale = scale_of(found, through, logarithmic=logarithmic)
 
     whole = found["recovery"].nunique()
 
     def backdrop(axis: Axes, ring: float, recoveries: list[str]) -> None:
-        if full:
-            axis.axhline(full[0], color=GRAY, linewidth=1.2, zorder=1, label=DENSE)
-        if banded:
-            axis.axhspan(*full[1:], color=GRAY, alpha=0.18, linewidth=0, zorder=0.3)
+        for place, (run, (value, low, high)) in enumerate(full.items()):
+            axis.axhline(value, color=GRAY, linewidth=1.2, zorder=1, linestyle=_DENSE[place % 4],
+                         label=f"{DENSE} ({run})" if run else DENSE)  # fmt: skip
+            if low < high:
+                axis.axhspan(low, high, color=GRAY, alpha=0.18, linewidth=0, zorder=0.3)
         if chance is not None:
             axis.axhline(chance, color=INK, linewidth=0.7, linestyle=(0, (9, 3)), zorder=1,
                          label=CHANCE)  # fmt: skip
@@ -173,7 +181,8 @@ def _scores(
     recoveries = sorted(set(found["recovery"]), key=lambda name: (name != NONE, name))
     many = len(curves) > TOGETHER
     if not many:
-        figure = figure_of(PAGE, 4.8)
+        runs = table["run_told"].nunique() if "run_told" in table else 0
+        figure = figure_of(PAGE, 4.8 + 0.3 * runs)
         panels = [figure.subplots()]
         backdrop(panels[0], 10, recoveries)
         for own in curves:
@@ -208,7 +217,7 @@ def _scores(
         _CHANCE + _OPEN * (metric in MEANS) if chance is not None else "",
         _RULE + (", none whose interval holds chance" if chance is not None else "")
         if found["front"].any()
-        else "No Pareto front: dense's own interval holds chance" * (front and by_chance),
+        else _no_front(by_chance, several) * front,
         "" if front else "Beside the marks: target speedups",
     )
     legend_below(figure, in_order(panels), across=xlabel if many else "")
@@ -218,6 +227,12 @@ def _scores(
         for axis, marked in zip(panels, shown, strict=True):
             label_targets(axis, marked)
     return written(figure, path)
+
+
+def _no_front(by_chance: bool, several: bool) -> str:
+    if several:
+        return "No Pareto front: the runs' settings differ"
+    return "No Pareto front: dense's own interval holds chance" * by_chance
 
 
 def _named(table: pd.DataFrame, metric: str) -> str:

@@ -120,7 +120,8 @@ def in_order(panels: Iterable[Axes]) -> dict[str, Any]:
             lone = getattr(handle, "get_linestyle", lambda: "")() == "None"
             if name not in found or not lone:
                 found[name] = handle
-    shared = (DENSE, CHANCE, OTHERS, IDEAL, SUSPECT)
+    dense = [name for name in found if name.startswith(f"{DENSE} (")]
+    shared = (DENSE, *dense, CHANCE, OTHERS, IDEAL, SUSPECT)
     first = {name: handle for name, handle in found.items() if name not in shared}
     fronts = {name: handle for name, handle in first.items() if name.startswith(FRONT)}
     first = {name: handle for name, handle in first.items() if name not in fronts}
@@ -273,11 +274,14 @@ SEVERAL = "with several seeds from the lowest to the highest end"
 
 
 def head(figure: Figure, table: pd.DataFrame, title: str, *notes: str) -> None:
-    """Write the model's name and ``title`` over ``figure``, and ``notes`` as sentences below."""
+    """Write the model's name and ``title`` over ``figure``, ``notes`` as sentences below, and what
+    the letters of several runs stand for."""
     width = int(figure.get_size_inches()[0] * _LETTERS)
     first = ": ".join(filter(None, (of_all(table, "model"), title)))
     second = " ".join(f"{note}." for note in notes if note)
     lines = [*textwrap.wrap(first, width), *textwrap.wrap(second, width)]
+    told = sorted(table["run_told"].dropna().unique()) if "run_told" in table else []
+    lines += [line for text in told for line in textwrap.wrap(text, width, subsequent_indent="  ")]
     if lines:
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=_HEADING_SIZE)
 

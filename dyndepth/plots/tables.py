@@ -20,6 +20,7 @@ from dyndepth.common.paths import path_of
 from dyndepth.results.columns import TIMING
 from dyndepth.results.leaderboard import METRIC, OF_ACCURACY
 from dyndepth.results.schema import validate
+from dyndepth.results.statistics.intervals import LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,8 +167,10 @@ def task_table(
     rows = rows.drop_duplicates("cell").copy()
     spent = compute[(compute["task"] == task) & (compute["phase"] == "all")]
     rows[metric] = rows["value"]
-    rows[f"{metric}_low"] = rows["value"] - _NORMAL * rows["stderr"]
-    rows[f"{metric}_high"] = rows["value"] + _NORMAL * rows["stderr"]
+    # Of few documents there is no interval.
+    margin = (_NORMAL * rows["stderr"]).where(rows["n"] >= LEAST)
+    rows[f"{metric}_low"] = rows["value"] - margin
+    rows[f"{metric}_high"] = rows["value"] + margin
     return rows.merge(spent[["cell", "block_speedup", "total_speedup"]], on="cell", how="left")
 
 
@@ -192,7 +195,9 @@ def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
 
     check_one_setting(table)
     names = list(labelled(table)["label"].cat.categories)
-    numbers = {name: n for n, name in enumerate(name for name in names if name != DENSE)}
+    # Of several runs, dense has their letters.
+    others = (name for name in names if name != DENSE and not name.startswith(f"{DENSE} ("))
+    numbers = {name: n for n, name in enumerate(others)}
     table = usable(table, metric, across)
     table = table[~reference(table)]
     rows = []
@@ -242,7 +247,10 @@ def reference(table: pd.DataFrame) -> pd.Series:
 
 
 def check_one_setting(table: pd.DataFrame) -> None:
-    """Raise UserError if rows of several models or of different data would stand together."""
+    """Raise UserError if rows of several models or of different data would stand together, but for
+    those of several runs, which have letters."""
+    if "run" in table:
+        return
     for column in SETTING:
         if column in table and table[column].nunique() > 1:
             there = ", ".join(map(str, sorted(table[column].dropna().unique())))
@@ -292,6 +300,8 @@ def chance_of(table: pd.DataFrame, metric: str, dense: float) -> float | None:
     """The chance level of ``metric`` in ``table``, None where it has none; ``dense`` is dense's
     value of the metric that ``retained`` is a share of."""
     known = metric in (*OF_ACCURACY, *MEANS) and "chance" in table
+    # Runs that scored other tasks have other chance levels.
+    known = known and ("run" not in table or table["chance"].round(6).nunique() == 1)
     if not known or not table["chance"].notna().any():
         return None
     chance = float(table["chance"].mean())

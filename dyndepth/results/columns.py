@@ -534,6 +534,8 @@ for _phase in ("prefill", "decode"):
         of="from order statistics of the pairs",
     )
 
+_OF_TIMES = ("wall_loaded", "wall_repeats", "wall_load")
+
 LEADERBOARD = Table(
     "cell",
     IDENTITY
@@ -545,7 +547,10 @@ LEADERBOARD = Table(
         "chance": _fraction(
             "Mean accuracy of guesses, 0 for a task without choices; empty if no task has any."
         ),
-        "documents": _integer("Documents behind the mean accuracy."),
+        "documents": _integer(
+            "Documents behind the mean accuracy. Where a task has fewer than 10, no interval of a "
+            "score is given."
+        ),
         "retained": _number(
             "Mean accuracy / dense's on the same documents (1 = dense, not percent); empty "
             "without a dense cell of the same setting.",
@@ -583,6 +588,18 @@ LEADERBOARD = Table(
             "such as `decode`; empty if none is.",
             nullable=True,
         ),
+        "wall_loaded": _text(
+            "Those of the wall speedups that were timed while more processes wanted to run than "
+            "the machine has processors (`load_average` above `cores` in timing.csv).",
+            nullable=True,
+        ),
+        "wall_repeats": _integer(
+            "Interleaved pairs of dense and method, the fewest of the wall speedups.",
+            nullable=True,
+        ),
+        "wall_load": _number(
+            "The system's load over the minute before, the highest of the wall speedups'.", ge=0
+        ),
         "wall_batch": _integer(
             "Sequences in the batch of all wall speedups (the smallest that was timed); empty if "
             "not timed.",
@@ -613,7 +630,7 @@ LEADERBOARD = Table(
         ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
         *_ordered(_BOARD_SERVING),
     ),
-    optional=frozenset({"chance", *_GRAPHS, "wall_suspect", *_BOARD_SERVING}),
+    optional=frozenset({"chance", *_GRAPHS, "wall_suspect", *_OF_TIMES, *_BOARD_SERVING}),
     # Prompts are not repeated from graphs: those were times of eager prompts.
     former=frozenset(f"wall_prefill_graphs_{what}" for what in ("speedup", "low", "high")),
 )

@@ -17,7 +17,8 @@ from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.errors import UserError
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.results.curve_tables import BUDGETS, curves, equal_flops
-from dyndepth.results.statistics.curves import LEAST, Point, Vector, check_paired, pareto
+from dyndepth.results.statistics.curves import Point, Vector, check_paired, pareto
+from dyndepth.results.statistics.intervals import LEAST
 from dyndepth.results.statistics.peers import (
     NO_DENSE,
     Peers,

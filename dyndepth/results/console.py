@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dyndepth.cells.identity import CHAT, Row
-from dyndepth.cells.naming import apart, label
-from dyndepth.cells.recipe import NONE, shortened
-from dyndepth.common.commands import print_table
-from dyndepth.common.printing import Column, narrow, print_columns
-from dyndepth.results.leaderboard import APART, is_control
-from dyndepth.results.noise import headed, legend, told_of
+from dyndepth.cells.naming import label
+from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.serving import show_serving
+from dyndepth.results.shown import about, board_rows, by_chance, chosen, headings
 
 MARKS = {
     "better": "better",
@@ -31,7 +28,8 @@ _SETTING = (
 )
 """Columns of the leading ones that tell settings apart."""
 
-Told = tuple[str, Callable[[Row], str]]
+Told = tuple[str, Callable[[Row], str], int]
+"""Heading, text, and ``Column.rank``."""
 
 
 def show_comparison(tables: dict[str, list[Row]]) -> None:
@@ -50,10 +48,6 @@ def _by_rank(row: Row) -> tuple[float, str, float]:
 
 
 def _each(rows: Sequence[Row], what: str, columns: Sequence[Told], caption: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     groups: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
         if row.get("task"):
@@ -65,24 +59,20 @@ def _each(rows: Sequence[Row], what: str, columns: Sequence[Told], caption: str)
         better = "more is better" if own[0]["higher_is_better"] else "less is better"
         documents = max((row["n"] for row in own if row.get("n")), default=0)
         where = f", {model} {own[0]['dtype']} {own[0]['device']}" if several else ""
-        note = f"{better}, {documents} documents; [..] are 95% intervals\n{caption}"
-        table = Table(
-            title=escape(f"{task} {metric}, {what}{f' ({flops})' if flops else ''}{where}"),
-            title_justify="left",
-            caption=escape(note),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+        names = [label(row) + (" (bound)" if row["bound"] else "") for row in own]
+        print_columns(
+            [
+                Column("method", names, name=True),
+                *(
+                    Column(heading, [text(row) for row in own], rank=rank)
+                    for heading, text, rank in columns
+                ),
+            ],
+            f"{task} {metric}, {what}{f' ({flops})' if flops else ''}{where}",
+            f"{better}, {documents} documents; [..]: 95% intervals; {caption}",
         )
-        table.add_column("method", overflow="fold")
-        for heading, _ in columns:
-            left = heading == "verdict"
-            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-        for row in own:
-            name = label(row) + (" (bound)" if row["bound"] else "")
-            table.add_row(*map(escape, [name, *(text(row) for _, text in columns)]))
-        print_table(table)
         _reasons(own)
+        print()
 
 
 def _reasons(rows: Iterable[Row]) -> None:
@@ -129,32 +119,33 @@ def _p(row: Row) -> str:
 
 
 _COMPARISON: tuple[Told, ...] = (
-    ("target", _target),
-    ("FLOPs", _number("block_fraction", "{:.3f}")),
-    ("value", _number("value", "{:.3f}")),
-    ("- dense", _spread("difference", "low", "high", "{:+.3f}")),
-    ("kept", _number("retained", "{:.2f}")),
-    ("p Holm", _p),
-    ("verdict", _verdict),
+    ("target", _target, 0),
+    ("FLOPs", _number("block_fraction", "{:.3f}"), 2),
+    ("value", _number("value", "{:.3f}"), 0),
+    ("- dense", _spread("difference", "low", "high", "{:+.3f}"), 0),
+    ("kept", _number("retained", "{:.2f}"), 3),
+    ("p Holm", _p, 1),
+    ("verdict", _verdict, 0),
 )
 
 _CURVES: tuple[Told, ...] = (
-    ("points", _number("points", "{}")),
-    ("FLOPs", lambda row: _range(row)),
-    ("area", _number("area", "{:.3f}")),
-    ("SDR", _spread("sdr", "sdr_low", "sdr_high", "{:.2f}")),
+    ("points", _number("points", "{}"), 2),
+    ("FLOPs", lambda row: _range(row), 1),
+    ("area", _number("area", "{:.3f}"), 0),
+    ("SDR", _spread("sdr", "sdr_low", "sdr_high", "{:.2f}"), 3),
     (
         "- hardest other",
         _spread("area_difference", "area_difference_low", "area_difference_high", "{:+.3f}"),
+        0,
     ),
-    ("verdict", _verdict),
+    ("verdict", _verdict, 0),
 )
 
 _EQUAL_FLOPS: tuple[Told, ...] = (
-    ("budget", _number("reference_speedup", "{:g}x")),
-    ("value", _number("value", "{:.3f}")),
-    ("- dense", _number("difference", "{:+.3f}")),
-    ("rank", lambda row: f"{row['rank']}/{row['competitors']}" if row.get("rank") else ""),
+    ("budget", _number("reference_speedup", "{:g}x"), 0),
+    ("value", _number("value", "{:.3f}"), 0),
+    ("- dense", _number("difference", "{:+.3f}"), 2),
+    ("rank", lambda row: f"{row['rank']}/{row['competitors']}" if row.get("rank") else "", 1),
     (
         "- best other",
         _spread(
@@ -163,9 +154,10 @@ _EQUAL_FLOPS: tuple[Told, ...] = (
             "competitor_difference_high",
             "{:+.3f}",
         ),
+        0,
     ),
-    ("p Holm", _p),
-    ("verdict", _verdict),
+    ("p Holm", _p, 3),
+    ("verdict", _verdict, 0),
 )
 
 
@@ -175,78 +167,34 @@ def _range(row: Row) -> str:
     return f"{row['fraction_low']:.2f}-{row['fraction_high']:.2f}"
 
 
-def show_leaderboard(rows: Sequence[Row], title: str = "Leaderboard") -> None:
-    """Print leaderboard rows as a table. A row of a bound, a control or a failure says so by its
-    name; rows of several settings say what theirs has apart. In a narrow terminal a method stands
-    with its parameters in one column, and what matters least is left out; a time never."""
-    settings = [
-        ", ".join(word for word in words if word != row["model"])
-        for row, words in zip(rows, apart(rows), strict=True)
+def show_leaderboard(
+    rows: Sequence[Row],
+    title: str = "Leaderboard",
+    runs: Mapping[str, Sequence[str]] | None = None,
+    keys: Sequence[str] | None = None,
+) -> None:
+    """Print leaderboard rows as a table, seeds averaged, in the order of the page. A row of a
+    bound, a control or a failure says so by its name; rows of several settings have letters, which
+    stand below with where they were read (``runs``: cell -> paths). A narrow terminal leaves out
+    what matters least; ``keys`` are the columns to show (default: what the rows need)."""
+    found, stand_for = board_rows(rows, runs)
+    shown = chosen(found, keys)
+    columns = [
+        Column(
+            heading,
+            [each.text(row) for row in found],
+            name=each.name,
+            rank=0 if keys else each.rank,
+            dim=[each.key == "mean_acc" and by_chance(row) for row in found],
+        )
+        for each, heading in zip(shown, headings(shown, found), strict=True)
     ]
+    groups = [(row["bound"], None if row["bound"] else row["target_speedup"]) for row in found]
 
-    def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
-        return Column(heading, [form(row) for row in rows], name=name, rank=rank)
+    def caption(kept: Sequence[Column]) -> str:
+        return about(found, [text for each in kept for text in each.texts])
 
-    columns = []
-    if len({row["model"] for row in rows}) > 1:
-        columns.append(of("model", lambda row: str(row["model"]), name=True))
-    if any(settings):
-        columns.append(Column("setting", settings, name=True))
-    together = narrow(TOGETHER)
-    columns.append(of("method", _short if together else _name, name=True))
-    if not together:
-        columns.append(of("parameters", lambda row: str(row["parameters"]), name=True))
-    columns += [
-        of("phases", lambda row: str(row["phases"]), _unless_apart(rows, "phases", 9), name=True),
-        of("target", lambda row: f"{row['target_speedup']:g}x"),
-        of("seed", lambda row: str(row["seed"]), _unless_apart(rows, "seed", 9)),
-    ]
-    if any(row["recovery"] != NONE for row in rows) and not together:
-        columns.append(of("recovery", lambda row: shortened(str(row["recovery"])), name=True))
-    columns += [
-        of("mean acc", lambda row: _interval(row, "mean_acc", 1, 3), 3),
-        of("% of dense", lambda row: _interval(row, "retained", 100, 0), 5),
-        *(of(head, _number(key, "{:.3f}"), 4) for head, key in zip(_APART, APART, strict=True)),
-        of("block", _number("block_speedup", "{:.2f}x"), 2),
-        of("total", _number("total_speedup", "{:.2f}x"), 6),
-    ]
-    walls = [
-        Column(text, [told_of(row, key) for row in rows]) for key, text in headed(rows).items()
-    ]
-    meant = legend(text for each in walls for text in each.texts)
-    caption = "[..] are 95% intervals; prefill and decode are wall-clock"
-    print_columns([*columns, *walls], title, "; ".join(filter(None, (caption, meant))))
-    show_serving(rows, lambda row: f"{_short(row)} {row['target_speedup']:g}x")
-
-
-_APART = ("bits/byte", "ROUGE-L")
-"""Headings of ``APART``."""
-
-
-def _unless_apart(rows: Sequence[Row], key: str, rank: int) -> int:
-    """``rank``, or a lower one where rows differ in ``key``: they are told apart by it."""
-    return rank if len({str(row[key]) for row in rows}) == 1 else 1
-
-
-TOGETHER = 120
-"""Columns of a terminal below which a method's name, parameters and recovery are one text."""
-
-
-def _name(row: Row) -> str:
-    return str(row["method"]) + _kind(row)
-
-
-def _short(row: Row) -> str:
-    return label(row) + _kind(row)
-
-
-def _kind(row: Row) -> str:
-    kind = " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
-    return kind + (" FAILED" if row["status"] == "error" else "")
-
-
-def _interval(row: Row, key: str, scale: float, digits: int) -> str:
-    if row.get(key) is None:
-        return ""
-    value, low, high = (row[name] * scale for name in (key, f"{key}_low", f"{key}_high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    print_columns(columns, title, caption, groups)
+    for text in stand_for:
+        print(text)
+    show_serving(rows, lambda row: f"{label(row)} {row['target_speedup']:g}x")

@@ -13,7 +13,6 @@ from dyndepth.common.errors import UserError
 from dyndepth.results.comparison_columns import CURVE
 from dyndepth.results.statistics.curves import (
     FLOPS,
-    LEAST,
     SAME,
     Point,
     Vector,
@@ -24,6 +23,7 @@ from dyndepth.results.statistics.curves import (
     overlap,
     span,
 )
+from dyndepth.results.statistics.intervals import LEAST
 from dyndepth.results.statistics.peers import (
     NO_DENSE,
     Peers,

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
 from dyndepth.common.modes import EAGER
-from dyndepth.results.noise import SUSPECT, WALLS
+from dyndepth.results.noise import LOADED, SUSPECT, WALLS, loaded
 
 METRIC = "acc"
 """The accuracy that the leaderboard's mean is of."""
@@ -83,9 +83,11 @@ def is_control(row: Row) -> bool:
 
 def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
     # numpy comes late: --help must be instant.
-    from dyndepth.results.statistics.intervals import mean_score, retained
+    from dyndepth.results.statistics.intervals import LEAST, mean_score, retained
 
     own = outcomes(cell)
+    # Of fewer documents of any task nothing is said but the value.
+    enough = bool(own) and min(map(len, own.values())) >= LEAST
     row: Row = {
         "status": cell.status,
         "documents": sum(map(len, own.values())),
@@ -96,7 +98,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         },
         **speedups(cell),
         **wall_speedups(cell),
-        SUSPECT: _suspect(cell),
+        **_doubts(cell),
         **_timed_shape(cell),
         **serving(cell),
         "paper": cell.provenance.get("paper"),
@@ -107,11 +109,14 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
     }
     if own:
         mean = mean_score(own)
-        row |= {"mean_acc": mean.value, "mean_acc_low": mean.low, "mean_acc_high": mean.high}
-        row["chance"] = chance(cell)
+        row |= {"mean_acc": mean.value, "chance": chance(cell)}
+        if enough:
+            row |= {"mean_acc_low": mean.low, "mean_acc_high": mean.high}
     kept = retained(own, dense) if own and dense else None
     if kept:
-        row |= {"retained": kept.value, "retained_low": kept.low, "retained_high": kept.high}
+        row["retained"] = kept.value
+        if enough:
+            row |= {"retained_low": kept.low, "retained_high": kept.high}
     return row
 
 
@@ -128,14 +133,18 @@ def outcomes(cell: Cell) -> dict[str, dict[str, float]]:
 
 def _mean_value(cell: Cell, column: str, metric: str) -> Row:
     """Mean of a metric over the tasks that have it, and its 95% interval by their standard errors
-    (the tasks' documents are independent); no interval where one of them is unknown."""
+    (the tasks' documents are independent); no interval where one of them is unknown, or of fewer
+    documents than ``LEAST``."""
+    from dyndepth.results.statistics.intervals import LEAST
+
     rows = [row for row in cell.accuracy if row["metric"] == metric and row["value"] is not None]
     if not rows:
         return {column: None}
     value = sum(row["value"] for row in rows) / len(rows)
     errors = [float(row["stderr"]) for row in rows if row.get("stderr") is not None]
     margin = Z95 * math.sqrt(sum(error**2 for error in errors)) / len(rows)
-    if len(errors) < len(rows) or math.isnan(margin):
+    few = any((row.get("n") or 0) < LEAST for row in rows)
+    if few or len(errors) < len(rows) or math.isnan(margin):
         return {column: value}
     # Neither metric can be negative, nor one of them above 1, and the normal law does not know it.
     low, high = max(0.0, value - margin), value + margin
@@ -167,9 +176,18 @@ def wall_speedups(cell: Cell) -> Row:
     return found
 
 
-def _suspect(cell: Cell) -> str | None:
-    """Keys of the wall speedups that are suspect; None if there are none."""
-    return ", ".join(key for key, row in _timed(cell).items() if row.get("suspect")) or None
+def _doubts(cell: Cell) -> Row:
+    """Keys of the wall speedups that are suspect, and of those timed on a loaded machine; the
+    fewest pairs that one of them is of, and the highest load. None where there are none."""
+    timed = _timed(cell)
+    pairs = [row["repeats"] for row in timed.values() if row.get("repeats") is not None]
+    loads = [row["load_average"] for row in timed.values() if row.get("load_average") is not None]
+    return {
+        SUSPECT: ", ".join(key for key, row in timed.items() if row.get("suspect")) or None,
+        LOADED: ", ".join(key for key, row in timed.items() if loaded(row)) or None,
+        "wall_repeats": min(pairs, default=None),
+        "wall_load": max(loads, default=None),
+    }
 
 
 def _timed(cell: Cell) -> dict[str, Row]:

@@ -8,21 +8,22 @@ page draws it in the browser.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import CHAT, LEADING, UNHASHED, Row
-from dyndepth.cells.naming import apart, changed, label, recovered
+from dyndepth.cells.naming import changed, label, lettered, recovered
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
+from dyndepth.common.markup import markdown_table, plain
 from dyndepth.common.provenance import VERSIONS
-from dyndepth.results.noise import headed, legend, noise, suspects, told
-from dyndepth.results.published import nearest, published
+from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
+from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
-from dyndepth.results.serving import CAPTION, TITLE, serving
+from dyndepth.results.serving import as_markdown, on_page
 from dyndepth.results.tables import as_csv
 
 TEMPLATE = "leaderboard.html"
@@ -55,8 +56,10 @@ CONTROLS = "Controls are no methods of a paper: they say what a method is worth 
 PAPERS = (
     "As the sources state them, for other models, tasks and budgets than those measured here; they "
     "enter no average. Beside each stands the setting of the same method measured at the nearest "
-    "block FLOPs speedup, recovered in the same way or not at all."
+    f"block FLOPs speedup, recovered in the same way or not at all. {HANDED}"
 )
+
+DOUBTS = (SUSPECT, LOADED)
 
 _BY_SEED = frozenset({"cell", "seed"}) | UNHASHED - {"model"}
 
@@ -65,17 +68,22 @@ Spread = list[Any]
 """[value, low, high], the ends of the 95% interval None where there is none."""
 
 
-def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
+def board(
+    cells: Sequence[Cell], rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None = None
+) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``texts``.
+    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``runs``, ``texts``.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
     high]``, its ends None where there is none; an entry's ``noise`` is what ``noise.noise`` says of
     its wall speedups. A cell that failed has no entry unless it has
-    scores. Entries of one setting stand together; ``setting`` says what theirs has apart.
+    scores. Entries of one setting stand together; ``setting`` is its letter where there are
+    several, and ``runs`` says what each letter stands for (``naming.lettered``; the argument: cell
+    -> where it was read).
     """
     groups: dict[tuple[Any, ...], list[tuple[Cell, Row]]] = {}
-    words = {row["cell"]: found for row, found in zip(rows, apart(rows), strict=True)}
+    letters, stand_for = lettered(rows, runs)
+    words = {row["cell"]: found for row, found in zip(rows, letters, strict=True)}
     for cell, row in zip(cells, rows, strict=True):
         if cell.evaluated:
             key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
@@ -97,9 +105,10 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
         "entries": entries,
         "failed": failed,
         "published": _published(rows, words),
-        "serving": _serving(rows, words),
+        "serving": on_page(rows, lambda row: _labels(row, words)["label"]),
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
+        "runs": stand_for,
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
         | {"walls": f"Beside wall-clock: {legend()}."},
     }
@@ -108,7 +117,7 @@ def board(cells: Sequence[Cell], rows: Sequence[Row]) -> Board:
 def _entry(
     members: Sequence[tuple[Cell, Row]],
     scores: dict[str, Row],
-    words: dict[str, list[str]],
+    words: dict[str, str],
     rows: Sequence[Row],
 ) -> Row:
     """The entry of cells that differ in their seeds alone; ``rows`` are those of all cells."""
@@ -132,25 +141,17 @@ def _entry(
         "dense": is_dense(members[0][0]),
         "chance": own[0].get("chance"),
         "scores": {key: value for key, value in found.items() if value is not None},
+        "pairs": min((row["wall_repeats"] for row in own if row.get("wall_repeats")), default=None),
+        "load": max((row["wall_load"] for row in own if row.get("wall_load")), default=None),
         "block": _mean([_spread(row, "block_speedup") for row in own]),
         "total": _mean([_spread(row, "total_speedup") for row in own]),
         **walls,
         "noise": {
-            key: noise(spread[0], spread[1], spread[2], any(key in suspects(row) for row in own))
+            key: noise(*spread, *(any(key in named(row, one) for row in own) for one in DOUBTS))
             for key, spread in walls.items()
             if spread is not None
         },
     }
-
-
-def _serving(rows: Sequence[Row], words: dict[str, list[str]]) -> Row:
-    """Latency, throughput and memory, a line a side of each cell that was measured."""
-
-    def name(row: Row) -> str:
-        seed = f", seed {row['seed']}" if row["seed"] else ""
-        return f"{_labels(row, words)['label']} {row['target_speedup']:g}x{seed}"
-
-    return {"title": TITLE, "caption": f"{CAPTION}."} | serving(rows, name)._asdict()
 
 
 def _chance(found: Sequence[tuple[str, float]]) -> str:
@@ -174,16 +175,14 @@ def html(found: Board) -> str:
 # --- the data -------------------------------------------------------------------------------------
 
 
-def _labels(row: Row, words: dict[str, list[str]]) -> Row:
-    """Names of a row; ``words`` has what settings have apart, by cell."""
-    recovery, model = recovered(row), str(row["model"])
-    more = [word for word in words[row["cell"]] if word != model]
+def _labels(row: Row, words: dict[str, str]) -> Row:
+    """Names of a row; ``words`` has the letter of its setting, by cell."""
+    recovery, model, letter = recovered(row), str(row["model"]), words[row["cell"]]
     parts = [*changed(row), f"+ {recovery}" if recovery != NONE else ""]
     return {
         "model": model,
-        "setting": ", ".join(words[row["cell"]]),
-        "apart": ", ".join(more),
-        "label": ", ".join([label(row), *words[row["cell"]]]),
+        "setting": letter,
+        "label": ", ".join(filter(None, (label(row), letter))),
         "method": str(row["method"]),
         "name": label(row),
         "variant": ", ".join(filter(None, parts)),
@@ -222,15 +221,17 @@ def _metric(row: Row) -> str:
 
 
 def _by_task(cell: Cell) -> dict[str, Spread]:
-    """[value, low, high] by task and metric, the interval by the standard error."""
+    """[value, low, high] by task and metric, the interval by the standard error; none of few
+    documents."""
     from dyndepth.results.leaderboard import Z95
+    from dyndepth.results.statistics.intervals import LEAST
 
     found: dict[str, Spread] = {}
     for row in cell.accuracy:
         value, error = row["value"], row.get("stderr")
         if value is None or value != value:
             continue
-        if error is None or error != error:
+        if error is None or error != error or (row.get("n") or 0) < LEAST:
             found[_key(row)] = [value, None, None]
         else:
             # What is not negative has no negative end either, and what is a share none above 1; the
@@ -257,7 +258,8 @@ def _is_share(cell: Cell, row: Row) -> bool:
 
 
 def _spread(row: Row, key: str) -> Spread | None:
-    if row.get(key) is None:
+    # A share of dense's score is told with its interval or not at all.
+    if row.get(key) is None or (key == "retained" and row.get("retained_low") is None):
         return None
     return [row[key], row.get(f"{key}_low"), row.get(f"{key}_high")]
 
@@ -281,10 +283,11 @@ def _mean(values: Sequence[Spread | None]) -> Spread | None:
     return [sum(middle) / len(known), min(lows) if whole else None, max(highs) if whole else None]
 
 
-def _published(rows: Sequence[Row], words: dict[str, list[str]]) -> list[Row]:
+def _published(rows: Sequence[Row], words: dict[str, str]) -> list[Row]:
     """Papers' rows of the methods on the board, each with the nearest measured setting."""
-    measured = [row for row in rows if row.get("mean_acc") is not None or row.get("bits_per_byte")]
-    present = {str(row["method"]) for row in measured}
+    scored = [row for row in rows if row.get("mean_acc") is not None or row.get("bits_per_byte")]
+    present = {str(row["method"]) for row in scored}
+    measured = list(filter(known_well, scored))
     found = []
     for row in published():
         if row["method"] not in present:
@@ -296,7 +299,7 @@ def _published(rows: Sequence[Row], words: dict[str, list[str]]) -> list[Row]:
                 "block": near["block_speedup"],
                 **{key: _spread(near, key) for key, *_ in SCORES},
             }
-        found.append({**row, "measured": beside})
+        found.append({**row, "hand_told": HANDS[row["hand"]], "measured": beside})
     return found
 
 
@@ -315,22 +318,29 @@ NAMES = ("leaderboard.csv", "leaderboard.md", "leaderboard.html")
 """What the command writes."""
 
 
-def texts(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, str]:
+def texts(
+    cells: Sequence[Cell], rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
     """The table for programs, a page for people and one for browsers, by file name, of ``NAMES``.
 
     Raises UserError if a value cannot be in the table.
     """
 
     validate(NAMES[0], rows)
-    found = board(cells, rows)
+    found = board(cells, rows, runs)
     return dict(
         zip(NAMES, (as_csv(rows, TABLES[NAMES[0]].own), markdown(found), html(found)), strict=True)
     )
 
 
-def write(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
+def write(
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    folder: Path,
+    runs: Mapping[str, Sequence[str]] | None = None,
+) -> list[Path]:
     """Write all of ``texts`` and return where. Raises as it does, before anything is written."""
-    for name, text in texts(cells, rows).items():
+    for name, text in texts(cells, rows, runs).items():
         write_atomically(folder / name, text)
     return [folder / name for name in NAMES]
 
@@ -348,6 +358,8 @@ def markdown(found: Board) -> str:
     lines = ["# Leaderboard", ""]
     lines += [_sentence(competitors, bounds, found["failed"]), ""]
     lines += _entries(competitors, fixed, found["walls"])
+    if found["runs"]:
+        lines += ["", "Settings:", "", *(f"- {plain(text)}" for text in found["runs"])]
     if any(entry["noise"] for entry in found["entries"]):
         lines += ["", found["texts"]["walls"]]
     if found["chance"] and any(score["key"] == "mean_acc" for score in fixed):
@@ -358,21 +370,18 @@ def markdown(found: Board) -> str:
         lines += ["", CONTROLS]
     if bounds:
         lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
-    told_apart = found["serving"]
-    if told_apart["rows"]:
-        lines += ["", f"## {TITLE}", "", told_apart["caption"], ""]
-        lines += [_line(told_apart["headings"]), _line(["---"] * len(told_apart["headings"]))]
-        lines += map(_line, told_apart["rows"])
+    lines += as_markdown(found["serving"])
     if found["failed"]:
-        lines += ["", "## Failed cells", "", _line(["method", "target", "seed", "cell", "error"])]
-        lines.append(_line(["---"] * 5))
-        for one in found["failed"]:
-            texts = [one["label"], f"{one['target']:g}x", str(one["seed"]), one["cell"]]
-            lines.append(_line([*texts, one["error"]]))
+        failed = [
+            [one["label"], f"{one['target']:g}x", str(one["seed"]), one["cell"], one["error"]]
+            for one in found["failed"]
+        ]
+        heads = ("method", "target", "seed", "cell", "error")
+        lines += ["", "## Failed cells", "", markdown_table(heads, failed)]
     if found["published"]:
         lines += ["", "## Reported by papers", "", PAPERS, "", *_papers(found["published"])]
     lines += ["", "## Conditions", ""]
-    lines += [f"- {key}: {_cell('; '.join(values))}" for key, values in found["conditions"].items()]
+    lines += [f"- {key}: {plain('; '.join(values))}" for key, values in found["conditions"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -381,10 +390,12 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]
     heads = ["model"] if several else []
     heads += ["method", "target", "seeds", *(score["label"] for score in scores)]
     heads += ["block FLOPs", "total FLOPs", *(wall["label"] for wall in walls)]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    timed = any(entry["pairs"] is not None for entry in entries)
+    heads += ["pairs", "load"] if timed else []
+    rows = []
     for entry in entries:
         texts = [entry["model"]] if several else []
-        name = ", ".join(filter(None, (entry["name"], entry["apart"])))
+        name = ", ".join(filter(None, (entry["name"], entry["setting"])))
         name += " (control)" if entry["control"] else ""
         texts += [name, f"{entry['target']:g}x", str(len(entry["seeds"]))]
         texts += [
@@ -393,20 +404,21 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]
         ]
         texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
         texts += [_told(entry, wall["key"]) for wall in walls]
-        lines.append(_line(texts))
-    return lines
+        texts += [_plain(entry["pairs"]), _plain(entry["load"])] if timed else []
+        rows.append(texts)
+    return [markdown_table(heads, rows)]
 
 
 def _told(entry: Row, key: str) -> str:
-    suspect = "suspect" in entry["noise"].get(key, "")
     value, low, high = entry[key] or (None, None, None)
-    return told(value, low, high, suspect)
+    doubts = (word in entry["noise"].get(key, "") for word in ("suspect", "loaded"))
+    return told(value, low, high, *doubts)
 
 
 def _papers(rows: Sequence[Row]) -> list[str]:
     heads = ["method", "model", "budget", "task", "metric", "dense", "reported", "measured nearest"]
-    heads += ["source", "note"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    heads += ["hand", "source", "note"]
+    lines = []
     for row in rows:
         near = row["measured"]
         beside = ""
@@ -421,8 +433,8 @@ def _papers(rows: Sequence[Row]) -> list[str]:
         method += f" + {recovery}" if recovery not in ("", "none") else ""
         texts = [method, row["model"], f"{row['speedup']:g}x {row['unit_of_speedup']}"]
         texts += [row["task"], row["metric"], _plain(row["dense_value"]), _plain(row["value"])]
-        lines.append(_line([*texts, beside, row["source"], row["note"]]))
-    return lines
+        lines.append([*texts, beside, HANDS[row["hand"]], row["source"], row["note"]])
+    return [markdown_table(heads, lines)]
 
 
 def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row]) -> str:
@@ -447,15 +459,3 @@ def _interval(
 
 def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _line(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, texts))} |"
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its field: no line breaks, no bars, no markup."""
-    text = " ".join(str(text).split())
-    for letter in "\\|*`":
-        text = text.replace(letter, f"\\{letter}")
-    return text.replace("<", "&lt;").replace("](", "]\\(")

@@ -19,6 +19,7 @@ WORDS = {
     "no interval": "of fewer than six pairs",
     "noisy": "the interval is wider than 10 % of the number",
     "undecided": "the interval holds 1, neither faster nor slower is shown",
+    "loaded": "more processes wanted to run than the machine has processors",
 }
 """Every word that stands beside a wall speedup, and what it means."""
 
@@ -33,9 +34,10 @@ def legend(texts: Iterable[str] | None = None) -> str:
     )
 
 
-def noise(median: float, low: Any, high: Any, suspect: Any = False) -> str:
+def noise(median: float, low: Any, high: Any, suspect: Any = False, loaded: Any = False) -> str:
     """What is to be said of a wall speedup and its 95% interval, in ``WORDS``; empty if nothing is
-    in doubt. An end that is missing or no number is no end; ``suspect`` may be a CSV file's."""
+    in doubt. An end that is missing or no number is no end; ``suspect`` and ``loaded`` may be a CSV
+    file's."""
     found = ["suspect"] if _true(suspect) else []
     least, most = _number(low), _number(high)
     if least is None or most is None:
@@ -43,6 +45,7 @@ def noise(median: float, low: Any, high: Any, suspect: Any = False) -> str:
     else:
         found += ["noisy"] if (most - least) / median > WIDE else []
         found += ["undecided"] if least <= 1 <= most else []
+    found += ["loaded"] if _true(loaded) else []
     return ", ".join(found)
 
 
@@ -51,6 +54,7 @@ def told(
     low: Any,
     high: Any,
     suspect: Any = False,
+    loaded: Any = False,
     *,
     form: str = "{:.2f}x",
     mark: str = " {}",
@@ -66,8 +70,15 @@ def told(
     text, plain = form.format(value), form.rstrip("x")
     if least is not None and most is not None:
         text += f" [{plain.format(least)}, {plain.format(most)}]"
-    word = noise(value, least, most, suspect)
+    word = noise(value, least, most, suspect, loaded)
     return text + (mark.format(word) if word else "")
+
+
+def loaded(row: Mapping[str, Any]) -> bool:
+    """Whether a row of timing.csv was timed while more processes wanted to run than the machine has
+    processors; False where it does not tell."""
+    load, cores = _number(row.get("load_average")), _number(row.get("cores"))
+    return load is not None and cores is not None and load > cores
 
 
 def _number(value: Any) -> float | None:
@@ -124,16 +135,24 @@ def headed(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 SUSPECT = "wall_suspect"
-"""The column of a leaderboard that names the suspect ones of ``WALLS``, by key."""
+LOADED = "wall_loaded"
+"""Columns of a leaderboard that name those of ``WALLS`` that are suspect, or were timed on a loaded
+machine, by key."""
+
+
+def named(row: Mapping[str, Any], column: str) -> set[str]:
+    """Keys of a leaderboard row's wall speedups that ``SUSPECT`` or ``LOADED`` names."""
+    found = row.get(column)
+    return set(filter(None, found.split(", "))) if isinstance(found, str) else set()
 
 
 def suspects(row: Mapping[str, Any]) -> set[str]:
     """Keys of a leaderboard row's wall speedups that are suspect."""
-    return set(filter(None, str(row.get(SUSPECT) or "").split(", ")))
+    return named(row, SUSPECT)
 
 
 def told_of(row: Mapping[str, Any], key: str, *, form: str = "{:.2f}x", mark: str = " {}") -> str:
     """The wall speedup ``key`` of a leaderboard row; see ``told``."""
     low, high = row.get(f"wall_{key}_low"), row.get(f"wall_{key}_high")
-    value, suspect = row.get(f"wall_{key}_speedup"), key in suspects(row)
-    return told(value, low, high, suspect, form=form, mark=mark)
+    doubts = [key in named(row, column) for column in (SUSPECT, LOADED)]
+    return told(row.get(f"wall_{key}_speedup"), low, high, *doubts, form=form, mark=mark)

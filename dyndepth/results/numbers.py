@@ -16,7 +16,7 @@ from typing import Any
 from dyndepth.cells.naming import label
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
-from dyndepth.results.noise import told, told_of
+from dyndepth.results.noise import loaded, told, told_of
 
 Record = dict[str, str]
 """A row of a CSV file: column -> text, empty where the value is missing."""
@@ -58,7 +58,7 @@ def _wall(row: Record, show: str, form: str) -> str:
         key = show.removeprefix("wall_").removesuffix("_speedup")
         return told_of(row, key, form=form, mark=" ({})")
     ends = row.get(f"{show}_low"), row.get(f"{show}_high")
-    return told(row.get(show), *ends, row.get("suspect"), form=form, mark=" ({})")
+    return told(row.get(show), *ends, row.get("suspect"), loaded(row), form=form, mark=" ({})")
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,22 @@ COLUMNS = {
     "dense_value": "the paper's dense value, or empty",
     "value": "the paper's value of the method",
     "source": "the document that the value was read in: arXiv number and table",
-    "note": "what a reader must know, such as that the value is second-hand",
+    "hand": "first: the source is the paper that proposes what was measured; second: it is another "
+    "one, whose authors ran the method themselves or quote its value",
+    "note": "what a reader must know",
 }
 """Columns of the file and what they hold."""
 
 RECOVERIES = ("", NONE, *KINDS, "full")
 """What the column ``recovery`` may say."""
+
+HANDS = {"first": "first-hand", "second": "second-hand"}
+"""What the column ``hand`` may say, and how people are told."""
+HANDED = (
+    "First-hand: the source is the paper that proposes what was measured. Second-hand: it is "
+    "another paper, whose authors ran the method themselves or quote its value."
+)
+"""What that means."""
 
 NUMBERS = {"speedup": False, "dense_value": True, "value": False}
 """Columns that hold numbers, and whether they may be empty."""
@@ -82,6 +92,8 @@ def parse(text: str, origin: str) -> list[Row]:
                 f"{place}: recovery must be empty or one of {', '.join(RECOVERIES[1:])}, not "
                 f"{row['recovery']!r}"
             )
+        if row["hand"] not in HANDS:
+            raise UserError(f"{place}: hand must be first or second, not {row['hand']!r}")
         numbers = {key: _number(row[key], key, place) for key in NUMBERS}
         if numbers["speedup"] is not None and numbers["speedup"] < 1:
             raise UserError(f"{place}: speedup must be at least 1, not {row['speedup']}")
@@ -112,6 +124,12 @@ def nearest(row: Row, measured: Iterable[Row]) -> Row | None:
         apart = round(abs(math.log(one["block_speedup"] / row["speedup"])), 6)
         found.append((bool(other), apart, len(other), place, one))
     return min(found, key=lambda each: each[:4])[4] if found else None
+
+
+def known_well(row: Row) -> bool:
+    """Whether a leaderboard row has a score with an interval: what is of a few documents alone is
+    set beside no paper."""
+    return any(row.get(f"{key}_low") not in (None, "") for key in ("mean_acc", "bits_per_byte"))
 
 
 def kind_of(recovery: Any) -> str:

@@ -48,7 +48,7 @@ COMPARED = {
     "curves.csv": (CURVES, "a method's curve on one metric, by one kind of FLOPs"),
     "equal_flops.csv": (EQUAL_FLOPS, "a method at one budget, by one kind of FLOPs"),
 }
-"""Tables of ``dyndepth.comparison``: descriptions of the columns, and what a row is."""
+"""Tables of ``dyndepth.compare``: descriptions of the columns, and what a row is."""
 
 DTYPES = {"text": "string", "integer": "Int64", "number": "float64", "boolean": "boolean"}
 """Type of a column -> the pandas type that holds it, missing values included. A column of type

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dyndepth.cells.cell import DENSE
+from dyndepth.common.markup import markdown_table
 from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.results.noise import told
 
@@ -85,6 +86,24 @@ def show_serving(rows: Sequence[Mapping[str, Any]], name: Callable[[Any], str]) 
         for place, (heading, *texts) in enumerate(zip(found.headings, *found.rows, strict=True))
     ]
     print_columns(columns, TITLE, CAPTION)
+
+
+def on_page(rows: Iterable[Mapping[str, Any]], label: Callable[[Any], str]) -> dict[str, Any]:
+    """It as plain data of a page: ``title``, ``caption``, ``headings``, ``rows``."""
+
+    def name(row: Any) -> str:
+        seed = f", seed {row['seed']}" if row["seed"] else ""
+        return f"{label(row)} {row['target_speedup']:g}x{seed}"
+
+    return {"title": TITLE, "caption": f"{CAPTION}."} | serving(rows, name)._asdict()
+
+
+def as_markdown(page: Mapping[str, Any]) -> list[str]:
+    """Lines of what ``on_page`` gives; none where nothing was measured."""
+    if not page["rows"]:
+        return []
+    table = markdown_table(page["headings"], page["rows"])
+    return ["", f"## {page['title']}", "", page["caption"], "", table]
 
 
 _PHASES = ("prefill", "decode")

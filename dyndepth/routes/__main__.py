@@ -58,7 +58,7 @@ def _parser() -> Parser:
     add("--corpus", help=f"{HELP['corpus']} (default: embedded)")
     add("--device", help=f"{HELP['device']} (default: auto)")
     add("--trust_remote_code", action="store_true", help=HELP["trust_remote_code"])
-    built.whole("documents", 1, "evaluation passages to record", 8)
+    built.whole("limit", 1, "evaluation passages to record", 8)
     built.whole(
         "length",
         1,
@@ -140,7 +140,7 @@ def _check_plot(options: dict[str, Any]) -> None:
 
 def _texts(options: dict[str, Any]) -> tuple[dict[str, str], bool]:
     """What is recorded, and whether it is a text of one's own; what is left out of it is told."""
-    count = options["documents"]
+    count = options["limit"]
     if options["text"] is None and options["prompt"] is None:
         options["length"] = options["length"] or LENGTH
         return passages_of(count), False
@@ -148,7 +148,7 @@ def _texts(options: dict[str, Any]) -> tuple[dict[str, str], bool]:
     if len(found) > count:
         print(
             f"the text has {len(found)} documents, with an empty line between them; the first "
-            f"{count} are recorded (--documents)",
+            f"{count} are recorded (--limit)",
             file=sys.stderr,
         )
     return dict(list(found.items())[:count]), True

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import CHAT, Row, flat
-from dyndepth.common.commands import print_table
 from dyndepth.common.files import write_atomically
+from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.statistics.differences import RESAMPLES
 from dyndepth.results.tables import csv_text
 from dyndepth.studies.study import Claim, Study
@@ -19,6 +19,9 @@ HEADINGS = (
     *("task", "against", "target", "block FLOPs", "A", "B", "A - B", "95% interval"),
     *("p (Holm)", "n", "seeds", "verdict"),
 )
+
+_RANKS = {"seeds": 6, "p (Holm)": 5, "n": 4, "block FLOPs": 3, "B": 2, "A": 1}
+"""Of ``HEADINGS``, those that a narrow terminal leaves out; see ``printing.Column``."""
 
 CONDITIONS = (
     *("model", "model_fingerprint", "tokenizer_fingerprint", "limit", "sample_seed"),
@@ -62,22 +65,21 @@ def write(
 
 def show(study: Study, rows: Sequence[Row]) -> None:
     """Print one table a claim."""
-    from rich.markup import escape
-    from rich.table import Table
-
     for claim in study.claims:
         own = _of(claim, rows)
-        table = Table(
-            title=f"{claim.name}: {escape(claim.text)}",
-            caption=f"A: {escape(label(claim.a))}. {tally(own)}",
-            caption_justify="left",
-        )
-        for heading in HEADINGS:
-            left = heading in ("task", "against", "verdict")
-            table.add_column(heading, justify="left" if left else "right")
-        for row in own:
-            table.add_row(*map(escape, texts(row)))
-        print_table(table)
+        told = list(zip(*map(texts, own), strict=True)) or [()] * len(HEADINGS)
+        columns = [
+            Column(
+                heading,
+                list(entries),
+                name=heading in ("task", "against", "verdict"),
+                rank=_RANKS.get(heading, 0),
+            )
+            for heading, entries in zip(HEADINGS, told, strict=True)
+        ]
+        caption = f"A: {label(claim.a)}. {tally(own)}"
+        print_columns(columns, f"{claim.name}: {claim.text}", caption)
+        print()
 
 
 def markdown(study: Study, rows: Sequence[Row], cells: Sequence[Cell]) -> str:

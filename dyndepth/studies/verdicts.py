@@ -21,7 +21,6 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import versions
 from dyndepth.method import SUBLAYERS
 from dyndepth.results.statistics.curves import (
-    LEAST,
     SAME,
     Point,
     curve,
@@ -30,6 +29,7 @@ from dyndepth.results.statistics.curves import (
     of_modules,
 )
 from dyndepth.results.statistics.differences import Difference, difference, reach
+from dyndepth.results.statistics.intervals import LEAST
 from dyndepth.results.statistics.verdicts import direction, holm
 from dyndepth.studies import recordings, similarity
 from dyndepth.studies.study import Claim, Pick, Study

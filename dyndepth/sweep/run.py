@@ -150,7 +150,7 @@ def show_results(tally: Tally, store: Store) -> None:
         print(f"warning: {store.path}: {fault}", file=sys.stderr)
     keys = set(tally.keys)
     show_leaderboard([row for row in leaderboard(recorded) if row["cell"] in keys])
-    print(f"tables: {', '.join(str(store.path / name) for name in NAMES)}")
+    print(f"tables in {store.path}: {', '.join(NAMES)}")
 
 
 def outcome(tally: Tally, store: Store, started: float) -> dict[str, Any]:

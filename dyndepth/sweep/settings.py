@@ -334,8 +334,8 @@ def _limit(value: Any) -> dict[str, int | None]:
             task, equals, number = str(item).partition("=")
             entries.append((task.strip(), number) if equals else (OTHERS, task))
     for task, number in entries:
-        whole = str(number).strip().lower() in ("none", "0")
-        found[str(task)] = None if whole else _integer("limit", number, 1)
+        whole = str(number).strip().lower() == "none"
+        found[str(task)] = None if whole else _integer("limit", number, 1, ", or none for all")
     return found
 
 
@@ -428,14 +428,15 @@ def _shard(value: Any) -> tuple[int, int]:
     raise UserError(f"--shard takes i/n with i from 1 to n, such as 1/4, not {value!r}")
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def _integer(name: str, value: Any, least: int, besides: str = "") -> int:
     try:
         number = int(str(value))
     except ValueError:
         number = least - 1
     if isinstance(value, bool) or not least <= number < 2**63:  # tables and torch hold no more
         most = " and below 2**63" if number >= 2**63 else ""
-        raise UserError(f"--{name} takes a whole number of at least {least}{most}, not {value!r}")
+        wanted = f"a whole number of at least {least}{most}{besides}"
+        raise UserError(f"--{name} takes {wanted}, not {value!r}")
     return number
 
 

@@ -20,6 +20,7 @@ from dyndepth.cells.cell import ROWS, Cell, CellSpec
 from dyndepth.cells.identity import UNHASHED, Row
 from dyndepth.cells.times import Shape
 from dyndepth.common.errors import UserError
+from dyndepth.common.pipes import outlive_readers
 from dyndepth.sweep.grid import wanted
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.workbench import free_memory
@@ -154,6 +155,7 @@ def hired(settings: Settings, documents: dict[str, int | None]) -> Worker:
     Raises:
         UserError: as ``workbench.Workbench``.
     """
+    outlive_readers()  # in a process of its own, too
     quiet_libraries(settings.debug)
     from dyndepth.sweep.workbench import Workbench
 

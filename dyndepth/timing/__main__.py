@@ -52,10 +52,10 @@ def _timing(given: list[str]) -> None:
         f"`dyndepth timing {LIMITS} --help`: when tokens are gathered.",
     )
     add = parser.add_argument
-    add("--method", required=True, help='name, or "name(parameter=value, ...)"')
-    add("--speedup", type=float, help=f"{HELP['speedup']} (default: 1.5, or what the method names)")
-    add("--level", choices=list(LEVELS), default="quick", help="how thoroughly (default: quick)")
-    add("--timing_shapes", "--shapes", nargs="+", metavar="SHAPES", help=HELP["timing_shapes"])
+    parser.method("time", required=True)
+    parser.speedup(None, "1.5, or what the method names")
+    add("--timing", choices=list(LEVELS), default="quick", help="how thoroughly (default: quick)")
+    add("--timing_shapes", nargs="+", metavar="SHAPES", help=HELP["timing_shapes"])
     add("--compiled_dense", action="store_true", help=HELP["compiled_dense"])
     add("--mode", choices=CHOICES["mode"], help=f"{HELP['mode']} (default: {MODE_DEFAULT})")
     parser.model(shapes=True)
@@ -78,7 +78,7 @@ def _timing(given: list[str]) -> None:
     most = longest_window(*which)
     device = resolve_device(options.device).partition(":")[0]
     spread = options.device == SPREAD
-    modes = modes_of(options.mode or (EAGER if spread else None), options.level, device)
+    modes = modes_of(options.mode or (EAGER if spread else None), options.timing, device)
     level = _asked(options, device)
     check_shapes(most, level, device)
     check_length(most, method.window_length, method.name)
@@ -111,9 +111,9 @@ def _timing(given: list[str]) -> None:
 def _asked(options: argparse.Namespace, device: str) -> str | Level:
     """The level; with shapes of one's own it has no name."""
     if options.timing_shapes is None:
-        return str(options.level)
+        return str(options.timing)
     shapes = parse_shapes(",".join(options.timing_shapes))
-    return replace(level_of(options.level, device), shapes=shapes)
+    return replace(level_of(options.timing, device), shapes=shapes)
 
 
 def _random_tokens(options: argparse.Namespace) -> RandomTokens:
@@ -130,22 +130,22 @@ def _method(options: argparse.Namespace, layers: int) -> DynamicDepthMethod:
     """The method at the speedup asked for, or at a default that it can reach."""
     from dyndepth.common.registry import load_method, parse_methods
 
-    named = any("target_speedup" in parameters for _, parameters in parse_methods(options.method))
-    method = load_method(options.method, seed=options.seed)
+    named = any("target_speedup" in parameters for _, parameters in parse_methods(options.methods))
+    method = load_method(options.methods, seed=options.seed)
     if method.uses_labels:
         raise UserError(
             f"{method.name} is a bound: what it runs follows from the documents that are scored, "
             "or from a look ahead that the clock would see; a sweep times those that can be timed"
         )
     reach = method.max_speedup(layers)
-    speedup = options.speedup
+    speedup = options.speedups
     if speedup is None:
         speedup = method.target_speedup if named else min(1.5, reach)
     if not speedup <= reach:
         raise UserError(
             f"{method.name} reaches a speedup of {reach:.4g} on {layers} blocks, not {speedup:g}"
         )
-    return load_method(options.method, seed=options.seed, target_speedup=speedup)
+    return load_method(options.methods, seed=options.seed, target_speedup=speedup)
 
 
 BREAK_EVEN = "break-even"
@@ -187,18 +187,17 @@ def _break_even(given: list[str]) -> None:
     )
     add = built.add_argument
     built.model(shapes=True)
-    add(
-        "--phases", nargs="+", choices=PHASES, default=PHASES, help="passes to time (default: both)"
-    )
-    built.whole("batch", 1, "sequences", 1)
+    add("--passes", nargs="+", choices=PHASES, default=PHASES, help="to be timed (default: both)")
+    built.whole("batch_size", 1, "sequences", 1)
     built.whole("length", 1, "tokens of the prompt", 512)
-    add(
-        "--fractions",
+    built.number(
+        "fractions",
+        lambda fraction: 0 < fraction < 1,
+        "numbers between 0 and 1",
+        f"skipped fractions (default: {' '.join(map(str, FRACTIONS))})",
+        FRACTIONS,
         nargs="+",
-        type=float,
-        default=FRACTIONS,
         metavar="FRACTION",
-        help=f"skipped fractions (default: {' '.join(map(str, FRACTIONS))})",
     )
     add(
         "--sublayers",
@@ -213,7 +212,8 @@ def _break_even(given: list[str]) -> None:
     built.whole("seed", 0, "of masks, tokens and order", 0)
     add("--output_path", type=path_of, metavar="FILE", help="CSV to write")
     options = built.parse_args(given)
-    _check_break_even(options)
+    if options.output_path is not None:
+        check_file("output_path", options.output_path, "CSV")
 
     from dyndepth.common.files import write_atomically
     from dyndepth.common.machine import steady_allocator
@@ -226,8 +226,10 @@ def _break_even(given: list[str]) -> None:
     if model.device.type == "cpu":
         steady_allocator()
     rows: list[dict[str, Any]] = []
-    for phase in dict.fromkeys(options.phases):
-        regime = Regime(phase, options.batch, options.length, options.sublayers, options.router)
+    for phase in dict.fromkeys(options.passes):
+        regime = Regime(
+            phase, options.batch_size, options.length, options.sublayers, options.router
+        )
         curve = measure_curve(
             model, regime, options.fractions, repeats=options.repeats, seed=options.seed
         )
@@ -237,15 +239,6 @@ def _break_even(given: list[str]) -> None:
     if options.output_path is not None:
         write_atomically(options.output_path, as_csv(rows))
     print(json.dumps({"break_even": {"rows": rows}}))
-
-
-def _check_break_even(options: argparse.Namespace) -> None:
-    """Raises UserError for the first value that cannot be."""
-    for fraction in options.fractions:
-        if not 0 < fraction < 1:
-            raise UserError(f"--fractions takes numbers between 0 and 1, not {fraction:g}")
-    if options.output_path is not None:
-        check_file("output_path", options.output_path, "CSV")
 
 
 LIMITS = "limits"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.modes import EAGER
 from dyndepth.common.printing import Column, print_columns
-from dyndepth.results.noise import legend, told
+from dyndepth.results.noise import legend, loaded, told
 from dyndepth.timing.measure import Row
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _host_shares(row: Row) -> str:
 
 def _told(row: Row) -> str:
     ends = row["wall_speedup_low"], row["wall_speedup_high"]
-    return told(row["wall_speedup"], *ends, row.get("suspect"), form="{:.3f}")
+    return told(row["wall_speedup"], *ends, row.get("suspect"), loaded(row), form="{:.3f}")
 
 
 def _known(value: float | None, form: str) -> str:

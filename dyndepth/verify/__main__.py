@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.sweep.rerun import PLACEHOLDERS
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ def _parser() -> Parser:
     )
     built.runs()
     add = built.add_argument
-    add("--sample", type=int, metavar="N", help=f"cells to compute again (default: {SAMPLE})")
+    built.whole("sample", 1, f"cells to compute again (default: {SAMPLE})")
     add("--all", action="store_true", help="compute all cells again")
     add(
-        "--documents",
+        "--limit",
         default=str(DOCUMENTS),
         metavar="N",
-        help=f"documents a task to compute again, or 'all' (default: {DOCUMENTS})",
+        help=f"documents a task to compute again, 'none' for all of them (default: {DOCUMENTS})",
     )
     built.whole("seed", 0, "of the draw of cells and documents", 0)
     add("--only_stored", action="store_true", help="compute nothing again")
@@ -75,6 +76,8 @@ def _verify(given: list[str]) -> int:
 
     options = _parser().parse_args(given)
     sample, documents = _amounts(options)
+    if options.include_path is not None and not path_of(options.include_path).is_dir():
+        raise UserError(f"--include_path {options.include_path} is no folder")
     failures = 0
     for path in options.runs:
         cells, found = check(path, manifest=not options.write_manifest)
@@ -103,9 +106,9 @@ def _amounts(options: argparse.Namespace) -> tuple[int | None, int | None]:
     if options.only_stored and (options.all or options.sample is not None):
         raise UserError("--only_stored computes nothing again; leave --all and --sample out")
     sample = SAMPLE if options.sample is None else options.sample
-    text = str(options.documents).strip().lower()
-    documents = None if text == "all" else int(text) if text.isdecimal() else 0
-    for name, amount in (("sample", sample), ("documents", documents)):
+    text = str(options.limit).strip().lower()
+    documents = None if text in ("none", "all") else int(text) if text.isdecimal() else 0
+    for name, amount in (("sample", sample), ("limit", documents)):
         if amount is not None and amount < 1:
             raise UserError(
                 f"--{name} takes a whole number of at least 1, not {vars(options)[name]}"
@@ -124,6 +127,10 @@ def _check_devices(cells: Sequence[Cell], options: argparse.Namespace) -> None:
                 "cells were made on cuda, and there is none here: give --device cpu (compared with "
                 "a coarse tolerance) or --only_stored"
             )
+    if cells and options.device not in (None, "spread"):
+        from dyndepth.models.loading import check_device
+
+        check_device(options.device)
 
 
 def _check_given(path: Path, cells: Sequence[Cell], options: argparse.Namespace) -> None:
@@ -159,20 +166,17 @@ def _again(
 
 def show(path: Path, found: Sequence[Finding]) -> None:
     """Print findings as a table, failures first."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from dyndepth.common.commands import print_table
+    from dyndepth.common.printing import Column, print_columns
 
     if not found:
         return
-    table = Table(title=str(path))
-    for heading in ("", "cell", "what", "stored", "found"):
-        table.add_column(heading, overflow="fold")
-    for each in sorted(found, key=lambda each: not each.failure):
-        mark = "FAILED" if each.failure else "note"
-        table.add_row(mark, *map(escape, (each.cell, each.what, each.stored, each.found)))
-    print_table(table)
+    rows = [
+        ("FAILED" if each.failure else "note", each.cell, each.what, each.stored, each.found)
+        for each in sorted(found, key=lambda each: not each.failure)
+    ]
+    headings = ("", "cell", "what", "stored", "found")
+    texts = zip(headings, zip(*rows, strict=True), strict=True)
+    print_columns([Column(each, own, name=True) for each, own in texts], str(path))
 
 
 def _print_commands(cells: Sequence[Cell], found: Sequence[Finding]) -> None:

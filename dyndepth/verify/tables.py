@@ -1,6 +1,6 @@
 """Are a run's tables the function of its cells? They are made anew and compared byte by byte.
 
-Those that every sweep writes must be there; those of ``dyndepth.comparison`` (with its defaults)
+Those that every sweep writes must be there; those of ``dyndepth.compare`` (with its defaults)
 and the pages of ``dyndepth.leaderboard`` are compared if they are. What they hold must be as
 ``dyndepth.results.schema`` has it.
 """

@@ -61,7 +61,7 @@ def test_routes_agree_and_are_reported(tiny, tiny_corpus, monkeypatch, capsys):
     assert "12 plans on 10 documents" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--documents", "--repeats", "--threads"])
+@pytest.mark.parametrize("flag", ["--limit", "--repeats", "--threads"])
 def test_wrong_numbers_fail_with_a_sentence(flag, capsys):
     assert door.main(["--parts", "routes", flag, "0"]) == 2
     assert f"{flag} takes a whole number of at least 1, not 0" in capsys.readouterr().err

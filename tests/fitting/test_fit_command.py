@@ -82,7 +82,7 @@ def test_methods_without_training_are_fitted_and_recovered(command, tmp_path):
         (("skipgpt", "--router", "cubic"), "must be one of linear, mlp or none"),
         (("skipgpt", "--steps", "many"), "'steps' of method 'skipgpt' must be an integer"),
         (("skipgpt", "--stepz", "1"), "--stepz"),
-        (("skipgpt", "--target_speedup", "0.5"), "target_speedup must be at least 1"),
+        (("skipgpt", "--speedups", "0.5"), "--speedups takes one number of at least 1"),
         (("uls", "--target_speedup", "9"), "reaches at most 2x"),
         (("uls", "--recovery", "lore"), "unknown recovery 'lore'; did you mean lora or none?"),
         (("uls", "--recovery", "joint"), "uls trains nothing"),
@@ -103,7 +103,7 @@ def test_help_names_the_methods_parameters(capsys):
     with pytest.raises(SystemExit, match="0"):
         fit.main(["skipgpt", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--target_speedup", "--preset", "--estimator", "--penalty", "--recovery"):
+    for flag in ("--speedups", "--preset", "--estimator", "--penalty", "--recovery"):
         assert flag in text
 
 

@@ -354,7 +354,7 @@ class TestCommand:
             (("greedy", "--until", "0"), "--until takes a share above 0"),
             (("joint", "--model", "no/such/folder"), "no model folder"),
             (("joint", "--threads", "0"), "--threads takes a whole number"),
-            (("--nonsense",), "unrecognized arguments: --nonsense"),
+            (("--nonsense",), "there is no flag --nonsense"),
         ],
     )
     def test_wrong_input_is_one_sentence(self, command, arguments, sentence):

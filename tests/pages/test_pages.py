@@ -284,7 +284,7 @@ def test_cards_show_measured_and_published_values():
     reported = [
         {"method": "uls", "parameters": "", "model": "Large-7B", "speedup": 1.6, "task": "talk"}
         | {"unit_of_speedup": "layers", "metric": "BLEU", "dense_value": 20.5, "value": 19.25}
-        | {"source": "table 9", "note": "read off a figure"}
+        | {"source": "table 9", "hand": "second", "note": "read off a figure"}
     ]
     made = card(cls, measured, reported, "From the run.")
     assert "0.500 [0.400, 0.600]" in made

@@ -15,6 +15,7 @@ from test_plots import make_routes, texts
 
 from dyndepth import plots
 from dyndepth.cells.cell import Cell
+from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS
 from dyndepth.plots.__main__ import figures, main
@@ -611,3 +612,31 @@ def test_intervals_that_are_missing_draw_as_points(board):
     assert (found["low"] == found["value"]).all()
     assert not any(map(math.isnan, found["high"]))
     assert "95%" not in texts(plots.accuracy_vs_flops(bare))
+
+
+def test_several_runs_stand_in_one_figure_with_letters(tmp_path):
+    for name, changes in (("a", {}), ("b", {"harness_code": "1a2b3c4d5e6f", "dtype": "bfloat16"})):
+        for right, speedup, method in ((15, 1.0, "dense"), (12, 1.25, "m0"), (10, 2.0, "m0")):
+            Store(tmp_path / name).write(make_cell(right, speedup, method=method, **changes))
+    tables = plots.read_runs([tmp_path / "a", tmp_path / "b"])
+    board = tables["leaderboard"]
+    assert list(dict.fromkeys(board["label"])) == ["dense (A)", "m0 (A)", "dense (B)", "m0 (B)"]
+    found = dict(figures(tables=tables))
+    figure = found["accuracy_vs_flops"]()
+    shown = texts(figure)
+    assert "A: " in shown
+    assert "bfloat16, code=1a2b3c" in shown.replace("\n", " ").replace("  ", " ")
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["m0 (A)", "m0 (B)", "dense (A)", "dense (B)"]
+    retained = plots.retained(tables["accuracy"], tables["compute"])
+    value = retained.set_index(["task", "label", "target_speedup"])["retained"]
+    assert value["one", "m0 (B)", 1.25] == pytest.approx(12 / 15)
+
+
+def test_runs_of_one_setting_have_no_letters(tmp_path):
+    Store(tmp_path / "a").write(make_cell(15, 1.0))
+    Store(tmp_path / "b").write(make_cell(12, 1.25, method="m0"))
+    tables = plots.read_runs([tmp_path / "a", tmp_path / "b"])
+    assert list(tables["leaderboard"]["label"]) == ["dense", "m0"]
+    assert "run" not in tables["leaderboard"]

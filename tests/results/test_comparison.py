@@ -18,11 +18,12 @@ from test_statistics import point, scored
 
 from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
-from dyndepth.comparison import main
-from dyndepth.results import console
+from dyndepth.compare import main
+from dyndepth.results import console, standing
 from dyndepth.results.comparison import against_dense, compared, left_out, texts
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
 from dyndepth.results.curve_tables import curves, equal_flops
+from dyndepth.results.standing import VERDICTS
 from dyndepth.results.statistics.curves import area, degradation, overlap, pareto
 from dyndepth.results.statistics.resampling import RESAMPLES, contests, means, ratios
 from dyndepth.results.statistics.verdicts import holm, is_binary, mcnemar
@@ -547,7 +548,11 @@ def test_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     for each in bits():
         store.write(each)
     out = tmp_path / "out"
-    assert main([str(tmp_path / "run"), "--at", "1.25", "--output_path", str(out)]) == 0
+    words = [str(tmp_path / "run"), "--at", "1.25", "--output_path", str(out)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "seer (bound)" not in printed
+    assert main([*words, "--all"]) == 0
     printed = capsys.readouterr().out
     assert all(len(line) <= 100 or line.startswith("written") for line in printed.splitlines())
     assert "seer (bound)" in printed
@@ -555,6 +560,46 @@ def test_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert (out / "equal_flops.csv").read_text() == texts(compared(bits(), budgets=[1.25]))[
         "equal_flops.csv"
     ]
+
+
+def test_the_first_page_says_how_a_method_stands(tmp_path, capsys):
+    store = Store(tmp_path / "run")
+    for each in bits():
+        store.write(each)
+    rows = compared(bits(), budgets=[1.25])["equal_flops"]
+    row = next(r for r in rows if r["method"] == "good" and r["flops"] == "block")
+    assert main([str(tmp_path / "run"), "--at", "1.25", "--methods", "good"]) == 0
+    printed = capsys.readouterr().out
+    first, *rest = printed.splitlines()
+    assert first == "good against the best other at equal block FLOPs"
+    assert len(rest) <= 40
+    line = next(line for line in rest if line.split()[:1] == ["1.25x"])
+    low, high = row["competitor_difference_low"], row["competitor_difference_high"]
+    assert f"{row['value']:.3f}" in line
+    assert f"{row['competitor_value']:.3f}" in line
+    assert f"{row['competitor_difference']:+.3f} [{low:+.3f}, {high:+.3f}]" in line
+    assert line.rstrip().endswith(VERDICTS[row["verdict"]])
+    assert row["competitor"].partition("(")[0] in line
+    assert "--all" in rest[-1]
+    assert main([str(tmp_path / "run"), "--methods", "nobody"]) == 2
+    assert "there is no curve of 'nobody'; --methods takes " in capsys.readouterr().err
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
+    store = Store(tmp_path / "run")
+    for each in bits():
+        store.write(each)
+    out = tmp_path / "out"
+
+    def shown(*_):
+        assert sorted(path.name for path in out.iterdir()) == [
+            *("comparison.csv", "curves.csv", "equal_flops.csv")
+        ]
+        raise BrokenPipeError
+
+    monkeypatch.setattr(standing, "show_standing", shown)
+    with pytest.raises(BrokenPipeError):
+        main([str(tmp_path / "run"), "--output_path", str(out)])
 
 
 def test_command_refuses_in_one_sentence(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.leaderboard import main
 from dyndepth.results.console import show_leaderboard
 from dyndepth.results.leaderboard import leaderboard, speedups, wall_speedups
-from dyndepth.results.leaderboard_pages import NAMES
+from dyndepth.results.leaderboard_pages import NAMES, board, markdown
 from dyndepth.results.statistics.intervals import expected_margin, mean_score, retained
 
 
@@ -179,7 +180,7 @@ def test_what_was_timed_stands_beside_the_wall_speedups():
 
 
 def test_scores_that_are_no_accuracies_have_intervals_from_their_errors():
-    one = cell()
+    one = cell([1, 0] * 5)
     base = one.accuracy[0] | {"metric": "bits_per_byte"}
     one.accuracy += [base | {"task": "a", "value": 1.0, "stderr": 0.3}]
     one.accuracy += [base | {"task": "b", "value": 2.0, "stderr": 0.4}]
@@ -314,22 +315,166 @@ def test_an_infinite_perplexity_is_read(tmp_path):
 
 def test_printed_rows_of_several_settings_say_which_is_theirs(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
-    control = cell()
+    control = cell(phases="both")
     control.provenance["paper"] = "control"
     show_leaderboard(leaderboard([control, cell(method="m")]))
     alone = capsys.readouterr().out
-    assert "setting" not in alone
+    assert "run" not in alone.split()
     assert "dense (control)" in alone
-    show_leaderboard(leaderboard([cell(), cell(num_fewshot=5), cell(method="m", num_fewshot=5)]))
+    both = {"phases": "both"}
+    cells = [cell(**both), *(cell(method=m, num_fewshot=5, **both) for m in ("dense", "m"))]
+    runs = {cells[0].key: ["runs/a"], cells[1].key: ["runs/b"], cells[2].key: ["runs/b"]}
+    show_leaderboard(leaderboard(cells), runs=runs)
     told = capsys.readouterr().out
-    assert "setting" in told
-    assert told.count("num_fewshot=5") == 2
+    assert [line.split()[:2] for line in told.splitlines() if line[:2] in ("A ", "B ")] == [
+        ["A", "dense"],
+        ["B", "dense"],
+        ["B", "m"],
+    ]
+    assert "A: runs/a, num_fewshot=x" in told
+    assert "B: runs/b, num_fewshot=5" in told
 
 
 def test_a_share_s_interval_ends_at_one():
-    one = cell()
+    one = cell([1, 0] * 5)
     one.accuracy.append(one.accuracy[0] | {"metric": "rougeL", "value": 0.99, "stderr": 0.1})
     assert leaderboard([one])[0]["rouge_l_high"] == 1.0
+
+
+def test_few_documents_have_no_interval_and_no_share_of_dense(capsys):
+    cells = [cell([1] * 9), cell([1] * 9, method="m")]
+    for one in cells:
+        bits = {"metric": "bits_per_byte", "value": 1.2, "stderr": 0.1, "higher_is_better": False}
+        one.accuracy.append(one.accuracy[0] | bits)
+    rows = leaderboard(cells)
+    ends = [f"{key}_{end}" for key in ("mean_acc", "retained", "bits_per_byte", "rouge_l")
+            for end in ("low", "high")]  # fmt: skip
+    assert all(row.get(end) is None for row in rows for end in ends)
+    show_leaderboard(rows)
+    printed = capsys.readouterr().out
+    assert "[" not in printed
+    assert "100" not in printed
+    assert "fewer than 10 documents a task: no intervals" in printed
+    found = board(cells, rows)
+    assert all("retained" not in entry["scores"] for entry in found["entries"])
+    assert all(
+        spread[1:] == [None, None] for e in found["entries"] for spread in e["scores"].values()
+    )
+    enough = leaderboard([cell([1] * 10)])[0]
+    assert enough["mean_acc_low"] == enough["retained_low"] == 1.0
+
+
+def test_rows_stand_by_target_and_then_the_best_first(capsys):
+    cells = [cell([1, 0] * 10)]
+    for target, method, bits in (
+        (2.0, "m", 2.0),
+        (1.5, "m", 1.9),
+        (1.5, "n", 1.4),
+        (1.5, "o", 1.6),
+    ):
+        one = cell([1, 0] * 10, method=method, target_speedup=target, phases="both")
+        base = {"metric": "bits_per_byte", "value": bits, "stderr": 0.1, "higher_is_better": False}
+        one.accuracy.append(one.accuracy[0] | base)
+        cells.append(one)
+    cells[-1].provenance["uses_labels"] = True
+    show_leaderboard(leaderboard(cells))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    order = [
+        (words[0], next(w for w in words if w[0] in "12")) for words in lines if "1.50x" in words
+    ]
+    assert order == [
+        ("dense(phases=x)", "1x"),
+        ("n", "1.5x"),
+        ("m", "1.5x"),
+        ("m", "2x"),
+        ("o", "1.5x"),
+    ]
+
+
+def test_an_accuracy_that_guesses_reach_is_marked(capsys):
+    def asked(right):
+        one = cell(right)
+        for row in one.samples:
+            row["loglikelihoods"] = "[-1.0, -2.0]"
+        return one
+
+    rows = leaderboard([asked([1, 0] * 10)])
+    show_leaderboard(rows)
+    printed = capsys.readouterr().out
+    assert "~0.500 [" in printed
+    assert "~: chance (0.500) is inside" in printed
+    show_leaderboard(leaderboard([asked([1] * 20)]))
+    assert "~" not in capsys.readouterr().out
+
+
+def test_seeds_are_one_row(capsys):
+    cells = [cell([1, 0] * 10, method="m", seed=seed, phases="both") for seed in (0, 1)]
+    show_leaderboard(leaderboard(cells))
+    assert capsys.readouterr().out.count("1.50x") == 1
+
+
+def test_repeats_load_and_doubts_are_in_the_table_and_on_the_pages():
+    one = cell([1, 0] * 10)
+    times = {"batch": 1, "length": 8, "wall_speedup": 1.2, "wall_speedup_low": 1.19}
+    times |= {"wall_speedup_high": 1.21, "cores": 2, "suspect": False}
+    one.timing = [
+        times | {"phase": "prefill", "repeats": 9, "load_average": 1.5},
+        times | {"phase": "decode", "repeats": 30, "load_average": 3.5},
+    ]
+    rows = leaderboard([one])
+    assert {key: rows[0][key] for key in ("wall_repeats", "wall_load", "wall_loaded")} == {
+        **{"wall_repeats": 9, "wall_load": 3.5, "wall_loaded": "decode"}
+    }
+    found = board([one], rows)
+    assert "1.20x [1.19, 1.21] loaded | 9 | 3.5 |" in markdown(found)
+    assert found["entries"][0]["noise"] == {"prefill": "", "decode": "loaded"}
+
+
+def _run_of(tmp_path, capsys, *words):
+    run = tmp_path / "run"
+    for one in (cell([1, 0] * 10), cell([1, 0] * 10, method="m_n", parameters="a=50%")):
+        Store(run).write(one)
+    status = main([str(run), *words])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_a_table_for_latex_is_escaped_and_balanced(tmp_path, capsys):
+    status, printed, _ = _run_of(tmp_path, capsys, "--format", "latex")
+    assert status == 0
+    plain = re.sub(r"\\\\|\\[{}]", "", printed)
+    assert plain.count("{") == plain.count("}")
+    assert printed.count("\\begin") == printed.count("\\end") == 2
+    for line in printed.splitlines()[1:]:
+        assert not re.search(r"(?<!\\)[_%#]", line), line
+    body = printed[printed.index("\\midrule") : printed.index("\\bottomrule")]
+    heads = printed[printed.index("\\toprule") :].splitlines()[1].count(" & ")
+    rows = [line for line in body.splitlines() if line.endswith("\\\\")]
+    assert [line.count(" & ") for line in rows] == [heads] * 2
+    assert "m\\_n(a=50\\%" in printed
+    assert "Model: tiny" in printed
+    assert "Brackets are 95\\% intervals" in printed
+
+
+def test_columns_are_chosen_by_name_in_every_format(tmp_path, capsys):
+    words = ("--columns", "method", "mean_acc")
+    for form in ("terminal", "markdown", "csv", "latex"):
+        status, printed, _ = _run_of(tmp_path, capsys, "--format", form, *words)
+        assert status == 0
+        assert "1.50x" not in printed
+        assert "0.5" in printed
+    status, _, said = _run_of(tmp_path, capsys, "--columns", "colour")
+    assert status == 2
+    assert "there is no column 'colour'; --columns takes run, model, method" in said
+
+
+def test_markdown_and_csv_hold_the_rows(tmp_path, capsys):
+    _, printed, _ = _run_of(tmp_path, capsys, "--format", "markdown")
+    assert printed.startswith("| method | target | mean acc |")
+    _, printed, _ = _run_of(tmp_path, capsys, "--format", "csv")
+    rows = list(csv.DictReader(printed.splitlines()))
+    assert [row["method"] for row in rows] == ["dense", "m_n"]
+    assert float(rows[1]["mean_acc"]) == 0.5
 
 
 def test_folder_without_cells_is_refused(tmp_path):

@@ -29,7 +29,8 @@ PAPER = {
     "dense_value": 50.0,
     "value": 40.0,
     "source": "arXiv 0000.00000, table 2",
-    "note": "second-hand",
+    "hand": "second",
+    "note": "run by its authors",
 }
 
 
@@ -148,7 +149,9 @@ def test_entries_of_several_settings_say_which_is_theirs(changes, word):
     found = board(cells, leaderboard(cells))
     labels = [(entry["label"], entry["target"]) for entry in found["entries"]]
     assert len(set(labels)) == len(labels) == 6
-    named = [entry for entry in found["entries"] if word in entry["label"].split(", ")]
+    (letter,) = [told[0] for told in found["runs"] if word in told[3:].split(", ")]
+    named = [entry for entry in found["entries"] if entry["setting"] == letter]
+    assert {entry["label"].rpartition(", ")[2] for entry in named} == {letter}
     assert sorted(entry["method"] for entry in named) == ["dense", "m", "m"]
     # Each setting's entries stand together, and no two rows of the table are alike.
     settings = [entry["setting"] for entry in found["entries"]]
@@ -220,7 +223,7 @@ def test_chance_is_told_by_setting_where_it_differs():
     one.identity["tasks"], other.identity["tasks"] = ["two"], ["four"]
     cells = [one, other]
     found = board(cells, leaderboard(cells))["chance"]
-    assert found == "chance: 0.500 (tasks=two), 0.250 (tasks=four)"
+    assert found == "chance: 0.500 (A), 0.250 (B)"
 
 
 def _contrast(colour: str, ground: str) -> float:
@@ -340,7 +343,9 @@ def test_other_distributions_may_report_too(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     header = ",".join(published.COLUMNS)
-    (package / published.FILE).write_text(f"{header}\nm,,,Big,1.25,layers,T,acc,,40.5,arXiv 1,\n")
+    (package / published.FILE).write_text(
+        f"{header}\nm,,,Big,1.25,layers,T,acc,,40.5,arXiv 1,first,\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     (row,) = published.rows_of("others")
     assert (row["speedup"], row["dense_value"], row["value"]) == (1.25, None, 40.5)
@@ -351,15 +356,16 @@ def test_other_distributions_may_report_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("m,,,Big,fast,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be a number, not 'fast'"),
-        ("m,,,Big,0.5,layers,T,acc,,40,arXiv 1,", "line 2: speedup must be at least 1"),
-        ("m,,,Big,2,layers,T,acc,,,arXiv 1,", "line 2: value must be a number"),
-        ("m,,,Big,2,layers,T,acc,,40,,", "a row needs every column, and a method and a source"),
+        ("m,,,Big,x,layers,T,acc,,40,arXiv 1,first,", "line 2: speedup must be a number, not 'x'"),
+        ("m,,,Big,0.5,layers,T,acc,,40,arXiv 1,first,", "line 2: speedup must be at least 1"),
+        ("m,,,Big,2,layers,T,acc,,,arXiv 1,first,", "line 2: value must be a number"),
+        ("m,,,Big,2,layers,T,acc,,40,,first,", "a row needs every column, and a method"),
         (
-            "m,,magic,Big,2,layers,T,acc,,40,arXiv 1,",
+            "m,,magic,Big,2,layers,T,acc,,40,arXiv 1,first,",
             "line 2: recovery must be empty or one of none",
         ),
         ("m,,Big", "a row needs every column"),
+        ("m,,,Big,2,layers,T,acc,,40,arXiv 1,,", "line 2: hand must be first or second, not ''"),
     ],
 )
 def test_a_wrong_line_is_refused(line, says):
@@ -425,6 +431,30 @@ def test_no_value_without_recovery_stands_beside_a_recovered_row():
     assert {kind_of(row["recovery"]) for row in unrecovered} == {"none"}
     trained = [row for row in published.published() if "weights trained" in row["note"]]
     assert {row["recovery"] for row in trained} == {"full"}
+
+
+def test_what_few_documents_say_stands_beside_no_paper():
+    cells = [cell([1, 0, 1] * size, method="method_1", phases="both") for size in (1, 4)]
+    beside = [board([one], leaderboard([one]))["published"][0]["measured"] for one in cells]
+    assert beside[0] is None
+    assert beside[1]["block"] == 1.5
+
+
+def test_published_values_say_whose_reading_they_are():
+    rows = published.published()
+    hands = {(row["method"], row["source"].partition(",")[0]): row["hand"] for row in rows}
+    assert hands["skipgpt", "HeRo (a later paper)"] == "second"
+    assert hands["uls", "arXiv 2501.02336"] == "second"
+    assert hands["static_pruning", "arXiv 2403.03853"] == "first"
+    # A rule of another paper that this one's authors ran, and their own.
+    blocks = {row["hand"] for row in rows if row["source"] == "arXiv 2406.15786"
+              and row["parameters"] == "criterion='block_influence'"}  # fmt: skip
+    own = {row["hand"] for row in rows if row["source"] == "arXiv 2406.15786"
+           and row["parameters"] == "criterion='attention'"}  # fmt: skip
+    assert (blocks, own) == ({"second"}, {"first"})
+    found = _board()
+    assert "| second-hand |" in markdown(found)
+    assert "second-hand" in html(found)
 
 
 def test_papers_enter_no_average(monkeypatch):
@@ -680,14 +710,15 @@ def test_points_of_several_settings_are_never_one_line(browser, tmp_path):
     browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
     names = "return [...document.querySelectorAll('#flops .series')].map(e => e.dataset.series)"
     assert sorted(browser.execute_script(names)) == [
-        "dense, num_fewshot=5, code=1a2b3c",
-        "dense, num_fewshot=x, code=x",
-        "m, num_fewshot=5, code=1a2b3c",
-        "m, num_fewshot=x, code=x",
+        *("dense, A", "dense, B", "m, A", "m, B"),
+    ]
+    told = _texts(browser, "#runs li")
+    assert sorted(text[3:] for text in told) == [
+        *("num_fewshot=5, code=1a2b3c", "num_fewshot=x, code=x"),
     ]
     rows = _texts(browser, "#competitors tr")
     assert len({tuple(row.split("▸")) for row in rows}) == len(rows) == 6
-    _choose(browser, "setting", "num_fewshot=5, code=1a2b3c")
+    _choose(browser, "setting", "A")
     assert len(_methods(browser)) == 3
 
 

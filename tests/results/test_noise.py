@@ -13,8 +13,8 @@ from cells import cell
 from rich.console import Console
 
 import dyndepth
-from dyndepth.cells.naming import label
 from dyndepth.common import commands
+from dyndepth.common.printing import Column, fitting
 from dyndepth.pages.cards import wall
 from dyndepth.results import noise as module
 from dyndepth.results.console import show_leaderboard
@@ -22,6 +22,7 @@ from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.leaderboard_pages import board, html, markdown
 from dyndepth.results.noise import WALLS, headed, legend, noise, told, told_of
 from dyndepth.results.numbers import Numbers
+from dyndepth.results.shown import spread
 from dyndepth.results.tables import write_tables
 from dyndepth.timing.console import show_break_even, show_timing
 
@@ -43,6 +44,8 @@ from dyndepth.timing.console import show_break_even, show_timing
         ((1.23, "1.20", "1.26", ""), ""),
         ((1.23, "1.20", "1.26", float("nan")), ""),
         ((1.23, "1.20", "1.26", "TRUE"), "suspect"),
+        ((1.23, "1.20", "1.26", "", "TRUE"), "loaded"),
+        ((1.01, 0.98, 1.03, False, True), "undecided, loaded"),
     ],
 )
 def test_an_interval_that_is_wide_or_holds_one_is_said_to_be(numbers, word):
@@ -158,33 +161,22 @@ def narrow(monkeypatch):
     return shown
 
 
-def _columns(printed, heading):
-    """The texts of the column whose heading begins so, its lines joined row by row."""
-    lines = [line for line in printed.splitlines() if line[:1] in "┃│├"]
-    head = [[text.strip() for text in line.split("┃")[1:-1]] for line in lines if line[0] == "┃"]
-    heads = [" ".join(filter(None, texts)) for texts in zip(*head, strict=True)]
-    place = next(index for index, text in enumerate(heads) if text.startswith(heading))
-    return [line.split("│")[1:-1][place].strip() for line in lines if line[0] == "│"]
-
-
-def _whole(printed, texts, headings):
+def _whole(printed, texts):
+    """No line is too long, nothing is cut, and every interval of ``texts`` is in one line."""
     assert max(map(len, printed.splitlines())) <= 80
     assert "…" not in printed
-    shown = [
-        word for heading in headings for text in _columns(printed, heading) for word in text.split()
-    ]
-    assert shown == [word for text in texts for word in text.split()]
+    pieces = [piece for text in texts for piece in re.findall(r"\[[^]]*\]|\S+", text)]
+    for piece in set(pieces):
+        assert printed.count(piece) >= pieces.count(piece), piece
 
 
 def test_in_80_columns_a_speedup_keeps_its_interval_and_its_word(narrow):
     row = _measured(length=4096, batch=32, mode="graphs", dense_median_s=12.3456)
     show_timing("uls(spacing=even) on shape:llama-3-8b", [row, row | {"phase": "prefill"}])
     printed = narrow.getvalue()
-    _whole(printed, ["3.750 [2.500, 5.500] suspect, noisy"] * 2, ["wall"])
-    assert [text for text in _columns(printed, "shape") if text] == ["32x4096"] * 2
-    assert "[2.500, 5.500]" in _columns(printed, "wall")
+    _whole(printed, ["3.750 [2.500, 5.500] suspect, noisy", "32x4096"] * 2)
     flat = " ".join(printed.split())
-    assert "for want of width without busy speedup, host share" in flat
+    assert "left out at this width: busy speedup, host share" in flat
     for word in ("suspect", "noisy"):
         assert f"{word}: {module.WORDS[word]}" in flat
     assert "undecided" not in flat
@@ -194,34 +186,59 @@ def test_in_80_columns_a_break_even_keeps_its_numbers_whole(narrow):
     row = _measured(skipped_fraction=0.25, routed_median_s=1234.5, sublayers="both", router=0)
     curve = types.SimpleNamespace(break_even="pays")
     show_break_even(curve, [row | {"model": "embedded"}])
-    _whole(narrow.getvalue(), ["3.750 [2.500, 5.500] suspect, noisy"], ["wall"])
+    _whole(narrow.getvalue(), ["3.750 [2.500, 5.500] suspect, noisy"])
 
 
-@pytest.mark.parametrize("parameters", ["", "criterion=greedy, windows=16, reads=constant"])
-def test_in_80_columns_a_leaderboard_keeps_its_times_whole(narrow, parameters):
-    cells = _cells()
-    for one in cells:
-        one.identity["parameters"] = parameters
-    other = cell(method="layer_controller_of_a_long_name", phases="generation", seed=12)
+@pytest.mark.parametrize("parameters", ["", "criterion=greedy, windows=16, rate=0.0004"])
+def test_in_80_columns_a_leaderboard_keeps_its_numbers_whole(narrow, parameters):
+    cells = [cell([1, 0] * 20, phases="both"), cell([1, 0] * 20, method="m", phases="both")]
+    cells[1].timing = _cells()[1].timing
+    other = cell([1, 1] * 20, method="layer_controller_of_a_long_name", phases="generation")
     other.timing = cells[1].timing
+    for one in (*cells, other):
+        one.identity["parameters"] = parameters
+        bits = {"metric": "bits_per_byte", "value": 1.2, "stderr": 0.1, "higher_is_better": False}
+        one.accuracy.append(one.accuracy[0] | bits)
     rows = leaderboard([*cells, other])
     show_leaderboard(rows)
     printed = narrow.getvalue()
-    for key, heading in headed(rows).items():
-        _whole(printed, [told_of(row, key) for row in rows], [heading])
-    targets = [text for text in _columns(printed, "target") if text]
-    assert targets == ["1x", "1.25x", "1x"]
-    named = "".join(_columns(printed, "method")).replace(" ", "")
-    assert all(label(row).replace(" ", "") in named for row in rows)
-    assert "for want of width without" in " ".join(printed.split())
+    scores = [spread(row, key) for row in rows for key in ("mean_acc", "bits_per_byte")]
+    _whole(printed, scores)
+    assert [word for word in printed.split() if word == "1x"] == ["1x"] * 3
+    assert "0.0004" in printed or not parameters
+    assert "left out at this width" in " ".join(printed.split())
+    # What is shown of a time is shown with its interval, and its legend only then.
+    assert ("3.75x" in printed) == ("[2.50, 5.50]" in printed)
+    assert ("noisy:" in printed) == ("3.75x" in printed)
 
 
 def test_a_wide_terminal_and_a_pipe_have_every_column(capsys, monkeypatch):
     monkeypatch.setattr(commands, "PIPE_WIDTH", 60)
-    show_leaderboard(leaderboard(_cells()))
+    cells = _cells()
+    cells[0].accuracy.append(cells[0].accuracy[0] | {"metric": "rougeL", "value": 0.3})
+    show_leaderboard(leaderboard(cells))
     printed = capsys.readouterr().out
-    assert "want of width" not in printed
+    assert "at this width" not in printed
     assert "ROUGE-L" in printed
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 100, 160])
+def test_no_width_cuts_a_name_s_numbers(width):
+    names = ["uls(rate=0.0004, other_parameter=1e-05)", "static_pruning(criterion=greedy)"]
+    column = Column("method", names, name=True)
+    numbers = Column("value", ["1.234 [1.200, 1.260] noisy, undecided", "2.000"], rank=0)
+    extra = Column("more", ["12345.6789", "1"], rank=1)
+    kept, widths, left_out = fitting([column, numbers, extra], width)
+    assert kept[:2] == [column, numbers]
+    assert left_out == ([] if extra in kept else ["more"])
+    assert sum(widths) + 2 * (len(widths) - 1) <= width
+    folded = column.folded(widths[0])
+    assert [text.replace("\n", "").replace(" ", "") for text in folded] == [
+        name.replace(" ", "") for name in names
+    ]
+    assert "0.0004" in folded[0]
+    assert max(len(line) for text in folded for line in text.split("\n")) <= widths[0]
+    assert "[1.200, 1.260]" in numbers.folded(widths[1])[0]
 
 
 def test_the_legend_is_of_the_words_that_stand_there():

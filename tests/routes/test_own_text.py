@@ -163,7 +163,7 @@ class TestCommand:
 
     def test_several_texts_and_methods_have_a_picture_each(self, tmp_path, command):
         (tmp_path / "my.txt").write_text("One.\n\nTwo.\n\nThree.")
-        words = "--text", "my.txt", "--documents", "2", "--speedups", "1.3", "2"
+        words = "--text", "my.txt", "--limit", "2", "--speedups", "1.3", "2"
         status, out, err = command(*words, "--plot", "pictures/a.svg")
         assert status == 0
         assert "the text has 3 documents, with an empty line between them; the first 2" in err

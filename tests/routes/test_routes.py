@@ -315,7 +315,7 @@ class TestCommand:
             ),
             (["--methods", "ulz", "--output_path", "x"], "unknown method 'ulz'; did you mean uls"),
             (["--methods", "uls", "--output_path", "x", "--speedups", "99"], "out of its reach"),
-            (["--methods", "uls", "--documents", "0"], "--documents takes a whole number"),
+            (["--methods", "uls", "--limit", "0"], "--limit takes a whole number"),
             (
                 ["--methods", "uls", "--length", "none"],
                 "--length takes a whole number of at least 1",

@@ -386,7 +386,7 @@ class TestCommand:
             (["--speedups", "50"], "at most 6x"),
             (["--speedups", "0"], "at least 1"),
             (["--limit", "nonsense"], "whole number"),
-            (["--methods", "steps"], "unrecognized arguments"),
+            (["--methods", "steps"], "no flag --methods"),
         ],
     )
     def test_wrong_input_gets_one_sentence(self, toy, tmp_path, capsys, flags, says):

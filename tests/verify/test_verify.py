@@ -535,8 +535,8 @@ class TestManifest:
     [
         (["--all", "--sample", "3"], "exclude each other"),
         (["--sample", "0"], "--sample takes a whole number"),
-        (["--documents", "few"], "--documents takes a whole number"),
-        (["--surprise"], "unrecognized"),
+        (["--limit", "few"], "--limit takes a whole number"),
+        (["--surprise"], "no flag --surprise"),
     ],
 )
 def test_wrong_input(run, told, arguments, says):

@@ -68,13 +68,15 @@ def flags() -> list[Case]:
         Case("sweep-misspelt-flag", "sweep --methds uls", "--methds", help_),
         Case("sweep-abbreviated-flag", "sweep --meth uls", "--meth", help_),
         Case("sweep-no-value", "sweep --limit", "--limit: expected one argument", help_),
-        Case("sweep-stray-word", "sweep uls", "unrecognized arguments: uls", help_),
+        Case("sweep-stray-word", "sweep uls", "no place for 'uls'", help_),
         Case("sweep-newline-in-flag", "sweep --a\nb", "--a", help_),
         Case("sweep-speedup-below-1", "sweep --speedups 0.9", "not 0.9", "of at least 1"),
         Case("sweep-speedup-text", "sweep --speedups fast", "'fast'", "numbers of at least 1"),
         Case("sweep-speedup-nan", "sweep --speedups nan", "'nan'", "numbers of at least 1"),
         Case("sweep-speedup-infinite", "sweep --speedups inf", "inf", "finite numbers"),
         Case("sweep-speedups-empty", "sweep --speedups ''", "--speedups is empty", "at least one"),
+        Case("sweep-limit-zero", "sweep --limit 0", "'0'", f"{least} 1, or none for all"),
+        Case("sweep-limit-of-task-zero", "sweep --limit 3,quartz=0", "'0'", "or none for all"),
         Case("sweep-limit-negative", "sweep --limit -3", "'-3'", least),
         Case("sweep-limit-text", "sweep --limit some", "'some'", least),
         Case("sweep-limit-other-task", "sweep --limit 3,piqa=2 " + TINY, "'piqa'", "tasks are"),
@@ -91,7 +93,18 @@ def flags() -> list[Case]:
         Case("sweep-dtype", "sweep --dtype float8", "'float8'", "float32, bfloat16, float16"),
         Case("sweep-attention", "sweep --attn_implementation f", "'f'", "sdpa, eager"),
         Case("sweep-phases", "sweep --phases prompt", "'prompt'", "both, generation, published"),
-        Case("sweep-model-empty", "sweep --model ''", "--model takes a text", "text"),
+        Case("sweep-methods-empty", "sweep --methods ''", "--methods is empty", "at least one"),
+        Case("timing-methods-empty", "timing --methods=", "--methods is empty", "at least one"),
+        Case("leaderboard-output-empty", "leaderboard run --output_path ''",
+             "--output_path is empty", "at least one"),
+        Case("fit-seed-beyond", f"fit uls {TINY} --seed {2**80}", f"{2**80}", "below 9223"),
+        Case("fit-threads-beyond", f"fit uls {TINY} --threads {2**80}", "--threads", "below 65536"),
+        Case("importance-output-in-file", f"importance last {TINY} --output_path corpus.txt/a",
+             "corpus.txt/a", "give a folder"),
+        Case("importance-until-nan", "importance --until nan", "'nan'", "share above 0"),
+        Case("gpu-minutes", "gpu --minutes inf", "'inf'", "above 0"),
+        Case("sweep-two-limits", "sweep --limit 3 4", "'4' is a second", "takes one value"),
+        Case("sweep-model-empty", "sweep --model ''", "--model is empty", "at least one"),
         Case("sweep-device", f"sweep {TINY} --device abacus", "'abacus'", "use 'cpu'"),
         Case("sweep-output-is-file", "sweep --output_path corpus.txt", "corpus.txt", "a folder"),
         Case("sweep-output-in-file", f"sweep {TINY} --output_path corpus.txt/a", "corpus.txt/a",
@@ -102,29 +115,31 @@ def flags() -> list[Case]:
         Case("sweep-model-long", f"sweep --model {'a' * 300}", "300 bytes", "shorter"),
         Case("sweep-include-missing", "sweep --include_path absent", "absent", "folder"),
         Case("sweep-include-is-file", "sweep --include_path corpus.txt", "corpus.txt", "folder"),
-        Case("fit-no-method", "fit", "METHOD", help_),
+        Case("fit-no-method", "fit", "METHOD is missing", help_),
         Case("fit-unknown-method", "fit ulss", "'ulss'", "did you mean uls"),
         Case("fit-unknown-flag", "fit uls --spacin even", "--spacin", help_),
         Case("fit-parameter", f"fit uls {TINY} --spacing odd", "'odd'", "paper, even"),
-        Case("fit-speedup-text", "fit uls --target_speedup fast", "'fast'", help_),
-        Case("fit-speedup-below-1", f"fit uls {TINY} --target_speedup 0.5", "0.5", "at least 1"),
-        Case("fit-speedup-nan", f"fit uls {TINY} --target_speedup nan", "nan", "at least 1"),
-        Case("fit-out-of-reach", f"fit uls {TINY} --target_speedup 99", "99x", "at most"),
+        Case("fit-speedup-text", "fit uls --speedups fast", "'fast'", help_),
+        Case("fit-speedup-below-1", f"fit uls {TINY} --speedups 0.5", "0.5", "at least 1"),
+        Case("fit-speedup-nan", f"fit uls {TINY} --speedups nan", "nan", "at least 1"),
+        Case("fit-out-of-reach", f"fit uls {TINY} --speedups 99", "99x", "at most"),
         Case("fit-threads", f"fit uls {TINY} --threads 0", "--threads.*0", least),
         Case("fit-seed-negative", f"fit uls {TINY} --seed -1", "-1", least),
         Case("fit-joint", f"fit uls {TINY} --recovery joint", "uls trains nothing", "lora"),
         Case("fit-output-is-file", "fit uls --output_path corpus.txt", "corpus.txt", "folder"),
         Case("timing-no-method", "timing", "--method", help_),
-        Case("timing-unknown-flag", "timing --method uls --x 1", "--x", help_),
-        Case("timing-bound", f"timing --method oracle {TINY}", "oracle is a bound", "sweep"),
-        Case("timing-out-of-reach", f"timing --method uls --speedup 9 {TINY}", "9", "speedup of"),
-        Case("timing-threads", f"timing --method uls {TINY} --threads 0", "--threads", least),
-        Case("timing-dtype", f"timing --method uls {TINY} --dtype int8", "'int8'", "float32"),
-        Case("timing-attention", "timing --method uls --attn_implementation f", "'f'", "sdpa"),
-        Case("timing-level", "timing --method uls --level slow", "'slow'", help_),
-        Case("timing-mode", "timing --method uls --mode fast", "'fast'", help_),
-        Case("timing-shapes", f"timing --method uls {TINY} --shapes 512", "'512'", "BATCHxLENGTH"),
-        Case("timing-shapes-long", f"timing --method uls {TINY} --shapes 1x9999", "9999", "longer"),
+        Case("timing-unknown-flag", "timing --methods uls --x 1", "--x", help_),
+        Case("timing-bound", f"timing --methods oracle {TINY}", "oracle is a bound", "sweep"),
+        Case("timing-out-of-reach", f"timing --methods uls --speedups 9 {TINY}", "9", "speedup of"),
+        Case("timing-threads", f"timing --methods uls {TINY} --threads 0", "--threads", least),
+        Case("timing-dtype", f"timing --methods uls {TINY} --dtype int8", "'int8'", "float32"),
+        Case("timing-attention", "timing --methods uls --attn_implementation f", "'f'", "sdpa"),
+        Case("timing-level", "timing --methods uls --timing slow", "'slow'", help_),
+        Case("timing-mode", "timing --methods uls --mode fast", "'fast'", help_),
+        Case("timing-shapes", f"timing --methods uls {TINY} --timing_shapes 512", "'512'",
+             "BATCHxLENGTH"),
+        Case("timing-shapes-long", f"timing --methods uls {TINY} --timing_shapes 1x9999", "9999",
+             "longer"),
         Case("break-even-flag", "timing break-even --lenght 3", "--lenght", help_),
         Case("break-even-fraction", "timing break-even --fractions 1.5", "1.5", "between 0 and 1"),
         Case("break-even-fraction-nan", "timing break-even --fractions nan", "nan", "between 0"),
@@ -133,7 +148,7 @@ def flags() -> list[Case]:
         Case("limits-tokens", "timing limits --tokens 3", "--tokens", f"{least} 256"),
         Case("importance-criterion", "importance gredy", "'gredy'", "did you mean greedy"),
         Case("importance-unit", "importance angular --unit sublayer", "angular", "must be block"),
-        Case("importance-until", "importance --until 0", "not 0", "share above 0"),
+        Case("importance-until", "importance --until 0", "not '0'", "share above 0"),
         Case("importance-windows", "importance --windows 0", "windows", "at least 1"),
         Case("importance-keep", f"importance {TINY} --keep_first 9", "9|blocks", "block"),
         Case("importance-output", "importance --output_path corpus.txt", "corpus.txt", "folder"),
@@ -142,7 +157,7 @@ def flags() -> list[Case]:
         Case("routes-two-texts", f"routes --methods uls --text a --prompt b {TINY}",
              "--prompt and --text", "give one"),
         Case("routes-both", "routes run --methods uls", "--methods can't be given", "run's folder"),
-        Case("routes-documents", "routes run --documents 0", "--documents", least),
+        Case("routes-documents", "routes run --limit 0", "--limit", least),
         Case("routes-no-cells", "routes empty", "empty holds no", "--output_path of a sweep"),
         Case("routes-text", f"routes --methods uls --text absent.txt --output_path out {TINY}",
              "absent.txt", "can't be read"),
@@ -157,17 +172,17 @@ def flags() -> list[Case]:
         Case("leaderboard-flag", "leaderboard run --otput_path x", "--otput_path", help_),
         Case("leaderboard-output-is-file", "leaderboard run --output_path corpus.txt",
              "corpus.txt", "give a folder"),
-        Case("comparison-budget-text", "comparison run --at x", "'x'", help_),
+        Case("compare-budget-text", "compare run --at x", "'x'", help_),
         Case("comparison-budget-below-1", "comparison run --at 0.5", "0.5", "at least 1"),
-        Case("comparison-budget-nan", "comparison run --at nan", "nan", "at least 1"),
-        Case("comparison-task", "comparison run --tasks three", "three", "scored were one"),
-        Case("comparison-output-is-file", "comparison run --output_path corpus.txt",
+        Case("compare-budget-nan", "compare run --at nan", "nan", "at least 1"),
+        Case("compare-task", "compare run --tasks three", "three", "scored were one"),
+        Case("compare-output-is-file", "compare run --output_path corpus.txt",
              "corpus.txt", "folder"),
         Case("plots-format", "plots run --formats gif", "'gif'", help_),
         Case("plots-output-is-file", "plots run --output_path corpus.txt", "corpus.txt", "folder"),
         Case("tables-nothing", "tables", "RUN", help_),
         Case("verify-sample", "verify run --sample 0", "--sample", least),
-        Case("verify-documents", "verify run --documents few", "few", least),
+        Case("verify-documents", "verify run --limit few", "few", least),
         Case("verify-both", "verify run --all --sample 2", "--all and --sample", "exclude"),
         Case("rerun-flag", "rerun run --mergd", "--mergd", help_),
         Case("rerun-cell", "rerun run zz", "'zz'", "first column"),
@@ -179,6 +194,35 @@ def flags() -> list[Case]:
         Case("recovered-none", f"recovered --methods uls {TINY} --recovery none", "none", "lora"),
         Case("recovered-flag", "recovered --methods uls --x", "--x", help_),
     ]  # fmt: skip
+
+
+def devices() -> list[Case]:
+    """Devices that no machine has, in every command that takes one."""
+    out = "--output_path out"
+    commands = {
+        "sweep": f"sweep {TINY} {out}",
+        "fit": f"fit --methods uls {TINY} {out}",
+        "recovered": f"recovered --methods uls --speedups 2 {TINY}",
+        "importance": f"importance last {TINY}",
+        "timing": f"timing --methods uls {TINY}",
+        "break-even": "timing break-even --model model",
+        "limits": "timing limits --model model",
+        "routes": f"routes --methods uls --speedups 2 {TINY} {out}",
+        "studies": f"studies embedded --speedups 1.5 {TINY} {out}",
+        "bench": "bench --model model",
+        "gpu": "gpu --small",
+        "gpu-checks": "gpu checks --small",
+        "gpu-training": "gpu training --small",
+    }
+    return [
+        Case(f"{name}-device-{device}", f"{command} --device {device}", f"'{device}'", "use 'cpu'")
+        for name, command in commands.items()
+        for device in ("cuda:99", "meta")
+    ] + [
+        Case("verify-device", "verify run --device cuda:99", "cuda", "--device cpu"),
+        Case("verify-device-meta", "verify run --device meta", "'meta'", "use 'cpu'"),
+        Case("verify-include", "verify run --include_path absent", "absent", "is no folder"),
+    ]
 
 
 def specs() -> list[Case]:
@@ -271,7 +315,7 @@ def configs() -> list[Case]:
 def loading() -> list[Case]:
     """Models, corpora, routers and checkpoints."""
     sweep = "sweep --corpus corpus.txt --output_path out --timing off --tasks last_word --limit 1"
-    fit = "fit skipgpt --model model --corpus corpus.txt --target_speedup 1.5 --output_path out"
+    fit = "fit skipgpt --model model --corpus corpus.txt --speedups 1.5 --output_path out"
     named = [
         ("missing", "./absent", "give a folder"),
         ("file", "./corpus.txt", "give a folder"),
@@ -340,7 +384,7 @@ def loading() -> list[Case]:
 def runs() -> list[Case]:
     """What is handed to the commands that read runs."""
     found = []
-    for command in ("leaderboard", "comparison", "plots", "verify", "tables", "rerun", "routes"):
+    for command in ("leaderboard", "compare", "plots", "verify", "tables", "rerun", "routes"):
         only = " --only_stored" if command == "verify" else ""
         for name, path in (("missing", "absent"), ("empty", "empty"), ("file", "corpus.txt")):
             found.append(
@@ -351,7 +395,7 @@ def runs() -> list[Case]:
         found += [
             Case(f"leaderboard-cell-{name}", f"leaderboard cells/{name}", f"cells/{name} holds no",
                  "--output_path of a sweep", warnings=1),
-            Case(f"comparison-cell-{name}", f"comparison cells/{name}", f"cells/{name} holds no",
+            Case(f"compare-cell-{name}", f"compare cells/{name}", f"cells/{name} holds no",
                  "--output_path of a sweep", warnings=1),
         ]  # fmt: skip
     found += [
@@ -363,9 +407,9 @@ def runs() -> list[Case]:
              "separate leaderboards"),
         Case("leaderboard-rows-missing", "leaderboard rows/missing", "cell .*no metric", "verify"),
         Case("leaderboard-rows-text", "leaderboard rows/text", "tokens='many'", "not a number"),
-        Case("comparison-rows-missing", "comparison rows/missing", "cell .*no metric", "verify"),
-        Case("comparison-rows-outcomes", "comparison rows/outcomes", "outcomes='{'", "a JSON"),
-        Case("comparison-rows-flops", "comparison rows/flops", "no block_flops", "sweep again"),
+        Case("compare-rows-missing", "compare rows/missing", "cell .*no metric", "verify"),
+        Case("compare-rows-outcomes", "compare rows/outcomes", "outcomes='{'", "a JSON"),
+        Case("compare-rows-flops", "compare rows/flops", "no block_flops", "sweep again"),
     ]  # fmt: skip
     tables = [
         ("columnless", "leaderboard.csv: column 'sell'"),
@@ -385,7 +429,7 @@ def runs() -> list[Case]:
     return found
 
 
-CASES = [*flags(), *specs(), *configs(), *loading(), *runs()]
+CASES = [*flags(), *devices(), *specs(), *configs(), *loading(), *runs()]
 
 CONFIGS: dict[str, str | bytes] = {
     "invalid": "methods: [uls",
@@ -686,7 +730,7 @@ def test_wrong_input_gets_one_sentence_and_changes_nothing(case: Case, place: Pa
     ("words", "culprit"),
     [
         (f"sweep {TINY} --methods zzz", "zzz"),
-        ("fit uls --target_speedup 0.5", "not 0.5"),
+        ("fit uls --speedups 0.5", "not '0.5'"),
         ("importance gredy", "gredy"),
         ("routes", "nothing to record"),
         ("studies skipgptt", "skipgptt"),

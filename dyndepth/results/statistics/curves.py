@@ -22,8 +22,6 @@ from scipy.integrate import trapezoid
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
 
-LEAST = 10
-"""Documents (or layers) below which a bootstrap interval means nothing."""
 SAME = 1e-9
 """Shares of FLOPs that differ by less are one point of a curve."""
 FLOPS = ("block", "total")

@@ -14,6 +14,9 @@ from functools import lru_cache
 import numpy as np
 
 RESAMPLES = 2000
+LEAST = 10
+"""Documents of a task (or layers) below which a bootstrap interval means nothing, and none is
+given."""
 LEVEL = 0.95
 _AT_ONCE = 4_000_000
 _KEPT = 16_000_000

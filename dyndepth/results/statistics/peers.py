@@ -16,7 +16,8 @@ from dyndepth.cells.identity import METHOD_KEYS, Row, flat, plain, setting
 from dyndepth.cells.merging import check_comparable
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
-from dyndepth.results.statistics.curves import FLOPS, LEAST, Point, averaged, curve, measured
+from dyndepth.results.statistics.curves import FLOPS, Point, averaged, curve, measured
+from dyndepth.results.statistics.intervals import LEAST
 
 NO_DENSE = "there is no finished dense cell of the same setting"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dyndepth.cells.identity import Row
-from dyndepth.results.statistics.curves import LEAST, Vector
+from dyndepth.results.statistics.curves import Vector
 from dyndepth.results.statistics.differences import Difference
-from dyndepth.results.statistics.intervals import LEVEL
+from dyndepth.results.statistics.intervals import LEAST, LEVEL
 from dyndepth.results.statistics.resampling import contests, means
 
 

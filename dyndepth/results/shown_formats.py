@@ -1,0 +1,96 @@
+"""Leaderboard rows as a table for a paper or a program: LaTeX, Markdown, CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from dyndepth.cells.identity import Row
+from dyndepth.common.markup import latex_table, markdown_table
+from dyndepth.results.shown import about, board_rows, chosen, headings
+from dyndepth.results.tables import csv_text
+
+
+def written(
+    form: str,
+    rows: Sequence[Row],
+    runs: Mapping[str, Sequence[str]] | None = None,
+    keys: Sequence[str] | None = None,
+) -> str:
+    """The text of ``form``, of ``FORMS``, for rows of ``leaderboard``; ``runs`` and ``keys`` as
+    ``console.show_leaderboard`` has them. Raises UserError for a column that there is not."""
+    return FORMS[form](rows, runs, keys)
+
+
+def _latex(
+    rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
+) -> str:
+    found, stand_for = board_rows(rows, runs)
+    columns = chosen(found, keys)
+    texts = [[each.text(row) for each in columns] for row in found]
+    return latex_table(
+        headings(columns, found),
+        texts,
+        [each.name for each in columns],
+        _caption(found, texts, stand_for),
+        "tab:leaderboard",
+        [(row["bound"], row["target_speedup"]) for row in found],
+    )
+
+
+def _markdown(
+    rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
+) -> str:
+    found, stand_for = board_rows(rows, runs)
+    columns = chosen(found, keys)
+    texts = [[each.text(row) for each in columns] for row in found]
+    table = markdown_table(headings(columns, found), texts)
+    return f"{table}\n\n{_caption(found, texts, stand_for)}"
+
+
+def _csv(
+    rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
+) -> str:
+    """Numbers as leaderboard.csv has them, of the columns that those shown tell."""
+    found, _ = board_rows(rows, runs)
+    names = dict.fromkeys(name for each in chosen(found, keys) for name in each.reads)
+    plain = [row | {"seeds": " ".join(map(str, row["seeds"]))} for row in found]
+    return csv_text(plain, list(names)).rstrip("\n")
+
+
+Form = Callable[
+    [Sequence[Row], Mapping[str, Sequence[str]] | None, Sequence[str] | None],
+    str,
+]
+FORMS: dict[str, Form] = {"latex": _latex, "markdown": _markdown, "csv": _csv}
+"""Name of ``--format`` -> what writes it."""
+
+
+def _caption(rows: Sequence[Row], texts: Sequence[Sequence[str]], stand_for: Sequence[str]) -> str:
+    """What a reader of the table alone must know: model, documents, intervals, speedups."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
+
+    machine = all_of("device_name")
+    limits = all_of("limit")
+    counted = f"Documents by task: {limits}" if limits else f"Tasks: {all_of('tasks')}, whole"
+    sentences = [
+        f"Model: {all_of('model')}, {all_of('dtype')}{f' on {machine}' if machine else ''}",
+        counted,
+        "Speedups are relative to dense; block FLOPs are those of attention and MLP, total FLOPs "
+        "all that is executed",
+    ]
+    if any(row.get("wall_batch") for row in rows):
+        shape = f"{all_of('wall_batch')} sequences of {all_of('wall_length')} tokens"
+        sentences.append(
+            f"Prefill and decode are wall-clock speedups, in pairs with dense: {shape}"
+        )
+    if any(len(row["seeds"]) > 1 for row in rows):
+        sentences.append(
+            "Of several seeds the mean, its interval from the lowest end to the highest"
+        )
+    flat = [text for row in texts for text in row]
+    if any("[" in text for text in flat):
+        sentences.append("Brackets are 95% intervals over documents, of times over pairs")
+    more = about(rows, flat, stand_for).removeprefix("[..]: 95% intervals").strip("; ")
+    return ". ".join(filter(None, (*sentences, more))) + "."
