@@ -172,8 +172,8 @@ def _measure(
     from tqdm import tqdm
 
     from dyndepth.timing.jobs import Job, method
-    from dyndepth.timing.measure import EXCESS
     from dyndepth.timing.pairing import interleave, ratio
+    from dyndepth.timing.rounds import EXCESS
 
     batch, width = shape.gate_shape
     with tqdm(total=options.repeats, desc=what, unit=" rounds", disable=None, leave=False) as bar:

@@ -11,12 +11,11 @@ from typing import Any
 
 from dyndepth.cells.identity import IDENTITY, Row, cell_hash, flat, setting
 from dyndepth.cells.recipe import NONE, shortened
-from dyndepth.common.modes import EAGER, MODES
+from dyndepth.cells.times import TIMING_LEVELS, Shape, Wanted, missing, reached, renewed
 from dyndepth.common.paths import file_part
 from dyndepth.common.provenance import VERSIONS
 
 ROWS = ("accuracy", "compute", "routing", "timing", "samples")
-TIMING_LEVELS = ("off", "quick", "full")
 
 
 @dataclass
@@ -28,8 +27,8 @@ class Cell:
         status: ``done`` or ``error``.
         accuracy, compute, routing, timing, samples: rows of the table of that name, without the
             identity.
-        timing_level: how thoroughly it was timed, in every mode that it has times of: the least of
-            their levels, of ``TIMING_LEVELS``.
+        timing_level: how thoroughly it was timed on a level's own shapes, in every mode that it has
+            times of: the least of their levels, of ``TIMING_LEVELS``.
         provenance: conditions that are no part of the identity (hardware, threads, duration).
         error: one line; empty when done.
         traceback: where the error came from; empty when done.
@@ -65,28 +64,16 @@ class Cell:
             return "timing"
         return "timing" if self.status == "error" else "nothing"
 
-    def untimed(self, modes: Sequence[str], timing: str) -> list[str]:
-        """Those of the ``modes`` that it has no times of at that level or a higher one."""
-        asked, levels = TIMING_LEVELS.index(timing), self._levels()
-        return [mode for mode in modes if levels.get(mode, 0) < asked]
+    def untimed(self, wanted: Wanted) -> dict[str, tuple[Shape, ...]]:
+        """What it lacks of the times that are wanted; see ``times.missing``."""
+        return missing(self.timing, self.timing_level, wanted)
 
     def take_times(self, mode: str, rows: Sequence[Row], timing: str) -> None:
-        """Keep times of one mode, taken at that level, in place of those that it had of it; those
-        of others stay. A method that cannot be timed has none, whatever the level."""
-        kept = [row for row in self.timing if row.get("mode", EAGER) != mode]
-        # What the rows from before do not say of themselves, the cell did.
-        kept = [{**row, "level": row.get("level") or self.timing_level} for row in kept]
+        """Keep times of one mode, taken at that level, in place of those that ``times.renewed``
+        says; the others stay. A method that cannot be timed has none, whatever the level."""
         named = [{**row, "mode": mode, "level": timing} for row in rows]
-        self.timing = sorted(kept + named, key=lambda row: MODES.index(row.get("mode", EAGER)))
-        self.timing_level = TIMING_LEVELS[min(self._levels().values())] if self.timing else timing
-
-    def _levels(self) -> dict[str, int]:
-        """Mode -> place in ``TIMING_LEVELS`` of the level that all its times reach."""
-        found: dict[str, int] = {}
-        for row in self.timing:
-            mode, level = row.get("mode", EAGER), row.get("level") or self.timing_level
-            found[mode] = min(TIMING_LEVELS.index(level), found.get(mode, len(TIMING_LEVELS)))
-        return found
+        self.timing = renewed(self.timing, mode, named, self.timing_level)
+        self.timing_level = reached(self.timing, timing) or ("off" if self.timing else timing)
 
 
 def order(cell: Cell) -> tuple[Any, ...]:

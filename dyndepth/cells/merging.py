@@ -16,9 +16,10 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from dyndepth.cells.cell import TIMING_LEVELS, Cell, order
+from dyndepth.cells.cell import Cell, order
 from dyndepth.cells.identity import Row, plain, same_data
 from dyndepth.cells.store import Store
+from dyndepth.cells.times import TIMING_LEVELS
 from dyndepth.common.errors import UserError
 
 KEYS = {"accuracy": ("task", "metric", "filter"), "samples": ("task", "doc_id")}
@@ -31,7 +32,7 @@ ROUNDING = 1e-4
 def merged_cells(runs: Sequence[Path]) -> list[Cell]:
     """The cells of several runs, each once, in the order of the tables: of several records of one
     cell the one that was evaluated, then the one that was timed most thoroughly, then a finished
-    one.
+    one, then that with more times.
 
     Raises:
         UserError: a folder is no run, a cell's rows cannot be read, or evaluated records of one
@@ -54,11 +55,11 @@ def _best(records: Sequence[tuple[Path, Cell]]) -> Cell:
     return max(cells, key=_knows) if len(cells) > 1 else cells[0]
 
 
-def _knows(cell: Cell) -> tuple[bool, int, bool, str]:
+def _knows(cell: Cell) -> tuple[bool, int, bool, int, str]:
     """Larger is better; the last entry decides between equals, whatever the order of the runs."""
     level = TIMING_LEVELS.index(cell.timing_level)
     rest = json.dumps(plain(vars(cell)), sort_keys=True)
-    return cell.evaluated, level, cell.status == "done", rest
+    return cell.evaluated, level, cell.status == "done", len(cell.timing), rest
 
 
 def _check(records: Sequence[tuple[Path, Cell]]) -> None:

@@ -102,6 +102,10 @@ HELP = {
     "timing": "wall-clock measurement of each cell",
     "mode": "how dense and method run while they are timed: eager, graphs (decoding is replayed "
     "from CUDA graphs), or both",
+    "timing_shapes": "BATCHxLENGTH[+NEW] in place of the level's shapes, such as 1x512,32x2048: "
+    "prompts of LENGTH tokens, and NEW tokens decoded after them (16 unless given, 0 for none)",
+    "compiled_dense": "time dense under torch.compile as well, in the same rounds: a second "
+    "baseline",
     "resume": "only-missing: compute the cells that are absent or failed; always: keep failed "
     "ones too; never: compute all cells again",
     "output_path": "folder of the run, or a URL that fsspec knows, such as s3://bucket/run",

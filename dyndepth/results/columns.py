@@ -274,6 +274,90 @@ ROUTING = Table(
     key=("cell", "task", "phase", "layer", "sublayer"),
 )
 
+_OF_SIDE = {"dense": "dense", "method": "the method", "compiled": "dense under `torch.compile`"}
+_IF_ASKED = "; empty unless asked for (`--compiled_dense`) or where `compiled_error` says why"
+_TTFT = (
+    "Time to first token of {}, ms: median of the passes over the whole prompts of the batch, the "
+    "first token's choice included; empty in `decode`"
+)
+_TPOT = (
+    "Time per output token of {}, ms: median over passes of the mean step; a step adds a token to "
+    "every sequence of the batch; empty in `prefill`"
+)
+_RATE = (
+    "Tokens a second of {}, of the whole batch: in `decode` those that are made (batch / TPOT), in "
+    "`prefill` those of the prompts that are read (batch x length / TTFT)"
+)
+
+
+def _with_ends(name: str, description: str, *, of: str) -> dict[str, Column]:
+    """A time's column and those of its interval."""
+    return {
+        name: _number(f"{description}.", gt=0),
+        f"{name}_low": _number(f"Lower end of its 95% interval ({of}).", ge=0),
+        f"{name}_high": _number(f"Upper end of its 95% interval ({of}).", gt=0),
+    }
+
+
+def _ordered(columns: Mapping[str, Column]) -> tuple[tuple[str, str, str], ...]:
+    """The triples of ``Table.ordered`` of columns that have their ends beside them."""
+    names = (name.removesuffix("_low") for name in columns if name.endswith("_low"))
+    return tuple((f"{name}_low", name, f"{name}_high") for name in names)
+
+
+def _speeds_of(side: str) -> dict[str, Column]:
+    """Latency and throughput of one side, of timing.csv."""
+    more, whose = _IF_ASKED if side == "compiled" else "", _OF_SIDE[side]
+    orders = "from order statistics of the passes"
+    return {
+        **_with_ends(f"{side}_ttft_ms", _TTFT.format(whose) + more, of=orders),
+        **_with_ends(f"{side}_tpot_ms", _TPOT.format(whose) + more, of=orders),
+        **_with_ends(f"{side}_tokens_per_s", _RATE.format(whose) + more, of=orders),
+    }
+
+
+def _memory_of(side: str) -> dict[str, Column]:
+    """Memory of one side, of timing.csv."""
+    return {
+        f"{side}_peak_bytes": _integer(
+            f"Most bytes that torch's allocator held in the phase with {_OF_SIDE[side]}, weights "
+            "and all else included (`torch.cuda.max_memory_allocated`, of a pass that is not "
+            "timed); empty on a CPU and in graphs mode.",
+            nullable=True,
+        ),
+        f"{side}_peak_above_bytes": _integer(
+            "The same beyond what was held before the prompt: cache, activations, the method's "
+            "working memory; on a CPU by the profiler's record of allocations; empty in graphs "
+            "mode, whose memory lies ready.",
+            nullable=True,
+            least=None,
+        ),
+        f"{side}_cache_bytes": _integer(
+            f"Bytes of the keys and values that {_OF_SIDE[side]} keeps at the end of the phase, "
+            "for the whole batch: exact, from the cache's tensors (median over passes).",
+            nullable=True,
+        ),
+    }
+
+
+_SERVING = {
+    **_speeds_of("dense"),
+    **_speeds_of("method"),
+    **_memory_of("dense"),
+    **_memory_of("method"),
+    **_speeds_of("compiled"),
+    **_with_ends(
+        "speedup_over_compiled",
+        f"Compiled dense's time / method time: median over the pairs{_IF_ASKED}",
+        of="from order statistics of the pairs",
+    ),
+    "compiled_error": _text(
+        "Why dense could not be timed under `torch.compile`; empty if it was, or was not to be.",
+        nullable=True,
+    ),
+}
+"""Latency, throughput and memory, of timing.csv."""
+
 _TIMING = {
     "phase": _text(
         "`prefill`: one pass over the prompts; `decode`: one step that adds a token to each.",
@@ -302,6 +386,7 @@ _TIMING = {
     ),
     "block_speedup": _speedup("Dense / executed block FLOPs of the timed passes (median)."),
     "total_speedup": _speedup("Dense / executed total FLOPs of the timed passes (median)."),
+    **_SERVING,
     "dense_busy_s": _number(
         "Of as much work as `dense_median_s`, seconds in which the GPU computes or copies (union "
         "of the profiler's records over streams, of passes that are not timed); empty on a CPU.",
@@ -328,6 +413,12 @@ _TIMING = {
     "check_error": _text("Why no scores were compared; empty if they were.", nullable=True),
     "attach_s": _number("Seconds that attaching the method takes, outside of the clock.", ge=0),
     "level": _text("How thorough the timing was.", nullable=True, isin=("quick", "full", "custom")),
+    "shapes": _text(
+        "Who chose batch and length: `level`, or `asked` (`--timing_shapes`); empty in times of "
+        "before one could ask: the level.",
+        nullable=True,
+        isin=("level", "asked"),
+    ),
     "device_name": _text("Name of the processor or GPU.", nullable=True),
     "threads": _integer("Threads that torch used.", nullable=True, least=1),
     "cores": _integer("Logical processors of the machine.", nullable=True, least=1),
@@ -357,7 +448,10 @@ TIMING = Table(
     "cell x phase x batch x length x mode",
     IDENTITY | _TIMING,
     key=("cell", "phase", "batch", "length", "mode"),
-    ordered=(("wall_speedup_low", "wall_speedup", "wall_speedup_high"),),
+    ordered=(
+        ("wall_speedup_low", "wall_speedup", "wall_speedup_high"),
+        *_ordered(_SERVING),
+    ),
     optional=frozenset(_TIMING) - {"phase", "batch", "length", "mode"},
     defaults={"mode": EAGER},
     # Seconds between events on the device: they held its waiting, and were no time of its work.
@@ -408,6 +502,37 @@ _GRAPHS = {
     "wall_decode_graphs_low": _number(f"Decode speedup in graphs mode, lower {_END}", ge=0),
     "wall_decode_graphs_high": _speedup(f"Decode speedup in graphs mode, upper {_END}"),
 }
+
+
+def _on_board(column: str) -> Column:
+    """A column of timing.csv as a leaderboard has it."""
+    described = _SERVING[column]
+    text = described.description
+    if not column.endswith(("_low", "_high")):
+        text = f"As `{column}` of timing.csv, {_WHICH[column.partition('_')[2]]}"
+    return Column(described.dtype, True, text, described.checks)
+
+
+_AT = "of the shape of the wall speedups, eager mode; empty if not measured."
+_WHICH = {
+    "ttft_ms": f"{_AT}",
+    "tpot_ms": f"{_AT}",
+    "tokens_per_s": f"of decode, {_AT}",
+    "peak_bytes": f"the larger of prefill and decode, {_AT}",
+    "peak_above_bytes": f"the larger of prefill and decode, {_AT}",
+    "cache_bytes": f"after the last phase, {_AT}",
+}
+_BOARD_SERVING = {
+    column: _on_board(column)
+    for side in ("dense", "method")
+    for column in (*_speeds_of(side), *_memory_of(side))
+}
+for _phase in ("prefill", "decode"):
+    _BOARD_SERVING |= _with_ends(
+        f"{_phase}_over_compiled",
+        f"As `speedup_over_compiled` of timing.csv in {_phase}, {_AT[:-1]}",
+        of="from order statistics of the pairs",
+    )
 
 _OF_TIMES = ("wall_loaded", "wall_repeats", "wall_load")
 
@@ -487,6 +612,7 @@ LEADERBOARD = Table(
             nullable=True,
             least=1,
         ),
+        **_BOARD_SERVING,
         "paper": _text("Source of the method's rule, as the method states it.", nullable=True),
         "needs_training": _boolean("True if the method has trained parts.", nullable=True),
         "device_name": _text("Name of the processor or GPU.", nullable=True),
@@ -502,8 +628,9 @@ LEADERBOARD = Table(
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
         ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
+        *_ordered(_BOARD_SERVING),
     ),
-    optional=frozenset({"chance", *_GRAPHS, "wall_suspect", *_OF_TIMES}),
+    optional=frozenset({"chance", *_GRAPHS, "wall_suspect", *_OF_TIMES, *_BOARD_SERVING}),
     # Prompts are not repeated from graphs: those were times of eager prompts.
     former=frozenset(f"wall_prefill_graphs_{what}" for what in ("speedup", "low", "high")),
 )

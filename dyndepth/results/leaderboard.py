@@ -100,6 +100,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         **wall_speedups(cell),
         **_doubts(cell),
         **_timed_shape(cell),
+        **serving(cell),
         "paper": cell.provenance.get("paper"),
         "needs_training": cell.provenance.get("needs_training"),
         "device_name": cell.provenance.get("device_name"),
@@ -202,6 +203,26 @@ def _timed(cell: Cell) -> dict[str, Row]:
         return {}
     found = shapes[min(shapes, key=lambda shape: (shape[0], -len(shapes[shape]), -shape[1]))]
     return {wall.key: found[wall.key] for wall in WALLS if wall.key in found}
+
+
+def serving(cell: Cell) -> Row:
+    """Latency, throughput and memory of both sides, and speedups over compiled dense, of the shape
+    of the wall speedups, in eager mode; nothing of what was not measured."""
+    rows = [row for key, row in _timed(cell).items() if key in ("prefill", "decode")]
+    found: Row = {}
+    for row in rows:
+        for side in ("dense", "method"):
+            times = ("ttft_ms",) if row["phase"] == "prefill" else ("tpot_ms", "tokens_per_s")
+            for name in (f"{side}_{time}" for time in times):
+                found |= {key: row.get(key) for key in (name, f"{name}_low", f"{name}_high")}
+            for name in (f"{side}_peak_bytes", f"{side}_peak_above_bytes"):
+                known = [each for each in (found.get(name), row.get(name)) if each is not None]
+                found[name] = max(known, default=None)
+            # The last phase's stands: decode keeps what the prompt left, and more.
+            found[f"{side}_cache_bytes"] = row.get(f"{side}_cache_bytes")
+        for end in ("", "_low", "_high"):
+            found[f"{row['phase']}_over_compiled{end}"] = row.get(f"speedup_over_compiled{end}")
+    return found
 
 
 def _timed_shape(cell: Cell) -> Row:

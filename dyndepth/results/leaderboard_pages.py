@@ -23,6 +23,7 @@ from dyndepth.common.provenance import VERSIONS
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
 from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
+from dyndepth.results.serving import as_markdown, on_page
 from dyndepth.results.tables import as_csv
 
 TEMPLATE = "leaderboard.html"
@@ -71,7 +72,7 @@ def board(
     cells: Sequence[Cell], rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None = None
 ) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``walls``, ``published``, ``conditions``, ``chance``, ``runs``, ``texts``.
+    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``runs``, ``texts``.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
     high]``, its ends None where there is none; an entry's ``noise`` is what ``noise.noise`` says of
@@ -104,6 +105,7 @@ def board(
         "entries": entries,
         "failed": failed,
         "published": _published(rows, words),
+        "serving": on_page(rows, lambda row: _labels(row, words)["label"]),
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
         "runs": stand_for,
@@ -368,6 +370,7 @@ def markdown(found: Board) -> str:
         lines += ["", CONTROLS]
     if bounds:
         lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
+    lines += as_markdown(found["serving"])
     if found["failed"]:
         failed = [
             [one["label"], f"{one['target']:g}x", str(one["seed"]), one["cell"], one["error"]]

@@ -20,7 +20,7 @@ from dyndepth.cells.identity import Row
 from dyndepth.cells.merging import check_rows
 from dyndepth.cells.store import Store
 from dyndepth.sweep.executors import Executor, WorkerDied
-from dyndepth.sweep.grid import modes
+from dyndepth.sweep.grid import wanted
 from dyndepth.sweep.progress.interface import Job, Listener
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.worker import Work, failed, timeout_text
@@ -239,10 +239,10 @@ def needed(recorded: Cell | None, settings: Settings) -> str:
     if settings.resume == "always" and recorded.status == "error":
         return "nothing"
     lacking = recorded.lacks(settings.timing)
-    if settings.timing == "off" or settings.mode is None or not recorded.timing:
+    named = settings.mode is not None or settings.timing_shapes or settings.compiled_dense
+    if settings.timing == "off" or not named or not recorded.timing:
         return lacking
     if lacking == "everything" or recorded.status == "error":
         return lacking
-    # Asked for by name: that another mode was timed at a lower level is no matter.
-    wanted = modes(settings, str(recorded.identity["device"]))
-    return "timing" if recorded.untimed(wanted, settings.timing) else "nothing"
+    # Asked for by name: that others were timed at a lower level is no matter.
+    return "timing" if recorded.untimed(wanted(settings, recorded)) else "nothing"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dyndepth.cells.cell import DENSE, CellSpec
+from dyndepth.cells.cell import DENSE, Cell, CellSpec
 from dyndepth.cells.recipe import NONE, parse_recovery
+from dyndepth.cells.times import Shape, Wanted, mode_of
 from dyndepth.common.errors import UserError
-from dyndepth.common.modes import EAGER
+from dyndepth.common.modes import EAGER, GRAPHS
 from dyndepth.common.paths import EMBEDDED
 from dyndepth.data.capacity import check_length
 from dyndepth.sweep.settings import DEFAULT_LIMIT, OTHERS, Settings
@@ -54,7 +55,7 @@ def grid(settings: Settings) -> Grid:
         # What the machines of a cluster have is seen there.
         device = "cpu" if settings.executor == "ray" else resolve_device(settings.device)
         device = planned(settings) or device
-        check_shapes(longest, settings.timing, device.partition(":")[0])
+        check_shapes(longest, asked_level(settings, device), device.partition(":")[0])
         if settings.executor != "ray":
             modes(settings, device)
     tasks = resolve(settings.tasks, settings.include_path)
@@ -73,13 +74,39 @@ def modes(settings: Settings, device: str) -> tuple[str, ...]:
     spread over several GPUs is timed in eager mode unless asked otherwise.
 
     Raises:
-        UserError: graphs without a GPU.
+        UserError: graphs without a GPU, or of shapes without steps.
     """
     from dyndepth.models.loading import SPREAD
     from dyndepth.timing.levels import modes_of
 
     asked = settings.mode or (EAGER if settings.device == SPREAD else None)
-    return modes_of(asked, settings.timing, device.partition(":")[0])
+    found = modes_of(asked, settings.timing, device.partition(":")[0])
+    shapes = settings.timing_shapes
+    if found == (GRAPHS,) and shapes and not any(shape.new_tokens for shape in shapes):
+        raise UserError("graphs hold decode steps, and no shape has any; take --mode eager")
+    return found
+
+
+def asked_level(settings: Settings, device: str, shapes: Sequence[Shape] = ()) -> Any:
+    """How thoroughly and on which shapes is timed: the named level, or a ``levels.Level`` with the
+    ``shapes``, or else those that were asked for, in place of its own."""
+    from dyndepth.timing.levels import level_of
+
+    chosen = tuple(shapes or settings.timing_shapes)
+    if not chosen:
+        return settings.timing
+    return replace(level_of(settings.timing, device.partition(":")[0]), shapes=chosen)
+
+
+def wanted(settings: Settings, cell: Cell) -> Wanted:
+    """The times that ``cell`` is to have. What is added to times that it has, shapes or compiled
+    dense, is so in their modes, unless one was asked for by name."""
+    possible = modes(settings, str(cell.identity["device"]))
+    added = settings.timing_shapes or settings.compiled_dense
+    if settings.mode is None and added and cell.timing:
+        known = set(map(mode_of, cell.timing))
+        possible = tuple(mode for mode in possible if mode in known) or possible
+    return Wanted(settings.timing, possible, settings.timing_shapes, settings.compiled_dense)
 
 
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:

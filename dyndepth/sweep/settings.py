@@ -14,16 +14,18 @@ from typing import Any
 
 from dyndepth.cells.mirror import is_url, mirrored
 from dyndepth.cells.recipe import NONE, parse_recoveries
+from dyndepth.cells.times import Shape
 from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, worded
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
 from dyndepth.common.paths import EMBEDDED, check_folder, check_path, expanded, path_of, slug
 from dyndepth.evaluation.chat import DEFAULT, Chat
 from dyndepth.models.shapes import refuse_shape
+from dyndepth.timing.levels import parse_shapes
 
 SUITE = "offline"
 
-LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers"})
+LISTS = frozenset({"methods", "tasks", "speedups", "recovery", "seed", "trackers", "timing_shapes"})
 """Settings that take several values."""
 
 PATHS = frozenset({"model", "include_path", "corpus", "log_json"})
@@ -54,7 +56,8 @@ class Settings:
     """Everything the user decided, checked one by one; what needs a registry or a model is not.
 
     ``methods`` is a specification for ``registry.parse_methods``, ``recovery`` holds canonical
-    texts of ``recipe.parse_recovery``. ``limit`` is documents by
+    texts of ``recipe.parse_recovery``. ``timing_shapes`` are timed in place of those of the level
+    ``timing``, if there are any. ``limit`` is documents by
     task (None: all of them), ``OTHERS`` standing for those not named; ``device`` is ``auto`` or
     what torch calls it; ``mode`` None is what ``timing.levels.modes_of`` makes of it. From
     ``executor`` on nothing changes what is computed. ``workers`` None is as many as the executor
@@ -84,7 +87,9 @@ class Settings:
     include_path: str | None = None
     corpus: str = EMBEDDED
     timing: str = "quick"
+    timing_shapes: tuple[Shape, ...] = ()
     mode: str | None = None
+    compiled_dense: bool = False
     resume: str = "only-missing"
     output_path: Path = Path("runs")
     executor: str = "inline"
@@ -148,6 +153,7 @@ def _shown(name: str, default: Any) -> str:
         "revision": "the newest",
         "include_path": "none",
         "num_fewshot": "as each task's file says",
+        "timing_shapes": "those of the level",
         "apply_chat_template": "plain text",
         "fewshot_as_multiturn": "true with --apply_chat_template",
         "system_instruction": "none",
@@ -223,6 +229,7 @@ def settings(chosen: dict[str, Any]) -> Settings:
     found = Settings(**values)
     chat_of(found)
     _check_planning(found)
+    _check_timing(found)
     return found
 
 
@@ -247,6 +254,13 @@ def _check_planning(found: Settings) -> None:
         )
 
 
+def _check_timing(found: Settings) -> None:
+    """Raises UserError for what is to be timed where nothing is."""
+    for name in ("timing_shapes", "compiled_dense"):
+        if found.timing == "off" and getattr(found, name):
+            raise UserError(f"--timing off times nothing; leave it or --{name} out")
+
+
 def _checked(name: str, value: Any) -> Any:
     if name == "methods":
         return _specs(name, value)
@@ -269,7 +283,7 @@ def _checked(name: str, value: Any) -> Any:
         return _integer(name, value, 0)
     if name == "batch_size":
         return _integer(name, value, 1)
-    if name in ("trust_remote_code", "dry_run", "debug"):
+    if name in ("trust_remote_code", "compiled_dense", "dry_run", "debug"):
         if not isinstance(value, bool):
             raise UserError(f"{name} is true or false, not {value!r}")
         return value
@@ -285,6 +299,8 @@ def _checked(name: str, value: Any) -> Any:
         return _amount(name, value)
     if name == "shard":
         return _shard(value)
+    if name == "timing_shapes":
+        return parse_shapes(",".join(map(str, _items(name, value))))
     if name == "trackers":
         return tuple(dict.fromkeys(_items(name, value)))
     if name in CHOICES:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from dyndepth.cells.cell import CellSpec, cell_identity
 from dyndepth.cells.identity import Row
 from dyndepth.cells.recipe import parse_recovery
+from dyndepth.cells.times import Shape
 from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.models.loading import SPREAD, resolve_device
-from dyndepth.sweep.grid import modes
+from dyndepth.sweep.grid import asked_level, modes
 from dyndepth.sweep.settings import Settings, chat_of
 
 if TYPE_CHECKING:
@@ -194,10 +195,13 @@ class Workbench:
         }
         return [(tasks, {"limit": limit} | shared) for limit, tasks in by_limit.items()]
 
-    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]:
+    def measure(
+        self, plan: CellSpec, samples: list[Row], mode: str, shapes: Sequence[Shape] = ()
+    ) -> list[Row]:
         """Time the plan's method against dense in one ``mode``, both on the weights that were
-        scored; ``samples`` are its scored documents, of which the timed run has to reproduce some.
-        A method that foresees has no rows: the clock would see it look ahead."""
+        scored, on the ``shapes``; if there are none on those that were asked for, or the level's.
+        ``samples`` are its scored documents, of which the timed run has to reproduce some. A method
+        that foresees has no rows: the clock would see it look ahead."""
         from dyndepth.evaluation.evaluate import let_choose, scored_documents
         from dyndepth.evaluation.language_model import DyndepthLM
         from dyndepth.timing.measure import measure
@@ -216,8 +220,9 @@ class Workbench:
                 self.model,
                 method,
                 self.corpus,
-                level=self.settings.timing,
+                level=asked_level(self.settings, self.device, shapes),
                 mode=mode,
+                compiled_dense=self.settings.compiled_dense,
                 seed=self.settings.sample_seed,
                 check=check,
             )

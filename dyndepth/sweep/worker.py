@@ -11,17 +11,18 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dyndepth.cells.cell import ROWS, Cell, CellSpec
 from dyndepth.cells.identity import UNHASHED, Row
+from dyndepth.cells.times import Shape
 from dyndepth.common.culprits import told
 from dyndepth.common.errors import UserError
 from dyndepth.common.pipes import outlive_readers
-from dyndepth.sweep.grid import modes
+from dyndepth.sweep.grid import wanted
 from dyndepth.sweep.settings import Settings
 from dyndepth.sweep.workbench import free_memory
 
@@ -34,7 +35,9 @@ class Bench(Protocol):
     def identity(self, plan: CellSpec) -> Row: ...
     def provenance(self, plan: CellSpec) -> Row: ...
     def evaluate(self, plan: CellSpec) -> Any: ...
-    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]: ...
+    def measure(
+        self, plan: CellSpec, samples: list[Row], mode: str, shapes: Sequence[Shape] = ()
+    ) -> list[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,12 @@ class Worker:
         started = time.monotonic()
 
         def timed(mode: str) -> list[Row]:
-            rows = self.bench.measure(plan, cell.samples, mode)
+            rows = self.bench.measure(plan, cell.samples, mode, todo[mode])
             cell.take_times(mode, rows, level)
             return rows
 
-        wanted = cell.untimed(modes(self.settings, str(cell.identity["device"])), level)
-        in_modes(wanted, self.settings.mode, timed, stands=bool(cell.timing))
+        todo = cell.untimed(wanted(self.settings, cell))
+        in_modes(list(todo), self.settings.mode, timed, stands=bool(cell.timing))
         cell.provenance["timing_seconds"] = round(time.monotonic() - started, 3)
 
 

@@ -55,12 +55,8 @@ def _timing(given: list[str]) -> None:
     parser.method("time", required=True)
     parser.speedup(None, "1.5, or what the method names")
     add("--timing", choices=list(LEVELS), default="quick", help="how thoroughly (default: quick)")
-    add(
-        "--timing_shapes",
-        metavar="SHAPES",
-        help="BATCHxLENGTH[+NEW] in place of the level's, separated by commas: prompts, and steps "
-        "that are decoded after them, such as 1x512+32,8x2048",
-    )
+    add("--timing_shapes", nargs="+", metavar="SHAPES", help=HELP["timing_shapes"])
+    add("--compiled_dense", action="store_true", help=HELP["compiled_dense"])
     add("--mode", choices=CHOICES["mode"], help=f"{HELP['mode']} (default: {MODE_DEFAULT})")
     parser.model(shapes=True)
     parser.shared("corpus", EMBEDDED)
@@ -103,10 +99,10 @@ def _timing(given: list[str]) -> None:
         model = loaded(vars(options))
         check_recordable(model, options.mode)
         method = fit_cached(method, model, corpus)
+    how: dict[str, Any] = {"level": level, "seed": options.seed}
+    how["compiled_dense"] = options.compiled_dense
     rows = in_modes(
-        modes,
-        options.mode,
-        lambda mode: measure(model, method, corpus, level=level, mode=mode, seed=options.seed),
+        modes, options.mode, lambda mode: measure(model, method, corpus, mode=mode, **how)
     )
     show_timing(f"{method!r} on {options.model}", rows)
     print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
@@ -116,7 +112,8 @@ def _asked(options: argparse.Namespace, device: str) -> str | Level:
     """The level; with shapes of one's own it has no name."""
     if options.timing_shapes is None:
         return str(options.timing)
-    return replace(level_of(options.timing, device), shapes=parse_shapes(options.timing_shapes))
+    shapes = parse_shapes(",".join(options.timing_shapes))
+    return replace(level_of(options.timing, device), shapes=shapes)
 
 
 def _random_tokens(options: argparse.Namespace) -> RandomTokens:

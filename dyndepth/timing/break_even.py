@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import check_length, embeddings
-from dyndepth.timing.pairing import LEAST_PAIRS, Ratio, Times, interleave, ratio
+from dyndepth.timing.pairing import LEAST_PAIRS, Median, Times, interleave, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,7 @@ class Curve:
 
     regime: Regime
     times: dict[float, list[float]]
-    speedups: dict[float, Ratio]
+    speedups: dict[float, Median]
     total_speedups: dict[float, float]
     break_even: BreakEven
 

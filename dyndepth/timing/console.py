@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.common.modes import EAGER
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.noise import legend, loaded, told
 from dyndepth.timing.measure import Row
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def show_timing(title: str, rows: Sequence[Row]) -> None:
-    """The rows of ``measure`` as a table. In a narrow terminal shares of the host, times, FLOPs and
-    numbers of pairs go first; a speedup keeps its interval and its noise."""
+    """The rows of ``measure`` as a table, and below it what they say of latency, throughput and
+    memory. In a narrow terminal shares of the host, FLOPs and numbers of pairs go first; a speedup
+    keeps its interval and its noise."""
 
     def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
         return Column(heading, [form(row) for row in rows], name=name, rank=rank)
@@ -26,8 +28,6 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
         of("phase", lambda row: row["phase"], name=True),
         of("mode", lambda row: row["mode"], name=True),
         of("shape", lambda row: f"{row['batch']}x{row['length']}", name=True),
-        of("dense ms", lambda row: f"{1000 * row['dense_median_s']:.1f}", 4),
-        of("method ms", lambda row: f"{1000 * row['method_median_s']:.1f}", 4),
         of(WALL, _told),
         of("pairs", lambda row: str(row["repeats"]), 2),
         of("FLOPs speedup", lambda row: f"{row['total_speedup']:.3f}", 1),
@@ -39,6 +39,74 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
     one = rows[0]
     about = f"{_conditions(one)}; decode: time of one step"
     print_columns(columns, title, _with_legend(about, columns))
+    _show_serving(rows)
+
+
+def _show_serving(rows: Sequence[Row]) -> None:
+    """A line a measure and shape: dense, the method, and how many times better that is."""
+    shapes: dict[str, list[Row]] = {}
+    for row in rows:
+        mode = f" {row['mode']}" if row["mode"] != EAGER else ""
+        shapes.setdefault(f"{row['batch']}x{row['length']}{mode}", []).append(row)
+    lines = [
+        (shape, *line) for shape, own in shapes.items() for line in (*_times(own), *_memory(own))
+    ]
+    if not lines:
+        return
+    heads = ("shape", "measure", "dense", "method", "ratio")
+    columns = [
+        Column(head, texts, name=place < 2)
+        for place, (head, texts) in enumerate(zip(heads, zip(*lines, strict=True), strict=True))
+    ]
+    caption = (
+        "tokens/s: of decode; peak: above weights; cache: at the end; MB: 10^6 bytes; [..] are 95% "
+        "intervals, of a ratio that of pairs"
+    )
+    print_columns(columns, "Latency, throughput and memory", caption)
+    for fault in dict.fromkeys(filter(None, (row.get("compiled_error") for row in rows))):
+        print(f"dense under torch.compile has no times: {fault}")
+
+
+_MEASURES = (
+    ("prefill", "ttft_ms", "TTFT ms"),
+    ("decode", "tpot_ms", "TPOT ms"),
+    ("decode", "tokens_per_s", "tokens/s"),
+)
+
+
+def _times(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The times of one shape, those against compiled dense last."""
+    for side, ratio in (("dense", _told), ("compiled", _over_compiled)):
+        for phase, name, heading in _MEASURES:
+            for row in rows:
+                if row["phase"] == phase and row.get(f"{side}_{name}") is not None:
+                    more = ", compiled dense" if side == "compiled" else ""
+                    times = (_time(row, f"{each}_{name}") for each in (side, "method"))
+                    yield f"{heading}{more}", *times, ratio(row)
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The larger phase's peak, and what the last phase keeps, of one shape."""
+    for name, heading in (("peak_above_bytes", "peak MB"), ("cache_bytes", "cache MB")):
+        sides: list[list[Any]] = [
+            [row.get(f"{side}_{name}") for row in rows] for side in ("dense", "method")
+        ]
+        if None not in sides[0] + sides[1]:
+            last = name == "cache_bytes"
+            dense, method = (float(found[-1] if last else max(found)) for found in sides)
+            ratio = f"{dense / method:.3f}" if method else ""
+            yield heading, f"{dense / 1e6:.2f}", f"{method / 1e6:.2f}", ratio
+
+
+def _time(row: Row, name: str) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    ends = "no interval" if low is None or high is None else f"[{low:.1f}, {high:.1f}]"
+    return f"{value:.1f} {ends}"
+
+
+def _over_compiled(row: Row) -> str:
+    name = "speedup_over_compiled"
+    return told(*(row.get(f"{name}{end}") for end in ("", "_low", "_high")), form="{:.3f}")
 
 
 def show_break_even(curve: Curve, rows: Sequence[dict[str, Any]]) -> None:

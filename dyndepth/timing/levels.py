@@ -6,23 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dyndepth.cells.times import Shape
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, MODES
 from dyndepth.data.capacity import check_length, longest
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch of prompts of ``length`` tokens, each continued by ``new_tokens`` steps; without any
-    the prefill alone is timed."""
-
-    batch: int
-    length: int
-    new_tokens: int
-
-    def __str__(self) -> str:
-        more = f" + {self.new_tokens}" if self.new_tokens else ""
-        return f"{self.batch} x {self.length}{more}"
+STEPS = 16
+"""Steps that are decoded after a prompt where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -108,24 +98,31 @@ def check_shapes(model_or_most: Any, level: str | Level, device: str = "cpu") ->
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Shapes from ``BATCHxLENGTH[+NEW]``, separated by commas.
+    """Shapes from ``BATCHxLENGTH`` or ``BATCHxLENGTH+NEW``, separated by commas; NEW is ``STEPS``
+    unless given, and 0 for the prompts alone.
 
     Raises:
-        UserError: a text that is none.
+        UserError: a text that is none, or a batch and length that stand there with several NEW.
     """
-    found = []
+    found: dict[tuple[int, int], Shape] = {}
     for word in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+))?", word, re.ASCII)
-        shape = Shape(*(int(number or 0) for number in match.groups())) if match else None
-        if shape is None or shape.batch < 1 or shape.length < 1:
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})(?:\+(\d{1,9}))?", word, re.ASCII)
+        numbers = match.groups() if match else ("0", "0", "0")
+        shape = Shape(*(STEPS if number is None else int(number) for number in numbers))
+        if shape.batch < 1 or shape.length < 1:
             raise UserError(
-                "--timing_shapes takes BATCHxLENGTH or BATCHxLENGTH+NEW, such as 1x512+32, "
-                f"not {word!r}"
+                "--timing_shapes takes BATCHxLENGTH or BATCHxLENGTH+NEW, such as 1x512 or "
+                f"32x2048+64, not {word!r}"
             )
-        found.append(shape)
+        other = found.setdefault(shape[:2], shape)
+        if other != shape:
+            raise UserError(
+                f"--timing_shapes has {shape.batch}x{shape.length} twice, with {other.new_tokens} "
+                f"and with {shape.new_tokens} new tokens; give it once"
+            )
     if not found:
-        raise UserError("--timing_shapes is empty; give at least one, such as 1x512+32")
-    return tuple(dict.fromkeys(found))
+        raise UserError("--timing_shapes is empty; give at least one, such as 1x512")
+    return tuple(found.values())
 
 
 def modes_of(mode: str | None, level: str, device: str) -> tuple[str, ...]:

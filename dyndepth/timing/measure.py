@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,19 +25,15 @@ if TYPE_CHECKING:
 
     from dyndepth.data.corpus import Corpus
     from dyndepth.method import DynamicDepthMethod
-    from dyndepth.timing.passes import Document, How, Side
+    from dyndepth.timing.passes import Document
 
 
 Row = dict[str, Any]
 
-EXCESS = 0.05
-"""A wall speedup above the FLOPs speedup by more than this fraction is marked ``suspect``."""
 _TOLERANCE = {"float32": (2e-3, 1e-4)}
 _COARSE_TOLERANCE = (0.25, 0.05)
 """How far a score may be off, in nats and as a fraction of it: by rounding alone in float32; in
 half precision a gate near its threshold may flip when the batch is another."""
-PROFILED = 3
-"""Passes of each side under the profiler, after the timed ones."""
 
 
 def measure(
@@ -49,6 +43,7 @@ def measure(
     *,
     level: str | Level = "quick",
     mode: str = EAGER,
+    compiled_dense: bool = False,
     seed: int = 0,
     check: Sequence[Document] | None = None,
     rescore: Callable[..., Sequence[float]] | None = None,
@@ -65,6 +60,8 @@ def measure(
             model takes are left out, with a warning.
         mode: ``eager``, or ``graphs``: both sides decode through CUDA graphs. Prompts run eagerly
             there as well, so that decode alone has rows, of the shapes that have steps.
+        compiled_dense: time dense under ``torch.compile`` in the same rounds as well. What fails
+            of it is told in the rows, not raised.
         seed: of the windows and of the order within the pairs.
         check: documents that were scored before, (context ids, continuation ids, log-likelihood)
             and the document's id where the method depends on it. Those that the model reads by
@@ -79,7 +76,12 @@ def measure(
         host's clock; ``*_busy_s`` the part of as much work in which the device computes or copies,
         of further passes under a profiler; ``*_host_share`` what that leaves of the time: the
         device waits for the host; None on a CPU, all of them. ``busy_speedup`` is dense's busy time
-        over the method's.
+        over the method's. ``*_ttft_ms``, ``*_tpot_ms`` and ``*_tokens_per_s`` are the same medians
+        as latency and throughput, with their 95% intervals; ``*_peak_bytes`` and
+        ``*_peak_above_bytes`` the peak memory of one pass more, in ``graphs`` None; and
+        ``*_cache_bytes`` the keys and values kept at the end of the phase.
+        ``speedup_over_compiled`` is compiled dense's time over the method's, paired as the other;
+        None unless asked for, and then ``compiled_error`` says why.
         ``wall_speedup`` is the median over ``repeats`` pairs, with its 95% interval
         ``wall_speedup_low`` to ``wall_speedup_high``. ``block_speedup`` and ``total_speedup`` are
         FLOPs ratios, medians over the same passes, and ``wall_efficiency`` is ``wall_speedup /
@@ -100,7 +102,7 @@ def measure(
     import torch
 
     from dyndepth.common.machine import steady_allocator
-    from dyndepth.timing import passes
+    from dyndepth.timing import passes, rounds
     from dyndepth.timing.conditions import conditions
     from dyndepth.timing.passes import attach_seconds, running
 
@@ -119,19 +121,23 @@ def measure(
     with running(mode) as how:
         common: Row = {
             "level": level if isinstance(level, str) else "custom",
+            "shapes": "level" if isinstance(level, str) else "asked",
             "mode": mode,
             "attach_s": attach_seconds(model, method, how),
             **_checked(model, method, check, rescore or partial(passes.rescore, how=how)),
             **conditions(model),
         }
-        _check_repeated(method, how)
+        rounds.check_repeated(method, how)
     rows = []
     with torch.inference_mode():
         for shape in shapes:
             found = None
             try:
                 with running(mode) as how:
-                    found = _pairs(model, method, shape, texts[shape], chosen, how, seed, progress)
+                    found = rounds.measured(
+                        *(model, method, shape, texts[shape], chosen, how),
+                        *(compiled_dense, seed, progress),
+                    )
             except torch.OutOfMemoryError:
                 pass
             if found is None:
@@ -179,23 +185,6 @@ def check_recordable(model: torch.nn.Module, asked: str | None) -> None:
         raise UserError(f"graphs cannot be recorded: {reason}; take --mode eager")
 
 
-def _check_repeated(method: DynamicDepthMethod, how: How, steps: bool = False) -> None:
-    """Raises UserError if what ran by recordings did so in part only, or, where there were
-    ``steps``, not at all: the time would be that of eager steps under another name."""
-    graphs = how.get("mode")
-    if graphs is None:
-        return
-    if graphs.others:
-        raise UserError(
-            f"{method.name}: {graphs.others} decode steps could not be repeated from recordings; "
-            "take --mode eager"
-        )
-    if steps and not graphs.steps:
-        raise UserError(
-            f"{method.name}: no decode step was repeated from a recording; take --mode eager"
-        )
-
-
 def _texts(
     text: Corpus | Tensor, shape: Shape, count: int, seed: int, model: torch.nn.Module
 ) -> list[Tensor]:
@@ -214,124 +203,6 @@ def _texts(
     whole = windows[: len(windows) // shape.batch * shape.batch, : shape.length]
     device = next(model.parameters()).device
     return [part.to(device) for part in whole.split(shape.batch)[:count]]
-
-
-def _pairs(
-    model: torch.nn.Module,
-    method: DynamicDepthMethod,
-    shape: Shape,
-    texts: list[Tensor],
-    level: Level,
-    how: How,
-    seed: int,
-    progress: bool,
-) -> list[Row]:
-    """The rows of one shape."""
-    from tqdm import tqdm
-
-    from dyndepth.timing.jobs import whole
-    from dyndepth.timing.pairing import interleave, ratio
-    from dyndepth.timing.passes import Side
-
-    dense = Side(model, whole(model) if how else None, texts, shape.new_tokens, how)
-    own = Side(model, method, texts, shape.new_tokens, how)
-    # In graphs, too, a prompt runs eagerly: its time says nothing of them.
-    phases = ("decode",) if how else own.phases
-    deadline = time.monotonic() + level.seconds
-    label = f"{method.name}: timing {shape.batch}x{shape.length}"
-    with tqdm(desc=label, unit=" pairs", disable=not progress, leave=False) as bar:
-
-        def enough(times: dict[str, list[float]]) -> bool:
-            n = len(times["dense"])
-            found = [
-                ratio(dense.watch.host[phase][-n:], own.watch.host[phase][-n:]) for phase in phases
-            ]
-            margin = max(each.margin for each in found)
-            bar.set_postfix_str(f"±{margin:.1%}", refresh=False)
-            bar.update(n - bar.n)
-            return margin <= level.precision or time.monotonic() > deadline
-
-        times = interleave(
-            {"dense": dense.run, "method": own.run},
-            around={"dense": dense.around, "method": own.around},
-            repeats=level.pairs,
-            warmup=_warmup(level, texts, dense.place.type, bool(how)),
-            seed=seed,
-            device=dense.place,
-            enough=enough,
-            most=level.most,
-        )
-    _check_repeated(method, how, steps=bool(shape.new_tokens))
-    pairs = len(times["dense"])
-    rows = [_row(phase, shape, dense, own, pairs) for phase in phases]
-    if dense.place.type == "cuda":
-        _add_busy(rows, dense, own)
-    return rows
-
-
-def _warmup(level: Level, texts: Sequence[Tensor], device: str, recorded: bool = False) -> int:
-    """Rounds before those that are timed, each a whole pass with all its steps: on a GPU every text
-    comes up, whose numbers of selected tokens are its own. Where steps are ``recorded``, the first
-    round makes the buffers as long as they get, for which recordings over shorter ones are given
-    up; the second makes those again."""
-    rounds = max(level.warmup, len(texts)) if device == "cuda" else level.warmup
-    return max(rounds, 2) if recorded else rounds
-
-
-def _add_busy(rows: Sequence[Row], dense: Side, own: Side) -> None:
-    """Busy times and host shares into the rows of one shape, from passes that are not timed."""
-    found: dict[str, list[dict[str, float | None]]] = {"dense": [], "method": []}
-    for _ in range(PROFILED):
-        for name, side in (("dense", dense), ("method", own)):
-            with side.around():
-                found[name].append(side.busy())
-    for row in rows:
-        for name, passes in found.items():
-            known = [each[row["phase"]] for each in passes]
-            times = [seconds for seconds in known if seconds is not None]
-            if times:
-                busy = statistics.median(times) / (row["new_tokens"] or 1)
-                row[f"{name}_busy_s"] = busy
-                row[f"{name}_host_share"] = max(0.0, 1 - busy / row[f"{name}_median_s"])
-        if row["dense_busy_s"] and row["method_busy_s"]:
-            row["busy_speedup"] = row["dense_busy_s"] / row["method_busy_s"]
-
-
-def _row(phase: str, shape: Shape, dense: Side, own: Side, pairs: int) -> Row:
-    """What the last ``pairs`` passes of both sides say about one phase."""
-    from dyndepth.timing.pairing import ratio
-
-    steps = shape.new_tokens if phase == "decode" else 1
-    first, second = dense.watch.host[phase][-pairs:], own.watch.host[phase][-pairs:]
-    wall = ratio(first, second)
-    totals = [totals[phase] for totals in own.totals[-pairs:]]
-    ideal = {
-        kind: statistics.median(
-            each[f"dense_{kind}_flops"] / each[f"{kind}_flops"] for each in totals
-        )
-        for kind in ("block", "total")
-    }
-    return {
-        "phase": phase,
-        "batch": shape.batch,
-        "length": shape.length,
-        "new_tokens": shape.new_tokens if phase == "decode" else 0,
-        "dense_median_s": statistics.median(first) / steps,
-        "method_median_s": statistics.median(second) / steps,
-        "wall_speedup": wall.median,
-        "wall_speedup_low": wall.low,
-        "wall_speedup_high": wall.high,
-        "repeats": wall.n,
-        "block_speedup": ideal["block"],
-        "total_speedup": ideal["total"],
-        "wall_efficiency": wall.median / ideal["total"],
-        "suspect": wall.median > ideal["total"] * (1 + EXCESS),
-        "dense_busy_s": None,
-        "method_busy_s": None,
-        "busy_speedup": None,
-        "dense_host_share": None,
-        "method_host_share": None,
-    }
 
 
 def _checked(

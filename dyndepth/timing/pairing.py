@@ -33,8 +33,8 @@ Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """The median ratio of ``n`` pairs with the ends of its 95% interval (NaN below 6 pairs)."""
+class Median:
+    """The median of ``n`` numbers with the ends of its 95% interval (NaN below 6 numbers)."""
 
     median: float
     low: float
@@ -47,21 +47,26 @@ class Ratio:
         return (self.high - self.low) / 2 / self.median
 
 
-def ratio(baseline: Sequence[float], other: Sequence[float]) -> Ratio:
-    """How many times faster ``other`` is than ``baseline``, pair by pair.
+def ratio(baseline: Sequence[float], other: Sequence[float]) -> Median:
+    """How many times faster ``other`` is than ``baseline``, pair by pair; see ``median``.
 
-    Both are seconds, one a round, in the order of the rounds. The interval is that of order
-    statistics (binomial, at least 95%): it assumes nothing about the distribution of the noise.
+    Both are seconds, one a round, in the order of the rounds.
 
     Raises:
         ValueError: no pairs, or lists of different lengths.
     """
     if not baseline or len(baseline) != len(other):
         raise ValueError(f"{len(baseline)} and {len(other)} times can't be paired")
-    ratios = np.asarray(baseline, dtype=float) / np.asarray(other, dtype=float)
-    median = float(np.median(ratios))
-    interval = stats.quantile_test(ratios, q=median, p=0.5).confidence_interval(_LEVEL)
-    return Ratio(median, float(interval.low), float(interval.high), len(ratios))
+    return median(np.asarray(baseline, dtype=float) / np.asarray(other, dtype=float))
+
+
+def median(numbers: Sequence[float] | np.ndarray[Any, Any]) -> Median:
+    """The median of ``numbers``, at least one. The interval is that of order statistics (binomial,
+    at least 95%): it assumes nothing about the distribution of the noise."""
+    found = np.asarray(numbers, dtype=float)
+    middle = float(np.median(found))
+    interval = stats.quantile_test(found, q=middle, p=0.5).confidence_interval(_LEVEL)
+    return Median(middle, float(interval.low), float(interval.high), len(found))
 
 
 def interleave(

@@ -26,6 +26,7 @@ from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 from dyndepth.timing.busy import busy_of
+from dyndepth.timing.memory import Peak, cache_bytes, peaks
 from dyndepth.timing.pairing import draining
 
 PHASES = {"prefill": "prompt", "decode": "generation"}
@@ -51,28 +52,41 @@ def running(mode: str) -> Iterator[How]:
         yield {"mode": graphs}
 
 
-def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:
+Call = Callable[..., Any]
+"""What is called in the place of a model, with the same words: the model itself, or compiled."""
+
+
+def prefill(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple[Tensor, Any]:
     """Logits of the last position ``[batch, vocabulary]`` and the cache, as a generation begins.
 
     ``tokens`` are ids, int64 ``[batch, length]``.
     """
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model).forward) else {}
-    out = model(tokens, use_cache=True, **last_only)
+    out = (model if call is None else call)(tokens, use_cache=True, **last_only)
     return out.logits[:, -1], cache_of(out)
 
 
-def step(model: nn.Module, cache: Any, token: Tensor) -> Tensor:
+def first_token(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple[Tensor, Any]:
+    """The likeliest token after ``tokens``, ids ``[batch, 1]``, and the cache; see ``prefill``."""
+    logits, past = prefill(model, tokens, call)
+    return logits.argmax(-1, keepdim=True), past
+
+
+def step(model: nn.Module, cache: Any, token: Tensor, call: Call | None = None) -> Tensor:
     """Logits ``[batch, vocabulary]`` after one more token, ids ``[batch, 1]``; the cache grows."""
-    return model(token, **{cache_argument(model): cache}, use_cache=True).logits[:, -1]
+    run = model if call is None else call
+    return run(token, **{cache_argument(model): cache}, use_cache=True).logits[:, -1]
 
 
-def decode(model: nn.Module, cache: Any, token: Tensor, steps: int) -> Tensor:
+def decode(
+    model: nn.Module, cache: Any, token: Tensor, steps: int, call: Call | None = None
+) -> Tensor:
     """Feed ``token`` and then what is likeliest, ``steps`` times; returns the next token.
 
     An end of sequence changes nothing: a method must not win by stopping early.
     """
     for _ in range(steps):
-        token = step(model, cache, token).argmax(-1, keepdim=True)
+        token = step(model, cache, token, call).argmax(-1, keepdim=True)
     return token
 
 
@@ -105,14 +119,17 @@ class Stopwatch:
 class Side:
     """One side of the pairs on one shape: the stock model, or a method attached to it.
 
-    ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed, and
-    ``busy`` the same under a profiler. Each call takes the next text: two sides that are called in
-    turn get the same ones. ``how`` is what ``attach`` is told of the mode.
+    ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed,
+    ``busy`` the same under a profiler, and ``peaks`` the same for its memory. Each call takes the
+    next text: two sides that are called in turn get the same ones. ``how`` is what ``attach`` is
+    told of the mode; ``call`` is called in the place of the stock model.
 
     Attributes:
         phases: that a pass has, of ``PHASES``.
         watch: a lap for each of them, warm-up included.
         totals: one entry a call, the ledger's totals by lap; empty for the stock model.
+        texts: batches ``[batch, length]``, as they were given.
+        kept: one entry a run, by phase the bytes of keys and values at its end (None: unknown).
     """
 
     def __init__(
@@ -122,18 +139,25 @@ class Side:
         texts: Sequence[Tensor],
         new_tokens: int,
         how: How = AS_EVER,
+        call: Call | None = None,
     ) -> None:
         self.model, self.method, self.new_tokens, self.how = model, method, new_tokens, how
         self.phases = tuple(PHASES) if new_tokens else ("prefill",)
         self.place = next(model.parameters()).device
         self.watch = Stopwatch(self.place)
         self.totals: list[dict[str, dict[str, Any]]] = []
-        self._texts = cycle(enumerate(texts))
+        self.kept: list[dict[str, int | None]] = []
+        self.texts, self._call = texts, call
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the first text again."""
+        self._next = cycle(enumerate(self.texts))
 
     @contextmanager
     def around(self) -> Iterator[None]:
         """Chooses the text; the method is attached inside."""
-        number, self.tokens = next(self._texts)
+        number, self.tokens = next(self._next)
         if self.method is None:
             yield
             return
@@ -143,27 +167,38 @@ class Side:
             self.totals.append({lap: trace.totals(phase) for lap, phase in PHASES.items()})
 
     def run(self) -> None:
-        """A prefill and ``new_tokens`` steps, a lap each."""
+        """A prompt with the first token's choice, and ``new_tokens`` steps, a lap each."""
         with self.watch.lap("prefill"):
-            logits, past = prefill(self.model, self.tokens)
+            first, past = first_token(self.model, self.tokens, self._call)
+        kept = {"prefill": cache_bytes(past)}
         if self.new_tokens:
-            first = logits.argmax(-1, keepdim=True)
             with self.watch.lap("decode"):
-                decode(self.model, past, first, self.new_tokens)
+                decode(self.model, past, first, self.new_tokens, self._call)
+            kept["decode"] = cache_bytes(past)
+        self.kept.append(kept)
 
     def busy(self) -> dict[str, float | None]:
         """Seconds that the device works in each phase of one pass more; see ``busy.busy_of``."""
-        kept: list[Any] = []
-        found = {
-            "prefill": busy_of(lambda: kept.append(prefill(self.model, self.tokens)), self.place)
+        return {name: busy_of(part, self.place) for name, part in self._parts().items()}
+
+    def peaks(self) -> dict[str, Peak]:
+        """Peak memory in each phase of one pass more; see ``memory.peaks``."""
+        with self.around():
+            places = list(dict.fromkeys(each.device for each in self.model.parameters()))
+            return peaks(self._parts(), places)
+
+    def _parts(self) -> dict[str, Callable[[], Any]]:
+        """The phases of a pass, to be run in this order."""
+        begun: list[tuple[Tensor, Any]] = []
+
+        def steps() -> None:
+            first, past = begun.pop()
+            decode(self.model, past, first, self.new_tokens, self._call)
+
+        parts: dict[str, Callable[[], Any]] = {
+            "prefill": lambda: begun.append(first_token(self.model, self.tokens, self._call))
         }
-        if self.new_tokens and kept:
-            logits, past = kept.pop()
-            first = logits.argmax(-1, keepdim=True)
-            found["decode"] = busy_of(
-                lambda: decode(self.model, past, first, self.new_tokens), self.place
-            )
-        return found
+        return parts | ({"decode": steps} if self.new_tokens else {})
 
 
 @torch.inference_mode()

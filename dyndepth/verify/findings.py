@@ -169,6 +169,13 @@ def _shares(cell: Cell) -> Iterator[Told]:
             ratio = wall / row["total_speedup"]
             if not math.isclose(row["wall_efficiency"], ratio, rel_tol=SAME):
                 yield f"timing: wall_efficiency of {place}", row["wall_efficiency"], ratio
+        for side in ("dense", "method"):
+            time = "ttft_ms" if row["phase"] == "prefill" else "tpot_ms"
+            told, median = row.get(f"{side}_{time}"), row.get(f"{side}_median_s")
+            if told is None or median is None:
+                continue
+            if not math.isclose(told, 1000 * median, rel_tol=SAME):
+                yield f"timing: {side}_{time} of {place}", told, 1000 * median
 
 
 Score = tuple[float, float | None]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from dyndepth.cells.cell import Cell, CellSpec
 from dyndepth.cells.identity import CHAT, IDENTITY, Row
+from dyndepth.cells.times import Shape
 
 
 def identity(**changes: Any) -> Row:
@@ -63,6 +65,7 @@ class FakeBench:
         self.calls: list[tuple[str, str]] = []
         self.timing_fails = False
         self.modes: list[str] = []
+        self.shapes: list[list[str]] = []
         self.no_modes: tuple[str, ...] = ()
 
     shared_identity: Row = {}  # noqa: RUF012
@@ -87,14 +90,21 @@ class FakeBench:
         right = [1, 1, 1, 0] if plan.method == "dense" else [1, 0, 1, 0]
         return SimpleNamespace(**rows(right))
 
-    def measure(self, plan: CellSpec, samples: list[Row], mode: str) -> list[Row]:
+    def measure(
+        self, plan: CellSpec, samples: list[Row], mode: str, shapes: Sequence[Shape] = ()
+    ) -> list[Row]:
         self.calls.append(("measure", plan.describe()))
         self.modes.append(mode)
+        self.shapes.append([str(shape) for shape in shapes])
         if self.timing_fails or mode in self.no_modes:
             raise RuntimeError("clock stopped")
         assert samples
+        timed = [(shape, {"shapes": "asked"}) for shape in shapes]
+        timed = timed or [(Shape(batch, 8, 2), {"shapes": "level"}) for batch in (1, 8)]
         return [
-            {"phase": phase, "batch": batch, "length": 8, "wall_speedup": 1.1 + batch}
+            {"phase": phase, "batch": batch, "length": length, "wall_speedup": 1.1 + batch}
+            | {"new_tokens": steps * (phase == "decode")}
+            | more
             for phase in ("prefill", "decode")
-            for batch in (1, 8)
+            for (batch, length, steps), more in timed
         ]

@@ -176,7 +176,7 @@ def test_in_80_columns_a_speedup_keeps_its_interval_and_its_word(narrow):
     printed = narrow.getvalue()
     _whole(printed, ["3.750 [2.500, 5.500] suspect, noisy", "32x4096"] * 2)
     flat = " ".join(printed.split())
-    assert "left out at this width: busy speedup, host share, dense ms, method ms" in flat
+    assert "left out at this width: busy speedup, host share" in flat
     for word in ("suspect", "noisy"):
         assert f"{word}: {module.WORDS[word]}" in flat
     assert "undecided" not in flat

@@ -13,7 +13,7 @@ from dyndepth.runtime.attach import attach
 from dyndepth.runtime.limits import ALWAYS, Limits, keep, limits_of
 from dyndepth.timing import __main__ as door
 from dyndepth.timing import limits as limits_command
-from dyndepth.timing.pairing import Ratio
+from dyndepth.timing.pairing import Median
 
 UNMEASURED = Limits(0.85, 0.90, 64) if DEVICE.type == "cpu" else Limits(0.8, 0.85, 1024)
 
@@ -98,7 +98,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
     model = make_tiny()
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
-    monkeypatch.setattr(pairing, "ratio", lambda *_: Ratio(1.2, 1.1, 1.3, 6))
+    monkeypatch.setattr(pairing, "ratio", lambda *_: Median(1.2, 1.1, 1.3, 6))
     assert door.main(["limits", "--tokens", "256", "--repeats", "6"]) == 0
     out = capsys.readouterr().out
     assert "gather attention up to 0.95 and MLP up to 0.95 of the tokens,\nin forwards of" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from cells import FakeBench, cell, identity
 from dyndepth.cells.cell import CellSpec, method_identity
 from dyndepth.cells.recipe import Recipe
 from dyndepth.cells.store import Store
+from dyndepth.cells.times import Shape
 from dyndepth.common import commands, digests, provenance, registry
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.evaluate import Evaluation
@@ -26,11 +28,12 @@ from dyndepth.sweep import run as sweep
 from dyndepth.sweep import settings as options
 from dyndepth.sweep.driver import Driver, Tally, needed
 from dyndepth.sweep.executors import Inline
-from dyndepth.sweep.grid import limits, modes, plans
+from dyndepth.sweep.grid import asked_level, limits, modes, plans
 from dyndepth.sweep.progress.people import Lines
 from dyndepth.sweep.settings import DEFAULT_LIMIT, Settings, read
 from dyndepth.sweep.workbench import Workbench
 from dyndepth.sweep.worker import Worker
+from dyndepth.timing.levels import level_of
 
 CELLS = [CellSpec("dense"), CellSpec("a", 1.5), CellSpec("b", 2.0)]
 
@@ -173,6 +176,11 @@ class TestSettings:
             (["--batch_size", "0"], "--batch_size takes a whole number"),
             (["--timing", "slow"], "off, quick, full"),
             (["--mode", "fast"], "eager, graphs, both"),
+            (["--timing_shapes", "512"], "takes BATCHxLENGTH or .*, not '512'"),
+            (["--timing_shapes", ","], "--timing_shapes is empty"),
+            (["--timing_shapes", "1x8+2", "1x8+3"], "has 1x8 twice, with 2 and with 3 new tokens"),
+            (["--timing", "off", "--timing_shapes", "1x8"], "leave it or --timing_shapes out"),
+            (["--timing", "off", "--compiled_dense"], "leave it or --compiled_dense out"),
             (["--resume", "yes"], "only-missing, always, never"),
             (["--phases", "prompt"], "both, generation, published"),
             (["--dtype", "float8"], "float32, bfloat16"),
@@ -429,6 +437,42 @@ class TestRun:
         assert again(timing="quick", mode="both") == ([], "full", full)
         assert [call for call, _ in on_cuda.calls].count("evaluate") == 1
 
+    def test_shapes_that_are_asked_for_are_added_without_scoring_or_timing_others(self, tmp_path):
+        bench = FakeBench()
+        _run(CELLS[:1], bench, _settings(tmp_path, timing="quick"))
+        store = Store(_settings(tmp_path).output_path)
+
+        def again(**changes):
+            bench.calls.clear()
+            bench.shapes.clear()
+            _run(CELLS[:1], bench, _settings(tmp_path, timing="quick", **changes))
+            (found,) = store.all()
+            shapes = sorted({(row["batch"], row["length"]) for row in found.timing})
+            return [kind for kind, _ in bench.calls], bench.shapes[:], shapes
+
+        asked, own = (Shape(1, 512, 4), Shape(4, 64, 0)), [(1, 8), (8, 8)]
+        everything = sorted([*own, (1, 512), (4, 64)])
+        told = ["1 x 512 + 4", "4 x 64"]
+        assert again(timing_shapes=asked) == (["measure"], [told], everything)
+        assert again(timing_shapes=asked) == ([], [], everything)
+        assert again() == ([], [], everything)
+        assert again(timing_shapes=(Shape(1, 8, 2),)) == ([], [], everything)  # the level has it
+        more = (*asked, Shape(2, 16, 0))
+        whole = sorted([*everything, (2, 16)])
+        assert again(timing_shapes=more) == (["measure"], [["2 x 16"]], whole)
+        # The bench says nothing of compiled dense: it is taken of all that is asked for.
+        assert again(timing_shapes=asked, compiled_dense=True) == (["measure"], [told], whole)
+        assert again(compiled_dense=True) == (["measure"], [[]], whole)
+
+    def test_a_cell_of_asked_shapes_alone_gets_those_of_its_level_when_it_is_asked(self, tmp_path):
+        bench, asked = FakeBench(), (Shape(1, 512, 4),)
+        _run(CELLS[:1], bench, _settings(tmp_path, timing="quick", timing_shapes=asked))
+        _run(CELLS[:1], bench, _settings(tmp_path, timing="quick"))
+        assert bench.shapes == [["1 x 512 + 4"], []]
+        assert [kind for kind, _ in bench.calls] == ["evaluate", "measure", "measure"]
+        (found,) = Store(_settings(tmp_path).output_path).all()
+        assert {(row["batch"], row["length"]) for row in found.timing} == {(1, 512), (1, 8), (8, 8)}
+
     def test_a_mode_that_fails_costs_no_times_of_another(self, tmp_path):
         bench = FakeBench()
         bench.identity = lambda plan: identity(method=plan.method, device="cuda")
@@ -478,6 +522,29 @@ class TestRun:
         assert modes(_settings(tmp_path, timing="full", device="spread"), "cuda") == ("eager",)
         with pytest.raises(UserError, match="graphs need a CUDA device"):
             modes(_settings(tmp_path, timing="quick", mode="both"), "cpu")
+
+    def test_shapes_by_words_commas_or_the_file_are_the_same(self, tmp_path):
+        config = tmp_path / "run.yaml"
+        config.write_text("timing_shapes: [1x512+4, 4x64]\ncompiled_dense: true\n")
+        asked = (Shape(1, 512, 4), Shape(4, 64, 16))
+        found = read(["--config", str(config)])
+        assert (found.timing_shapes, found.compiled_dense) == (asked, True)
+        assert read(["--timing_shapes", "1x512+4,4x64"]).timing_shapes == asked
+        assert read(["--timing_shapes", "1x512+4", "4x64"]).timing_shapes == asked
+        assert read([]).timing_shapes == ()
+
+    def test_asked_shapes_stand_in_place_of_the_level_s_and_keep_its_care(self, tmp_path):
+        asked = (Shape(1, 512, 4), Shape(4, 64, 0))
+        plain = _settings(tmp_path, timing="full")
+        chosen = _settings(tmp_path, timing="full", timing_shapes=asked)
+        assert asked_level(plain, "cpu") == "full"
+        full = level_of("full", "cuda")
+        assert asked_level(chosen, "cuda:0") == dataclasses.replace(full, shapes=asked)
+        assert asked_level(chosen, "cpu", asked[:1]).shapes == asked[:1]
+        with pytest.raises(UserError, match="no shape has any; take --mode eager"):
+            modes(
+                _settings(tmp_path, timing="full", mode="graphs", timing_shapes=asked[1:]), "cuda"
+            )
 
     def test_the_mode_may_stand_in_the_file(self, tmp_path):
         config = tmp_path / "run.yaml"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from dyndepth.timing import busy, measure
+from dyndepth.timing import busy, rounds
 from dyndepth.timing.busy import busy_of, busy_seconds, device_intervals
 
 
@@ -111,17 +111,17 @@ def test_rows_get_busy_time_a_pass_and_a_step_and_the_rest_is_the_host_s():
     ]
     rows = [row | blank for row in rows]
     dense, own = FakeSide(1.0, 1.0), FakeSide(1.5, 0.5)
-    measure._add_busy(rows, dense, own)
+    rounds.add_busy(rows, dense, own)
     assert [rows[0][key] for key in keys] == pytest.approx([1.0, 1.5, 2 / 3])
     assert [rows[1][key] for key in keys] == pytest.approx([0.25, 0.125, 2.0])
     shares = [(row["dense_host_share"], row["method_host_share"]) for row in rows]
     assert shares == [pytest.approx((0.5, 0.0)), pytest.approx((0.5, 0.75))]  # clipped at 0
-    assert dense.entered == own.entered == measure.PROFILED
+    assert dense.entered == own.entered == rounds.PROFILED
 
 
 def test_what_the_profiler_does_not_record_stays_empty():
     row = {"phase": "prefill", "new_tokens": 0, "dense_median_s": 2.0, "method_median_s": 1.0}
     row |= {"dense_busy_s": None, "method_busy_s": None, "busy_speedup": None}
     side = SimpleNamespace(around=nullcontext, busy=lambda: {"prefill": None})
-    measure._add_busy([row], side, side)
+    rounds.add_busy([row], side, side)
     assert row["dense_busy_s"] is row["busy_speedup"] is None

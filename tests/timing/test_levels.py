@@ -15,12 +15,12 @@ from dyndepth.common.modes import MODES
 from dyndepth.runtime import attach as runtime
 from dyndepth.runtime import graphs as recordings
 from dyndepth.timing import __main__ as door
-from dyndepth.timing import measure as measuring
-from dyndepth.timing import pairing, passes
+from dyndepth.timing import pairing, passes, rounds
 from dyndepth.timing.jobs import whole
 from dyndepth.timing.levels import (
     LEVELS,
     ON_CUDA,
+    STEPS,
     Level,
     Shape,
     check_shapes,
@@ -80,8 +80,11 @@ def test_the_shapes_that_were_left_out_are_told(tiny, monkeypatch):
 
 
 def test_shapes_are_read():
-    assert parse_shapes("1x512+32, 8x2048,1x512+32") == (Shape(1, 512, 32), Shape(8, 2048, 0))
-    assert [str(shape) for shape in parse_shapes("1x512+32,8x2048")] == ["1 x 512 + 32", "8 x 2048"]
+    found = parse_shapes("1x512+32, 8x2048+0,1x512+32,4x64")
+    assert found == (Shape(1, 512, 32), Shape(8, 2048, 0), Shape(4, 64, STEPS))
+    assert [str(shape) for shape in found] == ["1 x 512 + 32", "8 x 2048", f"4 x 64 + {STEPS}"]
+    with pytest.raises(UserError, match="has 1x8 twice, with 2 and with 3 new tokens; give it on"):
+        parse_shapes("1x8+2,1x8+3")
 
 
 @pytest.mark.parametrize("text", ["", ",", "512", "0x5", "1x0", "1x5+", "1x5+2+3", "-1x5", "1×5"])
@@ -96,14 +99,14 @@ def test_a_shape_without_steps_has_no_decode_row(tiny):
 
 
 def _too_small(monkeypatch, *batches):
-    real = measuring._pairs
+    real = rounds.measured
 
     def pairs(model, method, shape, *rest):
         if shape.batch in batches:
             raise torch.OutOfMemoryError("no room")
         return real(model, method, shape, *rest)
 
-    monkeypatch.setattr(measuring, "_pairs", pairs)
+    monkeypatch.setattr(rounds, "measured", pairs)
 
 
 def test_a_shape_without_room_is_left_out_and_the_others_stand(tiny, monkeypatch):
@@ -122,10 +125,10 @@ def test_no_room_for_anything_is_a_failure(tiny, monkeypatch):
 
 def test_on_a_gpu_the_warm_up_meets_every_text():
     texts = [torch.zeros(1, 1)] * 5
-    assert measuring._warmup(level(warmup=2), texts, "cuda") == 5
-    assert measuring._warmup(level(warmup=9), texts, "cuda") == 9
-    assert measuring._warmup(level(warmup=2), texts, "cpu") == 2
-    assert measuring._warmup(level(warmup=1), texts[:1], "cuda", recorded=True) == 2
+    assert rounds.warmup(level(warmup=2), texts, "cuda") == 5
+    assert rounds.warmup(level(warmup=9), texts, "cuda") == 9
+    assert rounds.warmup(level(warmup=2), texts, "cpu") == 2
+    assert rounds.warmup(level(warmup=1), texts[:1], "cuda", recorded=True) == 2
 
 
 # --- modes ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dyndepth.verify import __main__ as door
 from dyndepth.verify import tables as verified
 from dyndepth.verify.again import drawn, excuse
 from dyndepth.verify.differences import COARSE, EXACT, differences
-from dyndepth.verify.findings import means
+from dyndepth.verify.findings import means, of_cell
 from dyndepth.verify.stored import NAME, check, read_manifest, sha256, write_manifest
 
 pytestmark = pytest.mark.rule
@@ -419,8 +419,6 @@ def test_cells_that_no_table_can_hold(tmp_path):
 
 
 def test_numbers_that_are_none():
-    from dyndepth.verify.findings import of_cell
-
     cell = made_by_hand()
     cell.accuracy[0]["value"] = None
     cell.samples[1]["loglikelihoods"] = "[NaN]"
@@ -551,3 +549,14 @@ def test_no_run(tmp_path, told):
     status, out = told(tmp_path)
     assert status == 2
     assert "is no run" in out
+
+
+def test_a_latency_that_is_not_the_median_is_found():
+    one = made_by_hand(phases="both")
+    row = {"phase": "decode", "batch": 1, "length": 8, "wall_speedup": 1.1}
+    row |= {"dense_median_s": 0.02, "dense_tpot_ms": 20.0, "method_tpot_ms": None}
+    one.timing = [row]
+    assert not [each for each in of_cell(one) if "tpot" in each.what]
+    one.timing = [row | {"dense_tpot_ms": 19.0}]
+    (found,) = [each for each in of_cell(one) if "tpot" in each.what]
+    assert (found.what, found.stored) == ("timing: dense_tpot_ms of decode 1x8", "19")
