@@ -92,7 +92,8 @@ def attach(
     if not method.fitted:
         raise UserError(
             f"{method.name} is not fitted, and has nothing to decide by: call "
-            ".fit(model, corpus) before attaching"
+            ".fit(model, corpus) before attaching (a method whose fit leaves nothing in tensors "
+            "or facts says by a property of its own that it is `fitted`)"
         )
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")

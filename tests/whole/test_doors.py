@@ -149,7 +149,7 @@ def test_no_flag_takes_what_is_no_number_for_one(command, parser_of):
     ("command", "now"),
     [
         ("timing --method uls --speedup 1.3 --level full --shapes 1x8",
-         {"methods": "uls", "speedups": 1.3, "timing": "full", "timing_shapes": "1x8"}),
+         {"methods": "uls", "speedups": 1.3, "timing": "full", "timing_shapes": ["1x8"]}),
         ("timing --methods uls --speedups=1.3", {"methods": "uls", "speedups": 1.3}),
         ("fit uls --target-speedup=1.3", {"method": "uls", "speedups": 1.3}),
         ("fit --methods uls --speedups 1.3 --spacing even",
