@@ -207,6 +207,8 @@ class DynamicDepthMethod:
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
             suite uses them.
         fit_version: raise it when ``fit`` changes, so that cached fits are made again.
+        remarks: parameter -> value -> what a row's name says of it for people, also where it is the
+            default: whose training it was, say.
         shipped_adapters: folder of recovery adapters that come with the method, None if there are
             none; ``dyndepth.fitting.recovery.kept`` finds those that fit.
     """
@@ -222,6 +224,7 @@ class DynamicDepthMethod:
     capturable: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
     fit_version: ClassVar[int] = 1
+    remarks: ClassVar[dict[str, dict[Any, str]]] = {}
     shipped_adapters: ClassVar[Path | None] = None
 
     target_speedup: float = 1.0

@@ -74,6 +74,26 @@ def changed(row: Mapping[str, Any]) -> list[str]:
     return found if phases == "both" else [*found, f"phases={phases}"]
 
 
+def remark(row: Mapping[str, Any]) -> str:
+    """What the method says of a row's parameters beside its name (``remarks``); empty: nothing."""
+    name, written = str(row["method"]), str(row["parameters"] or "")
+    if name not in methods():
+        return ""
+    cls = method_class(name)
+    try:
+        given = parameters_of(f"{name}({written})", "method") if written else {}
+    except UserError:
+        return ""
+    values = {each.name: given.get(each.name, each.default) for each in fields(cls)}
+    return ", ".join(filter(None, (said.get(values[key]) for key, said in cls.remarks.items())))
+
+
+def titled(row: Mapping[str, Any]) -> str:
+    """``label`` and ``remark``, for people to read."""
+    said = remark(row)
+    return f"{label(row)} [{said}]" if said else label(row)
+
+
 def recovered(row: Mapping[str, Any]) -> str:
     """A row's recovery for people; ``none`` if there is none."""
     return shortened(str(row.get("recovery") or NONE))

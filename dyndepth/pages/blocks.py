@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import DENSE
-from dyndepth.cells.naming import label
+from dyndepth.cells.naming import label, remark
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
@@ -127,7 +127,7 @@ def leaderboard(source: Source, options: Options) -> str:
         row = shown[name]
         lines.append(
             (
-                f"`{name}`" + (" (bound)" if row["bound"] == "TRUE" else ""),
+                _named(name, row) + (" (bound)" if row["bound"] == "TRUE" else ""),
                 str(seeds[name]),
                 spread(row, "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"),
                 spread(row, "mean_acc", "mean_acc_low", "mean_acc_high"),
@@ -140,6 +140,12 @@ def leaderboard(source: Source, options: Options) -> str:
     headings = ("method", "seeds", "bits per byte", "mean accuracy", "block FLOPs", "total FLOPs")
     found = table((*headings, "prefill", "decode"), lines)
     return with_legend(found, [text for line in lines for text in line[6:8]])
+
+
+def _named(name: str, row: Record) -> str:
+    """A row's name as code, and what its method says beside it."""
+    said = remark(row)
+    return f"`{name}`" + (f" ({said})" if said else "")
 
 
 def averaged(group: Sequence[Record]) -> Record:
@@ -195,7 +201,7 @@ def equal_flops(source: Source, options: Options) -> str:
 
     lines = [
         (
-            f"`{name}`" + (" (bound)" if bound else ""),
+            _named(name, next(iter(own.values()))) + (" (bound)" if bound else ""),
             *(spread(own.get(budget, {}), "value", "low", "high") for budget in budgets),
         )
         for (bound, name), own in sorted(found.items(), key=place)

@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.naming import titled
 from dyndepth.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +98,13 @@ def _numbers(run: Path, options: dict[str, Any]) -> pd.DataFrame:
         raise UserError(
             f"{run} has no numbers of {', '.join(sorted(missing))} for {options['file']}"
         )
-    return table.loc[table["label"].isin(wanted) | reference(table), [*columns, *metric, "label"]]
+    table = table[table["label"].isin(wanted) | reference(table)]
+    titles = {
+        row["label"]: titled({str(key): value for key, value in row.items()})
+        for row in table.drop_duplicates("label").to_dict("records")
+    }
+    table = table.assign(label=table["label"].cat.rename_categories(titles))
+    return table[[*columns, *metric, "label"]]
 
 
 def _drawn(table: pd.DataFrame, options: dict[str, Any]) -> Figure:

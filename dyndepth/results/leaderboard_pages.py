@@ -15,7 +15,7 @@ from typing import Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import CHAT, LEADING, UNHASHED, Row
-from dyndepth.cells.naming import changed, label, lettered, recovered
+from dyndepth.cells.naming import changed, lettered, recovered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.markup import markdown_table, plain
@@ -182,9 +182,9 @@ def _labels(row: Row, words: dict[str, str]) -> Row:
     return {
         "model": model,
         "setting": letter,
-        "label": ", ".join(filter(None, (label(row), letter))),
+        "label": ", ".join(filter(None, (titled(row), letter))),
         "method": str(row["method"]),
-        "name": label(row),
+        "name": titled(row),
         "variant": ", ".join(filter(None, parts)),
         "parameters": str(row["parameters"] or ""),
         "phases": str(row["phases"]),

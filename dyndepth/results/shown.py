@@ -12,7 +12,7 @@ from typing import Any
 
 from dyndepth.cells.cell import DENSE
 from dyndepth.cells.identity import LEADING, UNHASHED, Row
-from dyndepth.cells.naming import label, lettered
+from dyndepth.cells.naming import lettered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.results.leaderboard import is_control
@@ -65,7 +65,7 @@ def by_chance(row: Row) -> bool:
 def full_name(row: Row) -> str:
     """The name of a row's method with its parameters, and what kind it is."""
     kind = " (bound)" if row["bound"] else " (control)" if is_control(row) else ""
-    return label(row) + kind + (" FAILED" if row["status"] == "error" else "")
+    return titled(row) + kind + (" FAILED" if row["status"] == "error" else "")
 
 
 def _ends(key: str) -> tuple[str, str, str]:

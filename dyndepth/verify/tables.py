@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
@@ -72,7 +73,7 @@ def _told(fault: Exception) -> str:
 def _compared(name: str, stored: bytes, made: bytes) -> Iterator[Finding]:
     if stored == made:
         return
-    added = _added(name, stored, made) if name.endswith(".csv") else []
+    added = _added(name, stored, made) if name.endswith((".csv", ".parquet")) else []
     if added:
         what = f"was written before there was {', '.join(added)}"
         yield Finding(name, what, found="`dyndepth tables RUN` adds it", failure=False)
@@ -103,8 +104,8 @@ def _added(name: str, stored: bytes, made: bytes) -> list[str]:
     table = TABLES.get(name)
     former, defaults = (table.former, table.defaults) if table else (frozenset(), {})
     try:
-        old, new = (list(csv.reader(io.StringIO(x.decode(), newline=""))) for x in (stored, made))
-    except (ValueError, csv.Error):
+        old, new = (_rows(name, content) for content in (stored, made))
+    except (ValueError, OSError, csv.Error):  # pyarrow's are of the first two
         return []
     header = new[0]
     known = old[0] if old else header
@@ -119,6 +120,17 @@ def _added(name: str, stored: bytes, made: bytes) -> list[str]:
         return []
     same = [[row[place] for place in kept] for row in new] == before
     return [header[place] for place in added] if empty and same else []
+
+
+def _rows(name: str, content: bytes) -> list[list[Any]]:
+    """A table's header and rows; what is missing in a parquet file is the empty text of a CSV."""
+    if name.endswith(".csv"):
+        return list(csv.reader(io.StringIO(content.decode(), newline="")))
+    from pyarrow.parquet import read_table
+
+    found = read_table(io.BytesIO(content))
+    columns = [["" if v is None else v for v in each.to_pylist()] for each in found.columns]
+    return [found.column_names, *map(list, zip(*columns, strict=True))]
 
 
 def _first_csv(stored: bytes, made: bytes) -> Difference | None:

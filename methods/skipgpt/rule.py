@@ -33,6 +33,9 @@ class RouterRule(DynamicDepthMethod):
     """
 
     name: ClassVar[str] = "skipgpt"
+    remarks: ClassVar[dict[str, dict[Any, str]]] = {
+        "preset": {"embedded": "dyndepth's training", "paper": "the paper's training"}
+    }
     granularity: ClassVar[Granularity] = "token"
     capturable: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2506.04179"

@@ -6,7 +6,7 @@ import pytest
 from cells import cell
 
 from dyndepth.cells.cell import identity_columns
-from dyndepth.cells.naming import apart, changed, label
+from dyndepth.cells.naming import apart, changed, label, remark, titled
 from dyndepth.cells.recipe import parse_recovery
 
 
@@ -112,3 +112,13 @@ def test_settings_are_told_apart_in_a_few_words(one, other, words):
 def test_the_same_words_for_every_row_of_a_setting():
     found = _apart({"dtype": "a"}, {"dtype": "a", "method": "m"}, {"dtype": "b", "method": "m"})
     assert found == ["a", "a", "b"]
+
+
+def test_a_method_may_say_whose_training_a_row_has():
+    row = {"method": "skipgpt", "parameters": "preset='embedded', reads='stream'", "phases": "both"}
+    assert titled(row) == "skipgpt [dyndepth's training]"
+    paper = row | {"parameters": "preset='paper'", "recovery": "none"}
+    assert titled(paper) == "skipgpt(preset=paper) [the paper's training]"
+    assert remark(row | {"parameters": ""}) == "dyndepth's training"
+    for other in ({"method": "uls", "parameters": ""}, {"method": "gone", "parameters": "a=1"}):
+        assert titled(other) == label(other)

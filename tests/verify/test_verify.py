@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from cells import cell as made_by_hand
 from folders import tiny_folder
@@ -326,8 +327,15 @@ def test_a_column_that_there_was_not_yet_is_a_note(run):
     assert _failures(run) == []
     (note,) = [each for each in check(run)[1] if each.cell == "timing.csv"]
     assert note.what == "was written before there was timing_code"
+    routing = pd.read_parquet(run / "routing.parquet")
+    routing.drop(columns="system_instruction").to_parquet(run / "routing.parquet", index=False)
+    assert _failures(run) == []
+    (note,) = [each for each in check(run)[1] if each.cell == "routing.parquet"]
+    assert note.what == "was written before there was system_instruction"
+    routing.drop(columns="executed").to_parquet(run / "routing.parquet", index=False)
     without(run / "accuracy.csv", "value")
-    assert _failures(run) == [("accuracy.csv", "is not the function of the cells: columns")]
+    differs = "is not the function of the cells: columns"
+    assert _failures(run) == [("accuracy.csv", differs), ("routing.parquet", differs)]
 
 
 def test_times_with_columns_of_before_are_a_note(tmp_path):
