@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import DENSE
+from dyndepth.cells.identity import LEADING
 from dyndepth.cells.naming import label, remark
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
 from dyndepth.pages.markdown import joined, table
-from dyndepth.results.noise import SUSPECT
+from dyndepth.results.columns import LEADERBOARD
 from dyndepth.results.numbers import Numbers, Record, number, read, spread
+from dyndepth.results.seeds import together
 
 Options = dict[str, Any]
 
@@ -149,28 +151,23 @@ def _named(name: str, row: Record) -> str:
 
 
 def averaged(group: Sequence[Record]) -> Record:
-    """One row from those of several seeds: means, and the widest ends of intervals."""
-    row = dict(group[0])
-    for key in row:
-        texts = [other[key] for other in group]
-        if key == SUSPECT:
-            row[key] = ", ".join(dict.fromkeys(filter(None, texts)))
-            continue
-        if len(group) == 1 or not all(map(_numeric, texts)):
-            continue
-        values = [float(text) for text in texts]
-        ends = {"low": min, "high": max}
-        found = ends.get(key.rpartition("_")[2], lambda those: sum(those) / len(those))(values)
-        row[key] = repr(found)
-    return row
+    """One row from those of several seeds, by ``seeds.together``; a single one as it stands."""
+    if len(group) == 1:
+        return dict(group[0])
+    found = together([{key: _value(key, text) for key, text in row.items()} for row in group])
+    return {key: _text(value) for key, value in found.items()}
 
 
-def _numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _value(key: str, text: str) -> Any:
+    """What a field of leaderboard.csv says, a number where that is one; None of an empty one."""
+    column = LEADERBOARD.columns.get(key)
+    if key in LEADING or column is None or not text:
+        return text or None
+    return {"number": float, "integer": int}.get(column.dtype, str)(text)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def equal_flops(source: Source, options: Options) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from dyndepth.cells import naming
 from dyndepth.cells.cell import DENSE
 from dyndepth.cells.recipe import NONE
+from dyndepth.cells.times import one_each
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, Mode
 from dyndepth.plots.labels import label_targets
@@ -275,6 +276,7 @@ def flops_vs_wallclock(
     """
     if "mode" in timing:
         timing = timing[timing["mode"].fillna(EAGER) == mode]
+    timing = _one_each(timing)
     table = usable(timing, "wall_speedup", "total_speedup")
     batch = int(table["batch"].min()) if batch is None else batch
     table = table[table["batch"] == batch]
@@ -299,6 +301,18 @@ def flops_vs_wallclock(
     about = conditions(table, str(batch), str(length))
     title = title or f"saved FLOPs and saved time{named}; {about}"
     return written(_drawn(phases, table, title), path)
+
+
+def _one_each(timing: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell one row a shape and phase; see ``times.one_each``."""
+    plain = timing.astype(object).where(timing.notna(), None).assign(at=range(len(timing)))
+    plain = plain[plain["wall_speedup"].notna()]
+    chosen = [
+        row["at"]
+        for _, own in plain.groupby(["cell", "label"], observed=True)
+        for row in one_each([{str(k): v for k, v in row.items()} for row in own.to_dict("records")])
+    ]
+    return timing.iloc[sorted(chosen)]
 
 
 def _drawn(phases: dict[str, pd.DataFrame], table: pd.DataFrame, title: str) -> Figure:

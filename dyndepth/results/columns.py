@@ -445,9 +445,10 @@ _TIMING = {
 }
 
 TIMING = Table(
-    "cell x phase x batch x length x mode",
+    "cell x phase x batch x length x mode; one shape may have several, which differ in "
+    "`new_tokens`, `level` or `shapes`",
     IDENTITY | _TIMING,
-    key=("cell", "phase", "batch", "length", "mode"),
+    key=("cell", "phase", "batch", "length", "mode", "new_tokens", "level", "shapes"),
     ordered=(
         ("wall_speedup_low", "wall_speedup", "wall_speedup_high"),
         *_ordered(_SERVING),
@@ -589,8 +590,9 @@ LEADERBOARD = Table(
             nullable=True,
         ),
         "wall_loaded": _text(
-            "Those of the wall speedups that were timed while more processes wanted to run than "
-            "the machine has processors (`load_average` above `cores` in timing.csv).",
+            "Those of the wall speedups that were timed while other work wanted more processors "
+            "than the timing left free (in timing.csv `load_average` - `threads` above `cores` - "
+            "`threads`, and above 0.5).",
             nullable=True,
         ),
         "wall_repeats": _integer(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dyndepth.cells.identity import CHAT, Row
-from dyndepth.cells.naming import label
+from dyndepth.cells.naming import label, lettered
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.serving import show_serving
 from dyndepth.results.shown import about, board_rows, by_chance, chosen, headings
@@ -197,4 +197,4 @@ def show_leaderboard(
     print_columns(columns, title, caption, groups)
     for text in stand_for:
         print(text)
-    show_serving(rows, lambda row: f"{label(row)} {row['target_speedup']:g}x")
+    show_serving(rows, lettered(rows, runs)[0])

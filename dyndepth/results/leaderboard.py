@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
+from dyndepth.cells.times import one_each
 from dyndepth.common.modes import EAGER
 from dyndepth.results.noise import LOADED, SUSPECT, WALLS, loaded
 
@@ -192,10 +193,11 @@ def _doubts(cell: Cell) -> Row:
 
 def _timed(cell: Cell) -> dict[str, Row]:
     """Rows of timing.csv by key of ``noise.WALLS``, of one shape: the smallest batch, there the
-    longest prompts of those that were timed in most of the phases and modes."""
+    longest prompts of those that were timed in most of the phases and modes; of several of one
+    shape that which ``times.one_each`` chooses."""
     keys = {(wall.phase, wall.mode): wall.key for wall in WALLS}
     shapes: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
-    for row in cell.timing:
+    for row in one_each(cell.timing):
         key = keys.get((row["phase"], row.get("mode", EAGER)))
         if key is not None and row.get("wall_speedup") is not None:
             shapes[row["batch"], row["length"]][key] = row

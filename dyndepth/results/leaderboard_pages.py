@@ -23,6 +23,7 @@ from dyndepth.common.provenance import VERSIONS
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
 from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
+from dyndepth.results.seeds import together
 from dyndepth.results.serving import as_markdown, on_page
 from dyndepth.results.tables import as_csv
 
@@ -105,7 +106,7 @@ def board(
         "entries": entries,
         "failed": failed,
         "published": _published(rows, words),
-        "serving": on_page(rows, lambda row: _labels(row, words)["label"]),
+        "serving": on_page(rows, letters),
         "conditions": _conditions(rows),
         "chance": _chance(list(guesses)),
         "runs": stand_for,
@@ -124,30 +125,30 @@ def _entry(
     from dyndepth.cells.cell import is_dense
     from dyndepth.results.leaderboard import is_control
 
+    members = sorted(members, key=lambda member: member[1]["seed"])
     own = [row for _, row in members]
-    by_task = [_by_task(cell) for cell, _ in members]
+    row = together(own)
+    by_task = together([_by_task(cell) for cell, _ in members])
     found = {
-        key: _mean([_spread(row, key) for row in own])
-        if any(key == fixed for fixed, *_ in SCORES)
-        else _mean([each.get(key) for each in by_task])
+        key: _spread(row if any(key == fixed for fixed, *_ in SCORES) else by_task, key)
         for key in scores
     }
-    walls = {key: _mean([_wall(row, key) for row in own]) for key in headed(rows)}
+    walls = {key: _wall(row, key) for key in headed(rows)}
     return _labels(own[0], words) | {
         "seeds": [row["seed"] for row in own],
         "cells": [row["cell"] for row in own],
-        "bound": bool(own[0]["bound"]),
-        "control": is_control(own[0]),
+        "bound": bool(row["bound"]),
+        "control": is_control(row),
         "dense": is_dense(members[0][0]),
-        "chance": own[0].get("chance"),
+        "chance": row.get("chance"),
         "scores": {key: value for key, value in found.items() if value is not None},
-        "pairs": min((row["wall_repeats"] for row in own if row.get("wall_repeats")), default=None),
-        "load": max((row["wall_load"] for row in own if row.get("wall_load")), default=None),
-        "block": _mean([_spread(row, "block_speedup") for row in own]),
-        "total": _mean([_spread(row, "total_speedup") for row in own]),
+        "pairs": row.get("wall_repeats"),
+        "load": row.get("wall_load"),
+        "block": _spread(row, "block_speedup"),
+        "total": _spread(row, "total_speedup"),
         **walls,
         "noise": {
-            key: noise(*spread, *(any(key in named(row, one) for row in own) for one in DOUBTS))
+            key: noise(*spread, *(key in named(row, one) for one in DOUBTS))
             for key, spread in walls.items()
             if spread is not None
         },
@@ -220,25 +221,25 @@ def _metric(row: Row) -> str:
     return str(row["metric"]) if plain else f"{row['metric']} ({row['filter']})"
 
 
-def _by_task(cell: Cell) -> dict[str, Spread]:
-    """[value, low, high] by task and metric, the interval by the standard error; none of few
-    documents."""
+def _by_task(cell: Cell) -> Row:
+    """Value by task and metric, and its interval (``_low``, ``_high``) by the standard error; none
+    of few documents."""
     from dyndepth.results.leaderboard import Z95
     from dyndepth.results.statistics.intervals import LEAST
 
-    found: dict[str, Spread] = {}
+    found: Row = {}
     for row in cell.accuracy:
         value, error = row["value"], row.get("stderr")
         if value is None or value != value:
             continue
-        if error is None or error != error or (row.get("n") or 0) < LEAST:
-            found[_key(row)] = [value, None, None]
-        else:
+        found[_key(row)] = float(value)
+        if error is not None and error == error and (row.get("n") or 0) >= LEAST:
             # What is not negative has no negative end either, and what is a share none above 1; the
             # normal law does not know it.
             low, high = value - Z95 * error, value + Z95 * error
             low = max(0.0, low) if value >= 0 else low
-            found[_key(row)] = [value, low, min(1.0, high) if _is_share(cell, row) else high]
+            high = min(1.0, high) if _is_share(cell, row) else high
+            found |= {f"{_key(row)}_low": low, f"{_key(row)}_high": high}
     return found
 
 
@@ -269,18 +270,6 @@ def _wall(row: Row, key: str) -> Spread | None:
     if value is None:
         return None
     return [value, row.get(f"wall_{key}_low"), row.get(f"wall_{key}_high")]
-
-
-def _mean(values: Sequence[Spread | None]) -> Spread | None:
-    """Mean over seeds, with the lowest and the highest end; of the seeds that have a value."""
-    known = [value for value in values if value is not None and value[0] is not None]
-    if not known:
-        return None
-    middle, lows, highs = (
-        [value[end] for value in known if value[end] is not None] for end in range(3)
-    )
-    whole = len(lows) == len(highs) == len(known)
-    return [sum(middle) / len(known), min(lows) if whole else None, max(highs) if whole else None]
 
 
 def _published(rows: Sequence[Row], words: dict[str, str]) -> list[Row]:

@@ -19,7 +19,7 @@ WORDS = {
     "no interval": "of fewer than six pairs",
     "noisy": "the interval is wider than 10 % of the number",
     "undecided": "the interval holds 1, neither faster nor slower is shown",
-    "loaded": "more processes wanted to run than the machine has processors",
+    "loaded": "other work wanted more processors than the timing left free",
 }
 """Every word that stands beside a wall speedup, and what it means."""
 
@@ -74,11 +74,20 @@ def told(
     return text + (mark.format(word) if word else "")
 
 
+LEAST_LOAD = 0.5
+"""Processors' worth of other work that no machine is idle with."""
+
+
 def loaded(row: Mapping[str, Any]) -> bool:
-    """Whether a row of timing.csv was timed while more processes wanted to run than the machine has
-    processors; False where it does not tell."""
+    """Whether a row of timing.csv was timed while other work wanted more processors than the
+    timing's own threads left free; False where it does not tell. What a machine does by itself, up
+    to ``LEAST_LOAD``, is no load: with a thread a processor none is free, and the threads alone
+    make a load of that many."""
     load, cores = _number(row.get("load_average")), _number(row.get("cores"))
-    return load is not None and cores is not None and load > cores
+    if load is None or cores is None:
+        return False
+    own = _number(row.get("threads")) or 0.0
+    return load - own > max(cores - own, LEAST_LOAD)
 
 
 def _number(value: Any) -> float | None:

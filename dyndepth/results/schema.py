@@ -98,7 +98,7 @@ def validate(name: str, table: Sequence[Row] | pandas.DataFrame) -> pandas.DataF
     from pandera.errors import SchemaError
 
     try:
-        _pandera(name).validate(frame)
+        _pandera(name, tuple(frame.columns)).validate(frame)
     except SchemaError as fault:
         raise UserError(_sentence(name, described, frame, fault)) from None
     return frame
@@ -202,8 +202,8 @@ def _typed(name: str, key: str, column: Column, frame: pandas.DataFrame) -> pand
 
 
 @cache
-def _pandera(name: str) -> pandera.pandas.DataFrameSchema:
-    """The pandera schema of a table whose columns have their types already."""
+def _pandera(name: str, present: tuple[str, ...]) -> pandera.pandas.DataFrameSchema:
+    """The pandera schema of a table whose columns, ``present``, have their types already."""
     import pandera.pandas as pa
 
     described = tables()[name]
@@ -226,7 +226,7 @@ def _pandera(name: str) -> pandera.pandas.DataFrameSchema:
     return pa.DataFrameSchema(
         columns,
         checks=[_in_order(pa, triple) for triple in described.ordered],
-        unique=list(described.key) or None,
+        unique=[key for key in described.key if key in present] or None,
     )
 
 

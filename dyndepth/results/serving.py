@@ -6,10 +6,12 @@ A time never stands without its interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dyndepth.cells.cell import DENSE
+from dyndepth.cells.naming import titled
+from dyndepth.cells.recipe import NONE
 from dyndepth.common.markup import markdown_table
 from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.results.noise import told
@@ -55,16 +57,34 @@ class Serving(NamedTuple):
     rows: list[list[str]]
 
 
-def serving(rows: Iterable[Mapping[str, Any]], name: Callable[[Any], str]) -> Serving:
-    """The table of those leaderboard rows that were measured, without columns that none has."""
+def names(rows: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> list[str]:
+    """What tells the rows apart: method, its setting's letter if there are several
+    (``naming.lettered``), target, and seed where others differ from it in nothing else."""
+    found = [
+        f"{', '.join(filter(None, (titled(row), letter)))} {row['target_speedup']:g}x"
+        for row, letter in zip(rows, letters, strict=True)
+    ]
+    seeds: dict[str, set[Any]] = {}
+    for name, row in zip(found, rows, strict=True):
+        seeds.setdefault(name, set()).add(row["seed"])
+    return [
+        f"{name}, seed {row['seed']}" if len(seeds[name]) > 1 else name
+        for name, row in zip(found, rows, strict=True)
+    ]
+
+
+def serving(rows: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> Serving:
+    """The table of those leaderboard rows that were measured, without columns that none has;
+    ``letters`` are those of the rows' settings (``naming.lettered``)."""
     lines: list[tuple[list[str], list[str]]] = []
-    for row in rows:
-        plain = row["method"] == DENSE
-        for side in ("method",) if plain else ("dense", "method"):
+    for row, name in zip(rows, names(rows, letters), strict=True):
+        plain = row["method"] == DENSE and row["recovery"] == NONE
+        # Of dense itself the attached side is no more than how close the runtime comes to it.
+        for side in ("dense",) if plain else ("dense", "method"):
             texts = [_text(row, side, measure) for measure in MEASURES]
             if any(texts):
                 shape = f"{row.get('wall_batch')}x{row.get('wall_length')}"
-                own = [name(row), "dense" if plain else side, shape]
+                own = [name, side, shape]
                 over = (_over(row, phase) if side == "method" else "" for phase in _PHASES)
                 lines.append((own, [*texts, *over]))
     headings = [*(each.heading for each in MEASURES)]
@@ -76,9 +96,9 @@ def serving(rows: Iterable[Mapping[str, Any]], name: Callable[[Any], str]) -> Se
     )
 
 
-def show_serving(rows: Sequence[Mapping[str, Any]], name: Callable[[Any], str]) -> None:
+def show_serving(rows: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> None:
     """Print it, unless there is none or the terminal is narrower than ``WIDE``."""
-    found = serving(rows, name)
+    found = serving(rows, letters)
     if not found.rows or narrow(WIDE):
         return
     columns = [
@@ -88,14 +108,9 @@ def show_serving(rows: Sequence[Mapping[str, Any]], name: Callable[[Any], str]) 
     print_columns(columns, TITLE, CAPTION)
 
 
-def on_page(rows: Iterable[Mapping[str, Any]], label: Callable[[Any], str]) -> dict[str, Any]:
+def on_page(rows: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> dict[str, Any]:
     """It as plain data of a page: ``title``, ``caption``, ``headings``, ``rows``."""
-
-    def name(row: Any) -> str:
-        seed = f", seed {row['seed']}" if row["seed"] else ""
-        return f"{label(row)} {row['target_speedup']:g}x{seed}"
-
-    return {"title": TITLE, "caption": f"{CAPTION}."} | serving(rows, name)._asdict()
+    return {"title": TITLE, "caption": f"{CAPTION}."} | serving(rows, letters)._asdict()
 
 
 def as_markdown(page: Mapping[str, Any]) -> list[str]:

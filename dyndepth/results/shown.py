@@ -16,7 +16,8 @@ from dyndepth.cells.naming import lettered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.results.leaderboard import is_control
-from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, told_of
+from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, told_of
+from dyndepth.results.seeds import together
 
 FEW = "~"
 """Stands before an accuracy that a guess would reach: chance is inside of its interval."""
@@ -161,7 +162,7 @@ def board_rows(
     for row, letter in zip(rows, letters, strict=True):
         key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
         groups.setdefault((*key, row["status"], letter), []).append({**row, "run": letter or None})
-    found = [_together(group) for group in groups.values()]
+    found = [_averaged(group) for group in groups.values()]
     best = next((key for key in ("bits_per_byte", "mean_acc") if _any(key)(found)), "rouge_l")
 
     def place(row: Row) -> tuple[Any, ...]:
@@ -176,25 +177,10 @@ def board_rows(
     return sorted(found, key=place), stand_for
 
 
-def _together(group: Sequence[Row]) -> Row:
-    """One row of several seeds: means, and the widest ends of intervals, if all have them."""
-    row = dict(group[0]) | {"seeds": [one["seed"] for one in group]}
-    row["cells"] = [one["cell"] for one in group]
-    if len(group) == 1:
-        return row
-    for key, value in group[0].items():
-        values: list[Any] = [one.get(key) for one in group]
-        if key in (SUSPECT, LOADED):
-            row[key] = ", ".join(sorted(set().union(*(named(one, key) for one in group)))) or None
-        elif key in LEADING or not any(isinstance(v, float) for v in values):
-            continue
-        elif key.endswith(("_low", "_high")):
-            end = min if key.endswith("_low") else max
-            row[key] = None if None in values else end(values)
-        elif isinstance(value, float):
-            known = [v for v in values if v is not None]
-            row[key] = sum(known) / len(known)
-    return row
+def _averaged(group: Sequence[Row]) -> Row:
+    group = sorted(group, key=lambda row: row["seed"])
+    own = {"seeds": [one["seed"] for one in group], "cells": [one["cell"] for one in group]}
+    return together(group) | own
 
 
 def about(rows: Sequence[Row], texts: Iterable[str], stand_for: Sequence[str] = ()) -> str:

@@ -413,6 +413,13 @@ class TestTimes:
         with pytest.raises(UserError, match="timed at batch 3"):
             plots.flops_vs_wallclock(timing, batch=3)
 
+    def test_of_several_times_of_a_shape_one_is_drawn(self, run):
+        timing = plots.read_tables(run)["timing"].assign(level="full", shapes="level")
+        asked = timing.assign(level="quick", shapes="asked", wall_speedup=9.0)
+        for both in ([timing, asked], [asked, timing]):
+            figure = plots.flops_vs_wallclock(pd.concat(both))
+            assert lines(figure.axes[1])["m0"].get_ydata() == pytest.approx([1.0, 1.6])
+
     def test_modes_have_a_figure_each(self, run):
         timing = plots.read_tables(run)["timing"]
         graphs = timing.assign(mode="graphs", wall_speedup=timing["wall_speedup"] * 1.1)

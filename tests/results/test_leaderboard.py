@@ -463,6 +463,8 @@ def test_columns_are_chosen_by_name_in_every_format(tmp_path, capsys):
         assert status == 0
         assert "1.50x" not in printed
         assert "0.5" in printed
+    _, printed, _ = _run_of(tmp_path, capsys, "--format", "csv", "--columns", "method", "seeds")
+    assert {line.rpartition(",")[2] for line in printed.split()[1:]} == {"1"}  # a number, unquoted
     status, _, said = _run_of(tmp_path, capsys, "--columns", "colour")
     assert status == 2
     assert "there is no column 'colour'; --columns takes run, model, method" in said

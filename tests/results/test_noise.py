@@ -20,7 +20,7 @@ from dyndepth.results import noise as module
 from dyndepth.results.console import show_leaderboard
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.leaderboard_pages import board, html, markdown
-from dyndepth.results.noise import WALLS, headed, legend, noise, told, told_of
+from dyndepth.results.noise import WALLS, headed, legend, loaded, noise, told, told_of
 from dyndepth.results.numbers import Numbers
 from dyndepth.results.shown import spread
 from dyndepth.results.tables import write_tables
@@ -129,6 +129,22 @@ def test_seeds_together_are_as_suspect_as_each():
     assert {key for key, word in found["noise"].items() if "suspect" in word} == {
         *("prefill", "decode")
     }
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "found"),
+    [
+        (2.2, 1, True),  # 1.2 for the one that is free
+        (1.9, 1, False),
+        (4.2, 4, False),  # its own four, and what no machine is without
+        (4.6, 4, True),
+        (4.2, None, True),
+        (None, 1, False),
+    ],
+)
+def test_a_machine_is_loaded_by_other_work_than_the_timing_s_own(load, threads, found):
+    row = {"load_average": load, "threads": threads, "cores": 4 if load and load > 4 else 2}
+    assert loaded(row) is loaded({key: str(value or "") for key, value in row.items()}) is found
 
 
 def test_what_a_command_measured_is_told_with_its_noise(capsys, monkeypatch):

@@ -59,23 +59,49 @@ def test_a_row_has_the_numbers_of_the_shape_of_its_speedups(cells):
 
 
 def test_the_table_has_a_line_a_side_and_no_column_that_none_has(cells):
-    found = serving(leaderboard(cells), lambda row: row["method"])
+    found = serving(leaderboard(cells), [""] * 3)
     assert found.headings[:6] == ["method", "side", "shape", "TTFT ms", "TPOT ms", "tokens/s"]
     assert found.headings[6:] == ["peak above weights MB", "cache MB"]
     assert [row[:3] for row in found.rows] == [
-        ["dense", "dense", "1x8"],
-        ["m", "dense", "1x8"],
-        ["m", "method", "1x8"],
+        ["dense 1x", "dense", "1x8"],
+        ["m 1.5x", "dense", "1x8"],
+        ["m 1.5x", "method", "1x8"],
     ]
+    # Dense's own row is dense as it is, not dense with a method that skips nothing.
+    assert found.rows[0][3] == found.rows[1][3] == "80.0 [79.0, 81.0]"
     assert found.rows[2][3:5] == ["40.0 [39.0, 41.0]", "8.0 [7.0, 9.0]"]
     assert found.rows[2][6:] == ["40.0", "2.00"]
-    assert serving(leaderboard(cells[2:]), lambda row: "") == ([], [])
+    assert serving(leaderboard(cells[2:]), [""]) == ([], [])
+
+
+def test_no_two_rows_have_one_name_in_the_terminal_or_on_a_page(cells, monkeypatch):
+    def another(**changes):
+        found = cell(method="m", target_speedup=1.5, phases="both", **changes)
+        found.timing = _rows(1)
+        return found
+
+    more = [*cells, another(seed=1), another(harness_code="other"), another(recovery="lora")]
+    recovered = another(recovery="lora")
+    recovered.identity |= {"method": "dense", "target_speedup": 1.0}
+    rows = leaderboard([*more, recovered])
+    page = board([*more, recovered], rows)["serving"]
+    names = [name for name, side, *_ in page["rows"] if side == "method"]
+    assert names == [
+        *("m, A 1.5x, seed 0", "m, A 1.5x, seed 1", "m, B 1.5x", "m + lora, A 1.5x"),
+        "dense + lora, A 1x",
+    ]
+    shown = io.StringIO()
+    terminal = Console(width=200, file=shown, force_terminal=True, color_system=None)
+    monkeypatch.setattr(commands, "console", lambda: terminal)
+    show_leaderboard(rows)
+    printed = " ".join(shown.getvalue().split())
+    assert all(name in printed for name in names)
 
 
 def test_a_time_without_ends_says_so(cells):
     (row,) = leaderboard(cells[1:2])
     row["method_ttft_ms_low"] = row["method_ttft_ms_high"] = None
-    assert serving([row], lambda row: "m").rows[1][3] == "40.0 no interval"
+    assert serving([row], [""]).rows[1][3] == "40.0 no interval"
 
 
 def test_the_pages_have_it_where_something_was_measured(cells):
