@@ -313,6 +313,51 @@ def test_a_package_of_this_name_in_the_working_folder_is_not_run(
     assert set(found) == {"logits", "step_logits", "generated"}
 
 
+FORGETFUL = """
+from dataclasses import dataclass
+
+from dyndepth.method import DynamicDepthMethod
+
+
+@dataclass(kw_only=True)
+class Forgetful(DynamicDepthMethod):
+    name, granularity, paper = "forgetful", "token", "test"
+
+    step = None
+
+    def fit(self, model, corpus=None):
+        self.facts["kept"], self.step = True, 2  # the second is not saved
+        return self
+
+    def gates(self, layer, hidden):
+        gate = self.context.positions % self.step == 0
+        return gate, True
+"""
+
+
+def test_what_fails_in_a_methods_own_file_elsewhere_is_told_with_its_line(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    about = tmp_path / "forgetful-0.1.dist-info"
+    about.mkdir()
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: forgetful\nVersion: 0.1\n")
+    entry = "[dyndepth.methods]\nforgetful = forgetful:Forgetful\n"
+    (about / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    registry.methods.cache_clear()
+    try:
+        assert export(tiny, tmp_path / "out", "forgetful", "--speedups", "1.2") == 1
+    finally:
+        registry.methods.cache_clear()
+    said = capsys.readouterr().err
+    assert "nothing was exported" in said
+    assert "TypeError" in said
+    assert "(forgetful.py:18, in gates)" in said
+    assert not (tmp_path / "out").exists()
+
+
 # --- saved methods ------------------------------------------------------------------------------
 
 
