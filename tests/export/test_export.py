@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -20,7 +21,7 @@ from toys import Toy
 import dyndepth
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
-from dyndepth.export import agreement, plain
+from dyndepth.export import agreement, check, plain
 from dyndepth.export.__main__ import main
 from dyndepth.export.record import check_replaceable, hashes
 from dyndepth.fitting.recovery.adapters import adapted
@@ -356,6 +357,18 @@ def test_what_fails_in_a_methods_own_file_elsewhere_is_told_with_its_line(
     assert "TypeError" in said
     assert "(forgetful.py:18, in gates)" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_check_tells_a_methods_fault_from_the_records(saved, monkeypatch, capsys):
+    def failing(*_):
+        registry.load_method("early_exit").max_speedup("many")
+
+    monkeypatch.setattr(check, "recomputed", failing)
+    assert main(["--check", str(saved), "--device", "cpu"]) == 1
+    assert re.search(r"TypeError.*early_exit/rule\.py:\d+, in exits", capsys.readouterr().err)
+    monkeypatch.setattr(check, "recomputed", lambda *_: {})
+    assert main(["--check", str(saved), "--device", "cpu"]) == 1
+    assert "its record can't be compared with" in capsys.readouterr().err
 
 
 # --- saved methods ------------------------------------------------------------------------------
