@@ -6,7 +6,11 @@ imported from its module when it is first used.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +25,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HERE = Path(__file__).resolve().parent
-if not (_HERE / "methods").is_dir() and (_HERE.parent / "methods" / "__init__.py").is_file():
+_METHODS = _HERE.parent / "methods" / "__init__.py"
+
+
+class _Beside:
+    """Finds ``dyndepth.methods`` beside this folder, and nothing else that lies there."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> ModuleSpec | None:
+        """As ``importlib`` asks; ``path`` is the package's own, that of no other checkout."""
+        if name != f"{__name__}.methods" or path != __path__:
+            return None
+        return spec_from_file_location(
+            name, _METHODS, submodule_search_locations=[str(_METHODS.parent)]
+        )
+
+
+if not (_HERE / "methods").is_dir() and _METHODS.is_file():
     # A checkout, installed or not: its methods/ lies beside this folder, not in it.
-    __path__ = [*__path__, str(_HERE.parent)]
+    sys.meta_path.append(_Beside)
 
 __all__ = [
     "DynamicDepthMethod",

@@ -83,8 +83,8 @@ HELP = {
     "limit": "documents a task, drawn at random, 'none' for all of them; and for single tasks: "
     "32,title_generation=8",
     "num_fewshot": "examples before each question; 'none' for what each task's own file says",
-    "apply_chat_template": "put prompts in the tokenizer's chat template, or in that of its "
-    "templates which is named; texts that are scored whole stay as they are",
+    "apply_chat_template": "put prompts in the tokenizer's chat template (true), in that of its "
+    "templates which is named, or in none (false); texts that are scored whole stay as they are",
     "fewshot_as_multiturn": "few-shot examples as turns of the conversation (true), or as one text "
     "with the question (false)",
     "system_instruction": "text put before each task's own description",

@@ -41,7 +41,11 @@ def _parser() -> Parser:
     built.model(spread=False)
     built.shared("corpus", EMBEDDED)
     built.whole("seed", 0, "of everything random", 0)
-    add("--output_path", metavar="FOLDER", help="for the export; an older one there is replaced")
+    add(
+        "--output_path",
+        metavar="FOLDER",
+        help="for the export; an older one is replaced if untouched",
+    )
     add("--check", metavar="FOLDER", help="check the export in FOLDER again, export nothing")
     return built
 
@@ -57,16 +61,12 @@ def _export(given: list[str]) -> None:
         raise UserError("--output_path is missing; name a folder for the export")
     folder = check_folder("output_path", Path(options["output_path"]))
     folder = folder.absolute()
-    from dyndepth.export.record import is_export_or_empty
+    from dyndepth.export.record import check_replaceable
     from dyndepth.models.loading import layer_count, longest_window, named, one_device
     from dyndepth.sweep.grid import plans
     from dyndepth.sweep.settings import settings
 
-    if not is_export_or_empty(folder):
-        raise UserError(
-            f"--output_path {str(folder)!r} holds something other than an export; give another "
-            "folder"
-        )
+    check_replaceable(folder)
     chosen = settings(
         {
             "methods": spec,

@@ -150,9 +150,20 @@ def attached_elsewhere(folder: Path, record: dict[str, Any]) -> dict[str, Tensor
     with tempfile.TemporaryDirectory(prefix="dyndepth-export-") as place:
         given, result = Path(place) / "record.json", Path(place) / "found.safetensors"
         given.write_text(json.dumps(record), encoding="utf-8")
-        command = [sys.executable, "-m", "dyndepth.export.attached"]
-        _run([*command, str(folder.absolute()), str(given), str(result)], {})
+        command = [sys.executable, "-P", "-m", "dyndepth.export.attached"]
+        path = {"PYTHONPATH": os.pathsep.join(_path())}
+        _run([*command, str(folder.absolute()), str(given), str(result)], path)
         return load_file(result)
+
+
+def _path() -> list[str]:
+    """Where this process imports from, so that another has the same methods; this very package
+    comes before any other of its name."""
+    home = Path(__file__).resolve().parents[2]
+    folders = [Path(each).absolute() for each in sys.path]
+    others = (each for each in folders if (each / "dyndepth").is_dir())
+    first = [home] if next(others, None) != home else []
+    return [str(each) for each in [*first, *folders]]
 
 
 def _run(command: Sequence[str], more: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.culprits import told
 from dyndepth.export.reader import computed
 
 
@@ -47,8 +47,8 @@ def main(words: list[str]) -> int:
     record = json.loads(Path(words[1]).read_text(encoding="utf-8"))
     try:
         found = recomputed(Path(words[0]), record)
-    except UserError as fault:
-        print(fault, file=sys.stderr)
+    except Exception as fault:  # the method's own files among them: whatever these do
+        print(told(fault), file=sys.stderr)
         return 1
     save_file({name: each.contiguous() for name, each in found.items()}, words[2])
     return 0

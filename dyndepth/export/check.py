@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dyndepth.common.culprits import culprit
 from dyndepth.common.errors import RunFailed
 from dyndepth.common.provenance import processor, versions
 from dyndepth.export import agreement
@@ -35,6 +36,8 @@ def check(folder: Path, model: str | None = None, device: str = "cpu") -> dict[s
                 tolerance *= agreement.ELSEWHERE
             agreed = agreement.compared_with_sample(found, record["probe"], tolerance)
         except (KeyError, ValueError, IndexError, TypeError) as fault:
+            if culprit(fault):  # the method's, not the record's
+                raise
             raise RunFailed(f"its record can't be compared with ({fault!r})") from fault
     except RunFailed as fault:
         raise RunFailed(f"{str(folder)!r} is not what was exported: {fault}") from fault

@@ -16,6 +16,8 @@ LAYOUT = 1
 _FREE = (RECORD, CARD, ".gitattributes", ".gitignore")
 """Files that are not hashed: the record itself, the card, which people edit, and what a repository
 needs."""
+_NAMED = 5
+"""Files that a sentence names, before it counts them."""
 _KEYS = ("kind", "model", "method", "fingerprint", "base", "job", "probe", "files")
 
 
@@ -26,14 +28,13 @@ def hashes(folder: Path) -> dict[str, str]:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and not name.startswith(".") and name not in _FREE:
-            with file.open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[name] = _sha256(file)
     return found
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of what lies in ``folder``."""
-    whole = {"layout": LAYOUT, **record, "files": hashes(folder)}
+    """Write the record of what lies in ``folder``, the card included, which may be edited."""
+    whole = {"layout": LAYOUT, **record, CARD: _sha256(folder / CARD), "files": hashes(folder)}
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items())
     (folder / RECORD).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
@@ -68,6 +69,55 @@ def check_files(folder: Path, record: dict[str, Any]) -> None:
             raise RunFailed(f"{name} was not exported")
 
 
-def is_export_or_empty(folder: Path) -> bool:
-    """Whether a new export may take the place of ``folder``."""
-    return not folder.exists() or (folder / RECORD).is_file() or not any(folder.iterdir())
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError unless a new export may take the place of ``folder``: it is not there, is
+    empty, or holds an older export as it was written and nothing else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    remedy = "give another --output_path"
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{str(folder)!r} holds something other than an export; {remedy}")
+    try:
+        record = read_record(folder)
+        kept = {**record["files"], CARD: record.get(CARD), RECORD: None}
+        found = [*_foreign(folder, kept), *_changed(folder, kept)]
+    except (RunFailed, TypeError) as fault:
+        raise UserError(
+            f"{str(folder)!r} holds an export whose {RECORD} can't be read; {remedy}, or remove "
+            "that folder"
+        ) from fault
+    if found:
+        named = found if len(found) <= _NAMED else [*found[:_NAMED], f"{len(found) - _NAMED} more"]
+        said = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
+        raise UserError(
+            f"the export in {str(folder)!r} would be replaced, and with it what no export wrote: "
+            f"{said}; {remedy}, or remove or move {'it' if len(found) == 1 else 'them'}"
+        )
+
+
+def _foreign(folder: Path, kept: dict[str, Any]) -> list[str]:
+    """What lies in ``folder`` beside the files ``kept``; a folder without any of them by its name
+    alone."""
+    wanted = {Path(name) for name in kept}
+    wanted |= {above for name in wanted for above in name.parents}
+    found = []
+    waiting = sorted(folder.iterdir(), reverse=True)
+    while waiting:
+        each = waiting.pop()
+        inside = each.is_dir() and not each.is_symlink()
+        if each.relative_to(folder) not in wanted:
+            found.append(each.relative_to(folder).as_posix() + "/" * inside)
+        elif inside:
+            waiting += sorted(each.iterdir(), reverse=True)
+    return found
+
+
+def _changed(folder: Path, kept: dict[str, Any]) -> list[str]:
+    """Files that are not as they were written."""
+    files = [name for name in kept if name != RECORD and (folder / name).is_file()]
+    return [f"{name} (changed)" for name in files if _sha256(folder / name) != kept[name]]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from dyndepth.data.capacity import fitting
 from dyndepth.data.tokenizers import tokenizer_fingerprint
 from dyndepth.export import agreement, plain, reader
 from dyndepth.export.card import card
-from dyndepth.export.record import CARD, MODEL, is_export_or_empty, read_record, write_record
+from dyndepth.export.record import CARD, MODEL, check_replaceable, read_record, write_record
 from dyndepth.fitting.fits import save_fit
 from dyndepth.fitting.recovery.adapters import adapted
 from dyndepth.fitting.saved import METHOD
@@ -55,14 +55,11 @@ def export(
     Raises UserError for what cannot be exported or a folder that holds something else, RunFailed if
     the export does not compute what the attached model does.
     """
+    check_replaceable(folder)
     if method.uses_labels:
         raise UserError(
             f"{method.name} is a bound: it chooses by what no model in use can see, so there is "
             "nothing to export; export a method"
-        )
-    if not is_export_or_empty(folder):
-        raise UserError(
-            f"{str(folder)!r} holds something other than an export; give another folder"
         )
     plain.check_exportable(model)
     started, base = time.monotonic(), fingerprint(model)
@@ -194,6 +191,7 @@ def _written_beside(folder: Path) -> Iterator[Path]:
         yield work
         for each in (work, *work.rglob("*")):
             each.chmod(0o755 if each.is_dir() else 0o644)
+        check_replaceable(folder)
         replace_folder(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -72,7 +72,7 @@ def attach(
     end of the block warns (``NothingSkipped``) and says why, unless ``warn`` is False.
 
     Inside, ``save_pretrained`` and ``push_to_hub`` of the model raise UserError: they would save
-    the model as if nothing were attached.
+    the model as if nothing were attached. Where they save adapters alone, they do.
 
     Raises UserError for an unsupported architecture, a method that needs a fit and has none, a
     model that already has a method attached, one that is compiled or whose blocks are wrapped by

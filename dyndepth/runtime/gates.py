@@ -117,9 +117,13 @@ class Settler:
         if not self._masked:
             return cast(Any, gates)
         first, second = (
-            gate if isinstance(gate, (bool, Selection)) else _decision(gate) for gate in gates
+            gate if isinstance(gate, (bool, Selection)) else self._decision(gate) for gate in gates
         )
         return first, second
+
+    def _decision(self, gate: Tensor) -> bool | Selection:
+        masks = self._real([gate.detach() > 0.5])
+        return Selection.of(masks, Counts(masks), self._count)[0]
 
     def rows(self, rows: Tensor) -> Gate:
         """A gate from one decision a sequence, bool ``[batch]``; equal ones are one object."""
@@ -203,8 +207,3 @@ def wrong_gate(method: DynamicDepthMethod, gate: Any, hidden: Tensor) -> MethodF
         f"{method.name}: a gate must be a bool, or a bool tensor [batch, tokens], here "
         f"{list(hidden.shape[:2])}, not {kind} ({definition(method.gates)})"
     )
-
-
-def _decision(gate: Tensor) -> bool | Selection:
-    masks = (gate.detach() > 0.5)[None]
-    return Selection.of(masks, Counts(masks), gate.numel())[0]

@@ -109,20 +109,29 @@ def called_in(
 
 @contextmanager
 def unsaved(modules: Sequence[Any]) -> Iterator[None]:
-    """Inside, ``save_pretrained`` and ``push_to_hub`` of these modules raise UserError."""
+    """Inside, ``save_pretrained`` and ``push_to_hub`` of these modules raise UserError where they
+    would save the model: not for a wrapper of peft, or a model with adapters of transformers' own,
+    of which the adapters alone are saved."""
 
-    def refused(module: nn.Module, *_: Any, **__: Any) -> Any:
-        raise UserError(
-            "a method is attached, and what would be saved is the model without it: save behind "
-            "the `with` block, or the model with the method by `python -m dyndepth.export`"
-        )
+    def saving(name: str, stock: Any) -> Callable[..., Any]:
+        def save(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if getattr(module, "_hf_peft_config_loaded", False):
+                return getattr(stock, name)(module, *args, **kwargs)
+            raise UserError(
+                "a method is attached, and what would be saved is the model without it: save "
+                "behind the `with` block, or the model with the method by `python -m "
+                "dyndepth.export`"
+            )
+
+        return save
 
     undo: list[Callable[[], None]] = []
     try:
         for module in {id(each): each for each in modules}.values():
-            names = [name for name in _SAVING if hasattr(type(module), name)]
-            if names:
-                patched = _subclass(type(module), dict.fromkeys(names, refused))
+            stock: Any = type(module)
+            names = [name for name in _SAVING if hasattr(stock, name)]
+            if names and not hasattr(stock, "get_base_model"):
+                patched = _subclass(stock, {name: saving(name, stock) for name in names})
                 module.__class__ = patched
                 undo.append(partial(_leave, module, patched))
         yield

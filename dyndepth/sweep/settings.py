@@ -289,8 +289,8 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name in OPTIONAL and value is None:
         return None
-    if name == "apply_chat_template" and isinstance(value, bool):  # as YAML has it
-        return DEFAULT if value else None
+    if name == "apply_chat_template" and _word(value) in _TRUTH:
+        return DEFAULT if _truth(name, value) else None
     if name == "fewshot_as_multiturn":
         return _truth(name, value)
     if name == "workers":
@@ -402,11 +402,17 @@ def _speedup(value: Any) -> float:
     return number
 
 
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def _truth(name: str, value: Any) -> bool:
-    word = str(value).strip().lower()
-    if word not in ("true", "1", "yes", "false", "0", "no"):
+    if _word(value) not in _TRUTH:
         raise UserError(f"--{name} is true or false, not {value!r}")
-    return word in ("true", "1", "yes")
+    return _TRUTH[_word(value)]
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().lower()
 
 
 def _amount(name: str, value: Any) -> float:

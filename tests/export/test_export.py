@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -20,9 +21,9 @@ from toys import Toy
 import dyndepth
 from dyndepth.common import registry
 from dyndepth.common.errors import UserError
-from dyndepth.export import plain
+from dyndepth.export import agreement, check, plain
 from dyndepth.export.__main__ import main
-from dyndepth.export.record import hashes
+from dyndepth.export.record import check_replaceable, hashes
 from dyndepth.fitting.recovery.adapters import adapted
 from dyndepth.models.loading import load_model
 from dyndepth.runtime.attach import attach
@@ -205,6 +206,169 @@ def test_a_folder_with_something_else_is_left_alone(tiny, tmp_path, capsys):
     assert "something other than an export" in capsys.readouterr().err
     assert main(["--check", str(tmp_path / "out")]) == 2
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def _noted(folder):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "method" / "notes.txt").write_text("mine, too")
+
+
+def _kept_in_git(folder):
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / "figures").mkdir()
+
+
+def _card_edited(folder):
+    with (folder / "README.md").open("a") as card:
+        card.write("It is good at riddles.")
+
+
+def _fact_edited(folder):
+    with (folder / "method" / "facts.json").open("a") as facts:
+        facts.write(" ")
+
+
+def _linked(folder):
+    (folder / "thesis").symlink_to(folder.parent)
+
+
+def _garbled(folder):
+    (folder / "export.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("edited", "named"),
+    [
+        (_noted, "no export wrote: method/notes.txt and notes.txt; give another --output_path"),
+        (_kept_in_git, "wrote: .git/, .gitattributes and figures/; give another"),
+        (_card_edited, "wrote: README.md (changed); give another --output_path, or remove or move"),
+        (_fact_edited, "method/facts.json (changed)"),
+        (_linked, "wrote: thesis; give"),
+        (_garbled, "an export whose export.json can't be read; give another --output_path"),
+    ],
+)
+def test_a_second_export_deletes_nothing_of_the_users(saved, tiny, tmp_path, capsys, edited, named):
+    import shutil
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    edited(folder)
+    before = _everything(tmp_path)
+    assert export(tiny, folder, "early_exit", "--speedups", "1.2") == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert named in sentence
+    assert _everything(tmp_path) == before
+
+
+def test_many_files_of_the_users_are_counted(saved, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    check_replaceable(folder)
+    for number in range(8):
+        (folder / f"note {number}").touch()
+    with pytest.raises(UserError, match="note 0, note 1, note 2, note 3, note 4 and 3 more;"):
+        check_replaceable(folder)
+
+
+def test_what_comes_into_the_folder_meanwhile_stays(saved, tiny, tmp_path, monkeypatch, capsys):
+    """An untouched export is replaced; a file that somebody put there since the start is not."""
+    import shutil
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    words = ["early_exit", "--speedups", "1.3"]
+    assert export(tiny, folder, *words) == 0
+    assert hashes(folder) != hashes(saved)
+    elsewhere = agreement.attached_elsewhere
+
+    def slowly(*given):
+        (folder / "notes.txt").write_text("mine")
+        return elsewhere(*given)
+
+    monkeypatch.setattr(agreement, "attached_elsewhere", slowly)
+    assert export(tiny, folder, *words) == 2
+    assert "no export wrote: notes.txt;" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["copy"]
+
+
+def _everything(folder):
+    return {
+        each: each.read_bytes() if each.is_file() else None for each in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("on_the_path", [False, True])
+def test_a_package_of_this_name_in_the_working_folder_is_not_run(
+    saved, tmp_path, monkeypatch, on_the_path
+):
+    (tmp_path / "dyndepth").mkdir()
+    (tmp_path / "dyndepth" / "__init__.py").write_text("raise SystemExit('a stranger was run')")
+    (tmp_path / "torch.py").write_text("raise SystemExit('another stranger was run')")
+    monkeypatch.chdir(tmp_path)
+    if on_the_path:
+        (tmp_path / "torch.py").unlink()
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    found = agreement.attached_elsewhere(saved, json.loads((saved / "export.json").read_text()))
+    assert set(found) == {"logits", "step_logits", "generated"}
+
+
+FORGETFUL = """
+from dataclasses import dataclass
+
+from dyndepth.method import DynamicDepthMethod
+
+
+@dataclass(kw_only=True)
+class Forgetful(DynamicDepthMethod):
+    name, granularity, paper = "forgetful", "token", "test"
+
+    step = None
+
+    def fit(self, model, corpus=None):
+        self.facts["kept"], self.step = True, 2  # the second is not saved
+        return self
+
+    def gates(self, layer, hidden):
+        gate = self.context.positions % self.step == 0
+        return gate, True
+"""
+
+
+def test_what_fails_in_a_methods_own_file_elsewhere_is_told_with_its_line(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    about = tmp_path / "forgetful-0.1.dist-info"
+    about.mkdir()
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: forgetful\nVersion: 0.1\n")
+    entry = "[dyndepth.methods]\nforgetful = forgetful:Forgetful\n"
+    (about / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    registry.methods.cache_clear()
+    try:
+        assert export(tiny, tmp_path / "out", "forgetful", "--speedups", "1.2") == 1
+    finally:
+        registry.methods.cache_clear()
+    said = capsys.readouterr().err
+    assert "nothing was exported" in said
+    assert "TypeError" in said
+    assert "(forgetful.py:18, in gates)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_tells_a_methods_fault_from_the_records(saved, monkeypatch, capsys):
+    def failing(*_):
+        registry.load_method("early_exit").max_speedup("many")
+
+    monkeypatch.setattr(check, "recomputed", failing)
+    assert main(["--check", str(saved), "--device", "cpu"]) == 1
+    assert re.search(r"TypeError.*early_exit/rule\.py:\d+, in exits", capsys.readouterr().err)
+    monkeypatch.setattr(check, "recomputed", lambda *_: {})
+    assert main(["--check", str(saved), "--device", "cpu"]) == 1
+    assert "its record can't be compared with" in capsys.readouterr().err
 
 
 # --- saved methods ------------------------------------------------------------------------------

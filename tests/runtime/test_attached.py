@@ -793,6 +793,60 @@ def test_files_of_an_attached_model(tiny, tmp_path):
     assert torch.equal(again(ids(2, 5)).logits, want)
 
 
+@pytest.fixture
+def any_peft(monkeypatch):
+    """Transformers asks for a newer peft than it needs here."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_adapters_of_an_attached_model_are_saved(tiny, tmp_path, late, any_peft):
+    """By peft's wrapper and by transformers' own way, both of which save adapters alone."""
+    from peft import LoraConfig, get_peft_model
+
+    how = LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = get_peft_model(tiny(), how)
+    with attach(wrapped, PLAN):
+        wrapped.save_pretrained(tmp_path / "peft")
+        for part in (wrapped.get_base_model(), decoder(wrapped)):
+            with pytest.raises(UserError, match="a method is attached"):
+                part.save_pretrained(tmp_path / "whole")
+    inside = tiny()
+    if not late:
+        inside.add_adapter(how)
+    with attach(inside, PLAN):
+        if late:
+            inside.add_adapter(how)
+        inside.save_pretrained(tmp_path / "transformers")
+    for each in ("peft", "transformers"):
+        names = {file.name for file in (tmp_path / each).iterdir()}
+        assert names - {"README.md", "generation_config.json"} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+    assert not (tmp_path / "whole").exists()
+    assert type(wrapped).__name__ == "PeftModel"
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_trainer_keeps_adapters_while_a_method_is_attached(tiny, tmp_path, wrap, any_peft):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    model, how = tiny(), LoraConfig(r=2, target_modules=["q_proj"])
+    if wrap:
+        model = get_peft_model(model, how)
+    else:
+        model.add_adapter(how)
+    rows = [{"input_ids": row, "labels": row} for row in ids(4, 6)]
+    given = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True, save_only_model=True
+    )
+    with attach(model, PLAN, backend="masked"):
+        Trainer(model, given, train_dataset=rows).train()
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
 def test_attributes_that_a_stock_model_lacks_are_lacking(tiny):
     """Where no gradient checkpointing was ever asked for, while one or two run the blocks."""
     first, second = tiny(), tiny(seed=1)

@@ -73,6 +73,41 @@ def test_padding_alone_is_named(tiny):
         model(ids(2, 4), attention_mask=torch.zeros_like(ids(2, 4)))
 
 
+@dataclass(kw_only=True)
+class Padding(DynamicDepthMethod):
+    """Closes its gates on padding, and on the last tokens, so many."""
+
+    more: int = 0
+    phases: str = "both"
+
+    name = "padding"
+    granularity = "token"
+    paper = "test"
+
+    def gates(self, layer, hidden):
+        gate = self.context.valid.clone()
+        gate[:, gate.shape[1] - self.more :] = False
+        return gate, gate
+
+
+@pytest.mark.parametrize(("more", "gated"), [(0, 0), (1, 8)])
+@pytest.mark.parametrize("phases", ["both", "generation"])
+@pytest.mark.parametrize("backend", ["sparse", "masked"])
+def test_gates_closed_on_padding_alone_skip_nothing(tiny, backend, phases, more, gated):
+    """Neither backend warns of less, nor counts more, than the other."""
+    model, tokens = tiny(attn="eager"), ids(2, 8)
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    method = Padding(target_speedup=1.5, more=more, phases=phases)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with attach(model, method, backend=backend, limits=ALWAYS, prompt_length=2) as trace:
+            model(tokens, attention_mask=mask)
+            assert trace.computed_for_all() == (gated * (backend == "masked"), gated)
+            assert (trace.executed() < 1).all() == bool(gated)
+    assert [each.category for each in said] == [NothingSkipped] * (not gated)
+
+
 def failing(model, method, backend):
     with attach(model, method, backend=backend):
         model(ids(1, 3))

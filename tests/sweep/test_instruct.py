@@ -122,7 +122,7 @@ def test_a_cell_is_made_again_as_it_was_put(scene, cells, capsys):
         ("instruct", ["--apply_chat_template", "rag"], "no chat template 'rag'; it has default"),
         ("instruct", ["--fewshot_as_multiturn"], "give --apply_chat_template as well"),
         ("instruct", ["--fewshot_as_multiturn", "perhaps"], "is true or false, not 'perhaps'"),
-        ("instruct", ["--system_instruction", ""], "--system_instruction takes a text, not ''"),
+        ("instruct", ["--system_instruction", ""], "--system_instruction is empty"),
     ],
 )
 def test_what_cannot_be_had_is_told_before_the_first_cell(scene, capsys, model, flags, message):
@@ -144,3 +144,21 @@ def test_flags_are_lm_evals(tmp_path):
     ]
     with pytest.raises(UserError, match="--system_instruction takes a text, not 3"):
         settings({"system_instruction": 3})
+
+
+@pytest.mark.parametrize(
+    ("word", "applied"),
+    [("false", None), ("No", None), ("0", None), ("true", "default"), (" YES ", "default")]
+    + [("1", "default"), ("rag", "rag"), ("falsehood", "falsehood")],
+)
+def test_words_of_truth_are_no_templates_names(tmp_path, word, applied):
+    assert read(["--apply_chat_template", word]).apply_chat_template == applied
+    (tmp_path / "sweep.yaml").write_text(f'apply_chat_template: "{word}"\n')
+    assert read(["--config", str(tmp_path / "sweep.yaml")]).apply_chat_template == applied
+
+
+def test_a_flag_takes_a_files_template_away(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("apply_chat_template: true\n")
+    config = ["--config", str(tmp_path / "sweep.yaml")]
+    assert read(config).apply_chat_template == "default"
+    assert read([*config, "--apply_chat_template", "false"]).apply_chat_template is None

@@ -88,6 +88,28 @@ def test_a_script_beside_an_editable_clone_gets_the_project(installed):
     assert "pip install -e ." in sentence
 
 
+ALONE = """
+from importlib.util import find_spec
+from pickle import dumps, loads
+import dyndepth
+from dyndepth.common.errors import UserError
+print([each for each in {names!r} if find_spec(f"dyndepth.{{each}}")])
+from dyndepth.methods.uls import UnifiedLayerSkipping
+print(loads(dumps(UnifiedLayerSkipping())) == UnifiedLayerSkipping())
+"""
+
+
+def test_of_what_lies_beside_the_package_methods_alone_are_in_it(tmp_path):
+    """No file is imported by two names, of which the second has exceptions of its own."""
+    names = sorted({each.stem for each in ROOT.iterdir() if each.stem.isidentifier()})
+    assert {"dyndepth", "methods", "tests", "setup"} <= set(names)
+    inside = {each.stem for each in (ROOT / "dyndepth").iterdir()}
+    program = ALONE.format(names=[each for each in names if each not in inside])
+    assert said(sys.executable, "-c", program, folder=ROOT).splitlines() == ["['methods']", "True"]
+    help_text = said(sys.executable, "-m", "dyndepth.methods.skipgpt.ship", "-h", folder=tmp_path)
+    assert "--speedups" in help_text
+
+
 def test_a_copy_in_an_environment_needs_no_checkout(installed):
     clone, python = installed()
     folder = clone.parent / "elsewhere"
