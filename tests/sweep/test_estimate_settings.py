@@ -234,9 +234,9 @@ def test_steps_that_adapters_alone_need_are_counted():
     machine = machines.assumed(Settings(model=LLAMA, assume="h100", dtype="bfloat16"))
     shape = Shape.of(skeleton(LLAMA), "bfloat16")
     spent = {}
-    for recovery in ("none", "joint"):
+    fits = plan.Fits(machine, shape, [], None, None, False)
+    for recovery in ("none", "joint"):  # nothing that the first keeps serves the second
         cell = CellSpec("skipgpt", target_speedup=1.5, recovery=recovery)
-        fits = plan.Fits(machine, shape, [], None, None, False)
         built = cell.build()
         spent[recovery] = fits.of(cell, built, built.expenses(shape.layers))[1].flops
     recipe = CellSpec("skipgpt", target_speedup=1.5).build().recipe

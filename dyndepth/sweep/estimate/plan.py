@@ -117,7 +117,7 @@ class Fits:
             word = "trains" if any(one.backwards for one in read) else "calibrates"
             for number, one in enumerate(read):
                 work = costs.reading(self.machine, self.shape, one)
-                key = f"{costs.untargeted(cell)} {number}"
+                key = _kept_by(cell, number)
                 if one.kept:
                     before = self.charged.get(key, 0.0)
                     self.charged[key] = max(before, work.seconds)
@@ -146,7 +146,7 @@ class Fits:
         for number, one in enumerate(expenses.fit):
             if one.kept:
                 work = costs.reading(self.machine, self.shape, one)
-                self.charged[f"{costs.untargeted(cell)} {number}"] = work.seconds
+                self.charged[_kept_by(cell, number)] = work.seconds
 
     def _kept(self, method: Any) -> bool:
         """Whether the fit lies in the cache already."""
@@ -229,6 +229,14 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
     workers = workers_of(settings, machine, left, here)
     begun = start if here else None
     return Estimate(machine, shape, texts, cells, needs, begun, fits.tried, workers)
+
+
+def _kept_by(cell: CellSpec, number: int) -> str:
+    """By what a cell's reading is known that serves all targets. In ``joint`` recovery it is read
+    off a model with adapters, which are the recipe's and the seed's own."""
+    recipe = parse_recovery(cell.recovery)
+    joint = cell.recovery if recipe is not None and recipe.kind == "joint" else ""
+    return f"{costs.untargeted(cell)} {joint} {number}"
 
 
 def levels_of(settings: Settings, kind: str, record: Cell | None) -> dict[str, Any]:
