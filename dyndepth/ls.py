@@ -22,7 +22,8 @@ def _ls(given: list[str]) -> None:
         "tasks": list_tasks,
     }
     parser = Parser("ls", "List what there is to choose from.")
-    parser.add_argument("what", choices=list(kinds), help="of which kind")
+    what = "of which kind (default: methods)"
+    parser.add_argument("what", nargs="?", choices=list(kinds), default="methods", help=what)
     kinds[parser.parse_args(given).what]()
 
 

@@ -105,7 +105,11 @@ def _timing(given: list[str]) -> None:
         modes, options.mode, lambda mode: measure(model, method, corpus, mode=mode, **how)
     )
     show_timing(f"{method!r} on {options.model}", rows)
-    print(json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}}))
+    if not sys.stdout.isatty():
+        # For programs; in a terminal so long a line would push the table out of sight.
+        print(
+            json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}})
+        )
 
 
 def _asked(options: argparse.Namespace, device: str) -> str | Level:
