@@ -122,7 +122,7 @@ def test_a_cell_is_made_again_as_it_was_put(scene, cells, capsys):
         ("instruct", ["--apply_chat_template", "rag"], "no chat template 'rag'; it has default"),
         ("instruct", ["--fewshot_as_multiturn"], "give --apply_chat_template as well"),
         ("instruct", ["--fewshot_as_multiturn", "perhaps"], "is true or false, not 'perhaps'"),
-        ("instruct", ["--system_instruction", ""], "--system_instruction takes a text, not ''"),
+        ("instruct", ["--system_instruction", ""], "--system_instruction is empty; give at lea"),
     ],
 )
 def test_what_cannot_be_had_is_told_before_the_first_cell(scene, capsys, model, flags, message):
