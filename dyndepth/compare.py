@@ -30,10 +30,10 @@ def _comparison(given: list[str]) -> None:
         "--at",
         nargs="+",
         type=float,
-        metavar="SPEEDUP",
+        metavar="SPEEDUPS",
         help="reference budgets, dense / executed FLOPs (default: 1.1 1.25 1.5 1.9)",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone (default: all)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASKS", help="these alone (default: all)")
     parser.add_argument(
         "--methods",
         metavar="METHODS",

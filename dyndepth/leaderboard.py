@@ -47,23 +47,22 @@ def _leaderboard(given: list[str]) -> None:
     parser.add_argument(
         "--columns",
         nargs="+",
-        metavar="COLUMN",
+        metavar="COLUMNS",
         help=f"these alone, in this order, of {', '.join(each.key for each in COLUMNS)} (default: "
         "those that have values, as far as the terminal is wide enough)",
     )
     options = parser.parse_args(given)
-    keys = [key for word in options.columns or () for key in word.split(",") if key] or None
     if options.output_path:
         options.output_path = check_folder("output_path", options.output_path)
     cells = merged(options.runs)
     rows = leaderboard(cells)
     runs = origins(options.runs) if len(options.runs) > 1 else None
-    chosen(rows, keys or [])
+    chosen(rows, options.columns or [])
     files = write(cells, rows, options.output_path, runs) if options.output_path else []
     if options.format == "terminal":
-        show_leaderboard(rows, runs=runs, keys=keys)
+        show_leaderboard(rows, runs=runs, keys=options.columns)
     else:
-        print(written(options.format, rows, runs, keys))
+        print(written(options.format, rows, runs, options.columns))
     if files:
         to = sys.stdout if options.format == "terminal" else sys.stderr
         print(f"written: {', '.join(map(str, files))}", file=to)

@@ -152,12 +152,14 @@ class Expenses:
 
     Attributes:
         fit: what ``fit`` reads.
+        along: what it reads beside where adapters are trained along with it (``joint``).
         readouts: LM heads that the rule itself runs for a token.
         candidates: how many plans are tried on the documents that are scored.
         shipped: what ``fit`` would find comes with the method.
     """
 
     fit: tuple[Reading, ...] = ()
+    along: tuple[Reading, ...] = ()
     readouts: float = 0.0
     candidates: int = 0
     shipped: bool = False

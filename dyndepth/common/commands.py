@@ -194,6 +194,10 @@ def worded(name: str, text: str = "") -> str:
     return text if named else f"{text}; one of {', '.join(choices)}"
 
 
+_WHOLE = {"methods", "recovery", "runs"}
+"""Lists whose words are kept as they are: commas may stand in brackets, or in a path."""
+
+
 class _TooMany(Exception):
     """Words of a command line that no flag takes."""
 
@@ -269,6 +273,16 @@ class Parser(argparse.ArgumentParser):
             if f"{unread} ".startswith(f"{word} ") and action and action.nargs is None:
                 self.error(f"{flag} takes one value here, and {word!r} is a second")
         self.error(f"there is no place for {unread!r}")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Of lists, words may be lists with commas."""
+        if action.nargs in ("+", "*") and arg_strings and action.dest not in _WHOLE:
+            words = [part.strip() for word in arg_strings for part in word.split(",")]
+            arg_strings = [word for word in words if word]
+            if not arg_strings:
+                name = (action.option_strings or [str(action.metavar or action.dest)])[0]
+                self.error(f"{name} is empty; give at least one value")
+        return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -174,13 +174,17 @@ def gpu_count(device: str) -> int:
 
 def shares(settings: Settings, cells: int, gpus: int) -> tuple[int, int]:
     """Workers, and threads of each: as asked for, else one worker a GPU, else two on a CPU."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    asked = settings.cpus_per_cell
-    usual = gpus or (max(1, int(cores / asked)) if asked else min(2, cores))
+    asked, there = settings.cpus_per_cell, cores()
+    usual = gpus or (max(1, int(there / asked)) if asked else min(2, there))
     workers = max(1, min(settings.workers or usual, cells))
-    return workers, max(1, int(asked or cores / workers))
+    return workers, max(1, int(asked or there / workers))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --- inside a worker process ----------------------------------------------------------------------

@@ -57,9 +57,8 @@ class Workbench:
         self.corpus = load_corpus(settings.corpus, self.tokenizer)
         loaded = bring_tasks(settings, self.tasks)
         check_room(loaded, checked_config(*named), self.tokenizer)
-        own = {task.get_config("num_fewshot") or 0 for task in loaded.values()}
-        self.num_fewshot = shots(settings, own)
-        self.data_fingerprint = data_fingerprint(settings, loaded)
+        self._data = identity_of_data(settings, loaded)
+        self.num_fewshot = self._data["num_fewshot"]
         self.model = load_model(
             settings.model,
             dtype=settings.dtype,
@@ -93,26 +92,8 @@ class Workbench:
     @cached_property
     def shared_identity(self) -> Row:
         """What the identities of all cells on this workbench share."""
-        return {
-            "model": self.settings.model,
-            "model_fingerprint": self.fingerprint,
-            "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
-            "revision": self.model.dyndepth.revision or "",
-            "dtype": self.settings.dtype,
-            "device": self.device.partition(":")[0],
-            "attn_implementation": self.model.config._attn_implementation,
-            "tasks": self.tasks,
-            "limit": self.limits,
-            "sample_seed": self.settings.sample_seed,
-            "num_fewshot": self.num_fewshot,
-            **self.chat.identity(self.tokenizer),
-            "batch_size": self.settings.batch_size,
-            "data_fingerprint": self.data_fingerprint,
-            "corpus_fingerprint": self.corpus.fingerprint,
-            **versions(),
-            "harness_code": harness_code(),
-            "git_commit": git_commit(),
-        }
+        known = identity_of_weights(self.model) | self._data
+        return shared_identity(self.settings, self.limits, self.corpus, self.device, known)
 
     def identity(self, plan: CellSpec) -> Row:
         """The full identity of the plan's cell on this workbench."""
@@ -226,6 +207,47 @@ class Workbench:
                 seed=self.settings.sample_seed,
                 check=check,
             )
+
+
+def identity_of_weights(model: Any) -> Row:
+    """What a loaded model gives to the identities of its cells."""
+    return {
+        "model_fingerprint": model.dyndepth.fingerprint,
+        "revision": model.dyndepth.revision or "",
+        "attn_implementation": model.config._attn_implementation,
+    }
+
+
+def identity_of_data(settings: Settings, tasks: Mapping[str, Any]) -> Row:
+    """What the ``tasks``, which are those of ``bring_tasks``, give to the identities of cells."""
+    own = {task.get_config("num_fewshot") or 0 for task in tasks.values()}
+    return {
+        "num_fewshot": shots(settings, own),
+        "data_fingerprint": data_fingerprint(settings, tasks),
+    }
+
+
+def shared_identity(
+    settings: Settings, documents: dict[str, int | None], corpus: Any, device: str, known: Row
+) -> Row:
+    """What the identities of all cells of a sweep share. ``known`` has what follows from weights
+    (``identity_of_weights``) and from the tasks (``identity_of_data``)."""
+    return {
+        "model": settings.model,
+        "tokenizer_fingerprint": corpus.tokenizer_fingerprint,
+        "dtype": settings.dtype,
+        "device": device.partition(":")[0],
+        "tasks": list(documents),
+        "limit": documents,
+        "sample_seed": settings.sample_seed,
+        **chat_of(settings).identity(corpus.tokenizer),
+        "batch_size": settings.batch_size,
+        "corpus_fingerprint": corpus.fingerprint,
+        **versions(),
+        "harness_code": harness_code(),
+        "git_commit": git_commit(),
+        **known,
+    }
 
 
 def bring_tasks(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:

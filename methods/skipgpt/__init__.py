@@ -53,12 +53,13 @@ class SkipGPT(RouterRule):
     ) -> Expenses:
         """None where routers are given or shipped; else the training's."""
         from .shipped import load_shipped
-        from .tuning import readings
+        from .tuning import readings, readings_along
 
         if self.target_speedup == 1.0 or self.routers is not None:
             return Expenses()
         shipped = model is not None and load_shipped(self, model, corpus) is not None
-        return Expenses(fit=readings(self, layers), shipped=shipped)
+        along = readings_along(self)
+        return Expenses(fit=readings(self, layers), along=along, shipped=shipped)
 
     def fit(self, model: torch.nn.Module, corpus: Corpus | None = None) -> Self:
         """Take the routers named, or those shipped for this model, target and corpus, else train.

@@ -29,6 +29,7 @@ from dyndepth.fitting.routers import (
 from dyndepth.method import Reading
 from dyndepth.models.blocks import Decoder
 
+from .presets import Recipe
 from .router import LinearRouter, MLPRouter, kaiming
 from .rule import RouterRule
 
@@ -127,22 +128,28 @@ def readings(method: RouterRule, layers: int) -> tuple[Reading, ...]:
             Reading(windows=windows, length=length, forwards=2.0, backwards=1.0, heads=3.0)
         )
     if recipe.steps:
-        windows = recipe.steps * recipe.batch * recipe.accumulate
-        dense = recipe.objective == "kl"
-        found.append(
-            Reading(
-                windows=windows,
-                length=length,
-                # A gate that is trained is computed whether or not it is open.
-                forwards=1.0 + dense,
-                backwards=1.0,
-                heads=3.0 + dense,
-            )
-        )
+        found.append(_reading_of(recipe, recipe.steps))
     rounds = 1 if recipe.threshold == "zero" else _CALIBRATION_ROUNDS
     length = min(2 * length, _CALIBRATION_LENGTH)
     found.append(Reading(windows=rounds * _CALIBRATION_WINDOWS, length=length, forwards=share))
     return tuple(found)
+
+
+def readings_along(method: RouterRule) -> tuple[Reading, ...]:
+    """What is read beside those where adapters are trained along: steps that they alone need."""
+    return () if method.recipe.steps else (_reading_of(method.recipe, _STEPS_ALONG),)
+
+
+def _reading_of(recipe: Recipe, steps: int) -> Reading:
+    dense = recipe.objective == "kl"
+    return Reading(
+        windows=steps * recipe.batch * recipe.accumulate,
+        length=recipe.length,
+        # A gate that is trained is computed whether or not it is open.
+        forwards=1.0 + dense,
+        backwards=1.0,
+        heads=3.0 + dense,
+    )
 
 
 def initial_router(

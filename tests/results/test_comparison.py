@@ -609,9 +609,11 @@ def test_command_refuses_in_one_sentence(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     assert main([str(tmp_path / "run"), "--tasks", "three"]) == 2
     assert main([str(tmp_path / "run"), "--at", "0.5"]) == 2
+    assert main([str(tmp_path / "run"), "--at", "1.5,0.5", "--tasks", "one,three"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "no cell has the task three" in lines[1]
+    assert "no cell has the task three" in lines[3]
 
 
 def test_every_verdict_has_a_mark():

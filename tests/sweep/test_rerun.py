@@ -290,7 +290,17 @@ def test_rerun_prints_placeholders_and_says_what_they_stand_for(tmp_path, capsys
 def test_every_setting_is_held_by_an_identity_or_accounted_for():
     """A setting is a flag of ``rerun``, a placeholder, or changes no number of a cell."""
     held = set(rerun._flags(_identity(CellSpec("dense"), **OWN_TASKS, **OWN_TEXT)))
-    harmless = {"timing", "mode", "resume", "output_path", "executor", "workers", "cpus_per_cell"}
+    harmless = {
+        "timing",
+        "timing_shapes",
+        "compiled_dense",
+        "mode",
+        "resume",
+        "output_path",
+        "executor",
+        "workers",
+        "cpus_per_cell",
+    }
     harmless |= {"gpus_per_cell", "ray_address", "shard", "cell_timeout", "log_json", "trackers"}
     harmless |= {"dry_run", "debug", "trust_remote_code", *PLANNING}
     assert held | harmless == {each.name for each in dataclasses.fields(Settings)}

@@ -111,6 +111,20 @@ def test_flags_have_one_word_each(command, parser_of):
             assert flags[name].default == default, name
 
 
+@pytest.mark.parametrize("command", DOORS)
+def test_lists_are_written_with_commas_or_spaces(command, parser_of):
+    parser = parser_of(*command.split())
+    for action in parser._actions:
+        if action.nargs not in ("+", "*") or action.dest in ("methods", "recovery", "runs"):
+            continue
+        one, other = [*map(str, action.choices or ()), "0.25", "0.5"][:2]
+        apart = parser._get_values(action, [one, other])
+        for words in ([f"{one},{other}"], [f"{one}, {other}"], [f"{one},", other]):
+            assert parser._get_values(action, words) == apart, action.dest
+        with pytest.raises(UserError, match="is empty; give at least one value"):
+            parser._get_values(action, [","])
+
+
 def test_a_notion_has_one_flag_and_a_flag_one_help(parser_of):
     texts: dict[str, dict[str, str]] = {}
     for command in DOORS:

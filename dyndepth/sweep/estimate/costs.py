@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ CELL = 0.7
 """Assumed seconds of a cell for requests, metrics and tables. Measured on two cores."""
 PAIRS = 40
 """Assumed pairs until an interval is narrow enough, where a level times so many."""
+SETTLING = 3
+"""Assumed passes of compiled dense before the first round: until nothing is compiled any more."""
 
 
 @dataclass(frozen=True)
@@ -139,26 +141,46 @@ def recovery_reading(recipe: Recipe, share: float) -> Reading:
 
 
 def timing(
-    machine: Machine, shape: Shape, longest: int | None, level: str, modes: int, depth: Depth
+    machine: Machine,
+    shape: Shape,
+    longest: int | None,
+    levels: Mapping[str, Any],
+    depth: Depth,
+    compiled: bool = False,
 ) -> Work:
-    """Timing a cell against dense: pairs, until their interval is narrow or the time is over."""
+    """Timing a cell against dense: pairs, until their interval is narrow or the time is over, and
+    the passes after them that are watched, not timed.
+
+    ``levels`` are what ``grid.asked_level`` gives, by mode. With ``compiled`` dense takes part a
+    second time, some passes of it before the first round; compiling itself does not count.
+    """
+    from dyndepth.common.modes import GRAPHS
     from dyndepth.timing.levels import what_fits
+    from dyndepth.timing.rounds import PROFILED
 
     total = Work()
-    if level == "off" or depth.ahead:
+    if depth.ahead:
         return total
-    chosen, _ = what_fits(longest, level, machine.kind)
-    for each in chosen.shapes:
-        passes = [Pass(each.batch, each.length, each.length, each.batch, False)]
-        if each.new_tokens:
-            keys = each.length + each.new_tokens
-            passes.append(Pass(each.batch, 1, keys, each.batch, True, each.new_tokens))
-        pair = run(machine, shape, passes) + run(machine, shape, passes, depth)
-        warm = max(chosen.warmup, chosen.texts) if machine.kind == "cuda" else chosen.warmup
-        least = warm + chosen.pairs
-        most = warm + min(chosen.most, max(chosen.pairs, PAIRS))
-        rounds = max(least, min(most, chosen.seconds / max(pair.seconds, 1e-9)))
-        total += pair * rounds * modes
+    for mode, level in levels.items():
+        chosen, _ = what_fits(longest, level, machine.kind)
+        graphs, on_gpu = mode == GRAPHS, machine.kind == "cuda"
+        # By graphs memory lies ready; under the profiler passes run on a GPU alone.
+        watched = (0 if graphs else 1) + (PROFILED if on_gpu else 0)
+        for each in chosen.shapes:
+            if graphs and not each.new_tokens:
+                continue
+            passes = [Pass(each.batch, each.length, each.length, each.batch, False)]
+            if each.new_tokens:
+                keys = each.length + each.new_tokens
+                passes.append(Pass(each.batch, 1, keys, each.batch, True, each.new_tokens))
+            dense = run(machine, shape, passes)
+            pair = dense + run(machine, shape, passes, depth)
+            turn = pair + dense * compiled
+            warm = max(chosen.warmup, chosen.texts) if on_gpu else chosen.warmup
+            least = warm + chosen.pairs
+            most = warm + min(chosen.most, max(chosen.pairs, PAIRS))
+            rounds = max(least, min(most, chosen.seconds / max(turn.seconds, 1e-9)))
+            total += turn * rounds + pair * watched + dense * (SETTLING * compiled)
     return total
 
 

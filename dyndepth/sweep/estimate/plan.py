@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.cell import Cell
 from dyndepth.cells.recipe import parse_recovery
+from dyndepth.common.paths import EMBEDDED
+from dyndepth.models.shapes import is_shape
 from dyndepth.sweep.estimate import costs
 from dyndepth.sweep.estimate.costs import Depth, Work
 from dyndepth.sweep.estimate.machines import Machine, assumed, check_here
 from dyndepth.sweep.estimate.memory import Need, need
 from dyndepth.sweep.estimate.models import Shape, loaded, measured_by, skeleton
+from dyndepth.sweep.estimate.recorded import has_cells, recorded
 from dyndepth.sweep.estimate.texts import Text, texts_of
+from dyndepth.sweep.estimate.workers import Workers, workers_of
+from dyndepth.sweep.grid import asked_level, wanted
 
 if TYPE_CHECKING:
     from dyndepth.cells.cell import CellSpec
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
 class Planned:
     """One cell: what scoring, fitting (calibration, training, trying plans) and timing it take.
 
-    ``fit`` says how it is fitted: ``none``, ``calibrates``, ``trains``, ``cached`` or ``shipped``.
+    ``fit`` says how it is fitted: ``none``, ``calibrates``, ``trains``, ``cached`` or ``shipped``;
+    ``there`` where nothing remains to be done. ``todo`` is what does, of ``driver.needed``.
     """
 
     cell: CellSpec
@@ -35,6 +42,7 @@ class Planned:
     scoring: Work
     fitting: Work
     timing: Work
+    todo: str = "everything"
 
     @property
     def seconds(self) -> float:
@@ -58,12 +66,19 @@ class Estimate:
     need: Need
     start: float | None = None
     tried: bool = False
-    said: list[str] = field(default_factory=list)
+    workers: Workers = Workers()
 
     @property
     def seconds(self) -> float:
-        """Of all cells."""
-        return sum(each.seconds for each in self.cells)
+        """Of all cells: scored and fitted by as many workers as there are, timed one by one."""
+        own = [each.scoring.seconds + each.fitting.seconds for each in self.cells]
+        timing = sum(each.timing.seconds for each in self.cells)
+        return max(sum(own) / self.workers.speed, max(own, default=0.0)) + timing
+
+    @property
+    def left(self) -> list[Planned]:
+        """The cells of which something remains to be done."""
+        return [each for each in self.cells if each.todo != "nothing"]
 
 
 class Fits:
@@ -98,10 +113,11 @@ class Fits:
         elif expenses.fit and not joint and self._kept(method):
             word = "cached"
         elif expenses.fit:
-            word = "trains" if any(one.backwards for one in expenses.fit) else "calibrates"
-            for number, one in enumerate(expenses.fit):
+            read = (*expenses.fit, *(expenses.along if joint else ()))
+            word = "trains" if any(one.backwards for one in read) else "calibrates"
+            for number, one in enumerate(read):
                 work = costs.reading(self.machine, self.shape, one)
-                key = f"{costs.untargeted(cell)} {number}"
+                key = _kept_by(cell, number)
                 if one.kept:
                     before = self.charged.get(key, 0.0)
                     self.charged[key] = max(before, work.seconds)
@@ -124,6 +140,13 @@ class Fits:
                 one = costs.run(self.machine, self.shape, self.passes)
                 total += one * (expenses.candidates * costs.TRIED)
         return word, total
+
+    def done(self, cell: CellSpec, expenses: Any) -> None:
+        """Take it that what serves all targets of this cell, which was computed, is kept."""
+        for number, one in enumerate(expenses.fit):
+            if one.kept:
+                work = costs.reading(self.machine, self.shape, one)
+                self.charged[_kept_by(cell, number)] = work.seconds
 
     def _kept(self, method: Any) -> bool:
         """Whether the fit lies in the cache already."""
@@ -160,10 +183,9 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
     """What the sweep of ``found`` will cost.
 
     Raises:
-        UserError: a device that is not here, or whatever is missing of model and tasks.
+        UserError: a device that is not here, or whatever is missing of model, text and tasks.
     """
     from dyndepth.models.loading import resolve_device
-    from dyndepth.sweep.grid import modes
 
     machine = assumed(settings)
     device = "cpu" if machine is not None else resolve_device(settings.device)
@@ -171,10 +193,13 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
         check_here(device)
     bare = skeleton(settings.model, settings.revision, settings.trust_remote_code)
     shape = Shape.of(bare, settings.dtype)
+    named = settings.corpus != EMBEDDED
+    corpus = _corpus(settings) if named or has_cells(settings) else None
     texts = texts_of(settings, found.documents, longest)
     started = time.perf_counter()
     model = loaded(settings, shape, device)
-    corpus = None if model is None else _corpus(settings)
+    if model is not None and corpus is None:
+        corpus = _corpus(settings)
     start = None if model is None else time.perf_counter() - started
     here = machine is None
     if machine is None:
@@ -182,19 +207,46 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
     rows, budget = settings.batch_size, costs.budget_of(machine.kind)
     passes = [one for text in texts for one in text.passes(rows, budget, True, False)]
     fits = Fits(machine, shape, passes, model, corpus, here)
-    level = settings.timing
-    several = len(modes(settings, machine.kind)) if level != "off" else 0
     cells = []
-    for cell in found.cells:
+    there = recorded(settings, found, model, corpus, machine.kind)
+    for cell, (todo, record) in zip(found.cells, there, strict=True):
         method = cell.build()
-        expenses = method.expenses(shape.layers, model, corpus)
+        expenses = method.expenses(shape.layers, model, None if model is None else corpus)
+        if todo == "nothing":
+            fits.done(cell, expenses)
+            cells.append(Planned(cell, "there", Work(), Work(), Work(), todo))
+            continue
         depth = Depth.of(method, expenses.readouts)
         word, fitting = fits.of(cell, method, expenses)
-        scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(costs.CELL)
-        timing = costs.timing(machine, shape, longest, level, several, depth)
-        cells.append(Planned(cell, word, scoring, fitting, timing))
+        scoring = Work()
+        if todo == "everything":
+            scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(costs.CELL)
+        levels = levels_of(settings, machine.kind, record if todo == "timing" else None)
+        timing = costs.timing(machine, shape, longest, levels, depth, settings.compiled_dense)
+        cells.append(Planned(cell, word, scoring, fitting, timing, todo))
     needs = need(shape, passes, fits.readings, fits.trained)
-    return Estimate(machine, shape, texts, cells, needs, start if here else None, fits.tried)
+    left = sum(each.todo == "everything" for each in cells)
+    workers = workers_of(settings, machine, left, here)
+    begun = start if here else None
+    return Estimate(machine, shape, texts, cells, needs, begun, fits.tried, workers)
+
+
+def _kept_by(cell: CellSpec, number: int) -> str:
+    """By what a cell's reading is known that serves all targets. In ``joint`` recovery it is read
+    off a model with adapters, which are the recipe's and the seed's own."""
+    recipe = parse_recovery(cell.recovery)
+    joint = cell.recovery if recipe is not None and recipe.kind == "joint" else ""
+    return f"{costs.untargeted(cell)} {joint} {number}"
+
+
+def levels_of(settings: Settings, kind: str, record: Cell | None) -> dict[str, Any]:
+    """What the run would time of a cell on a device of that kind, by mode, as ``asked_level`` has
+    it; of one that has a ``record``, what that lacks."""
+    if settings.timing == "off":
+        return {}
+    cell = record or Cell({"device": kind})
+    lacking = cell.untimed(wanted(settings, cell))
+    return {mode: asked_level(settings, kind, shapes) for mode, shapes in lacking.items()}
 
 
 def _corpus(settings: Settings) -> Any:
@@ -202,4 +254,5 @@ def _corpus(settings: Settings) -> Any:
     from dyndepth.models.loading import load_tokenizer
 
     named = (settings.model, settings.revision, settings.trust_remote_code)
+    named = (EMBEDDED, None, False) if is_shape(settings.model) else named
     return load_corpus(settings.corpus, load_tokenizer(*named))

@@ -34,14 +34,38 @@ def print_estimate(settings: Settings, found: Grid) -> None:
     model = (settings.model, settings.revision, settings.trust_remote_code)
     whole = estimate(settings, found, longest_window(*model))
     _print_tasks(whole.texts)
-    _print_cells(whole, settings.phases)
+    if whole.left:
+        _print_cells(whole, settings.phases)
+    for line in which(whole, settings):
+        say(line)
+    if not whole.left:
+        return
     _print_time(whole)
     say(memory_line(whole, settings))
-    documents = sum(text.documents for text in whole.texts) * len(whole.cells)
+    scored = sum(each.todo == "everything" for each in whole.cells)
+    documents = sum(text.documents for text in whole.texts) * scored
     weights = f" and the weights, {_gib(whole.need.weights)}" if whole.start is None else ""
     say(f"disk: about {size(documents * TABLES)} of cells and tables{weights}")
     for line in assumptions(whole, settings):
         say(f"assumed: {line}")
+
+
+def which(whole: Estimate, settings: Settings) -> list[str]:
+    """Which cells these are, where they are a shard's, or some are there already."""
+    number, count = settings.shard
+    several, left = len(whole.cells), len(whole.left)
+    lines = []
+    if count > 1:
+        lines.append(f"shard {number} of {count}: its {_many(several, 'cell')} alone")
+    if not left:
+        place = f"are there already in {settings.output_path}"
+        lines.append(f"all {_many(several, 'cell')} {place}: nothing is left to compute")
+    elif left < several:
+        lines.append(f"{several - left} of {_many(several, 'cell')} are there already")
+    timed = sum(each.todo == "timing" for each in whole.cells)
+    if timed:
+        lines.append(f"{timed} of {_many(several, 'cell')} {_be(timed)} scored, and left to time")
+    return lines
 
 
 def say(line: str) -> None:
@@ -140,6 +164,8 @@ def _print_time(whole: Estimate) -> None:
         for part in ("scoring", "fitting", "timing")
     }
     said = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items() if seconds)
+    if whole.workers.count > 1:
+        said += f"; scored and fitted by {whole.workers.count} workers at once"
     say(f"about {duration(whole.seconds)} in all on {whole.machine.what}: {said}")
     if whole.start is not None:
         say(f"before that the model is loaded, which took {duration(whole.start)} here")
@@ -151,12 +177,15 @@ def memory_line(whole: Estimate, settings: Settings) -> str:
     said = f"memory: {_gib(need.weights)} of weights, {_gib(need.scoring)} beside them in scoring"
     if need.training:
         said += f", {_gib(need.training)} in training"
-    said += f": {_gib(need.most)} in all"
+    sharing = whole.workers.sharing
+    several = f", {sharing} times over, for each worker holds the model" if sharing > 1 else ""
+    said += f"{several}: {_gib(sharing * need.most)} in all"
     if have is None:
         return said
+    have, full = have / sharing, have
     if need.most <= 0.95 * have:
-        return f"{said}; fits into {_gib(have)}"
-    remedies = []
+        return f"{said}; fits into {_gib(full)}"
+    remedies = ["fewer --workers"] if sharing > 1 and need.most <= 0.95 * full else []
     if settings.dtype == "float32":
         remedies.append("--dtype bfloat16")
     if need.weights + need.training <= 0.95 * have:
@@ -164,7 +193,7 @@ def memory_line(whole: Estimate, settings: Settings) -> str:
     if whole.machine.kind == "cuda":
         remedies.append("--device spread over several GPUs")
     remedies.append("a smaller model")
-    return f"{said}; does not fit into {_gib(have)}: take {', or '.join(remedies)}"
+    return f"{said}; does not fit into {_gib(full)}: take {', or '.join(remedies)}"
 
 
 def assumptions(whole: Estimate, settings: Settings) -> list[str]:
@@ -174,6 +203,8 @@ def assumptions(whole: Estimate, settings: Settings) -> list[str]:
     lines = list(whole.machine.said)
     if is_shape(settings.model):
         lines.append("a shape has no tokenizer: tokens are those of the embedded model's")
+        if settings.apply_chat_template:
+            lines.append("nor has it a chat template: prompts are counted as plain text")
     kinds = {text.counted for text in whole.texts}
     if "sample" in kinds:
         lines.append("of tasks with many documents a drawn sample stands for all")
@@ -189,6 +220,12 @@ def assumptions(whole: Estimate, settings: Settings) -> list[str]:
         lines.append(f"texts end after {WRITTEN:.0%} of a task's limit")
     if any(one.timing.seconds for one in whole.cells):
         lines.append(f"at most {costs.PAIRS} pairs of a timed shape, none beyond its time")
+        if settings.compiled_dense:
+            lines.append(
+                "compiled dense runs as fast as dense; the time of compiling itself is not counted"
+            )
+    if whole.workers.said:
+        lines.append(whole.workers.said)
     if whole.tried:
         lines.append(f"trying a plan of a bound takes {costs.TRIED:.0%} of a dense pass")
     if any(one.fit == "trains" for one in whole.cells):
@@ -221,6 +258,10 @@ def _gib(count: float) -> str:
 def size(count: float) -> str:
     """Bytes for people."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _many(count: int, what: str) -> str:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import DENSE, CellSpec
+from dyndepth.evaluation.chat import Chat
 from dyndepth.models.shapes import is_shape
 from dyndepth.sweep.estimate.passes import Pass, alone, checked, scored, written
+from dyndepth.sweep.settings import chat_of
 
 if TYPE_CHECKING:
     from dyndepth.evaluation.language_model import DyndepthLM
@@ -85,7 +87,8 @@ def texts_of(
     """What scoring the tasks of ``limits`` reads, groups expanded, each task once.
 
     Raises:
-        UserError: a missing tokenizer, or documents that cannot be scored.
+        UserError: a missing tokenizer, or one that cannot write the conversations that are asked
+            for, or documents that cannot be scored.
     """
     reader = _reader(settings, longest)
     found: dict[str, Text] = {}
@@ -138,9 +141,17 @@ def _reader(settings: Settings, longest: int | None) -> DyndepthLM:
     named = (settings.model, settings.revision, settings.trust_remote_code)
     named = (EMBEDDED, None, False) if is_shape(settings.model) else named
     method = CellSpec(DENSE).build()
-    return DyndepthLM(
+    reader = DyndepthLM(
         skeleton(*named), method, load_tokenizer(*named), max_length=longest, progress=False
     )
+    reader.converse(chat_counted(settings))
+    return reader
+
+
+def chat_counted(settings: Settings) -> Chat:
+    """How prompts are put that are counted: as in the run; but a shape has no chat template."""
+    asked = chat_of(settings)
+    return Chat(system_instruction=asked.system_instruction) if is_shape(settings.model) else asked
 
 
 def _text(
@@ -151,7 +162,7 @@ def _text(
     with offline(), quiet_lm_eval():
         loaded = _loaded(task, settings.include_path)
         if loaded is None:
-            return _assumed(settings, asked, task, limit, place)
+            return _assumed(settings, reader, asked, task, limit, place)
         return _counted(settings, reader, loaded, asked, limit)
 
 
@@ -194,7 +205,7 @@ def _counted(
     size = len(task.eval_docs)
     documents = size if limit is None else min(size, limit)
     drawn = sample(name, size, min(documents, SAMPLE), settings.sample_seed)
-    task.build_all_requests(samples=drawn)
+    task.build_all_requests(samples=drawn, **reader.chat.building(reader))
     reader.document_index = {name: drawn}
     requests = task.instances
     counted = "data" if documents <= SAMPLE else "sample"
@@ -220,7 +231,26 @@ def _facts() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _assumed(settings: Settings, asked: str, task: str, limit: int | None, place: int) -> Text:
+def _framing(settings: Settings, reader: DyndepthLM, shots: int) -> int:
+    """Tokens that a system instruction and a template's marks add to a prompt."""
+    chat = chat_counted(settings)
+    system = chat.system_instruction
+    if not chat.apply_chat_template:
+        return len(reader.tok_encode(system)) if system else 0
+    turns = [{"role": "system", "content": system}] if system else []
+    for role in ("user", "assistant") * (shots if chat.fewshot_as_multiturn else 0) + ("user",):
+        turns.append({"role": role, "content": "-"})
+    return len(reader.tok_encode(reader.apply_chat_template(turns)))
+
+
+def _assumed(
+    settings: Settings,
+    reader: DyndepthLM,
+    asked: str,
+    task: str,
+    limit: int | None,
+    place: int,
+) -> Text:
     """What is known of a task without its documents; ``place`` is its own in its group."""
     from dyndepth.evaluation.scoring import Group
     from dyndepth.tasks import task_manager
@@ -240,7 +270,7 @@ def _assumed(settings: Settings, asked: str, task: str, limit: int | None, place
     if settings.num_fewshot is not None and config.get("num_fewshot") is None:
         shots = settings.num_fewshot
     words = known["context"] * (1 + shots) + shots * known["continuation"]
-    context = max(1, round(words * TOKENS_A_WORD))
+    context = max(1, round(words * TOKENS_A_WORD)) + _framing(settings, reader, shots)
     more = max(1, round(known["continuation"] * TOKENS_A_WORD))
     counted = "assumed" if facts is not None else "unknown"
     if config.get("output_type") == "generate_until":
