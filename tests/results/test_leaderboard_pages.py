@@ -175,6 +175,20 @@ def test_conditions_hold_what_makes_cells_comparable_without_prefixes():
         assert f"\n- {line}\n" in text
 
 
+def test_conditions_of_some_settings_are_not_those_of_all():
+    chat = {"apply_chat_template": "default", "system_instruction": "Answer briefly."}
+    cells = _settings(**chat)
+    found = board(cells, leaderboard(cells))["conditions"]
+    assert found["apply_chat_template"] == ["default", "none"]
+    assert found["system_instruction"] == ["Answer briefly.", "none"]
+    assert "- system_instruction: Answer briefly.; none" in markdown(
+        board(cells, leaderboard(cells))
+    )
+    # Nothing is said where none has it, and nothing added where all have the same.
+    assert "fewshot_as_multiturn" not in found
+    assert found["model"] == ["tiny"]
+
+
 def test_controls_are_marked_beside_bounds():
     cells = _cells()
     for one in cells:
@@ -702,6 +716,30 @@ def test_controls_are_grey_and_named_and_leave_the_colours_to_methods(browser, t
     others = [colour for name, colour in colours.items() if name not in grey]
     assert len(set(others)) == len(others) == 6
     assert [text for text in _texts(browser, "#competitors th") if text.endswith("control")]
+
+
+def test_failed_methods_are_counted_as_failed_alone(browser, tmp_path):
+    cells = _cells(1)
+    dense = next(one for one in cells if one.identity["method"] == "dense")
+    dense.provenance["paper"] = "control"
+    for name in ("one", "two", "three"):
+        failed = identity(method=name, target_speedup=2.0, phases="both")
+        cells.append(Cell(failed, status="error", error="no"))
+    cells.sort(key=order)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    (said,) = _texts(browser, "#summary")
+    assert said.startswith("1 method, 1 bound and 1 control in 5 settings of the model tiny; 4 ")
+
+
+def test_an_accuracy_that_guesses_reach_is_marked_on_the_page(browser, tmp_path):
+    cells = [_one(100), _one(160, method="m", target_speedup=1.5)]
+    for one in cells:
+        for row in one.samples:
+            row["loglikelihoods"] = "[-1.0, -2.0]"
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    (marked,) = _texts(browser, "#competitors .guessed")
+    assert marked.startswith("~0.500")
+    assert _texts(browser, "#chance")[0].endswith("~: it is inside of the interval.")
 
 
 def test_points_of_several_settings_are_never_one_line(browser, tmp_path):
