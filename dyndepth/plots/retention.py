@@ -270,7 +270,7 @@ def retained(accuracy: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
             found = found.assign(task=task, metric=metric)
             short = table["n"] < LEAST
             # A share of dense needs dense's documents, too.
-            mark_doubts(found, table, "few", short | short[reference(table)].any())
+            mark_doubts(found, table, "few", short | bool(short[reference(table)].any()))
             parts.append(found.assign(retained=ratio.mask(found["few"])))
     if not parts:
         raise UserError("no task has scores of both dense and another method")

@@ -801,6 +801,27 @@ def test_nothing_is_wider_than_the_screen(browser, tmp_path, width, methods):
     assert len(set(marks)) == len(marks) == methods + 2
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_every_column_fits_on_a_screen_of_1280(browser, tmp_path, graphs):
+    cells = [_one(200, method="dense"), _one(100, method="a_rather_long_name", target_speedup=1.5)]
+    for one in cells:
+        scores = {"metric": "rougeL", "value": 0.255, "stderr": 0.02, "task": "words"}
+        one.accuracy.append(one.accuracy[0] | scores)
+        more = {"repeats": 30, "load_average": 13.5, "cores": 2, "suspect": True}
+        for row in one.timing:
+            row |= more
+        if graphs:
+            one.timing += [row | {"mode": "graphs"} for row in one.timing]
+    _width(browser, 1280)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    box = browser.execute_script(
+        "const b = document.querySelector('#board').parentElement;"
+        "return [b.scrollWidth, b.clientWidth, document.querySelectorAll('#board thead th').length]"
+    )
+    assert box[2] == 14 + graphs
+    assert box[0] <= box[1]
+
+
 def test_template_is_shipped_as_package_data():
     text = Path("pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^"dyndepth.results" = \["\*\.html"\]', text, re.MULTILINE)
