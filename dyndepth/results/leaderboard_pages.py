@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.identity import CHAT, LEADING, UNHASHED, Row
+from dyndepth.cells.identity import LEADING, UNHASHED, Row
 from dyndepth.cells.naming import changed, lettered, recovered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.markup import markdown_table, plain
-from dyndepth.common.provenance import VERSIONS
+from dyndepth.results.conditions import conditions
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
 from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
@@ -37,19 +37,6 @@ SCORES = (
     ("rouge_l", "ROUGE-L", 1, 3, True),
 )
 """Scores over all tasks: column, label, factor for people, digits, whether larger is better."""
-
-CONDITIONS = (
-    *("model", "model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "device_name"),
-    "threads",
-    *("attn_implementation", "batch_size", "tasks", "num_fewshot", "limit", "sample_seed"),
-    *CHAT,
-    *("data_fingerprint", "dyndepth", "harness_code", "git_commit"),
-    *("torch", "transformers", "lm_eval"),
-)
-"""What is told of the cells beneath the table, each value once."""
-
-EMPTY = dict.fromkeys(CHAT, NONE) | {"limit": "all", "num_fewshot": "by task"}
-"""What a condition without value says where other cells have one."""
 
 SEEDS = (
     "Where a setting ran with several seeds, its row is their mean, and the interval reaches from "
@@ -112,7 +99,7 @@ def board(
         "failed": failed,
         "published": _published(rows, words),
         "serving": on_page(rows, lambda row: _labels(row, words)["label"]),
-        "conditions": _conditions(rows),
+        "conditions": conditions(rows),
         "chance": _chance(list(guesses), any(entry["guessed"] for entry in entries)),
         "few": without_interval(rows),
         "runs": stand_for,
@@ -310,19 +297,6 @@ def _published(rows: Sequence[Row], words: dict[str, str]) -> list[Row]:
                 **{key: _spread(near, key) for key, *_ in SCORES},
             }
         found.append({**row, "hand_told": HANDS[row["hand"]], "measured": beside})
-    return found
-
-
-def _conditions(rows: Sequence[Row]) -> dict[str, list[str]]:
-    found = {}
-    for key in CONDITIONS:
-        values = {str(row.get(key)) for row in rows if row.get(key) not in (None, "")}
-        empty = any(row.get(key) in (None, "") for row in rows)
-        if key in VERSIONS:
-            values = {value.removeprefix(f"{key}==") for value in values}
-        if values:
-            # What holds for some alone must not be read as what holds for all.
-            found[key] = sorted(values) + [EMPTY.get(key, "not recorded")] * empty
     return found
 
 
