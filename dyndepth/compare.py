@@ -37,8 +37,8 @@ def _comparison(given: list[str]) -> None:
     parser.add_argument(
         "--methods",
         metavar="METHODS",
-        help="those whose standing is printed on every task, as 'one,other(layer=3)' (default: the "
-        "best three on the first task)",
+        help="those whose standing is printed on every task, as 'one,other(layer=3)' (default: "
+        "your own and the suite's best three, on the first task)",
     )
     parser.add_argument("--all", action="store_true", help="print every table after the first page")
     parser.add_argument(
@@ -51,7 +51,7 @@ def _comparison(given: list[str]) -> None:
 
     # numpy and scipy come late: --help must be instant.
     from dyndepth.cells.cell import identity_columns
-    from dyndepth.cells.naming import lettered
+    from dyndepth.cells.naming import apart, lettered
     from dyndepth.results.comparison import compared, left_out, texts
     from dyndepth.results.console import show_comparison
     from dyndepth.results.curve_tables import BUDGETS
@@ -69,20 +69,22 @@ def _comparison(given: list[str]) -> None:
         for name, text in texts(tables).items():
             write_atomically(options.output_path / name, text)
     runs = origins(options.runs) if len(options.runs) > 1 else None
-    settings, stand_for = lettered([identity_columns(cell) for cell in cells], runs)
+    columns = [identity_columns(cell) for cell in cells]
+    settings, stand_for = lettered(columns, runs)
     letters = {cell.key: letter for cell, letter in zip(cells, settings, strict=True)}
     controls = {
         str(cell.identity["method"]) for cell in cells if cell.provenance.get("paper") == CONTROL
     }
-    show_standing(tables["equal_flops"], names, frozenset(controls), letters)
+    words = {cell.key: said for cell, said in zip(cells, apart(columns), strict=True)}
+    show_standing(tables["equal_flops"], names, frozenset(controls), letters, words)
     for text in stand_for:
         print(text)
     if options.all:
         print()
         show_comparison(tables)
-    apart = left_out(cells, options.tasks)
-    if apart:
-        print(f"left out, no means over single documents: {', '.join(apart)}")
+    missing = left_out(cells, options.tasks)
+    if missing:
+        print(f"left out, no means over single documents: {', '.join(missing)}")
     for cell in cells:
         if not cell.evaluated:
             print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}")

@@ -132,13 +132,22 @@ def apart(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def lettered(
     rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[list[str], list[str]]:
-    """A letter for each row's setting, A for that of the first row, and what each letter stands
-    for: ``A: results/one, bfloat16, limit=200``. No letters where all rows have one setting.
+    """A letter for each row's setting, and what each letter stands for: ``A: results/one, bfloat16,
+    limit=200``. Those of the run that was given first come first, then those of the first row. No
+    letters where all rows have one setting.
 
-    ``rows`` as for ``apart``; ``runs``: the hash of a row's cell -> where it was read.
+    ``rows`` as for ``apart``; ``runs``: the hash of a row's cell -> where it was read, the runs in
+    the order in which they were given (``merging.origins``).
     """
     words = [tuple(found) for found in apart(rows)]
-    settings = list(dict.fromkeys(words))
+    # The first run that holds a cell; a setting's place is that of its first run.
+    holds = {cell: next(iter(where), "") for cell, where in (runs or {}).items()}
+    given = {run: place for place, run in enumerate(dict.fromkeys(holds.values()))}
+    first: dict[tuple[str, ...], int] = {}
+    for row, setting in zip(rows, words, strict=True):
+        place = given.get(holds.get(_entry(row, "cell"), ""), len(given))
+        first[setting] = min(place, first.get(setting, place))
+    settings = sorted(first, key=lambda setting: first[setting])
     if len(settings) < 2:
         return [""] * len(rows), []
     names = {setting: letter(place) for place, setting in enumerate(settings)}

@@ -74,6 +74,12 @@ def method_class(name: str) -> type[DynamicDepthMethod]:
     return loaded
 
 
+def is_shipped(name: str) -> bool:
+    """True for a method that comes with the suite; False for a user's own, installed or not."""
+    entry = methods().get(name)
+    return entry is not None and entry.value.startswith(f"{GROUP}.")
+
+
 def distribution(name: str) -> str:
     """``package==version`` of the distribution that offers method ``name``; empty where none does,
     as for a class of a notebook."""

@@ -32,11 +32,13 @@ from dyndepth.plots.tables import (
     METRICS,
     labelled,
     main_metric,
+    mark_doubts,
     points,
     reference,
     task_table,
     usable,
 )
+from dyndepth.results.statistics.intervals import LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,7 +158,8 @@ def retained_by_task(
 
     Each task's main metric (``tables.MAIN``) divided by dense's; where lower is better,
     dense's divided by the method's, so that less is worse in every panel (comparison.csv always
-    divides by dense's). Seeds are averaged; a dash stands where nothing was measured. Targets of 1
+    divides by dense's). Seeds are averaged; a dash stands where nothing was measured, nothing where
+    there were fewer documents than an interval needs. Targets of 1
     are left out. Raises UserError where there is nothing to draw.
     """
     from matplotlib import colormaps
@@ -182,14 +185,18 @@ def retained_by_task(
     colours = ScalarMappable(Normalize(0, 100), colormaps["cividis"])
     for axis, task in zip(panels, tasks, strict=True):
         part = table[table["task"] == task]
+        few = set(zip(*(part.loc[part["few"], key] for key in ("label", "target_speedup")),
+                      strict=True))  # fmt: skip
         values = part.pivot(index="label", columns="target_speedup", values="retained")
         values = 100 * values.reindex(index=names, columns=targets)
         axis.pcolormesh(values, cmap=colours.cmap, norm=colours.norm, edgecolor="white",
                         linewidth=0.5)  # fmt: skip
         for (row, column), value in np.ndenumerate(values.to_numpy()):
             missing = bool(np.isnan(value))
+            short = (names[row], targets[column]) in few
+            dash = "" if short else "–"
             axis.text(
-                column + 0.5, row + 0.5, "–" if missing else f"{value:.0f}", fontsize=7,
+                column + 0.5, row + 0.5, dash if missing else f"{value:.0f}", fontsize=7,
                 ha="center", va="center", color=INK if missing else _ink_on(colours, value),
             )  # fmt: skip
         metric = part["metric"].iloc[0]
@@ -209,6 +216,7 @@ def retained_by_task(
         accuracy,
         title or "what each task retains of dense's score",
         "Dash: not measured" if _any_missing(table, tasks, names, targets) else "",
+        f"Empty: fewer than {LEAST} documents" if table["few"].any() else "",
     )
     bar = figure.colorbar(
         colours,
@@ -241,7 +249,8 @@ def _any_missing(
 
 def retained(accuracy: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
     """One row a task, curve and target: ``task``, ``metric``, ``label``, ``number``, ``bound``,
-    ``target_speedup``, ``retained`` (see ``retained_by_task``).
+    ``target_speedup``, ``retained`` (see ``retained_by_task``) and ``few``: True where one of the
+    two has too few documents for a share to mean something; ``retained`` is empty there.
 
     Raises UserError if no task has scores of both dense and another method.
     """
@@ -258,7 +267,11 @@ def retained(accuracy: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
         found = points(table, metric, "block_speedup")
         if not found.empty and dense > 0:
             ratio = dense / found["value"] if metric in LOWER_IS_BETTER else found["value"] / dense
-            parts.append(found.assign(task=task, metric=metric, retained=ratio))
+            found = found.assign(task=task, metric=metric)
+            short = table["n"] < LEAST
+            # A share of dense needs dense's documents, too.
+            mark_doubts(found, table, "few", short | bool(short[reference(table)].any()))
+            parts.append(found.assign(retained=ratio.mask(found["few"])))
     if not parts:
         raise UserError("no task has scores of both dense and another method")
     return pd.concat(parts, ignore_index=True)

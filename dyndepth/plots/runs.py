@@ -44,7 +44,10 @@ def read_runs(runs: Sequence[str | Path]) -> dict[str, pd.DataFrame]:
         for label, cell in zip(tables["leaderboard"]["label"], own, strict=True)
     ]
     named = dict(zip(own, names, strict=True))
-    order = list(dict.fromkeys(names))
+    # A's before B's, as the runs were given.
+    order = sorted(
+        dict.fromkeys(names), key=dict(zip(names, _places(own), strict=True)).__getitem__
+    )
     for table in tables.values():
         if "cell" in table:
             # A hash that looks like a number is led by an apostrophe in a CSV file.
@@ -53,6 +56,11 @@ def read_runs(runs: Sequence[str | Path]) -> dict[str, pd.DataFrame]:
             table["run_told"] = table["run"].map(told)
             table["label"] = pd.Categorical(keys.map(named), order)
     return tables
+
+
+def _places(own: dict[str, str]) -> list[tuple[int, str]]:
+    """Of each cell what puts its letter in order: A to Z, then AA."""
+    return [(len(letter), letter) for letter in own.values()]
 
 
 def by_run(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

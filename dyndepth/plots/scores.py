@@ -6,8 +6,9 @@ others in gray behind, so that twenty can be told apart as well as one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from dyndepth.plots.runs import by_run
 from dyndepth.plots.style import (
     BLUE,
     CHANCE,
+    DOUBTS,
     FRONT,
     GRAY,
     IDEAL,
@@ -51,12 +53,14 @@ from dyndepth.plots.tables import (
     METRICS,
     SAME_BUDGET,
     chance_of,
+    mark_doubts,
     on_front,
     points,
     reference,
     spread,
     usable,
 )
+from dyndepth.results.noise import loaded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,6 +138,10 @@ def _scores(
 ) -> Figure:
     found = points(table, metric, across)
     dense = usable(table, metric, across)
+    timed = across.removeprefix("wall_").removesuffix("_speedup") if not front else ""
+    for doubt in DOUBTS if timed else ():
+        column = dense.get(f"wall_{doubt}")
+        mark_doubts(found, dense, doubt, None if column is None else column.map(_names(timed)))
     dense = dense[reference(dense)]
     if found.empty:
         raise UserError("the table holds no method beside dense; there is nothing to compare")
@@ -230,6 +238,11 @@ def _scores(
     return written(figure, path)
 
 
+def _names(key: str) -> Callable[[Any], bool]:
+    """Whether a leaderboard's entry, ``prefill, decode``, names ``key``."""
+    return lambda text: isinstance(text, str) and key in text.split(", ")
+
+
 def _no_front(by_chance: bool, several: bool) -> str:
     if several:
         return "No Pareto front: the runs' settings differ"
@@ -271,8 +284,8 @@ def flops_vs_wallclock(
     ``timing`` is timing.csv. Prefill and decode have a panel each (with many methods: two marks in
     every method's panel), at ``batch`` (default: the smallest) and ``length`` (default: the
     longest at that batch), in one ``mode``. Target speedups stand beside the marks. Bars are 95%
-    intervals over paired runs. Rows marked ``suspect`` are crossed out. Raises UserError where
-    there is nothing to draw.
+    intervals over paired runs. Rows that are ``suspect``, or were timed on a loaded machine, are
+    marked. Raises UserError where there is nothing to draw.
     """
     if "mode" in timing:
         timing = timing[timing["mode"].fillna(EAGER) == mode]
@@ -290,13 +303,10 @@ def flops_vs_wallclock(
     phases = {phase: found for phase, found in phases.items() if len(found)}
     if not phases:
         raise UserError(f"no method beside dense was timed at batch {batch}, length {length}")
-    suspect = table["suspect"].eq(True) if "suspect" in table else False
     for phase, found in phases.items():
-        doubtful = table[(table["phase"] == phase) & suspect]
-        pairs = set(zip(doubtful["label"], doubtful["target_speedup"], strict=True))
-        found["suspect"] = [
-            pair in pairs for pair in zip(found["label"], found["target_speedup"], strict=True)
-        ]
+        own = table[table["phase"] == phase]
+        mark_doubts(found, own, "suspect", own["suspect"].eq(True) if "suspect" in own else None)
+        mark_doubts(found, own, "loaded", own.apply(loaded, axis=1))
     named = "" if mode == EAGER else f" in {mode} mode"
     about = conditions(table, str(batch), str(length))
     title = title or f"saved FLOPs and saved time{named}; {about}"

@@ -40,10 +40,14 @@ TITLES = {"attention": "Attention", "mlp": "MLP"}
 FRONT = "Pareto front"
 CHANCE = "chance"
 SUSPECT = "suspect: faster than its FLOPs allow"
+LOADED = "loaded: timed while more wanted to run than there are processors"
 IDEAL = "ideal: all saved FLOPs become time"
 OTHERS = "the others"
 
 """Legend entries that all panels of a figure share."""
+
+DOUBTS = {"suspect": ("x", SUSPECT), "loaded": ("1", LOADED)}
+"""Columns of points that say why a time is in doubt -> the mark over it, and its legend entry."""
 
 _DPI = 150
 _SALT = "dyndepth"
@@ -121,7 +125,7 @@ def in_order(panels: Iterable[Axes]) -> dict[str, Any]:
             if name not in found or not lone:
                 found[name] = handle
     dense = [name for name in found if name.startswith(f"{DENSE} (")]
-    shared = (DENSE, *dense, CHANCE, OTHERS, IDEAL, SUSPECT)
+    shared = (DENSE, *dense, CHANCE, OTHERS, IDEAL, SUSPECT, LOADED)
     first = {name: handle for name, handle in found.items() if name not in shared}
     fronts = {name: handle for name, handle in first.items() if name.startswith(FRONT)}
     first = {name: handle for name, handle in first.items() if name not in fronts}
@@ -165,10 +169,11 @@ def draw_curve(axis: Axes, own: pd.DataFrame, look: dict[str, Any], label: str, 
             else {"linewidth": 0}  # fmt: skip
         axis.fill_between(own["x"], own["low"], own["high"], facecolor=colour, alpha=0.13,
                           edgecolor=colour, zorder=1, **edge)  # fmt: skip
-    if "suspect" in own and own["suspect"].any():
-        doubtful = own[own["suspect"]]
-        axis.plot(doubtful["x"], doubtful["value"], "x", color=VERMILION, markersize=10, zorder=4,
-                  label=SUSPECT)  # fmt: skip
+    for doubt, (mark, told) in DOUBTS.items():
+        if doubt in own and own[doubt].any():
+            doubtful = own[own[doubt]]
+            axis.plot(doubtful["x"], doubtful["value"], mark, color=VERMILION, markersize=10,
+                      zorder=4, label=told, linestyle="none")  # fmt: skip
 
 
 def scale_of(

@@ -220,6 +220,18 @@ def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
     return found.sort_values(["number", "target_speedup"], ignore_index=True)
 
 
+def mark_doubts(
+    found: pd.DataFrame, table: pd.DataFrame, name: str, doubtful: pd.Series | None
+) -> None:
+    """Add to the ``points`` of ``table``, in place, the column ``name``: True where one of the
+    seeds' rows is ``doubtful`` (by row of ``table``; None: no row is)."""
+    rows = table[doubtful.astype(bool)] if doubtful is not None else table[:0]
+    pairs = set(zip(rows["label"], rows["target_speedup"], strict=True))
+    found[name] = [
+        pair in pairs for pair in zip(found["label"], found["target_speedup"], strict=True)
+    ]
+
+
 def spread(group: pd.DataFrame, column: str) -> tuple[float, float, float]:
     """Mean over seeds, and the lowest and highest end of their intervals where there are some."""
     values = group[column]

@@ -51,6 +51,8 @@ def curves(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> list[Ro
     return _judged(rows, "area_difference")
 
 
+NO_COMPETITOR = "there is no competitor"
+"""Reason of a curve that stands alone in its setting and recovery."""
 BUDGETS = (1.1, 1.25, 1.5, 1.9)
 """Reference budgets of equal_flops.csv by default: dense / executed FLOPs. The last is below
 2: methods end within some percent of their target, and nothing is read off beyond a curve's end."""
@@ -275,5 +277,5 @@ def _judged(rows: list[Row], column: str) -> list[Row]:
             row["verdict"] = verdict(row, column, f"{column}_low", f"{column}_high")
         else:
             row["verdict"] = "not comparable"
-            row.setdefault("reason", "there is no competitor")
+            row.setdefault("reason", NO_COMPETITOR)
     return rows

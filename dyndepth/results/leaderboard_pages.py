@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.identity import CHAT, LEADING, UNHASHED, Row
+from dyndepth.cells.identity import LEADING, UNHASHED, Row
 from dyndepth.cells.naming import changed, lettered, recovered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.markup import markdown_table, plain
-from dyndepth.common.provenance import VERSIONS
+from dyndepth.results.conditions import conditions
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
 from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
 from dyndepth.results.seeds import together
 from dyndepth.results.serving import as_markdown, on_page
+from dyndepth.results.shown import FEW, folders, holds, interval, without_interval
 from dyndepth.results.tables import as_csv
 
 TEMPLATE = "leaderboard.html"
@@ -37,16 +38,6 @@ SCORES = (
     ("rouge_l", "ROUGE-L", 1, 3, True),
 )
 """Scores over all tasks: column, label, factor for people, digits, whether larger is better."""
-
-CONDITIONS = (
-    *("model", "model_fingerprint", "tokenizer_fingerprint", "dtype", "device", "device_name"),
-    "threads",
-    *("attn_implementation", "batch_size", "tasks", "num_fewshot", "limit", "sample_seed"),
-    *CHAT,
-    *("data_fingerprint", "dyndepth", "harness_code", "git_commit"),
-    *("torch", "transformers", "lm_eval"),
-)
-"""What is told of the cells beneath the table, each value once."""
 
 SEEDS = (
     "Where a setting ran with several seeds, its row is their mean, and the interval reaches from "
@@ -83,7 +74,7 @@ def board(
     -> where it was read).
     """
     groups: dict[tuple[Any, ...], list[tuple[Cell, Row]]] = {}
-    letters, stand_for = lettered(rows, runs)
+    letters, stand_for = lettered(rows, folders(runs))
     words = {row["cell"]: found for row, found in zip(rows, letters, strict=True)}
     for cell, row in zip(cells, rows, strict=True):
         if cell.evaluated:
@@ -91,8 +82,10 @@ def board(
             groups.setdefault(key, []).append((cell, row))
     scores = _scores(cells, rows)
     entries = [_entry(members, scores, words, rows) for members in groups.values()]
-    first = list(dict.fromkeys(entry["setting"] for entry in entries))
-    entries.sort(key=lambda entry: first.index(entry["setting"]))
+    entries.sort(key=lambda entry: (len(entry["setting"]), entry["setting"]))
+    for entry in entries:
+        _, *ends = entry["scores"].get("mean_acc", (None, None, None))
+        entry["guessed"] = holds(entry["chance"], *ends)
     failed = [
         _labels(row, words)
         | {"seed": row["seed"], "cell": row["cell"], "error": str(row.get("error") or "")}
@@ -107,8 +100,9 @@ def board(
         "failed": failed,
         "published": _published(rows, words),
         "serving": on_page(rows, letters),
-        "conditions": _conditions(rows),
-        "chance": _chance(list(guesses)),
+        "conditions": conditions(rows),
+        "chance": _chance(list(guesses), any(entry["guessed"] for entry in entries)),
+        "few": without_interval(rows),
         "runs": stand_for,
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
         | {"walls": f"Beside wall-clock: {legend()}."},
@@ -155,12 +149,15 @@ def _entry(
     }
 
 
-def _chance(found: Sequence[tuple[str, float]]) -> str:
-    """What guesses score, in a few words; by setting where that differs. Empty if unknown."""
+def _chance(found: Sequence[tuple[str, float]], marked: bool) -> str:
+    """What guesses score, in a few words; by setting where that differs, and what ``FEW`` says
+    where it stands. Empty if unknown."""
     values = {f"{value:.3f}": setting for setting, value in reversed(found)}
     if len(values) < 2:
-        return "".join(f"chance: {value}" for value in values)
-    return "chance: " + ", ".join(f"{value:.3f} ({setting})" for setting, value in found)
+        text = "".join(f"chance: {value}" for value in values)
+    else:
+        text = "chance: " + ", ".join(f"{value:.3f} ({setting})" for setting, value in found)
+    return f"{text}; {FEW}: it is inside of the interval" if marked else text
 
 
 def html(found: Board) -> str:
@@ -292,17 +289,6 @@ def _published(rows: Sequence[Row], words: dict[str, str]) -> list[Row]:
     return found
 
 
-def _conditions(rows: Sequence[Row]) -> dict[str, list[str]]:
-    found = {}
-    for key in CONDITIONS:
-        values = {str(row.get(key)) for row in rows if row.get(key) not in (None, "")}
-        if key in VERSIONS:
-            values = {value.removeprefix(f"{key}==") for value in values}
-        if values:
-            found[key] = sorted(values)
-    return found
-
-
 NAMES = ("leaderboard.csv", "leaderboard.md", "leaderboard.html")
 """What the command writes."""
 
@@ -351,6 +337,8 @@ def markdown(found: Board) -> str:
         lines += ["", "Settings:", "", *(f"- {plain(text)}" for text in found["runs"])]
     if any(entry["noise"] for entry in found["entries"]):
         lines += ["", found["texts"]["walls"]]
+    if found["few"]:
+        lines += ["", f"{found['few'][0].upper()}{found['few'][1:]}."]
     if found["chance"] and any(score["key"] == "mean_acc" for score in fixed):
         lines += ["", f"Mean accuracy by {found['chance']}."]
     if any(len(entry["seeds"]) > 1 for entry in found["entries"]):
@@ -387,10 +375,10 @@ def _entries(entries: Sequence[Row], scores: Sequence[Row], walls: Sequence[Row]
         name = ", ".join(filter(None, (entry["name"], entry["setting"])))
         name += " (control)" if entry["control"] else ""
         texts += [name, f"{entry['target']:g}x", str(len(entry["seeds"]))]
-        texts += [
-            _interval(entry["scores"].get(score["key"]), score["factor"], score["digits"])
-            for score in scores
-        ]
+        for score in scores:
+            guessed = score["key"] == "mean_acc" and entry["guessed"]
+            text = _interval(entry["scores"].get(score["key"]), score["factor"], score["digits"])
+            texts.append(FEW * guessed + text)
         texts += [_interval(entry[key], 1, 2, "x") for key in ("block", "total")]
         texts += [_told(entry, wall["key"]) for wall in walls]
         texts += [_plain(entry["pairs"]), _plain(entry["load"])] if timed else []
@@ -440,10 +428,7 @@ def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequenc
 def _interval(
     found: Sequence[float | None] | None, factor: float, digits: int, unit: str = ""
 ) -> str:
-    if found is None or found[0] is None:
-        return ""
-    texts = [f"{value * factor:.{digits}f}" for value in found if value is not None]
-    return f"{texts[0]}{unit}" + (f" [{texts[1]}, {texts[2]}]" if len(texts) == 3 else "")
+    return "" if found is None else interval(*found, scale=factor, digits=digits, unit=unit)
 
 
 def _plain(value: float | None) -> str:

@@ -15,6 +15,7 @@ from dyndepth.cells.identity import LEADING, UNHASHED, Row
 from dyndepth.cells.naming import lettered, titled
 from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import path_of
 from dyndepth.results.leaderboard import is_control
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, told_of
 from dyndepth.results.seeds import together
@@ -48,7 +49,21 @@ class Shown:
 
 def spread(row: Row, key: str, scale: float = 1, digits: int = 3, unit: str = "") -> str:
     """``value [low, high]`` of a leaderboard row; the ends only where they differ from it."""
-    value, low, high = (row.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    ends = (row.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    return interval(*ends, scale=scale, digits=digits, unit=unit)
+
+
+def interval(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    scale: float = 1,
+    digits: int = 3,
+    unit: str = "",
+) -> str:
+    """``value [low, high]``; no ends where they are unknown or the value itself, nothing without
+    value."""
     if value is None:
         return ""
     text = f"{value * scale:.{digits}f}{unit}"
@@ -59,8 +74,26 @@ def spread(row: Row, key: str, scale: float = 1, digits: int = 3, unit: str = ""
 
 def by_chance(row: Row) -> bool:
     """Whether the interval of a row's mean accuracy holds what guesses score."""
-    low, chance, high = (row.get(key) for key in ("mean_acc_low", "chance", "mean_acc_high"))
-    return low is not None and chance is not None and low <= chance <= high
+    return holds(row.get("chance"), row.get("mean_acc_low"), row.get("mean_acc_high"))
+
+
+def holds(chance: float | None, low: float | None, high: float | None) -> bool:
+    """Whether ``chance`` is inside of an interval; False where one of them is unknown."""
+    return None not in (chance, low, high) and low <= chance <= high  # type: ignore[operator]
+
+
+def folders(runs: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]] | None:
+    """``runs`` (cell -> where it was read) by the folders' names alone, for what leaves this
+    machine; with as much of the path as tells them apart."""
+    if runs is None:
+        return None
+    parts = {run: path_of(run).resolve().parts for where in runs.values() for run in where}
+    longest = max(map(len, parts.values()), default=1)
+    for count in range(1, longest + 1):
+        names = {run: "/".join(own[-count:]) for run, own in parts.items()}
+        if len(set(names.values())) == len(set(parts.values())):
+            break
+    return {cell: [names[run] for run in where] for cell, where in runs.items()}
 
 
 def full_name(row: Row) -> str:
@@ -183,13 +216,37 @@ def _averaged(group: Sequence[Row]) -> Row:
     return together(group) | own
 
 
+SCORED = {"bits_per_byte": "bits/byte", "mean_acc": "mean acc", "rouge_l": "ROUGE-L"}
+"""Columns of scores that have intervals, and their headings."""
+
+
+def without_interval(rows: Sequence[Row], texts: Iterable[str] | None = None) -> str:
+    """Why scores of ``rows`` have no interval, as far as they are among ``texts`` (default: all of
+    them); empty where all have one."""
+    from dyndepth.results.statistics.intervals import LEAST  # numpy comes late
+
+    shown = None if texts is None else set(texts)
+    scored, bare = set(), set()
+    for key in SCORED:
+        for row in rows:
+            if row.get(key) is not None and (shown is None or _as_shown(row, key) in shown):
+                scored.add(key)
+                bare |= {key} if row.get(f"{key}_low") is None else set()
+    if not bare:
+        return ""
+    names = "" if bare == scored else f" of {', '.join(SCORED[k] for k in SCORED if k in bare)}"
+    return f"fewer than {LEAST} documents a task: no intervals{names}"
+
+
+def _as_shown(row: Row, key: str) -> str:
+    return _accuracy(row) if key == "mean_acc" else spread(row, key)
+
+
 def about(rows: Sequence[Row], texts: Iterable[str], stand_for: Sequence[str] = ()) -> str:
     """One line that says what the texts of a table mean, only of what stands there."""
     texts = list(texts)
     parts = ["[..]: 95% intervals"] if any("[" in text for text in texts) else []
-    scored = [row for row in rows if row.get("mean_acc") is not None]
-    if scored and all(row.get("mean_acc_low") is None for row in scored):
-        parts.append("fewer than 10 documents a task: no intervals")
+    parts += filter(None, (without_interval(rows, texts),))
     guessed = {f"{row['chance']:.3f}" for row in rows if by_chance(row)}
     if any(text.startswith(FEW) for text in texts):
         parts.append(f"{FEW}: chance ({', '.join(sorted(guessed))}) is inside")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dyndepth.cells.identity import Row
 from dyndepth.common.markup import latex_table, markdown_table
-from dyndepth.results.shown import about, board_rows, chosen, headings
+from dyndepth.results.shown import about, board_rows, chosen, folders, headings
 from dyndepth.results.tables import csv_text
 
 
@@ -24,7 +24,7 @@ def written(
 def _latex(
     rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
 ) -> str:
-    found, stand_for = board_rows(rows, runs)
+    found, stand_for = board_rows(rows, folders(runs))
     columns = chosen(found, keys)
     texts = [[each.text(row) for each in columns] for row in found]
     return latex_table(
@@ -40,7 +40,7 @@ def _latex(
 def _markdown(
     rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
 ) -> str:
-    found, stand_for = board_rows(rows, runs)
+    found, stand_for = board_rows(rows, folders(runs))
     columns = chosen(found, keys)
     texts = [[each.text(row) for each in columns] for row in found]
     table = markdown_table(headings(columns, found), texts)
@@ -65,6 +65,10 @@ FORMS: dict[str, Form] = {"latex": _latex, "markdown": _markdown, "csv": _csv}
 """Name of ``--format`` -> what writes it."""
 
 
+def _s(count: str) -> str:
+    return "" if count == "1" else "s"
+
+
 def _caption(rows: Sequence[Row], texts: Sequence[Sequence[str]], stand_for: Sequence[str]) -> str:
     """What a reader of the table alone must know: model, documents, intervals, speedups."""
 
@@ -81,7 +85,8 @@ def _caption(rows: Sequence[Row], texts: Sequence[Sequence[str]], stand_for: Seq
         "all that is executed",
     ]
     if any(row.get("wall_batch") for row in rows):
-        shape = f"{all_of('wall_batch')} sequences of {all_of('wall_length')} tokens"
+        batch, length = all_of("wall_batch"), all_of("wall_length")
+        shape = f"{batch} sequence{_s(batch)} of {length} token{_s(length)}"
         sentences.append(
             f"Prefill and decode are wall-clock speedups, in pairs with dense: {shape}"
         )

@@ -132,8 +132,9 @@ WALL = "wall speedup [95% interval]"
 
 
 def _conditions(row: Row) -> str:
+    threads = f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
     return (
-        f"{row['device_name']}, {row['dtype']}, {row['threads']} threads, "
+        f"{row['device_name']}, {row['dtype']}, {threads}, "
         f"{row['attn_implementation']}, allocator {row['allocator']}, load {row['load_average']}"
     )
 

@@ -24,6 +24,7 @@ from dyndepth.plots.style import (
     BOUND_DASH,
     CHANCE,
     FRONT,
+    LOADED,
     MARKERS,
     PAGE,
     SUSPECT,
@@ -392,6 +393,29 @@ class TestAccuracy:
         with pytest.raises(UserError, match="no values of wall_decode_speedup"):
             plots.accuracy_vs_wallclock(board.assign(wall_decode_speedup=np.nan))
 
+    @pytest.mark.parametrize("methods", [2, 10])
+    def test_doubtful_times_are_marked(self, tmp_path, methods):
+        board = plots.read_tables(make_run(tmp_path, methods=methods))["leaderboard"]
+        plain = plots.accuracy_vs_wallclock(board, phase="decode")
+        assert not {SUSPECT, LOADED} & set(legend_of(plain))
+        own = (board["method"] == "m0") & (board["target_speedup"] == 2.0)
+        board = board.assign(wall_suspect=None, wall_loaded=None)
+        board.loc[own, "wall_suspect"] = "prefill, decode"
+        board.loc[board["method"] == "m1", "wall_loaded"] = "decode"
+        figure = plots.accuracy_vs_wallclock(board, phase="decode")
+        assert {SUSPECT, LOADED} <= set(legend_of(figure))
+        marked = {
+            label: [line for axis in figure.axes if (line := lines(axis).get(label))]
+            for label in (SUSPECT, LOADED)
+        }
+        assert [line.get_xdata() for line in marked[SUSPECT]] == [pytest.approx([1.6])]
+        assert [line.get_xdata() for line in marked[LOADED]] == [pytest.approx([1.0, 1.6])]
+        prefill = plots.accuracy_vs_wallclock(board, phase="prefill")
+        assert SUSPECT in legend_of(prefill)
+        assert LOADED not in legend_of(prefill)
+        # No doubt about a time is one about FLOPs.
+        assert SUSPECT not in legend_of(plots.accuracy_vs_flops(board))
+
     def test_dense_alone_is_nothing_to_compare(self, board):
         with pytest.raises(UserError, match="nothing to compare"):
             plots.accuracy_vs_flops(board[board["method"] == "dense"])
@@ -419,6 +443,14 @@ class TestTimes:
         for both in ([timing, asked], [asked, timing]):
             figure = plots.flops_vs_wallclock(pd.concat(both))
             assert lines(figure.axes[1])["m0"].get_ydata() == pytest.approx([1.0, 1.6])
+
+    def test_times_of_a_loaded_machine_are_marked(self, run):
+        timing = plots.read_tables(run)["timing"].assign(cores=2, load_average=1.0)
+        assert LOADED not in legend_of(plots.flops_vs_wallclock(timing))
+        timing.loc[timing["phase"] == "decode", "load_average"] = 3.0
+        prefill, decode = map(lines, plots.flops_vs_wallclock(timing).axes)
+        assert LOADED in decode
+        assert LOADED not in prefill
 
     def test_modes_have_a_figure_each(self, run):
         timing = plots.read_tables(run)["timing"]
@@ -539,6 +571,23 @@ class TestHeatmaps:
         colours = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
         assert colours["80"] == "black"
 
+    def test_a_share_of_few_documents_stays_empty(self, run):
+        tables = plots.read_tables(run)
+        accuracy = tables["accuracy"]
+        few = (accuracy["task"] == "one") & (accuracy["method"] == "m0")
+        assert "Empty" not in texts(plots.retained_by_task(accuracy, tables["compute"]))
+        part = accuracy.assign(n=accuracy["n"].mask(few, 9))
+        table = plots.retained(part, tables["compute"])
+        empty = table[table["retained"].isna()]
+        assert set(zip(empty["task"], empty["label"], strict=True)) == {("one", "m0")}
+        figure = plots.retained_by_task(part, tables["compute"])
+        assert "Empty: fewer than 10 documents." in texts(figure)
+        assert "–" not in texts(figure)
+        # Of few documents of dense nothing is a share.
+        few = accuracy["method"] == "dense"
+        table = plots.retained(accuracy.assign(n=accuracy["n"].mask(few, 9)), tables["compute"])
+        assert table["retained"].isna().all()
+
     def test_executed_in_run(self, run):
         routing = plots.read_tables(run)["routing"]
         figure = plots.executed_in_run(routing, target_speedup=1.25)
@@ -627,7 +676,8 @@ def test_several_runs_stand_in_one_figure_with_letters(tmp_path):
             Store(tmp_path / name).write(make_cell(right, speedup, method=method, **changes))
     tables = plots.read_runs([tmp_path / "a", tmp_path / "b"])
     board = tables["leaderboard"]
-    assert list(dict.fromkeys(board["label"])) == ["dense (A)", "m0 (A)", "dense (B)", "m0 (B)"]
+    named = ["dense (A)", "m0 (A)", "dense (B)", "m0 (B)"]
+    assert list(board["label"].cat.categories) == named
     found = dict(figures(tables=tables))
     figure = found["accuracy_vs_flops"]()
     shown = texts(figure)

@@ -10,13 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cells import cell
+from cells import cell, identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from test_statistics import point, scored
 
+from dyndepth.cells.cell import Cell
 from dyndepth.cells.store import Store
+from dyndepth.common import registry
 from dyndepth.common.errors import UserError
 from dyndepth.compare import main
 from dyndepth.results import console, standing
@@ -583,6 +585,77 @@ def test_the_first_page_says_how_a_method_stands(tmp_path, capsys):
     assert "--all" in rest[-1]
     assert main([str(tmp_path / "run"), "--methods", "nobody"]) == 2
     assert "there is no curve of 'nobody'; --methods takes " in capsys.readouterr().err
+
+
+def _written(folder, *cells):
+    for each in cells:
+        Store(folder).write(each)
+    return str(folder)
+
+
+def _printed(capsys, *words):
+    assert main([*words]) == 0
+    return capsys.readouterr().out
+
+
+def _titles(printed):
+    lines = [line for line in printed.splitlines() if not line.startswith("the rest")]
+    return [line.partition(" against ")[0] for line in lines if " against " in line]
+
+
+def _many(own="mine", **changes):
+    """Dense, five methods of the suite, and a user's own, the worst."""
+    dense = np.random.default_rng(0).normal(1.0, 0.2, DOCUMENTS)
+    add = {"metric": "bits_per_byte"}
+    names = [name for name in registry.methods() if name != "dense"][:5]
+    cells = [made(dense, **add, **changes)]
+    for place, name in enumerate([*names, own]):
+        noise = np.random.default_rng(place + 1).normal(0, 0.01, DOCUMENTS)
+        cells.append(made(dense + 0.1 * (place + 1) + noise, 1.5, method=name, **add, **changes))
+    return cells, names
+
+
+def test_one_s_own_method_comes_first_and_then_the_best_three(tmp_path, capsys):
+    cells, names = _many()
+    printed = _printed(capsys, _written(tmp_path / "run", *cells))
+    assert _titles(printed) == ["mine", *names[:3]]
+    assert f"2 more methods: {names[3]}, {names[4]}" in printed.splitlines()
+    cells.pop(5)
+    printed = _printed(capsys, _written(tmp_path / "less", *cells))
+    assert f"1 more method: {names[3]}" in printed.splitlines()
+
+
+@pytest.mark.parametrize("words", [[], ["--methods", "mine"]])
+def test_one_s_own_method_of_another_setting_says_what_differs(tmp_path, capsys, words):
+    cells, names = _many()
+    suite = _written(tmp_path / "suite", *cells[:-1])
+    own, _ = _many(limit={"one": 7, "two": 7})
+    mine = _written(tmp_path / "mine", own[0], own[-1])
+    printed = _printed(capsys, mine, suite, *words)
+    assert _titles(printed)[0] == "mine, A"
+    assert "mine, A against dense" in printed
+    assert "no competitor" not in printed
+    (said,) = [line for line in printed.splitlines() if " stands alone: " in line]
+    assert "it was scored with limit=7, the others with limit=" in said
+    assert f"({names[0]}, B)" in said
+    assert f"`dyndepth sweep --methods 'mine,{names[0]}'`" in said
+    alone = _printed(capsys, mine, *words)
+    assert "mine stands alone: no other method was run in its setting; `dyndepth sweep" in alone
+
+
+def test_what_failed_is_one_line_and_a_short_curve_says_how_far_it_goes(tmp_path, capsys):
+    cells, names = _many()
+    failed = [
+        Cell(identity(method=name, target_speedup=1.5, phases="both"), status="error", error="no")
+        for name in ("broken", names[1])
+    ]
+    run = _written(tmp_path / "run", cells[0], cells[1], *failed)
+    printed = _printed(capsys, run, "--at", "1.25", "1.6", "1.9")
+    assert _titles(printed) == [names[0]]
+    assert printed.count("broken") == 1
+    assert printed.count("measured") - printed.count("not measured") == 1
+    assert "; measured up to 1.50x" in printed
+    assert "of dense's block FLOPs" not in printed
 
 
 def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from dyndepth.leaderboard import main
 from dyndepth.results.console import show_leaderboard
 from dyndepth.results.leaderboard import leaderboard, speedups, wall_speedups
 from dyndepth.results.leaderboard_pages import NAMES, board, markdown
+from dyndepth.results.shown import folders
+from dyndepth.results.shown_formats import written
 from dyndepth.results.statistics.intervals import expected_margin, mean_score, retained
 
 
@@ -335,6 +338,53 @@ def test_printed_rows_of_several_settings_say_which_is_theirs(capsys, monkeypatc
     assert "B: runs/b, num_fewshot=5" in told
 
 
+def test_letters_follow_the_order_of_the_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    for name, shots in (("five", 5), ("none", 0)):
+        for method in ("dense", "m"):
+            Store(tmp_path / name).write(cell(method=method, num_fewshot=shots))
+    one, other = str(tmp_path / "five"), str(tmp_path / "none")
+    for runs, shots in (((one, other), ("5", "0")), ((other, one), ("0", "5"))):
+        assert main([*runs]) == 0
+        told = capsys.readouterr().out
+        for letter, run, count in zip("AB", runs, shots, strict=True):
+            assert f"{letter}: {run}, num_fewshot={count}" in told.splitlines()
+        for form in ("latex", "markdown"):
+            assert main([*runs, "--format", form]) == 0
+            told = capsys.readouterr().out.replace("\\_", "_")
+            assert str(tmp_path) not in told
+            assert f"A: {Path(runs[0]).name}, num_fewshot={shots[0]}" in told
+
+
+def test_runs_of_one_folder_name_are_told_apart():
+    runs = {"1": ["/tmp/x/run"], "2": ["/tmp/y/run", "/tmp/x/run"]}
+    assert folders(runs) == {"1": ["x/run"], "2": ["y/run", "x/run"]}
+
+
+def test_one_sequence_is_no_sequences(capsys):
+    one = cell([1, 0] * 10)
+    one.timing = [{"phase": "decode", "batch": 1, "length": 1, "wall_speedup": 1.2}]
+    for form in ("latex", "markdown"):
+        assert "in pairs with dense: 1 sequence of 1 token." in written(form, leaderboard([one]))
+
+
+def test_a_missing_interval_has_its_reason(capsys):
+    cells = [cell([1, 0] * 10), cell([1, 0] * 10, method="m")]
+    for one in cells:
+        rouge = {"task": "two", "metric": "rougeL", "value": 0.5, "stderr": 0.1, "n": 4}
+        one.accuracy.append(one.accuracy[0] | rouge)
+    rows = leaderboard(cells)
+    said = "fewer than 10 documents a task: no intervals of ROUGE-L"
+    show_leaderboard(rows)
+    assert said in " ".join(capsys.readouterr().out.split())
+    for form in ("latex", "markdown"):
+        assert said in written(form, rows)
+        assert said not in written(form, rows, keys=["method", "mean_acc"])
+    assert said[1:] in markdown(board(cells, rows))
+    plain = [cell([1, 0] * 10)]
+    assert "fewer than" not in markdown(board(plain, leaderboard(plain)))
+
+
 def test_a_share_s_interval_ends_at_one():
     one = cell([1, 0] * 5)
     one.accuracy.append(one.accuracy[0] | {"metric": "rougeL", "value": 0.99, "stderr": 0.1})
@@ -403,8 +453,14 @@ def test_an_accuracy_that_guesses_reach_is_marked(capsys):
     printed = capsys.readouterr().out
     assert "~0.500 [" in printed
     assert "~: chance (0.500) is inside" in printed
-    show_leaderboard(leaderboard([asked([1] * 20)]))
+    assert "| ~0.500 [" in markdown(board([asked([1, 0] * 10)], rows))
+    sure = [asked([1] * 20)]
+    show_leaderboard(leaderboard(sure))
     assert "~" not in capsys.readouterr().out
+    page = markdown(board(sure, leaderboard(sure)))
+    assert "~" not in page
+    # Neither has what is 100 % of dense in every draw any ends.
+    assert "| 1.000 | 100.0 |" in page
 
 
 def test_seeds_are_one_row(capsys):

@@ -175,6 +175,20 @@ def test_conditions_hold_what_makes_cells_comparable_without_prefixes():
         assert f"\n- {line}\n" in text
 
 
+def test_conditions_of_some_settings_are_not_those_of_all():
+    chat = {"apply_chat_template": "default", "system_instruction": "Answer briefly."}
+    cells = _settings(**chat)
+    found = board(cells, leaderboard(cells))["conditions"]
+    assert found["apply_chat_template"] == ["default", "none"]
+    assert found["system_instruction"] == ["Answer briefly.", "none"]
+    assert "- system_instruction: Answer briefly.; none" in markdown(
+        board(cells, leaderboard(cells))
+    )
+    # Nothing is said where none has it, and nothing added where all have the same.
+    assert "fewshot_as_multiturn" not in found
+    assert found["model"] == ["tiny"]
+
+
 def test_controls_are_marked_beside_bounds():
     cells = _cells()
     for one in cells:
@@ -704,6 +718,30 @@ def test_controls_are_grey_and_named_and_leave_the_colours_to_methods(browser, t
     assert [text for text in _texts(browser, "#competitors th") if text.endswith("control")]
 
 
+def test_failed_methods_are_counted_as_failed_alone(browser, tmp_path):
+    cells = _cells(1)
+    dense = next(one for one in cells if one.identity["method"] == "dense")
+    dense.provenance["paper"] = "control"
+    for name in ("one", "two", "three"):
+        failed = identity(method=name, target_speedup=2.0, phases="both")
+        cells.append(Cell(failed, status="error", error="no"))
+    cells.sort(key=order)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    (said,) = _texts(browser, "#summary")
+    assert said.startswith("1 method, 1 bound and 1 control in 5 settings of the model tiny; 4 ")
+
+
+def test_an_accuracy_that_guesses_reach_is_marked_on_the_page(browser, tmp_path):
+    cells = [_one(100), _one(160, method="m", target_speedup=1.5)]
+    for one in cells:
+        for row in one.samples:
+            row["loglikelihoods"] = "[-1.0, -2.0]"
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    (marked,) = _texts(browser, "#competitors .guessed")
+    assert marked.startswith("~0.500")
+    assert _texts(browser, "#chance")[0].endswith("~: it is inside of the interval.")
+
+
 def test_points_of_several_settings_are_never_one_line(browser, tmp_path):
     cells = _settings(num_fewshot=5, harness_code="1a2b3c4d5e6f")
     _width(browser, 1280)
@@ -761,6 +799,27 @@ def test_nothing_is_wider_than_the_screen(browser, tmp_path, width, methods):
         });
     """)
     assert len(set(marks)) == len(marks) == methods + 2
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_every_column_fits_on_a_screen_of_1280(browser, tmp_path, graphs):
+    cells = [_one(200, method="dense"), _one(100, method="a_rather_long_name", target_speedup=1.5)]
+    for one in cells:
+        scores = {"metric": "rougeL", "value": 0.255, "stderr": 0.02, "task": "words"}
+        one.accuracy.append(one.accuracy[0] | scores)
+        more = {"repeats": 30, "load_average": 13.5, "cores": 2, "suspect": True}
+        for row in one.timing:
+            row |= more
+        if graphs:
+            one.timing += [row | {"mode": "graphs"} for row in one.timing]
+    _width(browser, 1280)
+    browser.get(write(cells, leaderboard(cells), tmp_path)[2].as_uri())
+    box = browser.execute_script(
+        "const b = document.querySelector('#board').parentElement;"
+        "return [b.scrollWidth, b.clientWidth, document.querySelectorAll('#board thead th').length]"
+    )
+    assert box[2] == 14 + graphs
+    assert box[0] <= box[1]
 
 
 def test_template_is_shipped_as_package_data():
