@@ -319,7 +319,7 @@ def test_the_pages_tell_whether_the_present_code_was_run(tmp_path):
         (["checks", "--device", "cuda:99"], "device 'cuda:99' is not usable here"),
         (["checks", "--device", "spread"], "this command measures one device"),
         (["--device", "cpu"], "no GPU is here to be measured; --small --device cpu shows"),
-        (["--minutes", "0"], "--minutes takes a number above 0, not 0"),
+        (["--minutes", "0"], "--minutes takes a number above 0, not '0'"),
         (["all"], "there is no gpu 'all'; say checks or training, or give flags alone"),
     ],
 )

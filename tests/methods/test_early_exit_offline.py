@@ -83,7 +83,8 @@ def test_sums_over_first_generated_tokens_are_those_of_each_run(tiny, family, co
     """One generated token after each prompt: all that it sees ran at full depth."""
     model = tiny(family, num_hidden_layers=LAYERS)
     ids, targets = text(60, 8)
-    method = EarlyExit(target_speedup=2, confidence=confidence, first_exit=2, every=2)
+    how = {"confidence": confidence, "phases": "generation"}
+    method = EarlyExit(target_speedup=2, first_exit=2, every=2, **how)
     table = offline.table(method, model, ids, targets).since(7)
     limits = between(table, 7)
     speedups, executed = table.speedup(limits), table.executed(limits)

@@ -67,7 +67,9 @@ SWEEP = (
 )
 def test_nobody_reads(words, place):
     done = unread(words, place)
-    assert (done.returncode, done.stderr) == (0, "")
+    # transformers shows how far it is with loading.
+    told = [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
+    assert (done.returncode, told) == (0, [])
 
 
 def test_findings_are_counted_though_nobody_reads_them(place):

@@ -25,10 +25,11 @@ GIB = 2**30
 
 COMPUTE_SHARE = 0.5
 """Share of the peak that prompts and training reach on a machine that is planned for. Measured on
-an H200 in bfloat16: a block of the Llama-3-8B shape at 8 x 2048 tokens runs at 0.51 of the peak."""
+an H200 in bfloat16: a block in the shape of an 8B model at 8 x 2048 tokens runs at 0.51 of
+the peak."""
 BANDWIDTH_SHARE = 0.5
 """Share of the bandwidth that decoding reaches. Measured on an H200 in bfloat16: 7.0 ms a step of
-the Llama-3-8B shape from a CUDA graph, where the bytes allow 3.4."""
+that shape from a CUDA graph, where the bytes allow 3.4."""
 LAUNCH = 0.65e-3
 """Seconds that the host takes to launch a block on a GPU. Measured beside the H200, eagerly."""
 
