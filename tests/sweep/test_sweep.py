@@ -359,7 +359,7 @@ class TestRun:
         assert ("a", "error", "") in {(r["method"], r["status"], r["value"]) for r in accuracy}
         captured = capsys.readouterr()
         assert "a at 1.5x, seed 0: failed: ValueError: no such layer" in captured.err
-        assert "a FAILED" in captured.out
+        assert "a(phases=x) FAILED" in captured.out
         summary = json.loads(captured.out.splitlines()[-1])["sweep"]
         assert (summary["cells"], summary["done"], summary["failed"]) == (3, 2, 1)
         assert Path(summary["leaderboard"]).is_file()
@@ -583,7 +583,7 @@ class TestRun:
         ]
         said = capsys.readouterr().out
         assert "a at 1.5x, seed 0, lora" in said
-        assert "recovery" in said
+        assert "a(phases=x) + lora" in said
         for name in ("accuracy.csv", "compute.csv", "routing.parquet"):
             found = {row["recovery"] for row in _table(settings.output_path / name)}
             assert found == {"none", lora}
