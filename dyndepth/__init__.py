@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HERE = Path(__file__).resolve().parent
-_METHODS = _HERE.parent / "methods" / "__init__.py"
 
 
 class _Beside:
@@ -38,12 +36,10 @@ class _Beside:
         """As ``importlib`` asks; ``path`` is the package's own, that of no other checkout."""
         if name != f"{__name__}.methods" or path != __path__:
             return None
-        return spec_from_file_location(
-            name, _METHODS, submodule_search_locations=[str(_METHODS.parent)]
-        )
+        return PathFinder.find_spec(name, [str(_HERE.parent)])
 
 
-if not (_HERE / "methods").is_dir() and _METHODS.is_file():
+if not (_HERE / "methods").is_dir() and (_HERE.parent / "methods" / "__init__.py").is_file():
     # A checkout, installed or not: its methods/ lies beside this folder, not in it.
     sys.meta_path.append(_Beside)
 
