@@ -119,7 +119,7 @@ def unsaved(modules: Sequence[Any]) -> Iterator[None]:
                 return getattr(stock, name)(module, *args, **kwargs)
             raise UserError(
                 "a method is attached, and what would be saved is the model without it: save "
-                "behind the `with` block, or the model with the method by `python -m "
+                "after the `with` block, or the model with the method by `python -m "
                 "dyndepth.export`"
             )
 

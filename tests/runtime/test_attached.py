@@ -779,7 +779,7 @@ def test_files_of_an_attached_model(tiny, tmp_path):
     with attach(model, PLAN):
         assert list(model.state_dict()) == names
         for part in (model, decoder(model)):
-            with pytest.raises(UserError, match="save behind the `with` block.*dyndepth.export"):
+            with pytest.raises(UserError, match="save after the `with` block.*dyndepth.export"):
                 part.save_pretrained(tmp_path)
             with pytest.raises(UserError, match="a method is attached"):
                 part.push_to_hub("somewhere")
