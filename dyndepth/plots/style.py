@@ -40,7 +40,7 @@ TITLES = {"attention": "Attention", "mlp": "MLP"}
 FRONT = "Pareto front"
 CHANCE = "chance"
 SUSPECT = "suspect: faster than its FLOPs allow"
-LOADED = "loaded: timed while more wanted to run than there are processors"
+LOADED = "loaded: timed on a busy machine"
 IDEAL = "ideal: all saved FLOPs become time"
 OTHERS = "the others"
 
