@@ -111,7 +111,8 @@ def _table(path: Path) -> pd.DataFrame:
         validate(path.name, table)
     except UserError as fault:
         raise UserError(f"{path.parent}: {fault}; {remedy}") from fault
-    return table
+    # In one piece: columns that a file of before lacks were put in one by one.
+    return table.copy()
 
 
 def _check_fields(path: Path) -> None:

@@ -188,7 +188,7 @@ def flags() -> list[Case]:
         Case("rerun-cell", "rerun run zz", "'zz'", "first column"),
         Case("pages-flag", "pages --chek", "--chek", help_),
         Case("ls-what", "ls cats", "'cats'", "methods"),
-        Case("ls-nothing", "ls", "what", help_),
+        Case("ls-two", "ls methods tasks", "'tasks'", help_),
         Case("bench-part", "bench --parts shape", "'shape'", help_),
         Case("bench-repeats", "bench --repeats 0", "--repeats", least),
         Case("recovered-none", f"recovered --methods uls {TINY} --recovery none", "none", "lora"),
