@@ -22,8 +22,8 @@ from dyndepth.common.errors import MethodFault, RunFailed, UserError
 from dyndepth.common.modes import MODES
 from dyndepth.common.paths import EMBEDDED, path_of
 from dyndepth.common.pipes import outlive_readers
-from dyndepth.common.registry import check_one_tree
 from dyndepth.common.spec import nearest
+from dyndepth.common.trees import check_one_tree
 
 if TYPE_CHECKING:
     from rich.console import Console

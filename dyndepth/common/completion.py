@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from dyndepth.common.registry import methods
-
 ASKED = "_ARGCOMPLETE"
 """Variable by which the shell asks: from which word of the line on is completed."""
 
@@ -57,4 +55,6 @@ def _among(values: Sequence[str], **_: Any) -> Sequence[str]:
 
 def _methods(prefix: str, **_: Any) -> list[str]:
     before, comma, _last = prefix.rpartition(",")
+    from dyndepth.common.registry import methods
+
     return [f"{before}{comma}{name}" for name in methods()]

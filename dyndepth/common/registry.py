@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.culprits import culprit, definition, import_failure
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.common.spec import checked, name_of, nearest, parameters_of, split
+from dyndepth.common.trees import check_one_tree
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod
@@ -23,20 +22,6 @@ if TYPE_CHECKING:
 
 GROUP = "dyndepth.methods"
 """Of entry points; and the package of the methods that come with the suite."""
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def check_one_tree() -> None:
-    """Raises UserError if this package and its methods come from different folders: a second
-    checkout that is not installed, say, in an environment of the first."""
-    found = find_spec(GROUP)
-    here = "run `pip install -e .` in the one that you mean, or use its own environment"
-    if found is None or found.origin is None:
-        raise UserError(f"there are no methods beside {_PACKAGE}; {here}")
-    methods = Path(found.origin).resolve().parent
-    if methods not in (_PACKAGE / "methods", _PACKAGE.parent / "methods"):
-        raise UserError(f"the suite is of {_PACKAGE}, but its methods are of {methods}; {here}")
 
 
 @functools.cache

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import paragraphs, read_text
 from dyndepth.common.paths import path_of
@@ -108,6 +106,8 @@ def continued(
 def shaded(routes: Routes, document: str, shades: str = SHADES) -> list[str]:
     """The route of one document in lines of at most 80 columns: for attention and MLP a mark a
     block (``shades``: from no token to all), and the tokens that execute least and most."""
+    import numpy as np
+
     from dyndepth.method import SUBLAYERS  # it loads torch
 
     rows = routes.document(document)
