@@ -275,6 +275,7 @@ class TestReport:
         assert any(line.startswith("skipgpt") for line in lines)
         assert len(lines) > 12
         assert max(map(len, lines)) <= 80
+        assert "left out at this width: TFLOPs, scoring, timing" in " ".join(out.split())
         assert re.search(r"about [\d.]+ (s|min|h|days) in all on NVIDIA H100", out)
 
     def test_many_cells_are_grouped(self, printed):

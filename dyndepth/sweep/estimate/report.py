@@ -127,10 +127,13 @@ def _print_cells(whole: Estimate, phases: str) -> None:
         ),
         Column("all", [duration(sum(one.seconds for one in row)) for row in rows]),
     ]
+    caption = f"where a method has the choice, it skips in phases={phases}"
     if narrow(WIDE):
         # Names come first; the sums of the parts stand below.
-        columns = [one for one in columns if one.heading in ("cell", "fit", "fitting", "all")]
-    print_columns(columns, title, f"where a method has the choice, it skips in phases={phases}")
+        kept = [one for one in columns if one.heading in ("cell", "fit", "fitting", "all")]
+        gone = [one.heading for one in columns if one not in kept]
+        columns, caption = kept, f"{caption}; left out at this width: {', '.join(gone)}"
+    print_columns(columns, title, caption)
 
 
 def _grouped(cells: Sequence[Planned]) -> list[list[Planned]]:
