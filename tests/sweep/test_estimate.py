@@ -326,7 +326,8 @@ def test_a_model_that_is_here_is_loaded_and_measured(folder, tmp_path, monkeypat
     out = capsys.readouterr().out
     assert re.search(r"the model runs on cpu at [\d,]+ GFLOP/s and [\d.]+ GB/s \(measured\)", out)
     assert "before that the model is loaded" in out
-    assert "calibrates" in out
+    # What another test fitted on such a model is in the cache.
+    assert "calibrates" in out or "cached" in out
 
 
 def test_sizes_of_known_tasks_have_a_source():
