@@ -321,13 +321,14 @@ def test_tokens_are_those_of_the_run(folder):
 def test_a_model_that_is_here_is_loaded_and_measured(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--model", str(folder / "model"), "--corpus", str(folder / "corpus.txt"), "--dry_run"]
-    words += ["--tasks", "quartz", "--limit", "3", "--device", "cpu", "--methods", "static_pruning"]
-    assert sweep.main([*words, "--speedups", "1.3", "--timing", "off"]) == 0
+    # Windows that no other test asks for: nobody left such a fit in the cache.
+    words += ["--methods", "static_pruning(windows=3, length=17)", "--tasks", "quartz"]
+    words += ["--limit", "3", "--device", "cpu", "--speedups", "1.3", "--timing", "off"]
+    assert sweep.main(words) == 0
     out = capsys.readouterr().out
     assert re.search(r"the model runs on cpu at [\d,]+ GFLOP/s and [\d.]+ GB/s \(measured\)", out)
     assert "before that the model is loaded" in out
-    # What another test fitted on such a model is in the cache.
-    assert "calibrates" in out or "cached" in out
+    assert "calibrates" in out
 
 
 def test_sizes_of_known_tasks_have_a_source():
