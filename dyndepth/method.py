@@ -30,7 +30,7 @@ The ``masked`` backend also takes a float tensor of that shape and lets its grad
 Granularity = Literal["static", "sequence", "token"]
 Phase = Literal["prompt", "generation", "mixed"]
 Phases = Literal["generation", "both"]
-KVPolicy = Literal["drop", "project", "prompt_only"]
+KVPolicy = Literal["drop", "project", "prompt_only", "evict"]
 
 ATTENTION, MLP = 0, 1
 """Positions of the two sublayers in the last dimension of a plan and of every routing table."""
@@ -56,10 +56,16 @@ class ForwardContext:
         head: final norm and LM head, ``[n, hidden] -> [n, vocabulary]``. Use ``readout``.
         past_real: tokens of each sequence in the cache, padding excluded, int64 ``[batch]``; None
             where nothing is padded.
+        prompt_real: tokens of each sequence's prompt, padding excluded, int64 ``[batch]`` or one
+            number for all; None where all tokens are prompt. See ``generated``.
         foresight: for methods that say ``foresees``, None for all others. Calling it runs the
             same tokens at full depth, past included, and returns the likeliest next token after
             each depth: int64 ``[layers + 1, batch, tokens]``, first that of the embeddings, last
             the dense model's. What it costs is billed to nobody (the ledger's ``padding``).
+        memory: what the method keeps from one forward to the next: name -> tensor whose first
+            dimension is the sequences of the batch. It lives with the cache and follows it: beams,
+            repeated and selected rows; cropping leaves it. Without a cache it is empty at each
+            forward. A method that keeps such a thing on itself mixes up two generations.
         readout_flops: cost of one token's readout.
         bill: ``bill(cause, flops_per_token, tokens)`` puts the method's own arithmetic into the
             ledger; ``tokens`` is a bool mask ``[batch, tokens]`` or None for all valid tokens.
@@ -79,6 +85,8 @@ class ForwardContext:
     readout_flops: float = 0.0
     past_real: Tensor | None = None
     foresight: Callable[[], Tensor] | None = field(default=None, repr=False)
+    memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    prompt_real: int | Tensor | None = None
 
     @cached_property
     def positions(self) -> Tensor:
@@ -89,6 +97,16 @@ class ForwardContext:
         else:
             steps = (self.valid.long().cumsum(1) - 1).clamp_min(0)
         return steps + past
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """Index of each token since the prompt of its sequence ended, the first one's 0: int64
+        ``[batch, tokens]``, 0 as well on the prompt and on padding before it."""
+        if self.prompt_real is None:  # all of it is prompt
+            return torch.zeros_like(self.positions)
+        prompt = self.prompt_real
+        prompt = prompt[:, None] if isinstance(prompt, Tensor) else prompt
+        return (self.positions - prompt).clamp_min(0)
 
     def readout(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits ``[n, vocabulary]`` of the selected tokens, through final norm and LM head.
@@ -165,7 +183,7 @@ class Expenses:
     shipped: bool = False
 
 
-_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save"}
+_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save", "instead", "weights"}
 """What every method has beside its fields: a field of such a name would be overwritten."""
 
 
@@ -189,7 +207,11 @@ class DynamicDepthMethod:
         kv_policy: what becomes of keys and values of a skipped attention. ``drop``: a sequence
             that skips it once skips it always, so nothing is kept. ``project``: they are computed
             from the token's current hidden state and kept. ``prompt_only``: as ``drop``, but for
-            generated tokens only.
+            generated tokens only. ``evict``: a token that skips an attention is invisible in it, to
+            every token after it and for good; nothing of it is computed or kept there.
+        reads_prompt: True if it looks at the prompt although it may skip in generated tokens alone:
+            ``start`` and ``gates`` are then called for the prompt, too, whose gates are overruled
+            to True. What it finds it keeps in the context's ``memory``.
         needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
         uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
             ``Outcomes`` of the documents that are scored) and are listed as bounds.
@@ -219,6 +241,7 @@ class DynamicDepthMethod:
     granularity: ClassVar[Granularity]
     paper: ClassVar[str]
     published_phases: ClassVar[Phases | None] = None
+    reads_prompt: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
@@ -262,6 +285,16 @@ class DynamicDepthMethod:
     def budgeted(self) -> bool:
         """See the class docstring."""
         return True
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether ``instead`` is to be asked: by default, whether the class has one of its own."""
+        return type(self).instead is not DynamicDepthMethod.instead
+
+    @property
+    def weighs(self) -> bool:
+        """Whether ``weights`` is to be asked: by default, whether the class has one of its own."""
+        return type(self).weights is not DynamicDepthMethod.weights
 
     @property
     def fitted(self) -> bool:
@@ -365,7 +398,8 @@ class DynamicDepthMethod:
 
         Returns a plan, bool on the CPU, ``[layers, 2]`` or ``[batch, layers, 2]`` with True =
         execute and the sublayers in the order attention, mlp; or None: then ``gates`` is asked.
-        Not called for forwards that lie wholly in a phase in which the method does not skip.
+        Not called for forwards that lie wholly in a phase in which the method does not skip, unless
+        it says ``reads_prompt``.
         """
         self.context = context
         return None
@@ -378,3 +412,22 @@ class DynamicDepthMethod:
         runtime, so a method need not treat them.
         """
         raise NotImplementedError(f"{self.name} returned no plan and has no gates")
+
+    def instead(self, layer: int, sublayer: int, rows: Tensor) -> Tensor | None:
+        """The update of tokens that skip a sublayer, in place of none at all.
+
+        ``rows`` ``[n, hidden]`` is their stream where the sublayer would have read it (before its
+        norm; in a parallel block the block's input for both), ``sublayer`` ATTENTION or MLP.
+        Returns ``[n, hidden]``, which is added to the stream, or None for no update. Asked after
+        the gates of the block; padding may be among the rows, whose update nobody reads. Matrix
+        products in it are billed by ``context.bill``.
+        """
+        return None
+
+    def weights(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Factors on the updates of the tokens that execute attention and MLP of block ``layer``.
+
+        Float ``[batch, tokens]`` each, or None for 1. Asked after ``gates`` of the block, where
+        not both of them are False.
+        """
+        return None, None
