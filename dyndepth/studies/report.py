@@ -31,13 +31,13 @@ CONDITIONS = (
 """What all cells of a report share, from their identity."""
 
 HOW = f"""\
-`share` is the share of dense's block FLOPs that A executed on the task (of all FLOPs, or of dense's
-sublayers, where a claim counts those). B is interpolated to it, document by document, between its two
-neighbouring measured budgets (dense among them) and never beyond them. Where a claim asks how much
-depth dense's quality takes, `against` names the method and `A` is the least share of dense's block
-FLOPs at which its curve is as good as dense, with the interval of that share; what a bound chose on
-these documents is not chosen anew in each resample. "Reached" means that the interval lies below
-full depth. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
+`share` is the share of dense's block FLOPs that A executed on the task (of all FLOPs, or of
+dense's sublayers, where a claim counts those). B is interpolated to it, document by document,
+between its two neighbouring measured budgets (dense among them) and never beyond them. Where a
+claim asks how much depth dense's quality takes, `against` names the method and `A` is the least
+share of dense's block FLOPs at which its curve is as good as dense, with the interval of that
+share; what a bound chose on these documents is not chosen anew in each resample. "Reached" means
+that the interval lies below full depth. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
 {RESAMPLES:,} resamples, not adjusted. A difference counts as shown if its interval excludes 0 and p
 holds after Holm's correction over the claim's table. Seeds are averaged by document first; the
 intervals do not cover what another seed of the training would change. "No difference shown" is no
