@@ -37,11 +37,12 @@ between its two neighbouring measured budgets (dense among them) and never beyon
 claim asks how much depth dense's quality takes, `against` names the method and `A` is the least
 share of dense's block FLOPs at which its curve is as good as dense, with the interval of that
 share; what a bound chose on these documents is not chosen anew in each resample. "Reached" means
-that the interval lies below full depth. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
-{RESAMPLES:,} resamples, not adjusted. A difference counts as shown if its interval excludes 0 and p
-holds after Holm's correction over the claim's table. Seeds are averaged by document first; the
-intervals do not cover what another seed of the training would change. "No difference shown" is no
-proof of equality: the interval says how large a difference may still be."""
+that the interval lies below full depth. Intervals: paired bootstrap over `n` documents (blocks,
+where sublayers are compared), {RESAMPLES:,} resamples, not adjusted. A difference counts as shown
+if its interval excludes 0 and p holds after Holm's correction over the claim's table. Seeds are
+averaged by document first; the intervals do not cover what another seed of the training would
+change. "No difference shown" is no proof of equality: the interval says how large a difference may
+still be."""
 
 
 def write(

@@ -207,9 +207,7 @@ class TestReport:
         first, _ = rows_of("best", cells, replace(STUDY, claims=(claim,)))
         assert first["fraction_a"] == pytest.approx((1 + 1 / 1.5) / 2)
         assert first["verdict"] == "not comparable"
-        assert first["reason"] == (
-            "steps was measured from 1.000 to 1.000 of dense's FLOPs alone"
-        )
+        assert first["reason"] == ("steps was measured from 1.000 to 1.000 of dense's FLOPs alone")
 
     def test_equal_modules_counts_sublayers(self, cells):
         """All cells execute 0.555 of their sublayers, dense all of them."""
