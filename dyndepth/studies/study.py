@@ -50,8 +50,14 @@ class Pick:
 
 
 Kind = Literal[
-    *("equal_flops", "equal_total_flops", "equal_modules", "full_depth"),
-    *("similarity", "reach", "sublayers", "position"),
+    "equal_flops",
+    "equal_total_flops",
+    "equal_modules",
+    "full_depth",
+    "similarity",
+    "reach",
+    "sublayers",
+    "position",
 ]
 
 
