@@ -19,13 +19,14 @@ from transformers import DynamicCache
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
+from dyndepth.runtime.memory import Kept, check, check_rows, keep, kept_with
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.sublayers import Executor, Weights
 from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
@@ -45,6 +46,9 @@ class _Pass:
     thread: int
     forward: Any = None
     settler: Any = None
+    cache: Any = None
+    kept: Any = None
+    overruled: bool = False
     plan: list[tuple[Gate, Gate]] | None = None
     given: tuple[int, tuple[Gate, Gate], Weights | None] | None = None
     weights: list[Tensor | None] | None = None
@@ -163,6 +167,13 @@ class Runtime:
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
+        past_real = None if mask is None else mask[:, :-width].sum(1)
+        kept = kept_with(cache) if past else None
+        if kept is not None:
+            check_rows(kept, batch)
+        # What was there before anything was attached is prompt.
+        now.cache = cache
+        now.kept = Kept(past) if kept is None else kept.begun(past, past_real)
         context = ForwardContext(
             layers=len(self.blocks),
             batch=batch,
@@ -176,19 +187,19 @@ class Runtime:
             head=lambda hidden: self.readout(self.norm(hidden)),
             bill=partial(_bill, forward),
             readout_flops=float(self.ledger.costs.lm_head),
-            past_real=None if mask is None else mask[:, :-width].sum(1),
+            past_real=past_real,
             foresight=self.foresight,
+            memory=now.kept.memory,
         )
-        if self.trace.prompt_length is not None:
-            length = self.trace.prompt_length
-            forward.phase, forward.generation = phase_of_tokens(context, length)
+        self._end_prompt(now, context, mask)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         least = self.limits.tokens if self.early else 0
         now.settler = Settler(self.method, forward, self.masked, inputs.device, least)
-        now.plan = self._plan(context, now.settler)
+        now.plan = self._plan(context, now)
         if self.foresight is not None:
-            full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
+            plan = now.plan or []
+            full = now.overruled or bool(plan) and all(a is True and m is True for a, m in plan)
             self.foresight.end(full)
         if self.asked(kwargs, "output_attentions"):
             now.as_tuple = not self.asked(kwargs, "return_dict")
@@ -206,6 +217,11 @@ class Runtime:
         if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
             return None
         now = self.passes[-1]
+        if now.kept.memory:
+            check(self.method, now.kept.memory, now.forward.batch)
+        cache = cache_in(output) if now.cache is None else now.cache
+        if cache is not None:
+            keep(cache, now.kept)
         if self.count and not _in_backward():
             self.ledger.add(now.forward)
             if self.idle is not None and not self.idle.skipped:
@@ -214,6 +230,27 @@ class Runtime:
             return None
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
+
+    def _end_prompt(self, now: _Pass, context: ForwardContext, mask: Tensor | None) -> None:
+        """Say which tokens of a forward are prompt, and remember where it ends."""
+        forward, length = now.forward, self.trace.prompt_length
+        if length is not None:
+            forward.phase, forward.generation = phase_of_tokens(context, length)
+        all_prompt = forward.phase == "prompt" and forward.generation is None
+        before = now.kept.prompt
+        if all_prompt and not isinstance(before, Tensor) and before == context.past_length:
+            now.kept.prompt = forward.keys
+            return
+        if isinstance(length, Tensor):
+            rows: Tensor = per_row(length, context.batch, "prompt lengths")
+            now.kept.prompt = rows.to(context.device)
+        elif length is not None:
+            now.kept.prompt = length
+            if mask is not None:
+                now.kept.prompt = torch.full((context.batch,), length, device=context.device)
+        if all_prompt:
+            return
+        context.prompt = partial(now.kept.real, mask)
 
     def asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
@@ -241,10 +278,11 @@ class Runtime:
         modules = {id(block.attention): block.attention for block in self.blocks}
         now.handles = [each.register_forward_hook(seen) for each in modules.values()]
 
-    def _plan(self, context: ForwardContext, settler: Settler) -> list[tuple[Gate, Gate]] | None:
+    def _plan(self, context: ForwardContext, now: _Pass) -> list[tuple[Gate, Gate]] | None:
         """The gates of all blocks if they are known before the forward, else None."""
         full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
-        if self.method.phases == "generation" and context.phase == "prompt":
+        now.overruled = self.method.phases == "generation" and context.phase == "prompt"
+        if now.overruled and not self.method.reads_prompt:
             return full
         plan = self.method.start(context)
         if plan is None:
@@ -257,11 +295,13 @@ class Runtime:
                 f"{self.method.name}: a plan must be bool [layers, 2] or [batch, layers, 2], here "
                 f"{list(rows[1:])} or {list(rows)}, not {kind} ({definition(self.method.start)})"
             )
+        if now.overruled:
+            return full
         if plan.ndim == 3 and bool((plan == plan[:1]).all()):
             plan = plan[0]
         if plan.ndim == 2:
             return [(attention, mlp) for attention, mlp in plan.tolist()]
-        rows_of = settler.rows
+        rows_of = now.settler.rows
         return [
             (rows_of(attention), rows_of(mlp)) for attention, mlp in plan.cpu().permute(1, 2, 0)
         ]
@@ -330,6 +370,8 @@ class Runtime:
             if not isinstance(gates, tuple):
                 # A list, say, or a tensor of both, whose rows are gates.
                 gates = pair(self.method, gates)
+            if now.overruled:
+                return index, (True, True), None
         else:
             gates = now.plan[index]
         if not self.updates.weighs:
