@@ -21,15 +21,17 @@ from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
+from dyndepth.runtime.evicted import evicts
+from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
-from dyndepth.runtime.memory import Kept, check, check_rows, keep, kept_with
+from dyndepth.runtime.memory import Kept, check, check_rows, end_prompt, keep, kept_with
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.sublayers import Executor, Weights
-from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
+from dyndepth.runtime.trace import Backend, Trace, per_row
 from dyndepth.runtime.updates import Updates, Updating
 
 
@@ -75,8 +77,9 @@ class Runtime:
         self.project = method.kv_policy == "project"
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
+        self.evict = Eviction(limits, self.masked) if method.kv_policy == "evict" else None
         self.updates = Updates(method)
-        how = self.blocks, limits, self.masked, self.project, self.early
+        how = self.blocks, limits, self.masked, self.project, self.evict, self.early
         self.execute = Executor(*how)
         if self.updates.substitutes or self.updates.weighs:
             self.execute = Updating(*how, self.updates)
@@ -164,6 +167,7 @@ class Runtime:
             project=self.project,
             cached=False,  # until a block is seen to get one
             masked=self.masked,
+            attended=None if mask is None or self.evict is None else mask.bool(),
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
@@ -191,7 +195,7 @@ class Runtime:
             foresight=self.foresight,
             memory=now.kept.memory,
         )
-        self._end_prompt(now, context, mask)
+        end_prompt(now.kept, forward, context, mask, self.trace.prompt_length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         least = self.limits.tokens if self.early else 0
@@ -230,27 +234,6 @@ class Runtime:
             return None
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
-
-    def _end_prompt(self, now: _Pass, context: ForwardContext, mask: Tensor | None) -> None:
-        """Say which tokens of a forward are prompt, and remember where it ends."""
-        forward, length = now.forward, self.trace.prompt_length
-        if length is not None:
-            forward.phase, forward.generation = phase_of_tokens(context, length)
-        all_prompt = forward.phase == "prompt" and forward.generation is None
-        before = now.kept.prompt
-        if all_prompt and not isinstance(before, Tensor) and before == context.past_length:
-            now.kept.prompt = forward.keys
-            return
-        if isinstance(length, Tensor):
-            rows: Tensor = per_row(length, context.batch, "prompt lengths")
-            now.kept.prompt = rows.to(context.device)
-        elif length is not None:
-            now.kept.prompt = length
-            if mask is not None:
-                now.kept.prompt = torch.full((context.batch,), length, device=context.device)
-        if all_prompt:
-            return
-        context.prompt = partial(now.kept.real, mask)
 
     def asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
@@ -334,12 +317,14 @@ class Runtime:
         now = self.passes[-1]
         index, asked, weights = now.given or self._ask(now, index, hidden)
         forward: Forward = now.forward
-        if asked[0] is True and asked[1] is True and weights is None:
+        open_ = asked[0] is True and asked[1] is True and weights is None
+        if open_ and not self._lacks(index, arguments):
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
         settling, block = now.settler(asked, hidden), self.blocks[index]
         ahead = None
-        if self.early and settling.waiting and not isinstance(asked[0], bool) and block.lays:
+        waits = self.early and settling.waiting and self.evict is None
+        if waits and not isinstance(asked[0], bool) and block.lays:
             # Whatever the answer is, this has to be done: the wait for it hides behind.
             ahead = block.ahead(hidden, arguments)
             forward.laid.add(len(forward.calls))
@@ -347,15 +332,24 @@ class Runtime:
         # Uncounted, it is a call like any other: what was decided need not be known.
         decided = now.settler.decided(gates) if self.count else (True, True)
         forward.calls.append((index, *decided))
-        if gates[0] is True and gates[1] is True and ahead is None and weights is None:
+        full = gates[0] is True and gates[1] is True and ahead is None and weights is None
+        if full and not self._lacks(index, arguments):
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:
             forward.cached = True
-        if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
+        dropped = gates[0] is False and not isinstance(asked[0], bool)
+        if dropped and not self.project and self.evict is None:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
         return self.execute(forward, index, hidden, gates, arguments, ahead, weights)
+
+    def _lacks(self, index: int, arguments: dict[str, Any]) -> bool:
+        """Whether tokens in the cache are invisible to a block, so that it is not the stock one."""
+        if self.evict is None:
+            return False
+        block = self.blocks[index]
+        return evicts(arguments.get(block.cache_argument), block.index)
 
     def _ask(
         self, now: _Pass, index: int, hidden: Tensor
