@@ -43,6 +43,6 @@ class MindSkip(PromptRule):
         return range(layers - min(16, layers // 2), layers - 1)
 
     def max_speedup(self, layers: int) -> float:
-        """Without any of these attentions, each a third of a block as where heads share nothing;
-        ``fit`` refuses what is beyond reach of the model itself."""
-        return 1 / (1 - len(self.routed(layers)) / (3 * layers))
+        """Without any of these attentions, each half of its block, as over long texts; ``fit``
+        refuses what is beyond reach of the model itself."""
+        return 1 / (1 - len(self.routed(layers)) / (2 * layers))

@@ -38,7 +38,7 @@ class PromptRule(DynamicDepthMethod):
     granularity: ClassVar[Granularity] = "sequence"
     needs_training: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
-    quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 24, "least": 4}
+    quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 32, "least": 4}
     attention_only: ClassVar[bool] = False
 
     reads: Literal["prompt", "constant"] = "prompt"
