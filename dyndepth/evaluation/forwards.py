@@ -109,6 +109,7 @@ def joined(masks: Sequence[Tensor], caches: Sequence[Any]) -> tuple[Tensor, Any]
         layers = [cache.layers[number] for cache in caches]
         held = [getattr(one, "keys", None) is not None for one in layers]
         partly = any(getattr(one, "skipped", 0) for one in layers) and any(held)
+        partly = partly or any(hasattr(one, "passed") for one in layers)
         if not isinstance(layer, DynamicLayer) or partly or any(held) != all(held):
             return None
         layer = copy.copy(layer)

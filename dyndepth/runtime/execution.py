@@ -21,6 +21,8 @@ from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
+from dyndepth.runtime.evicted import evicts
+from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
@@ -73,7 +75,10 @@ class Runtime:
         self.project = method.kv_policy == "project"
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
-        self.execute = Executor(self.blocks, limits, self.masked, self.project, self.early)
+        self.evict = Eviction(limits, self.masked) if method.kv_policy == "evict" else None
+        self.execute = Executor(
+            self.blocks, limits, self.masked, self.project, self.evict, self.early
+        )
         self.norm: nn.Module = parts.norm
         self.head: nn.Module = parts.head
         self.ledger = Ledger(BlockCosts.of_parts(parts))
@@ -158,6 +163,7 @@ class Runtime:
             project=self.project,
             cached=False,  # until a block is seen to get one
             masked=self.masked,
+            attended=None if mask is None or self.evict is None else mask.bool(),
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
@@ -328,12 +334,13 @@ class Runtime:
         now = self.passes[-1]
         index, asked = now.given or self._ask(now, index, hidden)
         forward: Forward = now.forward
-        if asked[0] is True and asked[1] is True:
+        if asked[0] is True and asked[1] is True and not self._lacks(index, arguments):
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
         settling, block = now.settler(asked, hidden), self.blocks[index]
         ahead = None
-        if self.early and settling.waiting and not isinstance(asked[0], bool) and block.lays:
+        waits = self.early and settling.waiting and self.evict is None
+        if waits and not isinstance(asked[0], bool) and block.lays:
             # Whatever the answer is, this has to be done: the wait for it hides behind.
             ahead = block.ahead(hidden, arguments)
             forward.laid.add(len(forward.calls))
@@ -341,15 +348,24 @@ class Runtime:
         # Uncounted, it is a call like any other: what was decided need not be known.
         decided = now.settler.decided(gates) if self.count else (True, True)
         forward.calls.append((index, *decided))
-        if gates[0] is True and gates[1] is True and ahead is None:
+        full = gates[0] is True and gates[1] is True and ahead is None
+        if full and not self._lacks(index, arguments):
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:
             forward.cached = True
-        if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
+        dropped = gates[0] is False and not isinstance(asked[0], bool)
+        if dropped and not self.project and self.evict is None:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
         return self.execute(forward, index, hidden, gates, arguments, ahead)
+
+    def _lacks(self, index: int, arguments: dict[str, Any]) -> bool:
+        """Whether tokens in the cache are invisible to a block, so that it is not the stock one."""
+        if self.evict is None:
+            return False
+        block = self.blocks[index]
+        return evicts(arguments.get(block.cache_argument), block.index)
 
     def _ask(self, now: _Pass, index: int, hidden: Tensor) -> tuple[int, tuple[Gate, Gate]]:
         """A block's place and its gates; one that stands in several has them in turn."""

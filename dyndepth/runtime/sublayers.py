@@ -12,6 +12,7 @@ from dyndepth.method import ATTENTION, MLP
 from dyndepth.models.blocks import Ahead, Block
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import skip_tokens
+from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.gates import Settled
 from dyndepth.runtime.limits import Limits
@@ -26,6 +27,7 @@ class Executor:
         limits: when selected tokens are gathered.
         masked: the backend that computes everything and multiplies.
         project: keys and values of skipped tokens are kept.
+        evict: what executes attentions where skipped tokens are invisible; None: they are not.
         early: see ``asks_early``.
     """
 
@@ -33,6 +35,7 @@ class Executor:
     limits: Limits
     masked: bool
     project: bool
+    evict: Eviction | None
     early: bool
 
     def __call__(
@@ -51,7 +54,9 @@ class Executor:
         """
         block, entered, call = self.blocks[index], hidden, len(forward.calls) - 1
         attention, mlp = gates
-        if isinstance(attention, Selection):
+        if self.evict is not None:
+            hidden = self.evict(forward, block, hidden, attention, arguments)
+        elif isinstance(attention, Selection):
             hidden = self._attend(forward, block, hidden, attention, arguments, ahead)
         elif ahead is not None:
             if attention is True:
