@@ -10,7 +10,7 @@ Only the last 16 blocks but one have routers, the last half but one of a model w
 all else always runs. As in the authors' release, the choice is made in the prompt, stored, and used
 for the tokens that follow. The threshold, near 0, is solved on calibration text so that the
 measured speedup meets the target. A prompt of fewer than ``least`` tokens, which a text that is
-scored without a context has, says too little: then the mean p of training text decides.
+scored without a context has, says too little: then the mean of calibration text decides.
 Granularity: sequence. Phases: both. KV policy: drop: a skipped attention keeps nothing.
 Causality: as for ``prompt_router``: the prompt alone is read.
 Costs: a linear map of each prompt token an attention that may be skipped, billed. Attentions are a

@@ -11,7 +11,7 @@ n(x) over the real tokens of the prompt,
     attention and MLP of block l run, for all of the sequence, iff w . p + b >= threshold;
 the first and the last block always run. The threshold, near 0, is solved on calibration text so
 that the measured speedup meets the target. A prompt of fewer than ``least`` tokens, which a text
-that is scored without a context has, says too little: then the mean p of training text decides.
+that is scored without a context has, says too little: then the mean of calibration text decides.
 Granularity: sequence. Phases: ``both``, or ``generation``: the prompt is read at full depth.
 KV policy: drop, or prompt_only. What is chosen is kept with the cache, a row a sequence.
 Causality: the prompt alone is read, so that a likelihood never depends on what comes after its

@@ -68,6 +68,8 @@ class PromptRule(DynamicDepthMethod):
         if self.reads == "constant":
             # What routers decide without looking is one plan for all inputs.
             self.granularity = "static"  # type: ignore[misc]
+        # Set by who wants to know: (layer, logits of the sequences) of each router that was asked.
+        self.seen: list[tuple[int, Tensor]] | None = None
 
     def routed(self, layers: int) -> range:
         """The blocks that have a router."""
@@ -147,6 +149,8 @@ class PromptRule(DynamicDepthMethod):
             whole = found.new_zeros(hidden.shape[:2].numel()).index_copy_(0, index, found)
             sums = whole.view(hidden.shape[:2]).sum(1)
             means = sums / self._counts.to(hidden.device).clamp_min(1)
+        if self.seen is not None:
+            self.seen.append((layer, means))
         constant = self.tensors["constant"][layer].to(hidden.device)
         logits = torch.where(self._long.to(hidden.device), means, constant)
         runs = logits >= self.facts["threshold"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
-from dyndepth.fitting.calibration import meet_target
+from dyndepth.fitting.calibration import block_speedup, meet_target
 from dyndepth.fitting.loop import Schedule
 from dyndepth.fitting.removal import losses_alone, ranked_biases, units_of
 from dyndepth.fitting.routers import Tuning, budget_shares, stream_statistics, tune_router
@@ -62,7 +62,7 @@ class PooledRouter(LinearRouter):
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
-        """``weight`` and ``bias``, and ``constant``: the logits of the mean of what it read."""
+        """``weight`` and ``bias``, and ``constant``: the logits at the mean of what it read."""
         return super().folded() | {"constant": self.bias.detach().cpu().clone()}
 
 
@@ -108,6 +108,22 @@ def calibrate(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> No
         logits[routed, : 1 if method.attention_only else 2] = constant
         steps = logits, budget_shares(model, length)
     meet_target(model, method, windows, steps=steps)
+    if method.reads == "prompt":
+        _see_constant(method, model, windows)
+
+
+def _see_constant(method: PromptRule, model: nn.Module, windows: Tensor) -> None:
+    """What decides where nothing is read: the mean logits of these ``windows``."""
+    method.seen = []
+    try:
+        block_speedup(model, method, windows)
+        constant = method.tensors["constant"].cpu().clone()
+        for layer in method.routed(len(constant)):
+            found = [logits.cpu() for at, logits in method.seen if at == layer]
+            constant[layer] = torch.cat(found).mean()
+        method.tensors["constant"] = constant
+    finally:
+        method.seen = None
 
 
 def readings(method: PromptRule, layers: int) -> tuple[Reading, ...]:
