@@ -49,7 +49,7 @@ class PromptRule(DynamicDepthMethod):
     ramp: float = 0.5
     estimator: Literal["deterministic", "gumbel", "soft"] = "deterministic"
     objective: Literal["ce", "kl"] = "kl"
-    weight_rate: float = 1e-2
+    weight_rate: float = 4e-4
     bias_rate: float = 2e-2
     steps: int = 60
     batch: int = 4

@@ -164,7 +164,9 @@ def _loss_from(model: nn.Module, ids: Tensor, first: int) -> Tensor:
         return cross_entropy(read(row).float(), wanted)
 
     found = [
-        checkpoint(nats, row[first:-1], wanted[first + 1 :], use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            nats, row[first:-1], wanted[first + 1 :], use_reentrant=False, preserve_rng_state=False
+        )
         for row, wanted in zip(hidden, ids, strict=True)
     ]
     return torch.stack(found).mean()
