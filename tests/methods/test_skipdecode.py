@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE, TOLERANCE
 from recording import StandIn
-from test_attach import ids, padded
+from test_attach import ids, incremental, padded
 
 from dyndepth.common.errors import UserError
 from dyndepth.methods.skipdecode import SkipDecode
@@ -132,6 +132,34 @@ def test_padded_rows_by_graphs_equal_eager_steps(tiny, side):
     assert trace.totals("generation")["block_flops"] == eager.totals("generation")["block_flops"]
 
 
+class Rising(SkipDecode):
+    """The schedule turned round: later tokens run more blocks."""
+
+    def depths(self, layers):
+        return tuple(reversed(super().depths(layers)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_evicting_is_projecting(tiny, side):
+    """In one forward and in steps; not under a depth that rises."""
+    model = tiny(num_hidden_layers=6)
+    tokens, mask, positions = padded(side)
+
+    def logits(kind, kv):
+        method = kind(target_speedup=1.5, positions=6, kv=kv)
+        assert method.kv_policy == kv
+        with attach(model, method, prompt_length=torch.tensor([5, 3, 2])) as trace:
+            whole = model(tokens, attention_mask=mask, position_ids=positions).logits
+            trace.prompt_length = None
+            steps = incremental(model, ids(2, 14), prompt=4)
+        return whole[mask.bool()], steps
+
+    for kind, alike in ((SkipDecode, True), (Rising, False)):
+        pairs = zip(logits(kind, "project"), logits(kind, "evict"), strict=True)
+        gaps = [float((one - other).abs().max()) for one, other in pairs]
+        assert all(gap <= 2e-6 if alike else gap > 1e-2 for gap in gaps), gaps
+
+
 def test_nobody_reads_what_skipped_tokens_keep(tiny):
     """Keys and values of skipped attentions may be anything; under a depth that rises, not."""
     model, tokens = tiny(num_hidden_layers=6), ids(2, 16)
@@ -151,10 +179,6 @@ def test_nobody_reads_what_skipped_tokens_keep(tiny):
                         past.layers[layer].values[:, :, -1] = 9.0
             logits.append(out.logits)
         return float((logits[0] - logits[1]).abs().max())
-
-    class Rising(SkipDecode):
-        def depths(self, layers):
-            return tuple(reversed(super().depths(layers)))
 
     assert gap(SkipDecode(target_speedup=1.5, positions=10)) < 1e-6
     assert gap(Rising(target_speedup=1.5, positions=10)) > 1e-2
