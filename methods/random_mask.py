@@ -11,7 +11,7 @@ are the executed fractions of ``source``, fitted to the same target, on calibrat
 the logit scale (0 and 1 stay) until the expected block speedup is the target. ``uniform``: every
 rate is 1 / speedup, and no source is fitted.
 Granularity: token and sublayer; no block and no token is protected but by a rate of 1.
-KV policy: project, as the routers that it is compared to.
+KV policy: project, as the routers that it is compared to; ``kv=evict``: what that is worth.
 Phases: both; ``generation`` keeps the prompt at full depth.
 Costs: none of its own: the source's routers are not billed, so at equal block FLOPs its total FLOPs
 are a little lower. Report at least three seeds: they vary the mask alone, never the source.
@@ -39,6 +39,7 @@ from dyndepth.method import (
     ForwardContext,
     Gate,
     Granularity,
+    KVPolicy,
     Reading,
 )
 from dyndepth.methods.skipgpt import SkipGPT
@@ -62,6 +63,8 @@ class RandomMask(DynamicDepthMethod):
             and phases, and its own seed (0 unless named).
         rates: ``matched``, or ``uniform``: the same for all sublayers.
         length: tokens of each of the 8 calibration windows.
+        kv: ``evict`` for that policy in place of ``project``. The draws stay the same, and so the
+            executed blocks; the source keeps its own policy.
         phases: ``both``, or ``generation`` for full depth on the prompt.
     """
 
@@ -79,11 +82,17 @@ class RandomMask(DynamicDepthMethod):
     source: str = SkipGPT.name
     rates: Literal["matched", "uniform"] = "matched"
     length: int = 256
+    kv: Literal["project", "evict"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.length < 2:
             raise ValueError(f"length must be at least 2, not {self.length}")
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """As the field says."""
+        return self.kv or "project"
 
     def source_method(self) -> DynamicDepthMethod:
         """The source, not fitted. Raises UserError for an unknown one, or one of other phases."""

@@ -393,7 +393,8 @@ class DyndepthLM(HFLM):
             for index, group in enumerate(groups):
                 yield index, scoring.score_alone(self.model, trace, group)
             return
-        sharing = not self.method.by_document
+        # Whose keys a shared beginning will have seen at the end is each document's own.
+        sharing = not self.method.by_document and self.method.kv_policy != "evict"
         yield from scoring.score(self.model, trace, groups, self.batch_size, sharing=sharing)
 
     def _check(self, task: str, groups: Sequence[Group]) -> None:

@@ -66,13 +66,15 @@ class Tuning:
         ramp: share of the steps over which the wanted share falls linearly from what the routers
             execute at first; 0: it is the target from the first step.
         curriculum: ``(fall, steps)``: instead of the ramp, from 1 by ``fall`` every ``steps``.
-        estimator: ``deterministic`` or ``gumbel``.
+        estimator: ``deterministic``, ``gumbel``, or ``soft``: gates are the sigmoids themselves.
         temperature: of ``gumbel``, at the first and the last step.
         objective: ``ce``, next-token cross-entropy; ``kl``, divergence from the dense model's
             predictions, which says more about each token at a third more arithmetic.
         weight_rate, bias_rate: learning rates.
         adapter_rate: of adapters that are trained along.
         phases: ``generation`` keeps the first half of each window at full depth.
+        prompt: the first half of each window is its prompt, also where ``phases`` is ``both``, and
+            the loss is that of the rest.
     """
 
     target_speedup: float
@@ -81,13 +83,14 @@ class Tuning:
     cost: Literal["target", "linear"] = "target"
     ramp: float = 0.0
     curriculum: tuple[float, int] | None = None
-    estimator: Literal["deterministic", "gumbel"] = "deterministic"
+    estimator: Literal["deterministic", "gumbel", "soft"] = "deterministic"
     temperature: tuple[float, float] = (5.0, 1.0)
     objective: Literal["ce", "kl"] = "kl"
     weight_rate: float = 3e-3
     bias_rate: float = 2e-2
     adapter_rate: float = 2e-4
     phases: Literal["generation", "both"] = "both"
+    prompt: bool = False
 
     def wanted(self, step: int, steps: int, first: float) -> float:
         """The share asked for at ``step``; ``first`` is what was executed at the first one."""
@@ -133,7 +136,8 @@ class Routed(DynamicDepthMethod):
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             logits = (logits + uniform.logit()) / self.temperature
         soft = torch.sigmoid(logits)
-        gates = (logits >= 0).float() + soft - soft.detach()
+        hard = soft if self.tuning.estimator == "soft" else (logits >= 0).float()
+        gates = hard.detach() + soft - soft.detach()
         part = self.context.generation
         self._executed.append(gates.mean((0, 1)) if part is None else _mean_of(gates, part))
         return gates[..., 0], gates[..., -1]
@@ -216,20 +220,22 @@ def inverse_scale(hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stream_statistics(
-    model: nn.Module, windows: Tensor, *, normalise: bool
+    model: nn.Module, windows: Tensor, *, normalise: bool, pooled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``, CPU.
 
     Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
-    root mean square if ``normalise``; a deviation is kept from falling below a thousandth.
+    root mean square if ``normalise``; of the means over each window's tokens if ``pooled``. A
+    deviation is kept from falling below a thousandth.
     """
     parts = Decoder.of(model)
     found: list[list[Tensor]] = [[] for _ in parts.layers]
 
     def watch(index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            stream = (args[0] if args else kwargs["hidden_states"]).float().flatten(0, 1)
-            found[index].append(stream * inverse_scale(stream) if normalise else stream)
+            stream = (args[0] if args else kwargs["hidden_states"]).float()
+            stream = stream * inverse_scale(stream) if normalise else stream
+            found[index].append(stream.mean(1) if pooled else stream.flatten(0, 1))
 
         return hook
 
@@ -281,7 +287,7 @@ def tune_router(
     """
     device = next(model.parameters()).device
     shares = budget_shares(model, schedule.length, tuning.budget).to(device)
-    half = schedule.length // 2 if tuning.phases == "generation" else 0
+    half = schedule.length // 2 if tuning.prompt or tuning.phases == "generation" else 0
     method = Routed(router, tuning)
     along = trained_along(model)
     first = 1.0

@@ -22,6 +22,7 @@ from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
 from dyndepth.models.watching import watched
 
 if TYPE_CHECKING:
+    from dyndepth.models.columns import Columns
     from dyndepth.models.families import Family
     from dyndepth.models.selection import Selection
 
@@ -49,6 +50,14 @@ def cache_of(values: Mapping[str, Any]) -> Any:
         if found is not None:
             return found
     return None
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in a decoder's output, which may be a plain tuple; None if there is none."""
+    if isinstance(output, Mapping):
+        return cache_of(output)
+    parts = output if isinstance(output, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 @dataclass(frozen=True)
@@ -287,6 +296,40 @@ class Block:
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         update = self._output(selection.out_of_slots(out.flatten(2)))
         return self._after(update, self._attention_post)
+
+    def attention_among(
+        self, hidden: Tensor, selection: Selection, columns: Columns, arguments: dict[str, Any]
+    ) -> Tensor:
+        """The attention branch of the selected tokens among themselves and what the cache holds:
+        ``[count, hidden]``. Nothing is computed of the others, or kept.
+
+        ``columns`` says whose keys there are, those of the selected tokens by slot.
+        """
+        rows = hidden.flatten(0, 1).index_select(0, selection.index)
+        normed = self._attention_norm(rows)[None]
+        keys, values, made = self._project.keys_values(normed)
+        queries = self._heads(self._project.queries(normed, None, made), 0)
+        keys, values = self._heads(keys[0], 1), values[0].unflatten(-1, (-1, self._size))
+        if self._rotary:
+            tables = [
+                selection.gather(table)[:, None] for table in arguments["position_embeddings"]
+            ]
+            queries, keys = rotate(queries, *tables), rotate(keys, *tables)
+        queries, keys, values = (
+            selection.into_slots(each).transpose(1, 2) for each in (queries, keys, values)
+        )
+        cache, given = arguments.get(self.cache_argument), arguments.get("attention_mask")
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.index)
+        given = None if given is None else selection.rows_of(given)
+        mask = columns.mask(given, selection.slot_token + columns.before, keys.dtype)
+        if self.bias_argument is not None:
+            bias = columns.bias(arguments[self.bias_argument])
+            mask = mask + bias.unflatten(0, (len(keys), -1)).to(mask.dtype)
+        out = self._attend(queries, keys, values, mask)
+        return self._after(
+            self._output(selection.out_of_slots(out.flatten(2))), self._attention_post
+        )
 
     def _heads(self, states: Tensor, which: int) -> Tensor:
         """``[..., size]`` to ``[..., heads, head size]``, normed; ``which``: 0 query, 1 key."""

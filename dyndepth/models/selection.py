@@ -111,6 +111,16 @@ class Selection:
         columns[self._slot] = self.token
         return columns.view(-1, self.slots)
 
+    @cached_property
+    def used(self) -> Tensor:
+        """Which slots hold a token: bool ``[batch, slots]``."""
+        slots = torch.arange(self.slots, device=self.mask.device)
+        return slots < self.mask.sum(1, keepdim=True)
+
+    def kept(self, numbers: Tensor) -> Tensor:
+        """``[batch, tokens]`` of the selected tokens by slot, -1 in unused ones."""
+        return torch.where(self.used, numbers.gather(1, self.slot_token), -1)
+
     def gather(self, table: Tensor) -> Tensor:
         """Rows of a ``[batch or 1, tokens, size]`` table for the selected tokens."""
         if table.shape[0] == 1:
@@ -169,17 +179,20 @@ class Selection:
             if self.mask.shape[1] == 1:
                 return keys.new_zeros(1, 1, 1, length)
             columns = torch.arange(length, device=keys.device)
-            return _additive(columns <= self.slot_token[:, None, :, None], keys.dtype)
-        mask = mask[..., :length]
+            return additive(columns <= self.slot_token[:, None, :, None], keys.dtype)
+        rows = self.rows_of(mask[..., :length])
+        return additive(rows, keys.dtype) if rows.dtype == torch.bool else rows
+
+    def rows_of(self, mask: Tensor) -> Tensor:
+        """Rows of ``[batch or 1, 1, tokens, keys]`` for the slots."""
         if self.mask.shape[0] == 1:
-            rows = mask.index_select(2, self.token)
-        else:
-            expanded = mask[:, 0].expand(self.mask.shape[0], -1, -1)
-            rows = expanded.gather(1, self.slot_token[..., None].expand(-1, -1, length))[:, None]
-        return _additive(rows, keys.dtype) if rows.dtype == torch.bool else rows
+            return mask.index_select(2, self.token)
+        expanded = mask[:, 0].expand(self.mask.shape[0], -1, -1)
+        index = self.slot_token[..., None].expand(-1, -1, mask.shape[-1])
+        return expanded.gather(1, index)[:, None]
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, the lowest number elsewhere: a fully masked row stays finite."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)

@@ -87,6 +87,11 @@ def attach(
         raise UserError(
             "graphs are of the backend 'sparse', for methods that do not foresee; take mode='eager'"
         )
+    if mode != EAGER and method.kv_policy == "evict":
+        raise UserError(
+            f"graphs cannot be recorded: {method.name} evicts, so that how many keys a step reads "
+            "depends on what was skipped; take mode='eager'"
+        )
     if method.foresees and not method.uses_labels:
         raise TypeError(f"{method.name} foresees but does not say that it uses labels")
     if not method.fitted:

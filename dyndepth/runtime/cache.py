@@ -23,7 +23,7 @@ def skip_tokens(past: Any, layer: int, tokens: int) -> None:
     ``past`` is a ``transformers`` Cache. The layer gets a class of its own that counts; sliding
     windows, which count by themselves, are only advanced. Raises UserError for a static cache.
     """
-    _fill(past, layer + 1)
+    fill(past, layer + 1)
     slot: Any = past.layers[layer]
     if not hasattr(slot, "skipped"):
         if not isinstance(slot, DynamicLayer):
@@ -51,7 +51,7 @@ def dense_lane(past: Any, layers: int) -> Any:
     of what ``past`` holds. Raises UserError for a static cache.
     """
     if not has_lane(past, layers):
-        _fill(past, layers)
+        fill(past, layers)
         for slot in past.layers:
             if not isinstance(slot, DynamicLayer):
                 raise UserError(
@@ -65,7 +65,7 @@ def dense_lane(past: Any, layers: int) -> Any:
     return lane
 
 
-def _fill(past: Any, layers: int) -> None:
+def fill(past: Any, layers: int) -> None:
     """Have ``past`` hold ``layers`` layers, if it is of the kind that adds them as they come."""
     while len(past.layers) < layers and past.layer_class_to_replicate is not None:
         past.layers.append(past.layer_class_to_replicate())

@@ -19,16 +19,19 @@ from transformers import DynamicCache
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
+from dyndepth.runtime.evicted import evicts
+from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
+from dyndepth.runtime.memory import Kept, check, check_rows, end_prompt, keep, kept_with
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.sublayers import Executor, Weights
-from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
+from dyndepth.runtime.trace import Backend, Trace, per_row
 from dyndepth.runtime.updates import Updates, Updating
 
 
@@ -45,6 +48,9 @@ class _Pass:
     thread: int
     forward: Any = None
     settler: Any = None
+    cache: Any = None
+    kept: Any = None
+    overruled: bool = False
     plan: list[tuple[Gate, Gate]] | None = None
     given: tuple[int, tuple[Gate, Gate], Weights | None] | None = None
     weights: list[Tensor | None] | None = None
@@ -71,8 +77,9 @@ class Runtime:
         self.project = method.kv_policy == "project"
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
+        self.evict = Eviction(limits, self.masked) if method.kv_policy == "evict" else None
         self.updates = Updates(method)
-        how = self.blocks, limits, self.masked, self.project, self.early
+        how = self.blocks, limits, self.masked, self.project, self.evict, self.early
         self.execute = Executor(*how)
         if self.updates.substitutes or self.updates.weighs:
             self.execute = Updating(*how, self.updates)
@@ -160,9 +167,17 @@ class Runtime:
             project=self.project,
             cached=False,  # until a block is seen to get one
             masked=self.masked,
+            attended=None if mask is None or self.evict is None else mask.bool(),
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
+        past_real = None if mask is None else mask[:, :-width].sum(1)
+        kept = kept_with(cache) if past else None
+        if kept is not None:
+            check_rows(kept, batch)
+        # What was there before anything was attached is prompt.
+        now.cache = cache
+        now.kept = Kept(past) if kept is None else kept.begun(past, past_real)
         context = ForwardContext(
             layers=len(self.blocks),
             batch=batch,
@@ -176,19 +191,19 @@ class Runtime:
             head=lambda hidden: self.readout(self.norm(hidden)),
             bill=partial(_bill, forward),
             readout_flops=float(self.ledger.costs.lm_head),
-            past_real=None if mask is None else mask[:, :-width].sum(1),
+            past_real=past_real,
             foresight=self.foresight,
+            memory=now.kept.memory,
         )
-        if self.trace.prompt_length is not None:
-            length = self.trace.prompt_length
-            forward.phase, forward.generation = phase_of_tokens(context, length)
+        end_prompt(now.kept, forward, context, mask, self.trace.prompt_length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         least = self.limits.tokens if self.early else 0
         now.settler = Settler(self.method, forward, self.masked, inputs.device, least)
-        now.plan = self._plan(context, now.settler)
+        now.plan = self._plan(context, now)
         if self.foresight is not None:
-            full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
+            plan = now.plan or []
+            full = now.overruled or bool(plan) and all(a is True and m is True for a, m in plan)
             self.foresight.end(full)
         if self.asked(kwargs, "output_attentions"):
             now.as_tuple = not self.asked(kwargs, "return_dict")
@@ -206,6 +221,11 @@ class Runtime:
         if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
             return None
         now = self.passes[-1]
+        if now.kept.memory:
+            check(self.method, now.kept.memory, now.forward.batch)
+        cache = cache_in(output) if now.cache is None else now.cache
+        if cache is not None:
+            keep(cache, now.kept)
         if self.count and not _in_backward():
             self.ledger.add(now.forward)
             if self.idle is not None and not self.idle.skipped:
@@ -241,10 +261,11 @@ class Runtime:
         modules = {id(block.attention): block.attention for block in self.blocks}
         now.handles = [each.register_forward_hook(seen) for each in modules.values()]
 
-    def _plan(self, context: ForwardContext, settler: Settler) -> list[tuple[Gate, Gate]] | None:
+    def _plan(self, context: ForwardContext, now: _Pass) -> list[tuple[Gate, Gate]] | None:
         """The gates of all blocks if they are known before the forward, else None."""
         full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
-        if self.method.phases == "generation" and context.phase == "prompt":
+        now.overruled = self.method.phases == "generation" and context.phase == "prompt"
+        if now.overruled and not self.method.reads_prompt:
             return full
         plan = self.method.start(context)
         if plan is None:
@@ -257,11 +278,13 @@ class Runtime:
                 f"{self.method.name}: a plan must be bool [layers, 2] or [batch, layers, 2], here "
                 f"{list(rows[1:])} or {list(rows)}, not {kind} ({definition(self.method.start)})"
             )
+        if now.overruled:
+            return full
         if plan.ndim == 3 and bool((plan == plan[:1]).all()):
             plan = plan[0]
         if plan.ndim == 2:
             return [(attention, mlp) for attention, mlp in plan.tolist()]
-        rows_of = settler.rows
+        rows_of = now.settler.rows
         return [
             (rows_of(attention), rows_of(mlp)) for attention, mlp in plan.cpu().permute(1, 2, 0)
         ]
@@ -294,12 +317,14 @@ class Runtime:
         now = self.passes[-1]
         index, asked, weights = now.given or self._ask(now, index, hidden)
         forward: Forward = now.forward
-        if asked[0] is True and asked[1] is True and weights is None:
+        open_ = asked[0] is True and asked[1] is True and weights is None
+        if open_ and not self._lacks(index, arguments):
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
         settling, block = now.settler(asked, hidden), self.blocks[index]
         ahead = None
-        if self.early and settling.waiting and not isinstance(asked[0], bool) and block.lays:
+        waits = self.early and settling.waiting and self.evict is None
+        if waits and not isinstance(asked[0], bool) and block.lays:
             # Whatever the answer is, this has to be done: the wait for it hides behind.
             ahead = block.ahead(hidden, arguments)
             forward.laid.add(len(forward.calls))
@@ -307,15 +332,24 @@ class Runtime:
         # Uncounted, it is a call like any other: what was decided need not be known.
         decided = now.settler.decided(gates) if self.count else (True, True)
         forward.calls.append((index, *decided))
-        if gates[0] is True and gates[1] is True and ahead is None and weights is None:
+        full = gates[0] is True and gates[1] is True and ahead is None and weights is None
+        if full and not self._lacks(index, arguments):
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:
             forward.cached = True
-        if gates[0] is False and not isinstance(asked[0], bool) and not self.project:
+        dropped = gates[0] is False and not isinstance(asked[0], bool)
+        if dropped and not self.project and self.evict is None:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
         return self.execute(forward, index, hidden, gates, arguments, ahead, weights)
+
+    def _lacks(self, index: int, arguments: dict[str, Any]) -> bool:
+        """Whether tokens in the cache are invisible to a block, so that it is not the stock one."""
+        if self.evict is None:
+            return False
+        block = self.blocks[index]
+        return evicts(arguments.get(block.cache_argument), block.index)
 
     def _ask(
         self, now: _Pass, index: int, hidden: Tensor
@@ -330,6 +364,8 @@ class Runtime:
             if not isinstance(gates, tuple):
                 # A list, say, or a tensor of both, whose rows are gates.
                 gates = pair(self.method, gates)
+            if now.overruled:
+                return index, (True, True), None
         else:
             gates = now.plan[index]
         if not self.updates.weighs:

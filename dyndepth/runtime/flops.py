@@ -101,7 +101,10 @@ class Forward:
     policy ``project``. ``masked`` marks the backend that computes everything, ``foresight`` a
     forward that was looked ahead of: all blocks and a head after each, work done for nobody.
     ``shared`` has, for each row, the documents that begin with it and the length of the context
-    that each reads it in; None where a row is its one document's.
+    that each reads it in; None where a row is its one document's. ``evicted`` has, for each call
+    whose attention did not see all tokens, how many it saw at the end, int64 ``[batch]``, and how
+    many keys it was computed with. ``attended`` is bool ``[batch, keys]``, False on padding, if
+    there is any.
     """
 
     documents: Sequence[str] | None
@@ -119,14 +122,17 @@ class Forward:
     whole: set[tuple[int, int]] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
     laid: set[int] = field(default_factory=set)
+    evicted: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     bills: list[Bill] = field(default_factory=list)
     heads: list[tuple[Tensor | int, int]] = field(default_factory=list)
     foresight: bool = False
     shared: Sequence[Sequence[tuple[str, int]]] | None = None
+    attended: Tensor | None = None
 
     def again(self) -> Forward:
         """The same forward with nothing done yet, for what does not count."""
-        return replace(self, calls=[], whole=set(), kept=set(), bills=[], heads=[], laid=set())
+        nothing: dict[str, Any] = {"whole": set(), "kept": set(), "laid": set(), "evicted": {}}
+        return replace(self, calls=[], bills=[], heads=[], **nothing)
 
     def executed(self, layers: int) -> Tensor:
         """Which tokens ran each sublayer: bool ``[batch, width, layers, 2]``, False on padding."""
@@ -296,7 +302,11 @@ class _Sums:
 
         attention = costs.projections + costs.score * context[:, None]  # [batch, layers]
         rows = np.zeros((batch, len(_COLUMNS)))
-        rows[:, _COLUMN["attention"]] = (executed[:, :, 0] * attention[:, layers]).sum(1)
+        each = attention[:, layers]
+        for call, (seen, _) in forward.evicted.items():
+            missing = context - seen.double().cpu().numpy()
+            each[:, call] -= costs.score[layers[call]] * missing
+        rows[:, _COLUMN["attention"]] = (executed[:, :, 0] * each).sum(1)
         rows[:, _COLUMN["mlp"]] = executed[:, :, 1] @ costs.mlp[layers]
         if forward.project:
             projected = tokens[:, None] - executed[:, :, 0]
@@ -375,16 +385,18 @@ class _Sums:
         total = 0.0
         for call, (layer, attention, mlp) in enumerate(forward.calls):
             whole = [forward.masked or (call, sublayer) in forward.whole for sublayer in (0, 1)]
+            keys = forward.evicted[call][1] if call in forward.evicted else forward.keys
             if attention is True or whole[ATTENTION]:
-                total += rectangle * (costs.projections[layer] + costs.score[layer] * forward.keys)
+                total += rectangle * (costs.projections[layer] + costs.score[layer] * keys)
             elif attention is False:
                 keeps = (forward.project or call in forward.kept) and forward.cached
                 total += rectangle * costs.key_value[layer] * (keeps or call in forward.laid)
             else:
+                projected = attention.count if call in forward.evicted else rectangle
                 total += attention.count * (costs.projections[layer] - costs.key_value[layer])
-                total += rectangle * costs.key_value[layer]
+                total += projected * costs.key_value[layer]
                 slots = forward.width if call in forward.laid else attention.slots
-                total += forward.batch * slots * forward.keys * costs.score[layer]
+                total += forward.batch * slots * keys * costs.score[layer]
             if mlp is True or whole[MLP]:
                 total += rectangle * costs.mlp[layer]
             elif mlp is not False:

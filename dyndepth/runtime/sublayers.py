@@ -12,6 +12,7 @@ from dyndepth.method import ATTENTION, MLP
 from dyndepth.models.blocks import Ahead, Block
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import skip_tokens
+from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.gates import Settled
 from dyndepth.runtime.limits import Limits
@@ -29,6 +30,7 @@ class Executor:
         limits: when selected tokens are gathered.
         masked: the backend that computes everything and multiplies.
         project: keys and values of skipped tokens are kept.
+        evict: what executes attentions where skipped tokens are invisible; None: they are not.
         early: see ``asks_early``.
     """
 
@@ -36,6 +38,7 @@ class Executor:
     limits: Limits
     masked: bool
     project: bool
+    evict: Eviction | None
     early: bool
 
     def __call__(
@@ -75,6 +78,8 @@ class Executor:
     ) -> Tensor | None:
         """The attention branch of all tokens, ``[batch, tokens, hidden]``, or of those selected,
         ``[count, hidden]``; None where nobody executes it. The cache gets its due."""
+        if self.evict is not None:
+            return self.evict(forward, block, hidden, gate, arguments)
         if isinstance(gate, Selection):
             return self._attend(forward, block, hidden, gate, arguments, ahead)
         if ahead is not None:

@@ -17,7 +17,8 @@ removal, more than the target asks; a ridge regression on the stream predicts wh
 gain from running each; where the gain per FLOP is largest, they run. Straight-through steps may
 follow (``steps``). Minutes on a processor for a small model, and no learning rate.
 Granularity: token and sublayer; no block and no token is protected. ``reads=constant``: static.
-KV policy: project. Every token's keys and values are computed in every block, as in the reference.
+KV policy: project. Every token's keys and values are computed in every block, as in the reference;
+``kv=evict`` leaves out those of tokens that skip.
 Phases: both, as in the paper; ``generation`` keeps the prompt at full depth.
 Deviations: decisions are deterministic at inference (the reference samples Gumbel noise there too).
 In both presets no gradient passes through a router's input into the stream, and the paper's two
@@ -90,7 +91,7 @@ class SkipGPT(RouterRule):
             train(self, model, corpus)
             return self
         self.tensors, self.facts = shipped
-        if self.phases != "both":
+        if self.phases != "both" or self.kv == "evict":
             self.calibrate(model, corpus)
         return self
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity, KVPolicy
 
 from .presets import PRESETS, Budget, Decay, Estimator, Initial, Objective, Precision, Recipe
 from .router import build, flops_per_token
@@ -27,6 +27,7 @@ class RouterRule(DynamicDepthMethod):
         preset: named settings of the training, ``embedded`` or ``paper``.
         reads: ``stream``, or ``constant``: the control whose routers see no token, so that a
             trained set of sublayers remains.
+        kv: ``evict`` for that policy in place of ``project``.
         routers: a folder with routers to use instead of training any: the output of
             ``dyndepth.fit``, or of the import of a published checkpoint.
         The others: ``presets.Recipe`` describes them; None takes the preset's value.
@@ -80,6 +81,7 @@ class RouterRule(DynamicDepthMethod):
     weight_decay: float | None = None
     precision: Precision | None = None
     threshold: Literal["solved", "zero"] | None = None
+    kv: Literal["project", "evict"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +109,11 @@ class RouterRule(DynamicDepthMethod):
                 )
         if self.routers is not None:
             self.routers = with_digest(self.routers)
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """As the field says; by default projects, or drops where it reads nothing."""
+        return self.kv or super().kv_policy
 
     @property
     def recipe(self) -> Recipe:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 ROUTERS = Path(__file__).parent / "routers"
-# The address, and a field that changes the calibration only.
-_FREE = ("target_speedup", "phases")
+# The address, and fields that change the calibration only.
+_FREE = ("target_speedup", "phases", "kv")
 
 
 def router_files(model: torch.nn.Module, target_speedup: float) -> tuple[Path, Path]:

@@ -52,6 +52,25 @@ class GivenPlan(DynamicDepthMethod):
         return torch.tensor(self.plan)
 
 
+@dataclass(kw_only=True)
+class Evicted(RandomMask):
+    """``RandomMask`` whose skipped tokens are invisible; ``whole``: one gate for all of a block and
+    every block."""
+
+    kv_policy = "evict"
+    whole: bool = False
+
+    def gates(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention, mlp = super().gates(0 if self.whole else layer, hidden)
+        return attention, attention if self.whole else mlp
+
+
+class EvictedPlan(GivenPlan):
+    """``GivenPlan`` under the policy ``evict``."""
+
+    kv_policy = "evict"
+
+
 def plan_without(layers: int, *skipped: tuple[int, int]) -> tuple:
     """A plan that executes everything but the given (layer, sublayer) pairs."""
     return tuple(

@@ -282,7 +282,9 @@ def test_repository_ships_routers_under_one_megabyte():
             assert card["achieved_speedup"] == pytest.approx(float(path.stem), rel=0.01)
             assert "dyndepth.methods.skipgpt.ship" in card["command"]
             assert card["held_out_loss"] > card["held_out_dense_loss"]
-            assert card["method"] == repr(SkipGPT(target_speedup=float(path.stem)))
+            # Fields may have been added since.
+            told = card["method"].removesuffix(")")
+            assert repr(SkipGPT(target_speedup=float(path.stem))).startswith(told)
 
 
 @pytest.mark.parametrize(

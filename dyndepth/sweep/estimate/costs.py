@@ -99,7 +99,7 @@ def scoring(
 ) -> Work:
     """Scoring all texts under a method."""
     budget = budget_of(machine.kind)
-    sharing = not method.by_document
+    sharing = not method.by_document and method.kv_policy != "evict"
     return sum(
         (
             run(machine, shape, text.passes(rows, budget, sharing, method.pooled), depth)
