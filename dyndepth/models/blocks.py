@@ -245,6 +245,7 @@ class Block:
             queries,
             keys,
             values,
+            steady=mask is None,
             attn_mask=mask,
             is_causal=mask is None and tokens > 1,
             scale=getattr(self.attention, self._record.scale),
@@ -354,9 +355,9 @@ class Block:
                 # With a mask, kernels other than the slow one take no grouped heads there.
                 keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
                 groups = 1
-            how = {"attn_mask": mask, "is_causal": mask is None and queries.shape[2] > 1}
-            how |= {"scale": scale, "enable_gqa": groups > 1}
-            return _attention(queries, keys, values, **how).transpose(1, 2)
+            how: dict[str, Any] = {"scale": scale, "enable_gqa": groups > 1, "steady": False}
+            how["is_causal"] = mask is None and queries.shape[2] > 1
+            return _attention(queries, keys, values, attn_mask=mask, **how).transpose(1, 2)
         eager = getattr(
             sys.modules[type(self.attention).__module__], "eager_attention_forward", None
         )
@@ -372,10 +373,12 @@ class Block:
         )[0]
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
-    """torch's attention; under a mask on a GPU, without the kernel that is compiled anew for each
-    shape: shapes that vary, such as the length of a cache, would have it compile all the time."""
-    if how["attn_mask"] is None or queries.device.type != "cuda":
+def _attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *, steady: bool, **how: Any
+) -> Tensor:
+    """torch's attention; on a GPU, unless shapes are ``steady``, without the kernel that is
+    compiled anew for each: such as the length of a cache would have it compile all the time."""
+    if steady or queries.device.type != "cuda":
         return scaled_dot_product_attention(queries, keys, values, **how)
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -271,8 +271,12 @@ def test_caches_that_cannot_leave_tokens_out_are_refused(tiny):
             step(model, cache, ids(1, 4))
 
 
-def test_steps_are_not_recorded(tiny):
-    with pytest.raises(UserError, match="evicts"), attach(tiny(), Evicted(), mode=Graphs()):
+def test_graphs_and_other_kernels_are_refused(tiny):
+    model = tiny()
+    with pytest.raises(UserError, match="evicts"), attach(model, Evicted(), mode=Graphs()):
+        pass
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="masks"), attach(model, Evicted()):
         pass
 
 
