@@ -363,6 +363,31 @@ class TestCommand:
         assert sentence in err
         assert len(err.strip().splitlines()) == 1
 
+    def test_goes_together_with_the_scores_of_a_recovery(self, command, folder, tmp_path):
+        from dyndepth import fit
+
+        common = ("--methods", "dense", "--speedups", "1", "--device", "cpu")
+        common += ("--model", str(folder / "model"), "--corpus", str(folder / "corpus.txt"))
+        given = "steps=2, batch=1, length=16"
+        for name, recipe in (("plain", given), ("ranked", f"{given}, modules=ila, score_steps=2")):
+            output = ("--recovery", f"lora({recipe})", "--output_path", str(tmp_path / name))
+            assert fit.main([*common, *output]) == 0
+        ranked = ("--adapter", str(tmp_path / "ranked" / "recovery"))
+        status, text, _ = command("block_influence", "joint", *ranked)
+        assert status == 0
+        assert "Mean score of a recovery's modules" in text
+        assert "Spearman's rank correlation with block_influence: " in text
+        found = json.loads(text.splitlines()[-1])["importance"]["agreement"]
+        assert [(name, each["n"]) for name, each in found.items()] == [
+            ("block_influence", 4),
+            ("joint", 8),
+        ]
+        assert -1 <= found["joint"]["low"] <= found["joint"]["rho"] <= found["joint"]["high"] <= 1
+        assert found["block_influence"]["low"] is None  # four blocks are too few
+        status, _, err = command("joint", "--adapter", str(tmp_path / "plain" / "recovery"))
+        assert status == 2
+        assert "has no scores; recover with modules=ila" in err
+
     def test_too_little_text_is_told(self, command, folder, tmp_path):
         (tmp_path / "short.txt").write_text("one text\n\nanother text")
         model = ("--model", str(folder / "model"), "--corpus", str(tmp_path / "short.txt"))

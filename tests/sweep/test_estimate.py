@@ -166,6 +166,20 @@ class TestAgainstArithmetic:
         assert word == "trains"
         assert 0.5 < work.seconds / (arithmetic / (0.5 * 989e12)) < 2
 
+    def test_ranking_modules_takes_three_trainings(self):
+        machine, shape = self.machine()
+
+        def flops(recovery):
+            fits = plan.Fits(machine, shape, [], None, None, False)
+            cell = CellSpec("dense", recovery=recovery)
+            return fits.of(cell, cell.build(), cell.build().expenses(32))[1].flops
+
+        once = flops("lora(steps=40)")
+        ranking = "lora(steps=40, modules=ila, score_steps=20, keep={})"
+        assert flops(ranking.format(0.3)) == pytest.approx(2.5 * once)
+        # What keeps all does not train it again.
+        assert flops(ranking.format(1)) == pytest.approx(1.5 * once)
+
     def test_weights_and_cache(self):
         _, shape = self.machine()
         assert shape.in_blocks == pytest.approx(self.WEIGHTS, rel=1e-3)

@@ -220,8 +220,10 @@ def _card(
     seed: int,
     found: Recovered,
 ) -> dict[str, Any]:
+    from dyndepth.fitting.recovery.adapters import SIGNIFICANCE
 
     last = found.curve[-10:]
+    scores = {} if found.scores is None else {SIGNIFICANCE: found.scores.facts()}
     return {
         "model": fingerprint(model),
         "name": method.name,
@@ -230,9 +232,11 @@ def _card(
         "corpus": corpus.fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "tokens": found.tokens,
+        "parameters": found.parameters,
         "seconds": round(found.seconds, 1),
         "seed": seed,
         "loss_first": found.curve[0]["loss"] if found.curve else None,
         "loss_last": sum(row["loss"] for row in last) / len(last) if last else None,
         **{name: metadata.version(name) for name in ("peft", "torch", "transformers")},
+        **scores,
     }

@@ -126,9 +126,9 @@ class Fits:
                 total += work
                 self.readings.append(one)
         if recipe is not None and not joint:
-            one = costs.recovery_reading(recipe, 1 / method.target_speedup)
-            total += costs.reading(self.machine, self.shape, one)
-            self.readings.append(one)
+            for one in costs.recovery_readings(recipe, 1 / method.target_speedup):
+                total += costs.reading(self.machine, self.shape, one)
+                self.readings.append(one)
             word = "trains"
         if recipe is not None:
             self.trained = max(self.trained, self._numbers(recipe))
