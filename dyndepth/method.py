@@ -56,16 +56,15 @@ class ForwardContext:
         head: final norm and LM head, ``[n, hidden] -> [n, vocabulary]``. Use ``readout``.
         past_real: tokens of each sequence in the cache, padding excluded, int64 ``[batch]``; None
             where nothing is padded.
-        prompt_real: tokens of each sequence's prompt, padding excluded, int64 ``[batch]`` or one
-            number for all; None where all tokens are prompt. See ``generated``.
+        prompt: what ``prompt_real`` asks, once.
         foresight: for methods that say ``foresees``, None for all others. Calling it runs the
             same tokens at full depth, past included, and returns the likeliest next token after
             each depth: int64 ``[layers + 1, batch, tokens]``, first that of the embeddings, last
             the dense model's. What it costs is billed to nobody (the ledger's ``padding``).
         memory: what the method keeps from one forward to the next: name -> tensor whose first
             dimension is the sequences of the batch. It lives with the cache and follows it: beams,
-            repeated and selected rows; cropping leaves it. Without a cache it is empty at each
-            forward. A method that keeps such a thing on itself mixes up two generations.
+            repeated and selected rows; cropping leaves it. Over an empty cache, and without one, it
+            is empty. A method that keeps such a thing on itself mixes up two generations.
         readout_flops: cost of one token's readout.
         bill: ``bill(cause, flops_per_token, tokens)`` puts the method's own arithmetic into the
             ledger; ``tokens`` is a bool mask ``[batch, tokens]`` or None for all valid tokens.
@@ -86,7 +85,7 @@ class ForwardContext:
     past_real: Tensor | None = None
     foresight: Callable[[], Tensor] | None = field(default=None, repr=False)
     memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    prompt_real: int | Tensor | None = None
+    prompt: Callable[[], int | Tensor | None] = field(default=lambda: None, repr=False)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -97,6 +96,13 @@ class ForwardContext:
         else:
             steps = (self.valid.long().cumsum(1) - 1).clamp_min(0)
         return steps + past
+
+    @cached_property
+    def prompt_real(self) -> int | Tensor | None:
+        """Tokens of each sequence's prompt, padding excluded: int64 ``[batch]``, or one number for
+        all; None where all tokens are prompt. What was in a cache before anything was attached is
+        prompt."""
+        return self.prompt()
 
     @cached_property
     def generated(self) -> Tensor:
@@ -211,7 +217,8 @@ class DynamicDepthMethod:
             every token after it and for good; nothing of it is computed or kept there.
         reads_prompt: True if it looks at the prompt although it may skip in generated tokens alone:
             ``start`` and ``gates`` are then called for the prompt, too, whose gates are overruled
-            to True. What it finds it keeps in the context's ``memory``.
+            to True. What it finds it keeps in the context's ``memory``. Wherever windows of text
+            are read to fit, to calibrate or to recover, their first half is then their prompt.
         needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
         uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
             ``Outcomes`` of the documents that are scored) and are listed as bounds.
@@ -225,7 +232,8 @@ class DynamicDepthMethod:
         capturable: True if ``gates`` is the same operations on the device each time, on ``hidden``
             and on tensors that stay where they are (``start`` may write to them): no branch on
             values, nothing read by the host, nothing else that changes from forward to forward, and
-            bills for all tokens alone. Graphs then hold the gates, too.
+            bills for all tokens alone. Graphs then hold the gates, too. The same of ``instead``
+            and ``weights``: a method that has them is recorded only if it says so, plan or not.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
@@ -420,7 +428,10 @@ class DynamicDepthMethod:
         norm; in a parallel block the block's input for both), ``sublayer`` ATTENTION or MLP.
         Returns ``[n, hidden]``, which is added to the stream, or None for no update. Asked after
         the gates of the block; padding may be among the rows, whose update nobody reads. Matrix
-        products in it are billed by ``context.bill``.
+        products in it are billed by ``context.bill``, where None for tokens means the rows. It
+        depends on its arguments and on what was fitted alone: gradient checkpointing asks it again
+        in the backward pass, when the method's context may be that of another forward. Under
+        ``masked``, all tokens are among the rows.
         """
         return None
 
@@ -428,6 +439,6 @@ class DynamicDepthMethod:
         """Factors on the updates of the tokens that execute attention and MLP of block ``layer``.
 
         Float ``[batch, tokens]`` each, or None for 1. Asked after ``gates`` of the block, where
-        not both of them are False.
+        not both of them are False. Tokens of a phase in which the method does not skip keep 1.
         """
         return None, None

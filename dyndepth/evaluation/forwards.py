@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from dyndepth.models.blocks import cache_argument, cache_of, decoder
+from dyndepth.runtime.memory import join, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,6 +87,7 @@ def rows_of(cache: Any, rows: Tensor) -> Any:
     for layer in chosen.layers:
         keys = getattr(layer, "keys", None)
         layer.batch_select_indices(rows if keys is None else rows.to(keys.device))
+    select(chosen, rows)
     return chosen
 
 
@@ -93,7 +95,7 @@ def joined(masks: Sequence[Tensor], caches: Sequence[Any]) -> tuple[Tensor, Any]
     """Sequences of several batches as one: masks ``[rows, tokens]`` and caches, padded on the left.
 
     The caches are kept. None for caches that can't be padded: static ones, and those that hold some
-    of a layer's tokens only.
+    of a layer's tokens only; and where methods keep different kinds of things with them.
     """
     if len(caches) == 1:
         return masks[0], caches[0]
@@ -114,6 +116,8 @@ def joined(masks: Sequence[Tensor], caches: Sequence[Any]) -> tuple[Tensor, Any]
             layer.keys = _stacked([one.keys for one in layers], dim=2)
             layer.values = _stacked([one.values for one in layers], dim=2)
         whole.layers.append(layer)
+    if not join(whole, caches, [mask.shape[1] for mask in masks]):
+        return None
     return _stacked(masks, dim=1), whole
 
 

@@ -21,6 +21,7 @@ from dyndepth.data.tokenizers import tokenizer_fingerprint
 from dyndepth.export import agreement, plain, reader
 from dyndepth.export.card import card
 from dyndepth.export.record import CARD, MODEL, check_replaceable, read_record, write_record
+from dyndepth.fitting.calibration import prompt_of
 from dyndepth.fitting.fits import save_fit
 from dyndepth.fitting.recovery.adapters import adapted
 from dyndepth.fitting.saved import METHOD
@@ -138,8 +139,7 @@ def _measured(
     costs, which is not in it."""
     device = next(model.parameters()).device
     with torch.inference_mode(), attach(model, method) as trace:
-        if method.phases == "generation":
-            trace.prompt_length = text.shape[1] // 2
+        trace.prompt_length = prompt_of(method, text.shape[1])
         for row in range(len(text)):
             trace.documents = [f"window {row}"]
             model(input_ids=text[row : row + 1].to(device), use_cache=False)

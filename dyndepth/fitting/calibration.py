@@ -40,14 +40,13 @@ def measured(
     """What ``method`` executes of ``windows``, int64 ``[count, length]``, each its own document.
 
     Counted over the tokens of the phases in which the method skips: for ``generation`` the second
-    half of each window, with the first half as its prompt. The LM head is not run.
+    half of each window; for what is prompt see ``prompt_of``. The LM head is not run.
     """
     device = next(model.parameters()).device
-    phase = prompt_phase(method)
+    phase, half = prompt_phase(method), prompt_of(method, windows.shape[1])
     names = [f"window {number}" for number in range(len(windows))]
     with torch.no_grad(), attach(model, method, warn=False) as trace:
-        if phase is not None:
-            trace.prompt_length = windows.shape[1] // 2
+        trace.prompt_length = half
         for first in range(0, len(windows), batch_size):
             rows = slice(first, first + batch_size)
             trace.documents = names[rows]
@@ -60,6 +59,12 @@ def measured(
 def prompt_phase(method: DynamicDepthMethod) -> str | None:
     """The phase over which a method's speedup counts: ``generation``, or None for both."""
     return "generation" if method.phases == "generation" else None
+
+
+def prompt_of(method: DynamicDepthMethod, length: int) -> int | None:
+    """Tokens of a window of ``length`` that are its prompt: half of them where the method tells
+    prompts from what follows; None where it does not."""
+    return length // 2 if method.reads_prompt or prompt_phase(method) else None
 
 
 def solve_threshold(

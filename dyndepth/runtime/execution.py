@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from threading import get_ident
 from typing import Any
@@ -18,32 +19,38 @@ from transformers import DynamicCache
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
+from dyndepth.runtime.memory import Kept, check, check_rows, keep, kept_with
 from dyndepth.runtime.patching import Stock, places
-from dyndepth.runtime.sublayers import Executor
+from dyndepth.runtime.sublayers import Executor, Weights
 from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
+from dyndepth.runtime.updates import Updates, Updating
 
 
 @dataclass
 class _Pass:
     """A forward of the decoder that is under way, in one thread.
 
-    ``given`` is set while a block runs under gradient checkpointing: its place, and the gates that
-    were decided before. ``weights`` are those of each attention where they were asked for, with
-    ``handles`` of the hooks that see them; ``as_tuple`` says that the caller wants a plain tuple.
+    ``given`` is set while a block runs under gradient checkpointing: its place, and the gates and
+    factors that were decided before. ``weights`` are those of each attention where they were asked
+    for, with ``handles`` of the hooks that see them; ``as_tuple`` says that the caller wants a
+    plain tuple.
     """
 
     thread: int
     forward: Any = None
     settler: Any = None
+    cache: Any = None
+    kept: Any = None
+    overruled: bool = False
     plan: list[tuple[Gate, Gate]] | None = None
-    given: tuple[int, tuple[Gate, Gate]] | None = None
+    given: tuple[int, tuple[Gate, Gate], Weights | None] | None = None
     weights: list[Tensor | None] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     as_tuple: bool = False
@@ -68,7 +75,11 @@ class Runtime:
         self.project = method.kv_policy == "project"
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
-        self.execute = Executor(self.blocks, limits, self.masked, self.project, self.early)
+        self.updates = Updates(method)
+        how = self.blocks, limits, self.masked, self.project, self.early
+        self.execute = Executor(*how)
+        if self.updates.substitutes or self.updates.weighs:
+            self.execute = Updating(*how, self.updates)
         self.norm: nn.Module = parts.norm
         self.head: nn.Module = parts.head
         self.ledger = Ledger(BlockCosts.of_parts(parts))
@@ -156,6 +167,13 @@ class Runtime:
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
+        past_real = None if mask is None else mask[:, :-width].sum(1)
+        kept = kept_with(cache) if past else None
+        if kept is not None:
+            check_rows(kept, batch)
+        # What was there before anything was attached is prompt.
+        now.cache = cache
+        now.kept = Kept(past) if kept is None else kept.begun(past, past_real)
         context = ForwardContext(
             layers=len(self.blocks),
             batch=batch,
@@ -167,21 +185,21 @@ class Runtime:
             generation=None,
             documents=forward.documents,
             head=lambda hidden: self.readout(self.norm(hidden)),
-            bill=lambda *bill, **named: forward.bills.append(Bill(*bill, **named)),
+            bill=partial(_bill, forward),
             readout_flops=float(self.ledger.costs.lm_head),
-            past_real=None if mask is None else mask[:, :-width].sum(1),
+            past_real=past_real,
             foresight=self.foresight,
+            memory=now.kept.memory,
         )
-        if self.trace.prompt_length is not None:
-            length = self.trace.prompt_length
-            forward.phase, forward.generation = phase_of_tokens(context, length)
+        self._end_prompt(now, context, mask)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         least = self.limits.tokens if self.early else 0
         now.settler = Settler(self.method, forward, self.masked, inputs.device, least)
-        now.plan = self._plan(context, now.settler)
+        now.plan = self._plan(context, now)
         if self.foresight is not None:
-            full = now.plan is not None and all(a is True and m is True for a, m in now.plan)
+            plan = now.plan or []
+            full = now.overruled or bool(plan) and all(a is True and m is True for a, m in plan)
             self.foresight.end(full)
         if self.asked(kwargs, "output_attentions"):
             now.as_tuple = not self.asked(kwargs, "return_dict")
@@ -199,6 +217,11 @@ class Runtime:
         if module is not self.owner or not self.passes or self.passes[-1].thread != get_ident():
             return None
         now = self.passes[-1]
+        if now.kept.memory:
+            check(self.method, now.kept.memory, now.forward.batch)
+        cache = cache_in(output) if now.cache is None else now.cache
+        if cache is not None:
+            keep(cache, now.kept)
         if self.count and not _in_backward():
             self.ledger.add(now.forward)
             if self.idle is not None and not self.idle.skipped:
@@ -207,6 +230,27 @@ class Runtime:
             return None
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
+
+    def _end_prompt(self, now: _Pass, context: ForwardContext, mask: Tensor | None) -> None:
+        """Say which tokens of a forward are prompt, and remember where it ends."""
+        forward, length = now.forward, self.trace.prompt_length
+        if length is not None:
+            forward.phase, forward.generation = phase_of_tokens(context, length)
+        all_prompt = forward.phase == "prompt" and forward.generation is None
+        before = now.kept.prompt
+        if all_prompt and not isinstance(before, Tensor) and before == context.past_length:
+            now.kept.prompt = forward.keys
+            return
+        if isinstance(length, Tensor):
+            rows: Tensor = per_row(length, context.batch, "prompt lengths")
+            now.kept.prompt = rows.to(context.device)
+        elif length is not None:
+            now.kept.prompt = length
+            if mask is not None:
+                now.kept.prompt = torch.full((context.batch,), length, device=context.device)
+        if all_prompt:
+            return
+        context.prompt = partial(now.kept.real, mask)
 
     def asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
@@ -234,10 +278,11 @@ class Runtime:
         modules = {id(block.attention): block.attention for block in self.blocks}
         now.handles = [each.register_forward_hook(seen) for each in modules.values()]
 
-    def _plan(self, context: ForwardContext, settler: Settler) -> list[tuple[Gate, Gate]] | None:
+    def _plan(self, context: ForwardContext, now: _Pass) -> list[tuple[Gate, Gate]] | None:
         """The gates of all blocks if they are known before the forward, else None."""
         full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
-        if self.method.phases == "generation" and context.phase == "prompt":
+        now.overruled = self.method.phases == "generation" and context.phase == "prompt"
+        if now.overruled and not self.method.reads_prompt:
             return full
         plan = self.method.start(context)
         if plan is None:
@@ -250,11 +295,13 @@ class Runtime:
                 f"{self.method.name}: a plan must be bool [layers, 2] or [batch, layers, 2], here "
                 f"{list(rows[1:])} or {list(rows)}, not {kind} ({definition(self.method.start)})"
             )
+        if now.overruled:
+            return full
         if plan.ndim == 3 and bool((plan == plan[:1]).all()):
             plan = plan[0]
         if plan.ndim == 2:
             return [(attention, mlp) for attention, mlp in plan.tolist()]
-        rows_of = settler.rows
+        rows_of = now.settler.rows
         return [
             (rows_of(attention), rows_of(mlp)) for attention, mlp in plan.cpu().permute(1, 2, 0)
         ]
@@ -285,9 +332,9 @@ class Runtime:
             self._outside(index)
             return stock(hidden, **arguments)
         now = self.passes[-1]
-        index, asked = now.given or self._ask(now, index, hidden)
+        index, asked, weights = now.given or self._ask(now, index, hidden)
         forward: Forward = now.forward
-        if asked[0] is True and asked[1] is True:
+        if asked[0] is True and asked[1] is True and weights is None:
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
         settling, block = now.settler(asked, hidden), self.blocks[index]
@@ -300,7 +347,7 @@ class Runtime:
         # Uncounted, it is a call like any other: what was decided need not be known.
         decided = now.settler.decided(gates) if self.count else (True, True)
         forward.calls.append((index, *decided))
-        if gates[0] is True and gates[1] is True and ahead is None:
+        if gates[0] is True and gates[1] is True and ahead is None and weights is None:
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:
             forward.cached = True
@@ -308,10 +355,12 @@ class Runtime:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
-        return self.execute(forward, index, hidden, gates, arguments, ahead)
+        return self.execute(forward, index, hidden, gates, arguments, ahead, weights)
 
-    def _ask(self, now: _Pass, index: int, hidden: Tensor) -> tuple[int, tuple[Gate, Gate]]:
-        """A block's place and its gates; one that stands in several has them in turn."""
+    def _ask(
+        self, now: _Pass, index: int, hidden: Tensor
+    ) -> tuple[int, tuple[Gate, Gate], Weights | None]:
+        """A block's place, its gates and factors; one that stands in several has them in turn."""
         if index in self.repeated:
             each = self.repeated[index]
             before = sum(layer in each for layer, _, _ in now.forward.calls)
@@ -321,29 +370,38 @@ class Runtime:
             if not isinstance(gates, tuple):
                 # A list, say, or a tensor of both, whose rows are gates.
                 gates = pair(self.method, gates)
-            return index, gates
-        return index, now.plan[index]
+            if now.overruled:
+                return index, (True, True), None
+        else:
+            gates = now.plan[index]
+        if not self.updates.weighs:
+            return index, gates, None
+        return index, gates, self.updates.weights(now.forward, index, gates, hidden)
 
     def checkpointed(self, index: int, checkpoint: Any, function: Any, *inputs: Any) -> Any:
         """One block under gradient checkpointing: ``checkpoint(function, *inputs)``.
 
         The method is asked once, outside of what is computed again, and so is the ledger told:
-        what is computed again goes to a forward that nobody counts. Gates are handed over as
-        inputs, so that they get their gradient either way of checkpointing.
+        what is computed again goes to a forward that nobody counts. Gates and factors are handed
+        over as inputs, so that they get their gradient either way of checkpointing. What the method
+        has in place of skipped updates is computed again as they are.
         """
         if not self.passes:
             return checkpoint(function, *inputs)
         now = self.passes[-1]
         hidden = inputs[0] if inputs else function.keywords["hidden_states"]
-        index, gates = self._ask(now, index, hidden)
-        tensors = [gate for gate in gates if isinstance(gate, Tensor)]
+        index, gates, weights = self._ask(now, index, hidden)
+        tensors = [each for each in (*gates, *(weights or ())) if isinstance(each, Tensor)]
         counted = [now.forward]
 
         def run(*given: Any) -> Any:
             rest = iter(given[len(inputs) :])
-            first, second = (next(rest) if isinstance(gate, Tensor) else gate for gate in gates)
+            decided: Any = [
+                both and tuple(next(rest) if isinstance(each, Tensor) else each for each in both)
+                for both in (gates, weights)
+            ]
             forward = counted.pop() if counted else now.forward.again()
-            self.passes.append(replace(now, forward=forward, given=(index, (first, second))))
+            self.passes.append(replace(now, forward=forward, given=(index, *decided)))
             try:
                 return function(*given[: len(inputs)])
             finally:
@@ -376,3 +434,9 @@ def asks_early(device: torch.device) -> bool:
 def _in_backward() -> bool:
     """Whether this thread is in a backward pass, which computes a checkpointed forward again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _bill(forward: Forward, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
+    """A method bills; what a backward pass computes again was billed before."""
+    if not _in_backward():
+        forward.bills.append(Bill(cause, flops_per_token, tokens))

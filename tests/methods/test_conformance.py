@@ -28,6 +28,7 @@ from dyndepth.models.families import FAMILIES
 from dyndepth.models.shapes import shapes
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs, obstacle
+from dyndepth.runtime.told import unrecordable
 
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")
@@ -142,7 +143,7 @@ def test_generations_in_a_row_equal_a_fresh_one(tiny, fitted, name, phases, fami
 def test_steps_by_graphs_equal_eager_steps(tiny, fitted, name, phases, family, batch):
     """Whatever a method says of ``capturable``: recorded, its gates are those of eager mode."""
     model, method, tokens = tiny(family), fitted(name, phases, family), ids(batch, 12)
-    if obstacle(Decoder.of(model)) is not None or method.foresees:
+    if obstacle(Decoder.of(model)) is not None or method.foresees or unrecordable(method):
         pytest.skip("not recorded")
     documents = DOCUMENTS[:batch]
     with torch.inference_mode():

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dyndepth.cells.recipe import RANKED
 from dyndepth.common.errors import UserError
-from dyndepth.fitting.calibration import prompt_phase
+from dyndepth.fitting.calibration import prompt_of, prompt_phase
 from dyndepth.fitting.loop import Curve, Schedule, optimise
 from dyndepth.fitting.readings import Row
 from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
@@ -203,21 +203,24 @@ def window_loss(
 ) -> tuple[Tensor, Row]:
     """Loss over the windows ``ids`` ``[batch, length]`` under the attached ``method``, and a row.
 
-    Where the method skips in generation only, the first half of each window is its prompt.
+    Where the method tells prompts from what follows, the first half of each window is its prompt.
+    Where it chooses by that and skips there, too, the rest alone counts: the choice has seen what
+    comes next in the prompt.
     """
     phase = prompt_phase(method)
-    trace.prompt_length = ids.shape[1] // 2 if phase else None
+    trace.prompt_length = half = prompt_of(method, ids.shape[1])
     # Each window is a document of its own to methods that choose by document.
     trace.documents = [hashlib.sha256(row.tobytes()).hexdigest() for row in ids.cpu().numpy()]
-    nats = _whole_loss(model, ids)
+    nats = _loss_from(model, ids, half if half and phase is None else 0)
     totals = trace.totals(phase)
     trace.reset()
     executed = totals["block_flops"] / max(totals["dense_block_flops"], 1.0)
     return nats, {"loss": nats.detach(), "executed": executed}
 
 
-def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """``routers.loss``, with the logits of one window at a time in memory.
+def _loss_from(model: nn.Module, ids: Tensor, first: int) -> Tensor:
+    """``routers.loss`` of what position ``first`` and those after it predict, with the logits of
+    one window at a time in memory.
 
     They are computed once more in the backward pass: beside a small model with a large vocabulary
     the logits of a batch and their gradients outweigh everything else.
@@ -231,7 +234,9 @@ def _whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
         return cross_entropy(read(row).float(), wanted)
 
     found = [
-        checkpoint(nats, row[:-1], wanted[1:], use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            nats, row[first:-1], wanted[first + 1 :], use_reentrant=False, preserve_rng_state=False
+        )
         for row, wanted in zip(hidden, ids, strict=True)
     ]
     return torch.stack(found).mean()
