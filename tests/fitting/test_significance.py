@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,6 +263,24 @@ def test_a_killed_recovery_goes_on_in_each_of_its_trainings(tiny_corpus, monkeyp
         for mine, theirs in zip(adapter.factors[name], pair, strict=True):
             assert torch.equal(mine, theirs.bfloat16())
     assert not list(cache.rglob("*.checkpoint"))
+
+
+def test_what_ranks_the_modules_serves_every_share(tiny_corpus, monkeypatch):
+    model, method = make_tiny(), load_method("uls", target_speedup=1.3)
+    calm = recover(method, model, tiny_corpus, ILA, method.seed, progress=False)
+    whole, calls = training.window_loss, []
+    monkeypatch.setattr(training, "window_loss", lambda *a: calls.append(1) or whole(*a))
+    found = {}
+    for keep in (0.1, 0.3, 1.0):
+        recipe = replace(ILA, keep=keep)
+        found[keep] = recover_cached(method, model, tiny_corpus, recipe, progress=False)[1].card
+    assert len(calls) == 3 + 2 + 3 + 3
+    assert found[0.3]["tokens"] == calm.tokens
+    assert found[0.3]["significance"] == calm.scores.facts()
+    kept = {k: {r["module"] for r in c["significance"]["modules"] if r["kept"]}
+            for k, c in found.items()}  # fmt: skip
+    assert [len(each) for each in kept.values()] == [3, 8, 28]
+    assert kept[0.1] < kept[0.3]
 
 
 def test_a_card_of_other_modules_is_refused(tiny_corpus):

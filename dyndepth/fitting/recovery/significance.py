@@ -18,14 +18,14 @@ two go together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.fitting.loop import Curve, Schedule, optimise
+from dyndepth.fitting.loop import Schedule, optimise
 from dyndepth.method import SUBLAYERS
 from dyndepth.models.blocks import ROLES, projections
 
@@ -52,10 +52,21 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scores:
-    """All maps in the order of the forward, and the curve by which their scores were learned."""
+    """All maps in the order of the forward, and the ``tokens`` over which their scores were
+    learned, with the loss at the first step and the last."""
 
     modules: list[Scored]
-    curve: Curve
+    tokens: int
+    loss_first: float
+    loss_last: float
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], keep: float) -> Scores:
+        """Of what ``facts`` gave, with the share ``keep`` of the maps kept."""
+        found = [Scored(**row) for row in facts["modules"]]
+        first = most_significant([e.score for e in found], [e.changed for e in found], keep)
+        kept = [replace(each, kept=index in first) for index, each in enumerate(found)]
+        return cls(kept, *(facts[name] for name in ("tokens", "loss_first", "loss_last")))
 
     @property
     def kept(self) -> list[str]:
@@ -64,12 +75,7 @@ class Scores:
 
     def facts(self) -> dict[str, Any]:
         """For the adapter's card: plain values."""
-        return {
-            "start": START,
-            "loss_first": self.curve[0]["loss"],
-            "loss_last": self.curve[-1]["loss"],
-            "modules": [asdict(each) for each in self.modules],
-        }
+        return {"start": START, **asdict(self)}
 
 
 def learn(
@@ -115,13 +121,11 @@ def learn(
     found = scores.detach().tolist()
     first = set(most_significant(found, changed, keep))
     places = _places(model, layers)
-    return Scores(
-        [
-            Scored(each, *places[each], found[index], changed[index], index in first)
-            for index, each in enumerate(layers)
-        ],
-        curve,
-    )
+    modules = [
+        Scored(each, *places[each], found[index], changed[index], index in first)
+        for index, each in enumerate(layers)
+    ]
+    return Scores(modules, int(curve[-1]["tokens"]), curve[0]["loss"], curve[-1]["loss"])
 
 
 def weigh(

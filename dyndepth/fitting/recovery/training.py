@@ -74,13 +74,16 @@ def recover(
     recipe: Recipe,
     seed: int = 0,
     *,
+    scores: Scores | None = None,
     progress: bool = True,
 ) -> Recovered:
     """Train adapters for ``method`` on ``model``; the model is left exactly as it was.
 
     For ``lora`` the method is fitted; its gates stay as they are. For ``joint`` it is fitted here.
-    ``method.calibrate`` is left to the caller, under the merged weights. The curve has ``loss``
-    (nats a token), ``executed`` (share of block FLOPs where the method skips) and ``tokens``.
+    ``method.calibrate`` is left to the caller, under the merged weights. With ``scores``, which an
+    equal recipe found that keeps all modules, what they keep is all that is trained. The curve has
+    ``loss`` (nats a token), ``executed`` (share of block FLOPs where the method skips) and
+    ``tokens``.
 
     Raises:
         UserError: no corpus, a projection that can't be adapted, or ``joint`` for a method that
@@ -94,7 +97,9 @@ def recover(
             "nothing; use lora"
         )
     started = time.monotonic()
-    scores = None
+    if scores is not None:
+        factors, curve = _alone(method, model, corpus, recipe, scores, seed, progress)
+        return Recovered(factors, curve, _tokens(curve), time.monotonic() - started, scores)
     with injected(model, recipe, seed) as layers:
         if recipe.kind == "joint":
             method.fit(model, corpus)
@@ -111,14 +116,27 @@ def recover(
         factors = _factors_in(layers)
     tokens = _tokens(curve) if curve else int(method.facts.get("tokens", 0))
     if scores is not None:
-        tokens += _tokens(scores.curve)
+        tokens += scores.tokens
         if len(scores.kept) < len(factors):
             # Where all are kept, the first training was the last one, number by number.
-            with injected(model, recipe, seed, scores.kept) as layers:
-                curve = _train(method, model, corpus, recipe, seed, progress, "kept")
-                factors = _factors_in(layers)
+            factors, curve = _alone(method, model, corpus, recipe, scores, seed, progress)
             tokens += _tokens(curve)
     return Recovered(factors, curve, tokens, time.monotonic() - started, scores)
+
+
+def _alone(
+    method: DynamicDepthMethod,
+    model: nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    scores: Scores,
+    seed: int,
+    progress: bool,
+) -> tuple[Factors, Curve]:
+    """Train adapters on the modules that ``scores`` keep, from the start."""
+    with injected(model, recipe, seed, scores.kept) as layers:
+        curve = _train(method, model, corpus, recipe, seed, progress, "kept")
+        return _factors_in(layers), curve
 
 
 def _tokens(curve: Curve) -> int:
