@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import ATTENTION
+from dyndepth.method import ATTENTION, MLP
 from dyndepth.models.families import family
 from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
 from dyndepth.models.watching import watched
@@ -500,25 +500,35 @@ def blocks(model: nn.Module) -> Sequence[Block]:
     return Decoder.of(model).blocks
 
 
-def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
-    """Name in the causal LM -> module, for each of ``roles`` in each block.
+ROLES = {
+    **dict.fromkeys(("query", "key", "value", "output"), ATTENTION),
+    **dict.fromkeys(("gate", "up", "down"), MLP),
+}
+"""The linear maps of a block by their roles, and the sublayer that each is of."""
 
-    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP); one
-    module may have several. Raises UserError if a block has no such module.
+
+def projections(model: nn.Module, roles: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Name in the causal LM -> module, for each of ``roles`` in each block; None: all it has.
+
+    Roles are those of ``ROLES``; one module may have several. Raises UserError if a block has no
+    such module.
     """
-    parts, roles = Decoder.of(model), tuple(roles)
+    parts = Decoder.of(model)
     record, found = parts.record, {}
-    for index in range(len(parts.layers)):
-        for role in roles:
-            path: str = getattr(record, role)
-            if role != "gate":
-                path = f"{record.attention}.{path}"
-            name = f"{record.decoder}.{record.layers}.{index}.{path}"
-            try:
-                found[name] = parts.model.get_submodule(name)
-            except AttributeError:
-                raise UserError(
-                    f"block {index} has no {role} projection ({path}), "
-                    "so no adapter can sit there; name other targets"
-                ) from None
+    if roles is None:
+        roles = [role for role in ROLES if getattr(record, role) is not None]
+    for index, role in product(range(len(parts.layers)), tuple(roles)):
+        path = getattr(record, role)
+        if ROLES[role] == ATTENTION:
+            path = f"{record.attention}.{path}"
+        name = f"{record.decoder}.{record.layers}.{index}.{path}"
+        try:
+            if path is None:
+                raise AttributeError
+            found[name] = parts.model.get_submodule(name)
+        except AttributeError:
+            raise UserError(
+                f"block {index} has no {role} projection{f' ({path})' if path else ''}, "
+                "so no adapter can sit there; name other targets"
+            ) from None
     return found
