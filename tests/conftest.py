@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +105,19 @@ def variants() -> Any:
 
     pairs = [(family, attn) for family in FAMILIES for attn in attentions(family)]
     return pytest.mark.parametrize(("family", "attn"), pairs)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What is collected and imported stays to the end: the garbage collector need not look at some
+    million such objects again, each time that a test or the suite calls it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
