@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
 """Settings that bring out what is peculiar to a family."""
 
 
+@functools.cache
 def attentions(family: str) -> tuple[str, ...]:
     """Attention implementations that ``transformers`` has for a family, of those tested."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -111,6 +113,8 @@ def variants() -> Any:
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """What is collected and imported stays to the end: the garbage collector need not look at some
     million such objects again, each time that a test or the suite calls it."""
+    import hypothesis  # noqa: F401  # it asks who refers to what is there, and sees no frozen ones
+
     gc.disable()
     try:
         return (yield)
