@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from dyndepth.common.errors import UserError
@@ -214,6 +215,7 @@ def parse_recoveries(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(parse_recovery(spec) or NONE) for spec in specs))
 
 
+@lru_cache(maxsize=1024)
 def shortened(text: str) -> str:
     """A canonical text for people: ``Recipe.short``; a text of another version as it stands."""
     try:
