@@ -52,14 +52,6 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     return None
 
 
-def cache_in(output: Any) -> Any:
-    """The cache in a decoder's output, which may be a plain tuple; None if there is none."""
-    if isinstance(output, Mapping):
-        return cache_of(output)
-    parts = output if isinstance(output, tuple) else ()
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
-
-
 @dataclass(frozen=True)
 class Ahead:
     """What an attention does for all tokens: the normed stream ``[batch, tokens, hidden]``, keys

@@ -30,11 +30,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .rule import PromptRule
+from .fitted import TrainedPromptRule
 
 
 @dataclass(kw_only=True)
-class PromptRouter(PromptRule):
+class PromptRouter(TrainedPromptRule):
     """See the module's docstring, and ``PromptRule`` for the other fields.
 
     Fields:

@@ -1,20 +1,16 @@
-"""The rule of routers that read a prompt: one decision a block and sequence, kept with the cache."""
+"""The rule of routers that read a prompt: a decision a block and sequence, kept with the cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, Expenses, ForwardContext, Gate, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token
-
-if TYPE_CHECKING:
-    from dyndepth.data.corpus import Corpus
-
 
 _RUNS = "runs"
 """What is kept in memory: bool ``[sequences, layers]``, True where a block's units run."""
@@ -74,32 +70,6 @@ class PromptRule(DynamicDepthMethod):
     def routed(self, layers: int) -> range:
         """The blocks that have a router."""
         raise NotImplementedError
-
-    def expenses(
-        self, layers: int, model: nn.Module | None = None, corpus: Corpus | None = None
-    ) -> Expenses:
-        """The training's, and what comes before and after it; for an estimate."""
-        from .tuning import readings
-
-        return Expenses(fit=readings(self, layers)) if self.target_speedup > 1.0 else Expenses()
-
-    def fit(self, model: nn.Module, corpus: Corpus | None = None) -> Self:
-        """Train the routers and solve their threshold.
-
-        Raises UserError if ``corpus`` is None or the target is beyond reach.
-        """
-        from .tuning import train
-
-        if self.target_speedup > 1.0:
-            train(self, model, corpus)
-        return self
-
-    def calibrate(self, model: nn.Module, corpus: Corpus | None = None) -> None:
-        """Solve the threshold for the model as it is now."""
-        from .tuning import calibrate
-
-        if self.target_speedup > 1.0:
-            calibrate(self, model, corpus)
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """A plan where the prompt was read, or is not to be read, else None.

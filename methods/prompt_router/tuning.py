@@ -67,7 +67,7 @@ class PooledRouter(LinearRouter):
 
 
 def train(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> None:
-    """Train and calibrate ``method`` in place. Raises UserError as ``PromptRule.fit`` does."""
+    """Train and calibrate ``method`` in place. Raises UserError as its ``fit`` does."""
     text = _required(method, corpus)
     _check_reach(method, model)
     device = next(model.parameters()).device

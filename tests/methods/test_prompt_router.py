@@ -9,7 +9,8 @@ from test_attach import ids, incremental, padded
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import block_speedup
-from dyndepth.fitting.routers import Routed, Tuning, budget_shares
+from dyndepth.fitting.recovery.training import window_loss
+from dyndepth.fitting.routers import Routed, Tuning, budget_shares, next_token_loss
 from dyndepth.methods.mindskip import MindSkip
 from dyndepth.methods.prompt_router import PromptRouter
 from dyndepth.methods.prompt_router.tuning import PooledRouter, initial_router
@@ -245,3 +246,17 @@ def test_what_is_out_of_reach_is_said(model, tiny_corpus):
     short.tensors["constant"] = short.tensors["constant"][:3]
     with attach(model, short, warn=False), pytest.raises(UserError, match="of 3 blocks, not 6"):
         model(ids(1, 4))
+
+
+@PHASES
+def test_recovery_learns_what_follows_the_prompt(model, phases):
+    """Half of a window is its prompt; where that skips, too, the other half alone counts."""
+    method, tokens = kinds(phases), ids(3, 14)
+    with attach(model, method) as trace:
+        nats, row = window_loss(model, method, trace, tokens)
+    with attach(model, method, prompt_length=7) as trace:
+        logits = model(tokens).logits
+        totals = trace.totals("generation" if phases == "generation" else None)
+    first = 0 if phases == "generation" else 7
+    torch.testing.assert_close(nats, next_token_loss(logits, tokens, first))
+    assert row["executed"] == totals["block_flops"] / totals["dense_block_flops"] < 1
