@@ -4,9 +4,8 @@ parts of a model by their roles; what is peculiar to one stands in ``families``.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import ATTENTION, MLP
+from dyndepth.models.caches import cache_argument
 from dyndepth.models.families import family
 from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
 from dyndepth.models.watching import watched
@@ -25,31 +25,6 @@ if TYPE_CHECKING:
     from dyndepth.models.columns import Columns
     from dyndepth.models.families import Family
     from dyndepth.models.selection import Selection
-
-
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-"""Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
-
-
-@functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    accepted = inspect.signature(forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[1])
-
-
-def cache_argument(module: Any) -> str:
-    """The keyword under which ``module.forward`` takes its cache; peft's wrapper hands it on."""
-    module = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return _cache_argument(type(module).forward)
-
-
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache among a forward's keyword arguments, or in its output; None if there is none."""
-    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
-        found = values.get(name)
-        if found is not None:
-            return found
-    return None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.evicted import evicts
 from dyndepth.runtime.eviction import Eviction
@@ -28,15 +29,7 @@ from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
-from dyndepth.runtime.memory import (
-    Kept,
-    cache_in,
-    check,
-    check_rows,
-    end_prompt,
-    keep,
-    kept_with,
-)
+from dyndepth.runtime.memory import Kept, check, check_rows, end_prompt, keep, kept_with
 from dyndepth.runtime.patching import Stock, places
 from dyndepth.runtime.sublayers import Executor, Weights
 from dyndepth.runtime.trace import Backend, Trace, per_row

@@ -9,7 +9,7 @@ it; a cache that holds no token keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext
-from dyndepth.models.blocks import cache_of
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.trace import per_row, phase_of_tokens
 
@@ -58,14 +57,6 @@ class Kept:
         """With ``change`` made to each tensor; self, which copies of a cache share, stays."""
         prompt = change(self.prompt) if isinstance(self.prompt, Tensor) else self.prompt
         return Kept(prompt, {name: change(each) for name, each in self.memory.items()})
-
-
-def cache_in(output: Any) -> Any:
-    """The cache in a decoder's output, which may be a plain tuple; None if there is none."""
-    if isinstance(output, Mapping):
-        return cache_of(output)
-    parts = output if isinstance(output, tuple) else ()
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 def kept_with(past: Any) -> Kept | None:

@@ -14,7 +14,7 @@ from dyndepth.fitting.routers import Routed, Tuning, budget_shares, next_token_l
 from dyndepth.methods.mindskip import MindSkip
 from dyndepth.methods.prompt_router import PromptRouter
 from dyndepth.methods.prompt_router.tuning import PooledRouter, initial_router
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 
 LAYERS = 6

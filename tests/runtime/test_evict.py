@@ -15,7 +15,8 @@ from transformers import DynamicCache, StaticCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime import evicted
 from dyndepth.runtime.attach import attach
