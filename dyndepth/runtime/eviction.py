@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Eviction:
         before = 0 if slot is None else slot.passed
         if isinstance(gate, Selection) and self._gathers(block, gate):
             positions = torch.where(gate.used, gate.slot_token + before, -1)
-            columns = _columns(slot, positions, tokens, None)
+            # As many slots as tokens are not yet those of the tokens, in every sequence.
+            columns = replace(_columns(slot, positions, tokens, None), whole=False)
             self._tell(forward, slot, columns)
             return block.attention_among(hidden, gate, columns, arguments)
 
