@@ -78,7 +78,7 @@ class MixtureOfDepths(BlockRouting):
     quick: ClassVar[dict[str, Any]] = {"steps": 4, "batch": 2, "length": 24, "weight_rate": 0.1}
 
     objective: Literal["ce", "kl"] = "kl"
-    weight_rate: float = 1e-3
+    steps: int = 110
 
     @property
     def kv_policy(self) -> KVPolicy:

@@ -94,7 +94,7 @@ class BlockRouting(DynamicDepthMethod):
     weight_rate: float = 1e-3
     bias_rate: float = 2e-2
     adapter_rate: float = 1e-3
-    steps: int = 200
+    steps: int = 150
     batch: int = 4
     length: int = 256
 
