@@ -46,7 +46,9 @@ class Eviction:
         if isinstance(gate, Selection) and self._gathers(block, gate):
             positions = torch.where(gate.used, gate.slot_token + before, -1)
             plain = _plain(forward, block, slot, arguments)
-            columns = replace(_columns(slot, positions, tokens, None), plain=plain)
+            # As many slots as tokens are not yet those of the tokens, in every sequence.
+            columns = _columns(slot, positions, tokens, None)
+            columns = replace(columns, plain=plain, whole=False)
             self._tell(forward, slot, columns)
             return block.attention_among(hidden, gate, columns, arguments)
 

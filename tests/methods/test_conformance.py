@@ -190,7 +190,11 @@ def test_skipping_is_real_and_billed(model_of, fitted, name, phases, family):
     if method.target_speedup > 1:
         assert totals["block_flops"] < totals["dense_block_flops"]
     if phases == "generation":
-        assert trace.totals("prompt")["block_flops"] == trace.totals("prompt")["dense_block_flops"]
+        prompt = trace.totals("prompt")
+        # Its tokens pay for all keys of the forward, of which a block that evicts has fewer.
+        least = 0.95 if method.kv_policy == "evict" else 1.0
+        assert least <= prompt["block_flops"] / prompt["dense_block_flops"] <= 1.0
+        assert (trace.executed("prompt") == 1).all()
 
 
 @conforming
