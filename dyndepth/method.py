@@ -232,7 +232,8 @@ class DynamicDepthMethod:
         capturable: True if ``gates`` is the same operations on the device each time, on ``hidden``
             and on tensors that stay where they are (``start`` may write to them): no branch on
             values, nothing read by the host, nothing else that changes from forward to forward, and
-            bills for all tokens alone. Graphs then hold the gates, too.
+            bills for all tokens alone. Graphs then hold the gates, too. The same of ``instead``
+            and ``weights``: a method that has them is recorded only if it says so, plan or not.
         budgeted: False if what is saved is the method's result and not its setting: every target
             speedup above 1 means the same, so a sweep makes one cell of them.
         quick: parameters under which ``fit`` takes about a second on a tiny model; the conformance
@@ -427,7 +428,10 @@ class DynamicDepthMethod:
         norm; in a parallel block the block's input for both), ``sublayer`` ATTENTION or MLP.
         Returns ``[n, hidden]``, which is added to the stream, or None for no update. Asked after
         the gates of the block; padding may be among the rows, whose update nobody reads. Matrix
-        products in it are billed by ``context.bill``.
+        products in it are billed by ``context.bill``, where None for tokens means the rows. It
+        depends on its arguments and on what was fitted alone: gradient checkpointing asks it again
+        in the backward pass, when the method's context may be that of another forward. Under
+        ``masked``, all tokens are among the rows.
         """
         return None
 
@@ -435,6 +439,6 @@ class DynamicDepthMethod:
         """Factors on the updates of the tokens that execute attention and MLP of block ``layer``.
 
         Float ``[batch, tokens]`` each, or None for 1. Asked after ``gates`` of the block, where
-        not both of them are False.
+        not both of them are False. Tokens of a phase in which the method does not skip keep 1.
         """
         return None, None

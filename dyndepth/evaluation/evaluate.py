@@ -225,6 +225,11 @@ def _let_choose(reader: DyndepthLM, tasks: dict[str, Task]) -> None:
         return
     if not reader.method.uses_labels:
         raise TypeError(f"{reader.method.name} has candidates but does not say that it uses labels")
+    if reader.method.substitutes or reader.method.weighs:
+        raise TypeError(
+            f"{reader.method.name} has candidates, which are tried as plans alone, beside "
+            "`instead` or `weights`, which would be missing there"
+        )
     for task in tasks.values():
         reader.method.choose(outcomes_of(reader, task, plans))
         # Examples drawn at random must be drawn again as they were: the same prompts are scored.

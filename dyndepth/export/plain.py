@@ -46,6 +46,11 @@ def kept_blocks(method: DynamicDepthMethod, executed: torch.Tensor) -> tuple[lis
             f"{method.name} decides by {method.granularity}, and a plain checkpoint runs the same "
             "blocks for everything that it reads"
         )
+    if method.substitutes or method.weighs:
+        return [], (
+            f"{method.name} puts something in the place of what it leaves out, or weighs what is "
+            "left, and a plain checkpoint does neither"
+        )
     if method.phases == "generation":
         return [], (
             f"{method.name} leaves blocks out in generation only, and a plain checkpoint runs the "

@@ -27,7 +27,8 @@ from dyndepth.models.blocks import Block, Decoder, blocks
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.patching import run_by
 
-_TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 1024
+"""Of calibration text, in one dense pass."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def streams(model: nn.Module, ids: Tensor, *, progress: bool = True) -> Streams:
         "angles": [[None] * (layers - n) for n in range(layers)],
     }
     make = lambda: _dense_pass(model, ids, progress)  # noqa: E731
-    return Streams(**_kept("streams", model, ids, make, shape))
+    return Streams(**kept("streams", model, ids, make, shape))
 
 
 @torch.no_grad()
@@ -64,10 +65,10 @@ def _dense_pass(model: nn.Module, ids: Tensor, progress: bool) -> dict[str, Any]
     layers = len(parts.layers)
     sums = torch.zeros(layers, 3, dtype=torch.float64)
     angles: list[Tensor] = []
-    rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+    rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
     bar = tqdm(total=len(ids), desc="dense pass", unit="window", disable=not progress)
     forget(model)
-    with bar, _watched(parts.blocks) as seen:
+    with bar, watched(parts.blocks) as seen:
         for part in ids.split(rows):
             parts.owner(input_ids=part, use_cache=False)
             for layer in range(layers):
@@ -98,8 +99,9 @@ def _angles(points: Tensor) -> Tensor:
 
 
 @contextmanager
-def _watched(split: Sequence[Block]) -> Iterator[dict[tuple[int, int], Tensor]]:
-    """Streams of each forward by (block, place): before it, between its sublayers, after it."""
+def watched(split: Sequence[Block]) -> Iterator[dict[tuple[int, int], Tensor]]:
+    """Streams of each forward, at full depth, by (block, place): before the block, between its
+    sublayers, after it."""
     seen: dict[tuple[int, int], Tensor] = {}
 
     def run(index: int, stock: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -118,7 +120,7 @@ def taylor(model: nn.Module, ids: Tensor, *, progress: bool = True) -> list[list
     gradient is summed over the windows ``ids`` before the absolute value is taken.
     """
     shape = [[None, None]] * len(blocks(model))
-    found: list[list[float]] = _kept(
+    found: list[list[float]] = kept(
         "taylor", model, ids, lambda: _salience(model, ids, progress), shape
     )
     return found
@@ -172,7 +174,7 @@ def _open(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def without_each(model: nn.Module, ids: Tensor, kind: str, *, progress: bool = True) -> list[float]:
     """Loss in nats without each unit of ``kind`` alone, ``[units]``, kept; see ``units_of``."""
     units = units_of(len(blocks(model)), kind)
-    found: list[float] = _kept(
+    found: list[float] = kept(
         f"without-{kind}",
         model,
         ids,
@@ -185,9 +187,17 @@ def without_each(model: nn.Module, ids: Tensor, kind: str, *, progress: bool = T
 # --- keeping --------------------------------------------------------------------------------------
 
 
-def _kept(name: str, model: nn.Module, ids: Tensor, make: Callable[[], Any], shape: Any) -> Any:
-    """Plain numbers from the cache, else made and kept; garbled or of another shape: made again."""
-    key = key_of(model, ids, name, measured_by=__name__)
+def kept(
+    name: str,
+    model: nn.Module,
+    ids: Tensor,
+    make: Callable[[], Any],
+    shape: Any,
+    by: str = __name__,
+) -> Any:
+    """Plain numbers from the cache, else made, ``by`` a module's code, and kept; garbled or of
+    another shape: made again."""
+    key = key_of(model, ids, name, measured_by=by)
     file = cache_root() / "importance" / f"{name}-{key}.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

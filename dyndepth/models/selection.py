@@ -81,6 +81,14 @@ class Selection:
         return torch.nonzero_static(flat, size=self.count)[:, 0]  # nonzero would wait again
 
     @cached_property
+    def rest(self) -> Tensor:
+        """All others, padding included, in the flattened batch, ascending: int64."""
+        flat = ~self.mask.flatten()
+        if flat.device.type == "cpu":
+            return flat.nonzero()[:, 0]
+        return torch.nonzero_static(flat, size=flat.numel() - self.count)[:, 0]
+
+    @cached_property
     def token(self) -> Tensor:
         """Column of each selected token in its sequence: int64 ``[count]``."""
         return self.index if self.mask.shape[0] == 1 else self.index % self.mask.shape[1]

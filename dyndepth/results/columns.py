@@ -241,7 +241,9 @@ COMPUTE = Table(
         "kv_projection": _flops(
             "FLOPs per token for keys and values of tokens that skip attention."
         ),
-        "router": _flops("FLOPs per token in routers and controllers."),
+        "router": _flops(
+            "FLOPs per token in routers, controllers and what replaces skipped updates."
+        ),
         "readout": _flops(
             "FLOPs per token for reading the residual stream out before the last block."
         ),

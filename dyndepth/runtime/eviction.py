@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,24 +32,23 @@ class Eviction:
         hidden: Tensor,
         gate: Settled,
         arguments: dict[str, Any],
-    ) -> Tensor:
-        """The stream after the attention of the last call of ``forward``."""
+    ) -> Tensor | None:
+        """The attention branch of the last call of ``forward``, as ``Executor.attention``."""
         past, tokens = arguments.get(block.cache_argument), hidden.shape[1]
         if gate is True and not evicts(past, block.index):
-            return hidden + block.attention_branch(hidden, arguments)
+            return block.attention_branch(hidden, arguments)
         slot = None if past is None else evicting(past, block.index, forward.attended)
         if gate is False and not self.masked:
             if slot is not None:
                 slot.skip(tokens)
-            return hidden
+            return None
         before = 0 if slot is None else slot.passed
         if isinstance(gate, Selection) and self._gathers(block, gate):
             positions = torch.where(gate.used, gate.slot_token + before, -1)
-            columns = _columns(slot, positions, tokens, None)
+            plain = _plain(forward, block, slot, arguments)
+            columns = replace(_columns(slot, positions, tokens, None), plain=plain)
             self._tell(forward, slot, columns)
-            update = block.attention_among(hidden, gate, columns, arguments)
-            flat = hidden.flatten(0, 1)
-            return flat.index_add(0, gate.index, update.to(flat.dtype)).view_as(hidden)
+            return block.attention_among(hidden, gate, columns, arguments)
 
         executes = _executes(gate, forward, hidden)
         everyone = torch.arange(before, before + tokens, device=hidden.device)
@@ -67,16 +66,12 @@ class Eviction:
         given = arguments | {"attention_mask": mask}
         if block.bias_argument is not None:
             given[block.bias_argument] = columns.bias(arguments[block.bias_argument])
-        branch = block.attention_branch(hidden, given)
         if isinstance(gate, Selection):
             forward.whole.add((len(forward.calls) - 1, ATTENTION))
-            return gate.put(hidden, hidden + branch)
-        if isinstance(gate, bool):
-            return hidden + (branch if gate else branch * 0.0)
-        return hidden + branch * gate.to(branch.dtype)[..., None]
+        return block.attention_branch(hidden, given)
 
     def _gathers(self, block: Block, selection: Selection) -> bool:
-        return block.gathers(ATTENTION) and self.limits.gather(ATTENTION, selection)
+        return block.gathers(ATTENTION) and self.limits.among(selection)
 
     def _tell(self, forward: Forward, slot: Any, columns: Columns) -> None:
         """Tell the ledger how many keys there are, seen and in all."""
@@ -91,6 +86,17 @@ def _columns(slot: Any, positions: Tensor, tokens: int, stored: Selection | None
     if slot is None:
         return Columns(positions, tokens, whole=positions.shape[1] == tokens)
     return slot.expect(positions, tokens, stored)
+
+
+def _plain(forward: Forward, block: Block, slot: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the tokens of this forward are all that its queries see, up to their own."""
+    if block.bias_argument is not None or (slot is not None and slot.positions is not None):
+        return False
+    if arguments.get("attention_mask") is None:
+        return True
+    # A mask that hides padding alone, of which nothing is selected.
+    near = block.window is None or forward.keys <= block.window
+    return forward.attended is not None and near
 
 
 def _executes(gate: Settled, forward: Forward, hidden: Tensor) -> Tensor:

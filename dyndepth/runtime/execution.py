@@ -28,19 +28,29 @@ from dyndepth.runtime.foresight import Foresight
 from dyndepth.runtime.gates import Settler, pair
 from dyndepth.runtime.idle import Idle
 from dyndepth.runtime.limits import Limits
-from dyndepth.runtime.memory import Kept, cache_in, check, check_rows, keep, kept_with
+from dyndepth.runtime.memory import (
+    Kept,
+    cache_in,
+    check,
+    check_rows,
+    end_prompt,
+    keep,
+    kept_with,
+)
 from dyndepth.runtime.patching import Stock, places
-from dyndepth.runtime.sublayers import Executor
-from dyndepth.runtime.trace import Backend, Trace, per_row, phase_of_tokens
+from dyndepth.runtime.sublayers import Executor, Weights
+from dyndepth.runtime.trace import Backend, Trace, per_row
+from dyndepth.runtime.updates import Updates, Updating
 
 
 @dataclass
 class _Pass:
     """A forward of the decoder that is under way, in one thread.
 
-    ``given`` is set while a block runs under gradient checkpointing: its place, and the gates that
-    were decided before. ``weights`` are those of each attention where they were asked for, with
-    ``handles`` of the hooks that see them; ``as_tuple`` says that the caller wants a plain tuple.
+    ``given`` is set while a block runs under gradient checkpointing: its place, and the gates and
+    factors that were decided before. ``weights`` are those of each attention where they were asked
+    for, with ``handles`` of the hooks that see them; ``as_tuple`` says that the caller wants a
+    plain tuple.
     """
 
     thread: int
@@ -50,7 +60,7 @@ class _Pass:
     kept: Any = None
     overruled: bool = False
     plan: list[tuple[Gate, Gate]] | None = None
-    given: tuple[int, tuple[Gate, Gate]] | None = None
+    given: tuple[int, tuple[Gate, Gate], Weights | None] | None = None
     weights: list[Tensor | None] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     as_tuple: bool = False
@@ -76,9 +86,11 @@ class Runtime:
         self.config = parts.config
         self.early = asks_early(next(parts.model.parameters()).device)
         self.evict = Eviction(limits, self.masked) if method.kv_policy == "evict" else None
-        self.execute = Executor(
-            self.blocks, limits, self.masked, self.project, self.evict, self.early
-        )
+        self.updates = Updates(method)
+        how = self.blocks, limits, self.masked, self.project, self.evict, self.early
+        self.execute = Executor(*how)
+        if self.updates.substitutes or self.updates.weighs:
+            self.execute = Updating(*how, self.updates)
         self.norm: nn.Module = parts.norm
         self.head: nn.Module = parts.head
         self.ledger = Ledger(BlockCosts.of_parts(parts))
@@ -185,13 +197,13 @@ class Runtime:
             generation=None,
             documents=forward.documents,
             head=lambda hidden: self.readout(self.norm(hidden)),
-            bill=lambda *bill, **named: forward.bills.append(Bill(*bill, **named)),
+            bill=partial(_bill, forward),
             readout_flops=float(self.ledger.costs.lm_head),
             past_real=past_real,
             foresight=self.foresight,
             memory=now.kept.memory,
         )
-        self._end_prompt(now, context, mask)
+        end_prompt(now.kept, forward, context, mask, self.trace.prompt_length)
         context.phase = "mixed" if forward.generation is not None else forward.phase
         context.generation = forward.generation
         least = self.limits.tokens if self.early else 0
@@ -230,27 +242,6 @@ class Runtime:
             return None
         output["attentions"] = tuple(now.weights)
         return output.to_tuple() if now.as_tuple else output
-
-    def _end_prompt(self, now: _Pass, context: ForwardContext, mask: Tensor | None) -> None:
-        """Say which tokens of a forward are prompt, and remember where it ends."""
-        forward, length = now.forward, self.trace.prompt_length
-        if length is not None:
-            forward.phase, forward.generation = phase_of_tokens(context, length)
-        all_prompt = forward.phase == "prompt" and forward.generation is None
-        before = now.kept.prompt
-        if all_prompt and not isinstance(before, Tensor) and before == context.past_length:
-            now.kept.prompt = forward.keys
-            return
-        if isinstance(length, Tensor):
-            rows: Tensor = per_row(length, context.batch, "prompt lengths")
-            now.kept.prompt = rows.to(context.device)
-        elif length is not None:
-            now.kept.prompt = length
-            if mask is not None:
-                now.kept.prompt = torch.full((context.batch,), length, device=context.device)
-        if all_prompt:
-            return
-        context.prompt = partial(now.kept.real, mask)
 
     def asked(self, kwargs: dict[str, Any], name: str) -> bool:
         """An argument of the decoder, whose default is in the configuration."""
@@ -332,9 +323,10 @@ class Runtime:
             self._outside(index)
             return stock(hidden, **arguments)
         now = self.passes[-1]
-        index, asked = now.given or self._ask(now, index, hidden)
+        index, asked, weights = now.given or self._ask(now, index, hidden)
         forward: Forward = now.forward
-        if asked[0] is True and asked[1] is True and not self._lacks(index, arguments):
+        open_ = asked[0] is True and asked[1] is True and weights is None
+        if open_ and not self._lacks(index, arguments):
             forward.calls.append((index, True, True))
             return stock(hidden, **arguments)
         settling, block = now.settler(asked, hidden), self.blocks[index]
@@ -348,7 +340,7 @@ class Runtime:
         # Uncounted, it is a call like any other: what was decided need not be known.
         decided = now.settler.decided(gates) if self.count else (True, True)
         forward.calls.append((index, *decided))
-        full = gates[0] is True and gates[1] is True and ahead is None
+        full = gates[0] is True and gates[1] is True and ahead is None and weights is None
         if full and not self._lacks(index, arguments):
             return stock(hidden, **arguments)
         if arguments.get(block.cache_argument) is not None:
@@ -358,7 +350,7 @@ class Runtime:
             # Nobody here, but a sequence that is all padding now may run it later: it stays in the
             # cache, whose tokens must stand in line.
             forward.kept.add(len(forward.calls) - 1)
-        return self.execute(forward, index, hidden, gates, arguments, ahead)
+        return self.execute(forward, index, hidden, gates, arguments, ahead, weights)
 
     def _lacks(self, index: int, arguments: dict[str, Any]) -> bool:
         """Whether tokens in the cache are invisible to a block, so that it is not the stock one."""
@@ -367,8 +359,10 @@ class Runtime:
         block = self.blocks[index]
         return evicts(arguments.get(block.cache_argument), block.index)
 
-    def _ask(self, now: _Pass, index: int, hidden: Tensor) -> tuple[int, tuple[Gate, Gate]]:
-        """A block's place and its gates; one that stands in several has them in turn."""
+    def _ask(
+        self, now: _Pass, index: int, hidden: Tensor
+    ) -> tuple[int, tuple[Gate, Gate], Weights | None]:
+        """A block's place, its gates and factors; one that stands in several has them in turn."""
         if index in self.repeated:
             each = self.repeated[index]
             before = sum(layer in each for layer, _, _ in now.forward.calls)
@@ -378,29 +372,38 @@ class Runtime:
             if not isinstance(gates, tuple):
                 # A list, say, or a tensor of both, whose rows are gates.
                 gates = pair(self.method, gates)
-            return index, (True, True) if now.overruled else gates
-        return index, now.plan[index]
+            if now.overruled:
+                return index, (True, True), None
+        else:
+            gates = now.plan[index]
+        if not self.updates.weighs:
+            return index, gates, None
+        return index, gates, self.updates.weights(now.forward, index, gates, hidden)
 
     def checkpointed(self, index: int, checkpoint: Any, function: Any, *inputs: Any) -> Any:
         """One block under gradient checkpointing: ``checkpoint(function, *inputs)``.
 
         The method is asked once, outside of what is computed again, and so is the ledger told:
-        what is computed again goes to a forward that nobody counts. Gates are handed over as
-        inputs, so that they get their gradient either way of checkpointing.
+        what is computed again goes to a forward that nobody counts. Gates and factors are handed
+        over as inputs, so that they get their gradient either way of checkpointing. What the method
+        has in place of skipped updates is computed again as they are.
         """
         if not self.passes:
             return checkpoint(function, *inputs)
         now = self.passes[-1]
         hidden = inputs[0] if inputs else function.keywords["hidden_states"]
-        index, gates = self._ask(now, index, hidden)
-        tensors = [gate for gate in gates if isinstance(gate, Tensor)]
+        index, gates, weights = self._ask(now, index, hidden)
+        tensors = [each for each in (*gates, *(weights or ())) if isinstance(each, Tensor)]
         counted = [now.forward]
 
         def run(*given: Any) -> Any:
             rest = iter(given[len(inputs) :])
-            first, second = (next(rest) if isinstance(gate, Tensor) else gate for gate in gates)
+            decided: Any = [
+                both and tuple(next(rest) if isinstance(each, Tensor) else each for each in both)
+                for both in (gates, weights)
+            ]
             forward = counted.pop() if counted else now.forward.again()
-            self.passes.append(replace(now, forward=forward, given=(index, (first, second))))
+            self.passes.append(replace(now, forward=forward, given=(index, *decided)))
             try:
                 return function(*given[: len(inputs)])
             finally:
@@ -433,3 +436,9 @@ def asks_early(device: torch.device) -> bool:
 def _in_backward() -> bool:
     """Whether this thread is in a backward pass, which computes a checkpointed forward again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _bill(forward: Forward, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
+    """A method bills; what a backward pass computes again was billed before."""
+    if not _in_backward():
+        forward.bills.append(Bill(cause, flops_per_token, tokens))

@@ -78,11 +78,13 @@ class BlockCosts:
 
 @dataclass
 class Bill:
-    """The method's own arithmetic: ``tokens`` None means every valid token."""
+    """The method's own arithmetic: ``tokens`` None means every valid token. ``rows``: how many it
+    was done for in truth, where that is not their number."""
 
     cause: str
     flops_per_token: float
     tokens: Tensor | None
+    rows: int | None = None
 
 
 @dataclass
@@ -400,7 +402,9 @@ class _Sums:
             elif mlp is not False:
                 total += mlp.count * costs.mlp[layer]
         for bill in forward.bills:
-            count = rectangle if bill.tokens is None else int(bill.tokens.sum())
+            count = bill.rows
+            if count is None:
+                count = rectangle if bill.tokens is None else int(bill.tokens.sum())
             total += count * bill.flops_per_token
         if forward.foresight:
             depths = len(costs.mlp) + 1

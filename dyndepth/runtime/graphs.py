@@ -39,6 +39,7 @@ from dyndepth.runtime.steps import (
     by_rule,
     with_cache,
 )
+from dyndepth.runtime.told import Told, unrecordable
 
 PAYS_BELOW = 0.8
 """Share of the work that is executed, below which a piece a block is faster than the whole step."""
@@ -187,6 +188,11 @@ class Stepper:
     def __init__(self, runtime: Any, parts: Decoder, graphs: Graphs, run: Run) -> None:
         self._runtime, self._parts, self._graphs, self._run = runtime, parts, graphs.of(parts), run
         self._method: DynamicDepthMethod = runtime.method
+        reason = unrecordable(self._method)
+        if reason is not None:
+            raise UserError(f"graphs cannot be recorded: {reason}; take mode='eager'")
+        updates = runtime.updates
+        self._updates = updates if updates.substitutes or updates.weighs else None
         self._recording: Place | None = None
         self._identity: Any = None
         self._device = next(parts.model.parameters()).device.type
@@ -276,10 +282,17 @@ class Stepper:
         """A step whose gates are known."""
         forward, project = now.forward, self._runtime.project
         pattern = tuple((_known(attention), _known(mlp)) for attention, mlp in now.plan)
-        whole: Whole = self._graphs.recorded(
-            ("plan", pattern, project, forward.batch, keys),
-            lambda: Whole(place, stock, keys, by_plan(place, pattern, project)),
-        )
+        key: tuple[Any, ...] = ("plan", pattern, project, forward.batch, keys)
+        if self._updates is not None:
+            key += (self._known_as(),)
+        billed = len(forward.bills)
+
+        def make() -> Whole:
+            told = self._told(place, forward)
+            unit = by_plan(place, pattern, project, told)
+            return Whole(place, stock, keys, unit, told=told)
+
+        whole: Whole = self._graphs.recorded(key, make)
         if any(None in gates for gates in pattern):
             for layer, gates in enumerate(now.plan):
                 for sublayer, gate in enumerate(gates):
@@ -287,13 +300,12 @@ class Stepper:
                         place.flags[layer, sublayer].copy_(gate)
         out = whole.step()
         meanwhile()
-        self._enter(
-            forward,
-            [
-                gates if None not in known else now.settler(gates, place.hidden).read()
-                for gates, known in zip(now.plan, pattern, strict=True)
-            ],
-        )
+        del forward.bills[billed:]  # of the recording
+        settled = [
+            gates if None not in known else now.settler(gates, place.hidden).read()
+            for gates, known in zip(now.plan, pattern, strict=True)
+        ]
+        self._enter(forward, settled, whole.told)
         return out
 
     def _routed(
@@ -317,7 +329,7 @@ class Stepper:
         if share.pieces_pay:
             pieces = self._graphs.recorded(
                 ("pieces", *key),
-                lambda: Pieces(place, stock, keys, Rule(self._method, place, forward)),
+                lambda: Pieces(place, stock, keys, self._rule(place, forward)),
             )
             rule = pieces.rule
             rule.mail.reset()
@@ -340,7 +352,7 @@ class Stepper:
         forward.bills += rule.bills
         flags = place.flags.clone() if forward.batch > 1 or verdicts is None else None
         layers = range(len(self._parts.layers))
-        self._enter(forward, [_settled(layer, verdicts, flags) for layer in layers])
+        self._enter(forward, [_settled(layer, verdicts, flags) for layer in layers], rule.told)
         return out
 
     def _ask(self, now: Any, place: Place, layer: int, told: list[Any]) -> Verdict:
@@ -355,8 +367,12 @@ class Stepper:
         return settled[0] is not False, settled[1] is not False
 
     @staticmethod
-    def _enter(forward: Forward, settled: Sequence[tuple[Any, Any]]) -> None:
+    def _enter(
+        forward: Forward, settled: Sequence[tuple[Any, Any]], told: Told | None = None
+    ) -> None:
         """Tell the ledger what the blocks executed."""
+        if told is not None:
+            forward.bills += told.bills(settled)
         forward.calls = [(layer, *gates) for layer, gates in enumerate(settled)]
         forward.cached = True
         forward.whole = {
@@ -367,8 +383,14 @@ class Stepper:
         }
 
     def _multiplied(self, place: Place, stock: Any, keys: int, forward: Forward) -> Whole:
-        rule = Rule(self._method, place, forward)
+        rule = self._rule(place, forward)
         return Whole(place, stock, keys, by_rule(place, rule), rule)
+
+    def _rule(self, place: Place, forward: Forward) -> Rule:
+        return Rule(self._method, place, forward, self._told(place, forward))
+
+    def _told(self, place: Place, forward: Forward) -> Told | None:
+        return None if self._updates is None else Told(self._updates, place, forward)
 
     def _share(self, verdicts: Sequence[Verdict]) -> float:
         """Of a block's work, keys and values included, what is executed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
-from dyndepth.method import DynamicDepthMethod
+from dyndepth.method import DynamicDepthMethod, ForwardContext
 from dyndepth.models.blocks import cache_of
+from dyndepth.runtime.flops import Forward
+from dyndepth.runtime.trace import per_row, phase_of_tokens
 
 _KEPT = "_dyndepth_kept"
 
@@ -77,6 +79,35 @@ def keep(past: Any, kept: Kept) -> None:
     if (kept.memory or isinstance(kept.prompt, Tensor)) and not hasattr(past, "_dyndepth_follows"):
         stock: Any = type(past)
         past.__class__ = _following(stock)
+
+
+def end_prompt(
+    kept: Kept,
+    forward: Forward,
+    context: ForwardContext,
+    mask: Tensor | None,
+    length: int | Tensor | None,
+) -> None:
+    """Say which tokens of a forward are prompt, and remember where it ends.
+
+    ``mask`` ``[batch, tokens]`` covers the cache and the forward; ``length`` is a prompt length
+    that the caller told.
+    """
+    if length is not None:
+        forward.phase, forward.generation = phase_of_tokens(context, length)
+    all_prompt = forward.phase == "prompt" and forward.generation is None
+    if all_prompt and not isinstance(kept.prompt, Tensor) and kept.prompt == context.past_length:
+        kept.prompt = forward.keys
+        return
+    if isinstance(length, Tensor):
+        rows: Tensor = per_row(length, context.batch, "prompt lengths")
+        kept.prompt = rows.to(context.device)
+    elif length is not None:
+        kept.prompt = length
+        if mask is not None:
+            kept.prompt = torch.full((context.batch,), length, device=context.device)
+    if not all_prompt:
+        context.prompt = partial(kept.real, mask)
 
 
 def check(method: DynamicDepthMethod, memory: dict[str, Tensor], batch: int) -> None:

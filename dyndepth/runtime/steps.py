@@ -16,6 +16,7 @@ from dyndepth.models.blocks import CACHE_ARGUMENTS, Ahead, Block, Decoder
 from dyndepth.runtime.flops import Bill, Forward
 from dyndepth.runtime.lanes import Lane
 from dyndepth.runtime.recorder import Recorder
+from dyndepth.runtime.told import Told
 
 Verdict = tuple[bool, bool]
 """Whether attention and MLP of a block run for any sequence."""
@@ -32,6 +33,7 @@ class Place:
     Attributes:
         hidden: the stream, ``[batch, 1, hidden]``: each sublayer adds its branch to it.
         flags: which sequences execute what: bool ``[layers, 2, batch, 1]``.
+        factors: on what they execute: float ``[layers, 2, batch, 1]``, where a method weighs.
     """
 
     def __init__(self, parts: Decoder, lane: Lane, recorder: Recorder) -> None:
@@ -43,6 +45,7 @@ class Place:
             self.positions = torch.zeros_like(self.ids)
             self.hidden = parameter.new_zeros(lane.batch, 1, size)
             self.flags = self.ids.new_ones(layers, 2, lane.batch, 1, dtype=torch.bool)
+            self.factors = parameter.new_ones(layers, 2, lane.batch, 1)
             self.always = self.flags[0, 0].clone()
             self.never = ~self.always
             self._unused = parameter.new_zeros(lane.batch, 1, 1, 1)
@@ -91,17 +94,31 @@ class Place:
         """``ahead`` of a block whose keys are in the lane."""
         return Ahead(normed, *self._view.read(self.parts.blocks[index].index), None)
 
-    def execute(self, index: int, ahead: Ahead | None, run: Verdict, masks: Masks) -> None:
+    def execute(
+        self, index: int, ahead: Ahead | None, run: Verdict, masks: Masks, told: Told | None = None
+    ) -> None:
         """Add what the sublayers ``run`` say to the stream, of the rows of a mask where there is
-        one."""
+        one; what a method says of updates is ``told``."""
         block = self.parts.blocks[index]
-        entered = self.hidden.clone() if block.parallel and all(run) else self.hidden
-        if run[ATTENTION]:
-            assert ahead is not None
-            branch = block.attention_laid(ahead, None, self._arguments(block))
-            self._add(branch.view_as(self.hidden), masks[ATTENTION])
-        if run[MLP]:
-            self._add(block.mlp_branch(entered), masks[MLP])
+        both = block.parallel and (all(run) or told is not None)
+        entered = self.hidden.clone() if both else self.hidden
+        for sublayer in (ATTENTION, MLP):
+            mask, update = masks[sublayer], None
+            if told is not None:
+                update = told.instead(index, sublayer, entered, run[sublayer], mask)
+            if run[sublayer]:
+                branch = self._branch(block, sublayer, entered, ahead)
+                if told is not None:
+                    branch = told.weighted(index, sublayer, branch)
+                self._add(branch, mask)
+            if update is not None:
+                self._add(update, None if mask is None else ~mask)
+
+    def _branch(self, block: Block, sublayer: int, entered: Tensor, ahead: Ahead | None) -> Tensor:
+        if sublayer == MLP:
+            return block.mlp_branch(entered)
+        assert ahead is not None
+        return block.attention_laid(ahead, None, self._arguments(block)).view_as(self.hidden)
 
     def _add(self, branch: Tensor, mask: Tensor | None) -> None:
         if mask is None:
@@ -185,8 +202,14 @@ class Rule:
     They are first asked for in ``forward``; what they bill of it is in ``bills``, all blocks once.
     """
 
-    def __init__(self, method: DynamicDepthMethod, place: Place, forward: Forward) -> None:
-        self._method, self._place, self._forward = method, place, forward
+    def __init__(
+        self,
+        method: DynamicDepthMethod,
+        place: Place,
+        forward: Forward,
+        told: Told | None = None,
+    ) -> None:
+        self._method, self._place, self._forward, self.told = method, place, forward, told
         self._billed: dict[int, list[Bill]] = {}
         self.mail = Mail(len(place.flags), place.recorder, place.ids.device)
         # So that no tensor that was recorded is let go: what the method had then.
@@ -196,7 +219,8 @@ class Rule:
         """The gates of one block, bool ``[batch, 1]``. Raises TypeError for one that is none."""
         place, before = self._place, len(self._forward.bills)
         masks = []
-        for sublayer, gate in enumerate(self._method.gates(layer, place.hidden)):
+        gates = self._method.gates(layer, place.hidden)
+        for sublayer, gate in enumerate(gates):
             if isinstance(gate, bool):
                 gate = place.always if gate else place.never
             elif gate.shape != place.ids.shape or gate.dtype != torch.bool:
@@ -207,6 +231,8 @@ class Rule:
                 )
             masks.append(gate)
         self._billed[layer] = self._forward.bills[before:]
+        if self.told is not None:
+            self.told.weigh(layer, gates)
         return masks[0], masks[1]
 
     def decide(self, layer: int) -> None:
@@ -227,7 +253,8 @@ class Rule:
 class Whole:
     """A step as one recording.
 
-    ``unit(layer)`` does what a block does; ``rule`` is that of its gates, if they are found in it.
+    ``unit(layer)`` does what a block does; ``rule`` is that of its gates, if they are found in it;
+    ``told`` what a method says of updates.
     """
 
     def __init__(
@@ -237,8 +264,9 @@ class Whole:
         keys: int,
         unit: Callable[[int], None],
         rule: Rule | None = None,
+        told: Told | None = None,
     ) -> None:
-        self.place, self.rule = place, rule
+        self.place, self.rule, self.told = place, rule, told
         with place.recording():
             place.forward(stock, keys, unit)
             place.recorder.begin()
@@ -251,7 +279,9 @@ class Whole:
         return own(self._out)
 
 
-def by_plan(place: Place, pattern: Sequence[tuple[Any, Any]], project: bool) -> Any:
+def by_plan(
+    place: Place, pattern: Sequence[tuple[Any, Any]], project: bool, told: Told | None = None
+) -> Any:
     """The unit of a plan: for each block two of True, False, or None for some of the sequences."""
 
     def unit(layer: int) -> None:
@@ -260,7 +290,9 @@ def by_plan(place: Place, pattern: Sequence[tuple[Any, Any]], project: bool) -> 
         run = (gates[0] is not False, gates[1] is not False)
         flags = place.flags[layer]
         masks = [flags[s] if gates[s] is None else None for s in (0, 1)]
-        place.execute(layer, ahead, run, (masks[0], masks[1]))
+        if told is not None:
+            told.weigh(layer, gates)
+        place.execute(layer, ahead, run, (masks[0], masks[1]), told)
 
     return unit
 
@@ -273,7 +305,7 @@ def by_rule(place: Place, rule: Rule) -> Any:
     def unit(layer: int) -> None:
         masks = rule.masks(layer)
         found.extend(masks)
-        place.execute(layer, place.ahead(layer), (True, True), masks)
+        place.execute(layer, place.ahead(layer), (True, True), masks, rule.told)
         if len(found) == 2 * len(place.flags):  # nobody waits for one block's: all are told at once
             torch.stack(found, out=place.flags.flatten(0, 1))
             rule.mail.post_all(place.flags)
@@ -293,6 +325,7 @@ class Pieces:
         self, place: Place, stock: Callable[..., Any], keys: int, rule: Rule | None
     ) -> None:
         self.place, self.rule = place, rule
+        self._told = None if rule is None else rule.told
         self._layers = len(place.parts.layers)
         self._pieces: dict[tuple[int, Verdict], Callable[[], None]] = {}
         self._normed = place.hidden.clone()
@@ -313,7 +346,8 @@ class Pieces:
         self._head = recorder.end()
         for index, run in product(range(self._layers), product((True, False), repeat=2)):
             verdict: Verdict = (run[0], run[1])
-            if self.rule is not None and index == self._layers - 1 and not any(run):
+            last = self.rule is not None and index == self._layers - 1
+            if last and not any(run) and self._told is None:
                 self._pieces[index, verdict] = lambda: None
                 continue
             recorder.begin()
@@ -331,7 +365,8 @@ class Pieces:
         ahead = place.ahead(layer) if self.rule is None else place.again(layer, self._normed)
         flags = place.flags[layer]
         several = place.lane.batch > 1
-        place.execute(layer, ahead, run, (flags[0], flags[1]) if several else (None, None))
+        masks: Masks = (flags[0], flags[1]) if several else (None, None)
+        place.execute(layer, ahead, run, masks, self._told)
         self._prepare(layer + 1)
 
     def step(self, ask: Callable[[int], Verdict], meanwhile: Callable[[], None]) -> Any:

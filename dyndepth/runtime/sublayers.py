@@ -17,6 +17,9 @@ from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.gates import Settled
 from dyndepth.runtime.limits import Limits
 
+Weights = tuple[Tensor | None, Tensor | None]
+"""Factors on attention and MLP, float ``[batch, tokens]``; None: 1."""
+
 
 @dataclass(frozen=True)
 class Executor:
@@ -46,35 +49,57 @@ class Executor:
         gates: tuple[Settled, Settled],
         arguments: dict[str, Any],
         ahead: Ahead | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
         """One block, the last call of ``forward``.
 
         Its gates are not both True, but where ``ahead`` holds the part that its attention does for
-        all tokens.
+        all tokens. ``weights`` are of methods that have some (``updates.Updating``).
         """
-        block, entered, call = self.blocks[index], hidden, len(forward.calls) - 1
+        block, entered = self.blocks[index], hidden
         attention, mlp = gates
-        if self.evict is not None:
-            hidden = self.evict(forward, block, hidden, attention, arguments)
-        elif isinstance(attention, Selection):
-            hidden = self._attend(forward, block, hidden, attention, arguments, ahead)
-        elif ahead is not None:
-            if attention is True:
-                branch = block.attention_laid(ahead, None, arguments)
-                hidden = hidden + branch.view_as(hidden)
-        elif attention is True or self.masked:
-            hidden = hidden + _multiplied(block.attention_branch(hidden, arguments), attention)
-        else:
-            self._skip_attention(block, call in forward.kept, hidden, arguments)
+        branch = self.attention(forward, block, hidden, attention, arguments, ahead)
+        if branch is not None:
+            hidden = added(hidden, branch, attention, owned=False)
         source = entered if block.parallel else hidden
-        if isinstance(mlp, Selection):
-            if self.limits.gather(MLP, mlp) and block.gathers(MLP):
-                return self._feed(block, source, hidden, mlp, owned=hidden is not entered)
-            forward.whole.add((call, MLP))
-            return mlp.put(hidden, hidden + block.mlp_branch(source))
-        if mlp is True or self.masked:
-            return hidden + _multiplied(block.mlp_branch(source), mlp)
-        return hidden
+        branch = self.mlp(forward, block, source, mlp)
+        if branch is None:
+            return hidden
+        return added(hidden, branch, mlp, owned=hidden is not entered)
+
+    def attention(
+        self,
+        forward: Forward,
+        block: Block,
+        hidden: Tensor,
+        gate: Settled,
+        arguments: dict[str, Any],
+        ahead: Ahead | None,
+    ) -> Tensor | None:
+        """The attention branch of all tokens, ``[batch, tokens, hidden]``, or of those selected,
+        ``[count, hidden]``; None where nobody executes it. The cache gets its due."""
+        if self.evict is not None:
+            return self.evict(forward, block, hidden, gate, arguments)
+        if isinstance(gate, Selection):
+            return self._attend(forward, block, hidden, gate, arguments, ahead)
+        if ahead is not None:
+            if gate is not True:
+                return None
+            return block.attention_laid(ahead, None, arguments).view_as(hidden)
+        if gate is True or self.masked:
+            return block.attention_branch(hidden, arguments)
+        kept = len(forward.calls) - 1 in forward.kept
+        self._skip_attention(block, kept, hidden, arguments)
+        return None
+
+    def mlp(self, forward: Forward, block: Block, source: Tensor, gate: Settled) -> Tensor | None:
+        """The MLP branch of ``source``, as in ``attention``."""
+        if isinstance(gate, Selection):
+            if self.limits.gather(MLP, gate) and block.gathers(MLP):
+                return block.mlp_branch(source.flatten(0, 1).index_select(0, gate.index))
+            forward.whole.add((len(forward.calls) - 1, MLP))
+            return block.mlp_branch(source)
+        return block.mlp_branch(source) if gate is True or self.masked else None
 
     def _attend(
         self,
@@ -85,24 +110,19 @@ class Executor:
         arguments: dict[str, Any],
         ahead: Ahead | None,
     ) -> Tensor:
-        """The stream after an attention that the selected tokens execute."""
+        """``attention`` that the selected tokens execute."""
         can = ahead is not None or block.gathers(ATTENTION)
         if not (can and self.limits.gather(ATTENTION, selection)):
             forward.whole.add((len(forward.calls) - 1, ATTENTION))
             if ahead is None:
-                branch = block.attention_branch(hidden, arguments)
-            else:
-                branch = block.attention_laid(ahead, None, arguments).view_as(hidden)
-            return selection.put(hidden, hidden + branch)
+                return block.attention_branch(hidden, arguments)
+            return block.attention_laid(ahead, None, arguments).view_as(hidden)
         if self.early and ahead is None and block.lays:
             ahead = block.ahead(hidden, arguments)
             forward.laid.add(len(forward.calls) - 1)
         if ahead is None:
-            update = block.attention_selected(hidden, selection, arguments)
-        else:
-            update = block.attention_laid(ahead, selection, arguments)
-        flat = hidden.flatten(0, 1)
-        return flat.index_add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
+            return block.attention_selected(hidden, selection, arguments)
+        return block.attention_laid(ahead, selection, arguments)
 
     def _skip_attention(
         self, block: Block, kept: bool, hidden: Tensor, arguments: dict[str, Any]
@@ -116,22 +136,24 @@ class Executor:
         else:
             skip_tokens(cache, block.index, hidden.shape[1])
 
-    def _feed(
-        self, block: Block, source: Tensor, hidden: Tensor, selection: Selection, *, owned: bool
-    ) -> Tensor:
-        """The MLP branch of ``source``, added to ``hidden`` for the selected tokens alone.
 
-        ``owned`` says that ``hidden`` was made in this block, so that it may be written to.
-        """
-        update = block.mlp_branch(source.flatten(0, 1).index_select(0, selection.index))
-        flat = hidden.flatten(0, 1)
-        add = flat.index_add_ if owned else flat.index_add
-        return add(0, selection.index, update.to(flat.dtype)).view_as(hidden)
+def added(hidden: Tensor, branch: Tensor, gate: Settled, *, owned: bool) -> Tensor:
+    """The stream with the branch of those that execute it: of all tokens or, ``[count, hidden]``,
+    of those selected.
+
+    ``owned`` says that ``hidden`` was made in this block, so that it may be written to.
+    """
+    if not isinstance(gate, Selection):
+        return hidden + _multiplied(branch, gate)
+    if branch.ndim == hidden.ndim:
+        return gate.put(hidden, hidden + branch)
+    flat = hidden.flatten(0, 1)
+    add = flat.index_add_ if owned else flat.index_add
+    return add(0, gate.index, branch.to(flat.dtype)).view_as(hidden)
 
 
-def _multiplied(branch: Tensor, gate: Settled) -> Tensor:
-    """A computed branch times its gate, which is no Selection."""
-    assert not isinstance(gate, Selection)
+def _multiplied(branch: Tensor, gate: bool | Tensor) -> Tensor:
+    """A computed branch times its gate."""
     if isinstance(gate, bool):
         return branch if gate else branch * 0.0
     return branch * gate.to(branch.dtype)[..., None]

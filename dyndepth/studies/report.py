@@ -16,11 +16,11 @@ from dyndepth.studies.study import Claim, Study
 from dyndepth.studies.verdicts import COLUMNS, VERDICTS, label
 
 HEADINGS = (
-    *("task", "against", "target", "block FLOPs", "A", "B", "A - B", "95% interval"),
+    *("task", "against", "target", "share", "A", "B", "A - B", "95% interval"),
     *("p (Holm)", "n", "seeds", "verdict"),
 )
 
-_RANKS = {"seeds": 6, "p (Holm)": 5, "n": 4, "block FLOPs": 3, "B": 2, "A": 1}
+_RANKS = {"seeds": 6, "p (Holm)": 5, "n": 4, "share": 3, "B": 2, "A": 1}
 """Of ``HEADINGS``, those that a narrow terminal leaves out; see ``printing.Column``."""
 
 CONDITIONS = (
@@ -31,17 +31,18 @@ CONDITIONS = (
 """What all cells of a report share, from their identity."""
 
 HOW = f"""\
-`block FLOPs` is the share of dense's block FLOPs that A executed on the task (of dense's sublayers,
-where a claim counts those). B is interpolated to it, document by document, between its two
-neighbouring measured budgets (dense among them) and never beyond them. Where a claim asks how much
-depth dense's quality takes, `against` names the method and `A` is the least share of dense's block
-FLOPs at which its curve is as good as dense, with the interval of that share; what a bound chose on
-these documents is not chosen anew in each resample. "Reached" means that the interval lies below
-full depth. Intervals: paired bootstrap over `n` documents (blocks, where sublayers are compared),
-{RESAMPLES:,} resamples, not adjusted. A difference counts as shown if its interval excludes 0 and p
-holds after Holm's correction over the claim's table. Seeds are averaged by document first; the
-intervals do not cover what another seed of the training would change. "No difference shown" is no
-proof of equality: the interval says how large a difference may still be."""
+`share` is the share of dense's block FLOPs that A executed on the task (of all FLOPs, or of
+dense's sublayers, where a claim counts those). B is interpolated to it, document by document,
+between its two neighbouring measured budgets (dense among them) and never beyond them. Where a
+claim asks how much depth dense's quality takes, `against` names the method and `A` is the least
+share of dense's block FLOPs at which its curve is as good as dense, with the interval of that
+share; what a bound chose on these documents is not chosen anew in each resample. "Reached" means
+that the interval lies below full depth. Intervals: paired bootstrap over `n` documents (blocks,
+where sublayers are compared), {RESAMPLES:,} resamples, not adjusted. A difference counts as shown
+if its interval excludes 0 and p holds after Holm's correction over the claim's table. Seeds are
+averaged by document first; the intervals do not cover what another seed of the training would
+change. "No difference shown" is no proof of equality: the interval says how large a difference may
+still be."""
 
 
 def write(

@@ -50,7 +50,14 @@ class Pick:
 
 
 Kind = Literal[
-    "equal_flops", "equal_modules", "full_depth", "similarity", "reach", "sublayers", "position"
+    "equal_flops",
+    "equal_total_flops",
+    "equal_modules",
+    "full_depth",
+    "similarity",
+    "reach",
+    "sublayers",
+    "position",
 ]
 
 
@@ -63,7 +70,8 @@ class Claim:
         text: the claim in one sentence, as its source makes it.
         source: where it is made.
         a, b: the method it is about, and those that it is compared to one by one.
-        kind: ``equal_flops``: at each of A's budgets, with B interpolated to it.
+        kind: ``equal_flops``: at each of A's budgets, with B interpolated to it by block FLOPs.
+            ``equal_total_flops``: by all FLOPs, what a method adds or cannot save included.
             ``equal_modules``: the same at equal shares of executed sublayers, an attention and an
             MLP counting alike. ``full_depth``: at each of A's budgets, with B as it is, whatever
             it executes. ``similarity``: as ``equal_flops``, by the cosine of the final hidden

@@ -44,7 +44,8 @@ COLUMNS = (
     *("device", "dtype", "torch", "transformers", "dyndepth", "harness_code", "git_commit"),
 )
 """Columns of claims.csv: one row a claim, opponent, task and budget of A. ``fraction_a`` is A's
-executed / dense block FLOPs, ``fraction_b`` where B's value stands (interpolated to A's);
+executed / dense block FLOPs (all FLOPs for ``equal_total_flops``, sublayers for
+``equal_modules``), ``fraction_b`` where B's value stands (interpolated to A's);
 ``difference`` = A - B with its 95% interval ``low`` to ``high``, not adjusted; ``p_holm`` is
 adjusted for all comparisons of the claim; ``n`` counts what was resampled (``unit``). ``published``
 is the number that the source gives. For ``reach``, ``value_a`` is the share of dense's block FLOPs
@@ -52,8 +53,11 @@ that was looked for, and ``low`` to ``high`` its interval."""
 
 VERDICTS = ("better", "worse", "no difference shown", "not comparable")
 
-INTERPOLATED = ("equal_flops", "equal_modules", "similarity")
+INTERPOLATED = ("equal_flops", "equal_total_flops", "equal_modules", "similarity")
 """Kinds of claims whose B is interpolated to A's budget."""
+
+COUNTED = {"equal_modules": "sublayers", "equal_total_flops": "FLOPs"}
+"""What a budget counts, where that is not the FLOPs of the blocks."""
 
 ROUTED = ("sublayers", "position")
 """Kinds of claims that compare executed fractions within one method."""
@@ -228,7 +232,7 @@ def _against(
     if claim.kind in INTERPOLATED:
         matched = interpolate(against, point.fraction, SLACK)
         ends = f"{against[0].fraction:.3f} to {against[-1].fraction:.3f}"
-        what = "sublayers" if claim.kind == "equal_modules" else "block FLOPs"
+        what = COUNTED.get(claim.kind, "block FLOPs")
         missed = f"{row['b']} was measured from {ends} of dense's {what} alone"
     else:
         matched = against[0] if len(against) == 1 else None
@@ -304,7 +308,8 @@ def _points(
         groups = _by_target(chosen(pick, cells, phases))
         found = {target: similarity.point(group, folder) for target, group in groups.items()}
         return {target: point for target, point in found.items() if point is not None}
-    points = _measured(pick, cells, phases, task, metric)
+    flops = "total" if claim.kind == "equal_total_flops" else "block"
+    points = _measured(pick, cells, phases, task, metric, flops)
     if claim.kind != "equal_modules":
         return points
     groups = _by_target(chosen(pick, cells, phases))
@@ -312,10 +317,10 @@ def _points(
 
 
 def _measured(
-    pick: Pick, cells: Sequence[Cell], phases: str, task: str, metric: str
+    pick: Pick, cells: Sequence[Cell], phases: str, task: str, metric: str, flops: str = "block"
 ) -> dict[float, Point]:
     groups = _by_target(chosen(pick, cells, phases))
-    return {target: measured(group, task, metric) for target, group in groups.items()}
+    return {target: measured(group, task, metric, flops) for target, group in groups.items()}
 
 
 def _modules(cells: Sequence[Cell]) -> float:

@@ -8,7 +8,8 @@ arXiv 2402.09025; ``attention``, ``mlp`` and ``joint`` LLM-Drop, arXiv 2406.1578
 ``random`` are controls.
 Rule: rank the units on calibration text (``dyndepth.importance``), remove them from the least
 important on, as many as bring the executed share of the block FLOPs nearest to 1 / speedup.
-``angular`` removes that many blocks in one run.
+``angular`` removes that many blocks in one run. With a ``scale`` the stream is multiplied, in the
+place of each sublayer that is left out, by what that one lengthens it by at full depth.
 Granularity: static. Phases: ``both`` as published, or ``generation``.
 KV policy: drop (``both``), prompt_only (``generation``). A removed attention keeps no cache.
 Deviations: the text is the corpus's calibration split, and less of it than published (None in
@@ -21,7 +22,10 @@ are kept where that is at most half of the model, else in proportion. For sublay
 divides the added loss by the share of the FLOPs that goes: else attention, which is cheap, would
 mostly go first. ``perplexity``, ``taylor`` and ``greedy`` for sublayers, ``lazy`` search and
 ``generation`` are not in the papers. The papers remove a given number of units; here it follows
-from the target speedup. Nothing is tuned afterwards; for that, ``--recovery lora``.
+from the target speedup. Nothing is tuned afterwards; for that, ``--recovery lora``. ``scale`` is of
+none of these papers but AdaSkip's (arXiv 2501.02336), for any criterion; it is measured on 16 x 256
+tokens, or ``windows`` x ``length``, and anew after ``--recovery lora``. A scaled plan is no plain
+checkpoint: ``dyndepth.export`` writes a saved method.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.importance import Settings
+from dyndepth.fitting.scales import Scaling
 from dyndepth.method import (
     DynamicDepthMethod,
     Expenses,
@@ -43,7 +48,7 @@ from dyndepth.method import (
 
 
 @dataclass(kw_only=True)
-class StaticPruning(DynamicDepthMethod):
+class StaticPruning(Scaling, DynamicDepthMethod):
     """See the module's docstring.
 
     Fields:
@@ -56,6 +61,8 @@ class StaticPruning(DynamicDepthMethod):
         windows, length: of calibration text; None: see Deviations.
         search: of ``greedy``: ``full`` measures all units again after each removal, ``lazy`` those
             that come to the top of the queue.
+        scale: what a sublayer that is left out multiplies the stream by: the mean of its tokens'
+            lengthening (``token``), that of whole windows (``tensor``), or 1 (None).
     """
 
     name: ClassVar[str] = "static_pruning"
@@ -84,6 +91,7 @@ class StaticPruning(DynamicDepthMethod):
     windows: int | None = None
     length: int | None = None
     search: Literal["full", "lazy"] = "full"
+    scale: Literal["token", "tensor"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,17 +119,26 @@ class StaticPruning(DynamicDepthMethod):
     def expenses(
         self, layers: int, model: torch.nn.Module | None = None, corpus: Any = None
     ) -> Expenses:
-        """The ranking's, kept for all targets."""
+        """The ranking's, kept for all targets, and the scales'."""
         from .choice import readings
 
-        return Expenses(fit=readings(self.settings, layers, 1 / self.target_speedup))
+        ranking = readings(self.settings, layers, 1 / self.target_speedup)
+        return Expenses(fit=(*ranking, *self.scale_readings(self.windows, self.length)))
 
     def fit(self, model: torch.nn.Module, corpus: Any = None) -> Self:
         """Rank, and choose how many go. Raises UserError if the target is out of reach."""
         from .choice import choose
 
         self.tensors, self.facts = choose(model, corpus, self.settings, 1 / self.target_speedup)
+        self.calibrate(model, corpus)
         return self
+
+    def calibrate(self, model: torch.nn.Module, corpus: Any = None) -> None:
+        """Measure the scales; the plan stays."""
+        plan = self.tensors["plan"]
+        self.measure_scales(
+            model, corpus, plan, windows=self.windows, length=self.length, seed=self.seed
+        )
 
     def start(self, context: ForwardContext) -> Tensor:
         """The plan that ``fit`` found. Raises UserError before ``fit`` and on another depth."""

@@ -195,6 +195,20 @@ class TestReport:
         assert len(table) == 2 * 5 * 2
         assert (table[0]["first"], table[0]["last"], table[0]["executed"]) == (0, 1, 0.0)
 
+    def test_equal_total_flops_counts_all_of_them(self, cells):
+        """By all FLOPs fixed saves half of what it saves in the blocks, and steps saves nothing."""
+        for cell in cells:
+            blocks = cell.compute[0]["block_speedup"]
+            saves = cell.identity["method"] == "fixed"
+            cell.compute[0]["total_speedup"] = 1 / ((1 + 1 / blocks) / 2) if saves else 1.0
+            for row in cell.samples:
+                row |= {"total_flops": 1.0, "dense_total_flops": 1.0}
+        claim = replace(STUDY.claims[0], kind="equal_total_flops")
+        first, _ = rows_of("best", cells, replace(STUDY, claims=(claim,)))
+        assert first["fraction_a"] == pytest.approx((1 + 1 / 1.5) / 2)
+        assert first["verdict"] == "not comparable"
+        assert first["reason"] == ("steps was measured from 1.000 to 1.000 of dense's FLOPs alone")
+
     def test_equal_modules_counts_sublayers(self, cells):
         """All cells execute 0.555 of their sublayers, dense all of them."""
         for row in cells[0].routing:
