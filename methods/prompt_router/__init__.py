@@ -22,7 +22,9 @@ Costs: a linear map of each prompt token a block that may be skipped, billed.
 Deviations: the mean is a plain one, over real tokens; the budget is met by a threshold, in place of
 0.5 and a weight in the loss. Defaults are what trains within minutes on a processor, as for
 ``layer_controller``; nearer to the paper: ``prompt_router(estimator=soft, objective=ce,
-cost=linear)``. ``reads=constant`` is the control whose routers see no prompt: one plan for all.
+cost=linear)``. Two controls are one plan for all: ``reads=constant``, whose routers saw no prompt
+in training, and ``reads=frequent``, the blocks that trained routers run for most prompts of the
+calibration text.
 """
 
 from __future__ import annotations

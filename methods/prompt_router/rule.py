@@ -21,7 +21,8 @@ class PromptRule(DynamicDepthMethod):
     """Blocks, or their attentions, that a sequence runs by what its prompt says.
 
     Fields:
-        reads: ``prompt``, or ``constant``: the control whose routers see no token.
+        reads: ``prompt``, or a control that is one plan for all: ``constant``, whose routers saw no
+            token in training; ``frequent``, what routers that read prompts choose most often.
         least: tokens that a prompt must have to be read.
         initial: ``damage``: everything runs at first, biases follow the damage of removing each
             unit alone, weights are zero; ``random``: Kaiming-uniform weights and zero biases.
@@ -37,7 +38,7 @@ class PromptRule(DynamicDepthMethod):
     quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 32, "least": 4}
     attention_only: ClassVar[bool] = False
 
-    reads: Literal["prompt", "constant"] = "prompt"
+    reads: Literal["prompt", "constant", "frequent"] = "prompt"
     least: int = 8
     initial: Literal["damage", "random"] = "damage"
     cost: Literal["target", "linear"] = "target"
@@ -61,8 +62,8 @@ class PromptRule(DynamicDepthMethod):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must lie between 0 and 1, not {self.ramp}")
-        if self.reads == "constant":
-            # What routers decide without looking is one plan for all inputs.
+        if self.reads != "prompt":
+            # What is decided without looking is one plan for all inputs.
             self.granularity = "static"  # type: ignore[misc]
         # Set by who wants to know: (layer, logits of the sequences) of each router that was asked.
         self.seen: list[tuple[int, Tensor]] | None = None
@@ -88,7 +89,7 @@ class PromptRule(DynamicDepthMethod):
                 f"these routers are for a model of {len(self.tensors['constant'])} blocks, not "
                 f"{context.layers}; fit the method on this model"
             )
-        if self.reads == "constant":
+        if self.reads != "prompt":
             return self._plan(self._unread(context.layers))
         memory = context.memory
         if _RUNS not in memory and context.past_length:  # nobody looked at the prompt

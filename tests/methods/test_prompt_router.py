@@ -165,7 +165,7 @@ def test_a_prompt_that_says_too_little_is_not_read(model, kind):
 
 
 @every_kind
-@pytest.mark.parametrize("reads", ["prompt", "constant"])
+@pytest.mark.parametrize("reads", ["prompt", "constant", "frequent"])
 def test_fit_meets_the_target(model, tiny_corpus, kind, reads):
     target = 1.4 if kind is PromptRouter else 1.1
     changes = {"length": 24, "reads": reads, "weight_rate": 0.1, "target_speedup": target}
@@ -183,6 +183,25 @@ def test_fit_meets_the_target(model, tiny_corpus, kind, reads):
     fixed[list(method.routed(LAYERS))] = False
     assert found[:, fixed].all()
     assert found[..., 1].all() == (kind is MindSkip)
+
+
+@every_kind
+def test_frequent_is_what_the_routers_choose_most_often(model, tiny_corpus, kind):
+    """Counted in the routes of the same routers, reading the calibration prompts."""
+    target = 1.4 if kind is PromptRouter else 1.1
+    changes = {"length": 24, "weight_rate": 0.1, "target_speedup": target}
+    reader = kind(**kind.quick | changes).fit(model, tiny_corpus)
+    control = kind(**kind.quick | changes, reads="frequent").fit(model, tiny_corpus)
+    assert torch.equal(reader.tensors["weight"], control.tensors["weight"])
+    with attach(model, reader, prompt_length=24) as trace:
+        model(tiny_corpus.windows(48, 16, 0, split="calibration").to(DEVICE))
+    routed = list(control.routed(LAYERS))
+    often = routes(trace)[:, routed, 0].sum(0)
+    with attach(model, control) as trace:
+        model(ids(1, 8))
+    plan = routes(trace)[0, routed, 0]
+    assert not plan.all()
+    assert min(often[plan].tolist(), default=16) >= often[~plan].max()
 
 
 @every_kind
