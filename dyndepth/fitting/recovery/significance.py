@@ -9,7 +9,9 @@ Deviations: how the paper starts the scores, how many steps it makes and how it 
 not known here. Ours start at 0 (half of each change), are learned in 40 steps at a rate of 0.1
 under the recipe's batches and schedule, and no term asks for sparsity: the share to keep is given.
 Their text is other than that of the adapters. A map that the first training left as it was (its
-block is skipped) ranks behind all others.
+block is skipped) ranks behind all others. Without a sparsity term Adam lets the scores of all
+helpful maps rise at nearly one pace: what tells them apart is how steadily each one helps, not by
+how much.
 
 What is ranked is the changes, not the blocks; ``dyndepth.studies.significance`` says how far the
 two go together.
