@@ -48,7 +48,7 @@ class PromptRule(DynamicDepthMethod):
     objective: Literal["ce", "kl"] = "kl"
     weight_rate: float = 4e-4
     bias_rate: float = 2e-2
-    steps: int = 60
+    steps: int = 120
     batch: int = 4
     length: int = 128
 
