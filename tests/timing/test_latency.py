@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gating import GivenPlan, RandomMask, plan_without
+from gating import Evicted, GivenPlan, RandomMask, plan_without
 
 from dyndepth.results.columns import TIMING
 from dyndepth.timing import compiled
@@ -66,6 +66,14 @@ def test_cache_bytes_are_those_of_the_kept_tokens(tiny, method, prompt, steps):
     assert found["prefill"]["method_cache_bytes"] == prompt * BATCH * one * LENGTH
     kept = prompt * LENGTH + steps * STEPS
     assert found["decode"]["method_cache_bytes"] == kept * BATCH * one
+
+
+def test_cache_bytes_of_who_evicts_are_those_of_the_executed_tokens(tiny):
+    model, method = tiny(), Evicted()
+    found, one = timed(model, method), a_token(model)
+    for phase, tokens in (("prefill", LENGTH), ("decode", LENGTH + STEPS)):
+        executed = int(method.table[:tokens, :, 0].sum())
+        assert found[phase]["method_cache_bytes"] == executed * BATCH * one
 
 
 def test_of_a_buffer_the_filled_part_counts_and_an_unknown_cache_has_no_bytes():
