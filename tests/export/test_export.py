@@ -144,6 +144,16 @@ def _removed(folder):
     (folder / "tokenizer.json").unlink()
 
 
+def test_a_scaled_plan_is_no_plain_checkpoint(tiny, tmp_path, capsys):
+    """Its blocks go as a whole, and something is left in their place."""
+    spec = "uls(spacing=even, scale=token, windows=2, length=32)"
+    assert export(tiny, tmp_path / "out", spec, "--speedups", "1.3") == 0
+    assert last_line(capsys)["export"]["kind"] == "method"
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert "puts something in the place of what it leaves out" in record["reason"]
+    assert record["agreement"]["logits"] <= record["agreement"]["tolerance"]
+
+
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "with its hash"])
 @pytest.mark.parametrize("tampered", [_flipped, _swapped, _configured, _added, _removed])

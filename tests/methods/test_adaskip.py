@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 from test_attach import ids, incremental
 
 from dyndepth.common.errors import UserError
@@ -56,7 +57,7 @@ def test_those_that_turn_least_go(tiny, tiny_corpus, budget, target):
     method = AdaSkip(target_speedup=target, budget=budget, windows=4, length=16)
     method.fit(model, tiny_corpus)
     text = tiny_corpus.windows(16, 4, 0, split="calibration", model=model)
-    found = similarity(model, text)
+    found = similarity(model, text.to(DEVICE))
     order = sorted(found, key=lambda unit: -found[unit])
     gone = [(layer, ("attention", "mlp").index(kind)) for layer, kind in method.facts["order"]]
     assert gone == order[: len(gone)]
