@@ -2,7 +2,7 @@
 
 A plan that leaves a sublayer out leaves the stream as long as it was, while later sublayers, whose
 norms make them blind to that, write as much as ever. Where the stream is multiplied by what the
-sublayer would have lengthened it by, old and new keep their weights (AdaSkip, arXiv 2501.02336).
+sublayer would have lengthened it by, old and new keep their weights (arXiv 2501.02336).
 The factors are measured on calibration text by one pass at full depth.
 """
 

@@ -71,6 +71,13 @@ class Reading(Adapting):
 
 
 @dataclass(kw_only=True)
+class Evicting(Reading):
+    """Tokens that skip an attention are invisible in it."""
+
+    kv_policy = "evict"
+
+
+@dataclass(kw_only=True)
 class Masked(Adapting, RandomMask):
     """Random gates, no factors, a matrix in the place of what is skipped."""
 

@@ -14,7 +14,7 @@ from test_attach import ids, incremental, padded
 from test_attached import trained
 from test_flops import counted
 from torch import nn
-from updating import Masked, Reading, Scaled, Weighed, numbers
+from updating import Evicting, Masked, Reading, Scaled, Weighed, numbers
 
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.evaluation.evaluate import _let_choose
@@ -33,6 +33,7 @@ METHODS = {
     "reading": Reading(),
     "reading_generation": Reading(phases="generation"),
     "seldom": Reading(shift=4.0, open=()),
+    "evicting": Evicting(),
     "masks": Masked(),
     "plan": Scaled(plan=PLAN),
     "plan_generation": Scaled(plan=PLAN, phases="generation"),
@@ -50,8 +51,9 @@ COARSE = Limits(attention=0.3, mlp=0.3, tokens=0)
 """What most gates select is computed for all."""
 UNASKED = Limits(attention=1.0, mlp=1.0, tokens=10_000)
 
+RECORDED = [n for n, each in METHODS.items() if each.capturable and each.kv_policy != "evict"]
 everything = pytest.mark.parametrize("name", METHODS)
-some = pytest.mark.parametrize("name", ["reading", "by_document", "weighed_generation"])
+some = pytest.mark.parametrize("name", ["reading", "evicting", "by_document", "weighed_generation"])
 
 
 def near(found, want):
@@ -308,7 +310,7 @@ def test_updates_take_the_type_of_the_stream(tiny):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].capturable])
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "olmo2", "opt"])
 def test_recorded_steps_equal_eager_steps(tiny, family, name, batch):
     model, method, tokens = tiny(family), METHODS[name], ids(batch, 14)
