@@ -78,6 +78,9 @@ class MixtureOfDepths(BlockRouting):
     quick: ClassVar[dict[str, Any]] = {"steps": 4, "batch": 2, "length": 24, "weight_rate": 0.1}
 
     objective: Literal["ce", "kl"] = "kl"
+    # A score is a weight, too: by that the loss pulls at it five times as hard as at a mere gate.
+    penalty: float = 40.0
+    bias_rate: float = 5e-2
     steps: int = 110
 
     @property

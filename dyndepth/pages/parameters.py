@@ -93,12 +93,14 @@ def preset_table(cls: type[DynamicDepthMethod]) -> str:
 
 def descriptions(cls: type[DynamicDepthMethod]) -> dict[str, str]:
     """Parameter -> what docstrings say of it, as Markdown: the class's own first, then those of
-    the dataclasses that its modules use (settings that it repeats as parameters)."""
+    the classes that it is made from and of the dataclasses that its modules use (settings that it
+    repeats as parameters)."""
     names = (value for module in _modules(cls) for value in list(vars(module).values()))
     # What comes from elsewhere may have names in common and mean something else by them.
     own = (each for each in names if getattr(each, "__module__", "").startswith(cls.__module__))
     found: dict[str, str] = {}
-    for source in (cls, *filter(is_dataclass, own)):
+    made_from = cls.__mro__[:-2]  # but for the contract
+    for source in (*made_from, *filter(is_dataclass, own)):
         found = _described(inspect.cleandoc(source.__doc__ or "")) | found
     return found
 

@@ -11,6 +11,7 @@ from torch import nn
 from dyndepth.cells.recipe import parse_recovery
 from dyndepth.fitting.recovery.training import recover
 from dyndepth.methods.d_llm import DLLM, DecisionNetwork
+from dyndepth.models.blocks import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 
 LAYERS, WIDTH = 5, 8
@@ -96,7 +97,8 @@ def test_first_tokens_are_those_of_each_sequence(model, tokens, networks):
         gates = trace.gates()[:, :, 2, 0]
         trace.reset()
         longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype, device=DEVICE)], 1)
-        model(tokens[:, :1], attention_mask=longer, past_key_values=output.past_key_values)
+        past = {cache_argument(model): cache_of(output)}
+        model(tokens[:, :1], attention_mask=longer, **past)
         assert (trace.executed()[2:] == 0).all()
     assert gates[0].nonzero()[:, 0].tolist() == [0, 1]
     assert gates[1].nonzero()[:, 0].tolist() == [5, 6]
@@ -118,3 +120,15 @@ def test_adapters_are_trained_along(model, tiny_corpus):
     found = recover(method, model, tiny_corpus, recipe, progress=False)
     assert {name.rpartition(".")[2] for name in found.factors} == {"q_proj", "k_proj", "v_proj"}
     assert method.facts["achieved_speedup"] == pytest.approx(1.4, rel=0.02)
+
+
+def test_what_a_recorded_step_reads_stays_in_its_place(model, tokens, networks):
+    method, places = given(networks, keep_first=2), []
+    with torch.inference_mode(), attach(model, method):
+        output = model(tokens[:, :1], use_cache=True)
+        for step in range(1, 4):
+            places.append((method._kept.data_ptr(), method._kept[0, 0].item()))
+            past = {cache_argument(model): cache_of(output)}
+            output = model(tokens[:, step : step + 1], use_cache=True, **past)
+    assert len({place for place, _ in places}) == 1
+    assert [kept for _, kept in places] == [True, True, False]
