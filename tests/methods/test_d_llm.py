@@ -11,7 +11,7 @@ from torch import nn
 from dyndepth.cells.recipe import parse_recovery
 from dyndepth.fitting.recovery.training import recover
 from dyndepth.methods.d_llm import DLLM, DecisionNetwork
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 
 LAYERS, WIDTH = 5, 8
