@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.recipe import RANKED, parse_recovery
 from dyndepth.common.paths import EMBEDDED
+from dyndepth.models.fingerprints import at_rest
 from dyndepth.models.shapes import is_shape
 from dyndepth.sweep.estimate import costs
 from dyndepth.sweep.estimate.costs import Depth, Work
@@ -215,22 +217,25 @@ def estimate(settings: Settings, found: Grid, longest: int | None) -> Estimate:
     passes = [one for text in texts for one in text.passes(rows, budget, True, False)]
     fits = Fits(machine, shape, passes, model, corpus, here)
     cells = []
-    there = recorded(settings, found, model, corpus, machine.kind)
-    for cell, (todo, record) in zip(found.cells, there, strict=True):
-        method = cell.build()
-        expenses = method.expenses(shape.layers, model, None if model is None else corpus)
-        if todo == "nothing":
-            fits.done(cell, expenses)
-            cells.append(Planned(cell, "there", Work(), Work(), Work(), todo))
-            continue
-        depth = Depth.of(method, expenses.readouts)
-        word, fitting = fits.of(cell, method, expenses)
-        scoring = Work()
-        if todo == "everything":
-            scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(costs.CELL)
-        levels = levels_of(settings, machine.kind, record if todo == "timing" else None)
-        timing = costs.timing(machine, shape, longest, levels, depth, settings.compiled_dense)
-        cells.append(Planned(cell, word, scoring, fitting, timing, todo))
+    with nullcontext() if model is None else at_rest(model):
+        there = recorded(settings, found, model, corpus, machine.kind)
+        for cell, (todo, record) in zip(found.cells, there, strict=True):
+            method = cell.build()
+            expenses = method.expenses(shape.layers, model, None if model is None else corpus)
+            if todo == "nothing":
+                fits.done(cell, expenses)
+                cells.append(Planned(cell, "there", Work(), Work(), Work(), todo))
+                continue
+            depth = Depth.of(method, expenses.readouts)
+            word, fitting = fits.of(cell, method, expenses)
+            scoring = Work()
+            if todo == "everything":
+                scoring = costs.scoring(machine, shape, texts, method, depth, rows) + Work(
+                    costs.CELL
+                )
+            levels = levels_of(settings, machine.kind, record if todo == "timing" else None)
+            timing = costs.timing(machine, shape, longest, levels, depth, settings.compiled_dense)
+            cells.append(Planned(cell, word, scoring, fitting, timing, todo))
     needs = need(shape, passes, fits.readings, fits.trained)
     left = sum(each.todo == "everything" for each in cells)
     workers = workers_of(settings, machine, left, here)
