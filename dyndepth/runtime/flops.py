@@ -3,9 +3,10 @@
 Two FLOPs a multiply-add, in matrix products only, as ``torch.utils.flop_counter`` counts them: the
 scores and values of a token cost all keys of its sequence that are present at the end of its
 forward (a causal prefill is a full square, and a window is not taken off, whatever a kernel leaves
-out). Rotary tables, norms and activations are not counted. Counts are *useful* work: arithmetic
-spent on padding, on filling a rectangle in a batch, or on a bound's foresight is kept apart under
-``padding`` and is in no total. What a backward pass computes is not counted, nor what it computes
+out); under the policy ``evict``, all that are visible there. Rotary tables, norms and activations
+are not counted. Counts are *useful* work: arithmetic spent on padding, on filling a rectangle in a
+batch, or on a bound's foresight is kept apart under ``padding`` and is in
+no total. What a backward pass computes is not counted, nor what it computes
 again (gradient checkpointing); a forward that did not complete is left out whole. Documents that
 begin alike may share the forward of that beginning; each is billed it in full, with the keys of its
 whole context, as if it had been read at once, and what was so billed and not computed is
