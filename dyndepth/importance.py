@@ -1,7 +1,8 @@
 """The command line ``python -m dyndepth.importance``: which blocks or sublayers matter, by what.
 
 Prints a table of scores and ranks (1 = first to go), and with ``--output_path`` writes
-``importance.csv`` and ``importance.png``.
+``importance.csv`` and ``importance.png``. With ``--adapter`` it says how far each criterion goes
+together with the scores of a recovery by ``lora(modules=ila)``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dyndepth.common.paths import EMBEDDED, check_folder, path_of
 
 if TYPE_CHECKING:
     from dyndepth.fitting.importance import Settings
+    from dyndepth.results.statistics.ranks import Agreement
 
 
 COLUMNS = ("criterion", "unit", "layer", "sublayer", "score", "rank")
@@ -77,6 +79,12 @@ def _parser() -> Parser:
         )
     built.whole("seed", 0, "of the text's windows, and of random", 0)
     built.shared("corpus", EMBEDDED)
+    add(
+        "--adapter",
+        metavar="FOLDER",
+        help="of a recovery by 'lora(modules=ila)': its scores by block, and their rank "
+        "correlation with each criterion",
+    )
     add("--output_path", metavar="FOLDER", help="for importance.csv and importance.png")
     return built
 
@@ -85,26 +93,37 @@ def _importance(given: list[str]) -> None:
     """Measure, print, write; the last line printed is one JSON document."""
     options = vars(_parser().parse_args(given))
     from dyndepth.fitting.importance import CRITERIA, rank
+    from dyndepth.fitting.recovery import adapters
+    from dyndepth.studies import significance
 
     chosen = _chosen(options)
     output = options["output_path"]
     if output is not None:
         output = check_folder("output_path", path_of(output))
+    if options["adapter"] is not None:
+        significance.unit_scores(adapters.read_card(options["adapter"]), "block")
     model, corpus = _loaded(options, chosen.values())
+    card = adapters.load_adapter(options["adapter"], model).card if options["adapter"] else None
     began = time.monotonic()
     tables: Tables = {}
+    agreements: dict[str, Agreement] = {}
     for name, settings in chosen.items():
         print(f"{name}: measuring {settings.kind}s", flush=True)
         found = rank(model, corpus, settings, until=options["until"], run=options["run"])
         tables[name] = [{"criterion": name, "unit": found.kind} | row for row in found.rows()]
+        if card is not None:
+            agreements[name] = significance.agreement(card, found)
     for kind in ("block", "sublayer"):
         show({name: rows for name, rows in tables.items() if chosen[name].kind == kind}, kind)
+    if card is not None:
+        show_agreement(card, agreements)
     if output is not None:
         labels = {name: CRITERIA[name].label for name in tables}
         write(tables, labels, output, title=f"Importance, {options['model']}")
     summary = {
         "model": options["model"],
         "first_to_go": {name: _first(rows) for name, rows in tables.items()},
+        **({"agreement": {n: a.shown() for n, a in agreements.items()}} if card else {}),
         "seconds": round(time.monotonic() - began, 1),
         "output_path": None if output is None else str(output),
     }
@@ -178,6 +197,30 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> None:
             *(f"{cell['score']:.4g} ({cell['rank']:2})" if cell else "-" for cell in cells),
         )
     Console().print(table)
+
+
+def show_agreement(card: Mapping[str, Any], agreements: Mapping[str, Agreement]) -> None:
+    """Print the mean scores of an adapter's modules in each block, and how far each criterion goes
+    together with them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dyndepth.studies.significance import unit_scores
+
+    parts = {kind: unit_scores(card, kind) for kind in ("block", "sublayer")}
+    table = Table(title="Mean score of a recovery's modules (higher: worth training)")
+    for heading in ("block", "attention", "mlp", "all"):
+        table.add_column(heading, justify="right")
+    for layer, _ in parts["block"]:
+        found = [parts["sublayer"].get((layer, each)) for each in ("attention", "mlp")]
+        found.append(parts["block"][layer, "block"])
+        table.add_row(str(layer), *("-" if each is None else f"{each:.3f}" for each in found))
+    Console().print(table)
+    for name, each in agreements.items():
+        print(
+            f"Spearman's rank correlation with {name}: {each}, over {each.n} units; the interval "
+            "is over resampled units"
+        )
 
 
 def write(tables: Tables, labels: Mapping[str, str], output: Path, *, title: str) -> None:

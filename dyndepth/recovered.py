@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dyndepth.cells.recipe import parse_recovery
+from dyndepth.cells.recipe import ALL, parse_recovery
 from dyndepth.common.commands import HELP, Parser, run
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED
@@ -84,7 +84,8 @@ def _recover_all(options: argparse.Namespace) -> None:
     for plan in cells:
         method, adapter = recover_cached(plan.build(), model, corpus, recipe)
         if options.ship:
-            name = f"{method.target_speedup:g}-seed{method.seed}-{recipe.kind}"
+            kind = recipe.kind if recipe.modules == ALL else f"{recipe.kind}-{recipe.modules}"
+            name = f"{method.target_speedup:g}-seed{method.seed}-{kind}"
             folder = ship(method, adapter, name)
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             text = json.dumps(card | {"command": options.command}, indent=1) + "\n"

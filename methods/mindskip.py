@@ -27,11 +27,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dyndepth.methods.prompt_router.rule import PromptRule
+from dyndepth.methods.prompt_router.fitted import TrainedPromptRule
 
 
 @dataclass(kw_only=True)
-class MindSkip(PromptRule):
+class MindSkip(TrainedPromptRule):
     """See the module's docstring, and ``PromptRule`` for the fields."""
 
     name: ClassVar[str] = "mindskip"

@@ -1,15 +1,16 @@
 """SkipDecode: the further a text is written, the fewer blocks its tokens run.
 
-Idea: later tokens of an answer are easier; a depth that follows the position alone, and never rises,
-is the same for a whole column of a batch and leaves no token without keys and values that it needs.
+Idea: later tokens of an answer are easier; a depth that follows position alone, and never rises, is
+the same for a whole column of a batch and leaves no token without keys and values that it needs.
 Paper: SkipDecode, arXiv 2307.02628.
 Rule: with L blocks and g the number of tokens since the prompt ended, a token runs
     A(g) = round(max - (max - min) min(g, G - 1) / (G - 1))
 blocks: the first ``warm_up`` and the last A(g) - ``warm_up``. ``max`` is all blocks unless
 ``maximum`` says less; ``min`` follows from the target: the mean of A over G = ``positions`` is
 L / speedup. Where ``min`` would fall below ``warm_up`` + 1, ``max`` falls instead. With G = 1, A is
-L / speedup throughout. ``variant=adaskip`` is how AdaSkip's code (arXiv 2501.02336) has it: blocks 1
-to k are skipped, k = min(n, ceil(g / G (n - 1)) + 1), with the n that comes nearest to the target.
+L / speedup throughout. ``variant=adaskip`` is the one that AdaSkip's code compares itself to
+(arXiv 2501.02336): blocks 1 to k are skipped, k = min(n, ceil(g / G (n - 1)) + 1), with the n that
+comes nearest to the target, to half a block.
 Granularity: token, by position alone. Phases: generation; the prompt runs in full. A
 multiple-choice answer is a few tokens long and saves next to nothing: score it on written and long
 texts. A text of fewer than G tokens achieves less than the target, a longer one more.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +50,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
 """Settings that bring out what is peculiar to a family."""
 
 
+@functools.cache
 def attentions(family: str) -> tuple[str, ...]:
     """Attention implementations that ``transformers`` has for a family, of those tested."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -104,6 +107,21 @@ def variants() -> Any:
 
     pairs = [(family, attn) for family in FAMILIES for attn in attentions(family)]
     return pytest.mark.parametrize(("family", "attn"), pairs)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What is collected and imported stays to the end: the garbage collector need not look at some
+    million such objects again, each time that a test or the suite calls it."""
+    import hypothesis  # noqa: F401  # it asks who refers to what is there, and sees no frozen ones
+
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from dyndepth.common.errors import UserError
@@ -17,9 +18,16 @@ NONE = "none"
 """The canonical text of no recovery at all."""
 
 KINDS = ("lora", "joint")
-ROLES = ("query", "key", "value", "output", "gate")
+ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 """Projections of a block that an adapter may sit on, by the names of
 ``dyndepth.models.families.Family``."""
+ALL = "all"
+"""As targets: all projections that the family has. As modules: all targets."""
+USUAL_TARGETS = "query+value+gate"
+RANKED = "ila"
+"""As modules: the most significant ones, see ``dyndepth.fitting.recovery.significance``."""
+RANKING: dict[str, Any] = {"keep": 0.3, "score_steps": 40, "score_rate": 0.1}
+"""Settings that a recipe has with ``modules=ila`` alone, and what they are if not given."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -47,7 +55,8 @@ class Recipe:
             it. ``joint``: adapters trained together with the routers while the method is fitted.
         rank, alpha, dropout: of the adapters; the scale is alpha / rank, alpha by default 2 rank.
             Dropout is off by default: in a short training no token is seen twice.
-        targets: roles of the adapted projections, joined by ``+``.
+        targets: roles of the adapted projections, joined by ``+``, or ``all``; by default
+            ``query+value+gate``, with ``modules=ila`` ``all``.
         steps, batch, length, accumulate: optimiser steps, windows a micro-batch, tokens a window,
             micro-batches a step.
         rate: AdamW's learning rate. The published one is 2e-4 for 10,000 steps; so short a training
@@ -55,6 +64,10 @@ class Recipe:
         warm_up: share of the steps in which the rate rises; then a cosine to zero.
         weight_decay: AdamW's.
         precision: of autocast.
+        modules: ``all``: adapters on all targets. ``ila``: they are trained, a score a module is
+            learned over them, and the modules with the highest are trained alone, anew.
+        keep: ``ila``: share of the modules that are trained in the end.
+        score_steps, score_rate: ``ila``: of learning the scores, by Adam.
 
     For ``joint`` everything from ``steps`` on is the method's own affair and can't be given.
     """
@@ -65,7 +78,7 @@ class Recipe:
     rank: int = 4
     alpha: float | None = None
     dropout: float = 0.0
-    targets: str = "query+value+gate"
+    targets: str | None = None
     steps: int = 40
     batch: int = 4
     length: int = 256
@@ -74,15 +87,35 @@ class Recipe:
     warm_up: float = 0.1
     weight_decay: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    modules: Literal["all", "ila"] = "all"
+    keep: float | None = None
+    score_steps: int | None = None
+    score_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
+        if self.targets is None:
+            targets = ALL if self.modules == RANKED else USUAL_TARGETS
+            object.__setattr__(self, "targets", targets)
         least = {"rank": 1, "steps": 1, "batch": 1, "length": 2, "accumulate": 1}
+        positive = ["alpha", "rate"]
+        for name, usual in RANKING.items():
+            if self.modules == RANKED and getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+            elif self.modules != RANKED and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is of a recovery with modules={RANKED}; give that as well"
+                )
+        if self.modules == RANKED:
+            least |= {"score_steps": 1}
+            positive += ["score_rate"]
+            if self.keep is not None and not 0 < self.keep <= 1:
+                raise ValueError(f"keep must be above 0 and at most 1, not {self.keep}")
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("alpha", "rate"):
+        for name in positive:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("dropout", "warm_up", "weight_decay"):
@@ -93,13 +126,18 @@ class Recipe:
                 raise ValueError(
                     f"targets names {role!r}; {nearest(role, ROLES)}roles are {', '.join(ROLES)}"
                 )
-        # Equal recipes have equal texts, in whatever order the roles were given.
-        roles = [role for role in ROLES if role in self.roles]
-        object.__setattr__(self, "targets", "+".join(roles))
+        if self.targets != ALL:
+            # Equal recipes have equal texts, in whatever order the roles were given.
+            roles = [role for role in ROLES if role in self.roles]
+            object.__setattr__(self, "targets", "+".join(roles))
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The adapted projections of each block, each one of ``ROLES``."""
+        """The adapted projections of each block, each one of ``ROLES``; for ``all`` those that a
+        family may have."""
+        assert self.targets is not None
+        if self.targets == ALL:
+            return ROLES
         return tuple(role.strip() for role in self.targets.split("+"))
 
     @property
@@ -119,13 +157,17 @@ class Recipe:
         return f"{self.kind}({inner})" if inner else self.kind
 
     def _settings(self, whole: bool) -> list[str]:
-        usual = Recipe(rank=self.rank)
+        usual = Recipe(rank=self.rank, modules=self.modules)
         found = []
+        # A text that says nothing of the modules means all: that of a recipe before there were any.
+        left_out = set() if self.modules == RANKED else {"modules", *RANKING}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if name == "kind" or (self.kind == "joint" and name not in self.joint_fields):
                 continue
-            other = Recipe.rank if name == "rank" else getattr(usual, name)
+            if name in left_out:
+                continue
+            other = getattr(Recipe if name in ("rank", "modules") else usual, name)
             if whole or value != other:
                 found.append(f"{name}={_written(value)}")
         return found
@@ -173,6 +215,7 @@ def parse_recoveries(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(parse_recovery(spec) or NONE) for spec in specs))
 
 
+@lru_cache(maxsize=1024)
 def shortened(text: str) -> str:
     """A canonical text for people: ``Recipe.short``; a text of another version as it stands."""
     try:

@@ -12,6 +12,7 @@ import re
 import types
 import warnings
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dyndepth.common.errors import UserError
@@ -60,6 +61,12 @@ def parameters_of(spec: str, kind: str) -> dict[str, Any]:
     Values are integers, floats, true/false, none, or text, bare or in quotes. Raises UserError for
     a spec that can't be read or a parameter that is given twice.
     """
+    return dict(_parameters_of(spec, kind))
+
+
+@lru_cache(maxsize=4096)
+def _parameters_of(spec: str, kind: str) -> dict[str, Any]:
+    """``parameters_of``, shared: tables ask for the same few of some thousand rows."""
     inside = _match(spec, kind)[2]
     given: dict[str, Any] = {}
     for part in split(inside or ""):

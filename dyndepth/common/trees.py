@@ -3,6 +3,7 @@ command asks."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from dyndepth.common.errors import UserError
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+@cache
 def check_one_tree() -> None:
     """Raises UserError if this package and its methods come from different folders: a second
-    checkout that is not installed, say, in an environment of the first."""
+    checkout that is not installed, say, in an environment of the first. Looked at once, if they
+    are of one: a table of some thousand rows asks for each."""
     found = find_spec("dyndepth.methods")
     here = "run `pip install -e .` in the one that you mean, or use its own environment"
     if found is None or found.origin is None:

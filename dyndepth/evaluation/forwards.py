@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
-from dyndepth.models.blocks import cache_argument, cache_of, decoder
+from dyndepth.models.blocks import decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.memory import join, select
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.scoring import Group
-from dyndepth.models.blocks import Block, cache_argument, decoder
+from dyndepth.models.blocks import Block, decoder
+from dyndepth.models.caches import cache_argument
 from dyndepth.models.rotary import forget, one_table, tables
 from dyndepth.runtime.many_plans import BATCH_TOKENS, Trie
 

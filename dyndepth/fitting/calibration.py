@@ -129,12 +129,14 @@ def meet_target(
     windows: Tensor,
     *,
     span: float = 5.0,
+    first: tuple[float, float] = (0.0, 0.05),
     steps: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Solve the logit at which routers execute so that the measured speedup meets the target.
 
     Writes ``threshold`` and ``achieved_speedup`` into ``method.facts``; ``method`` must execute
-    where its logits are at least the threshold found there, which is sought within ``span`` of 0.
+    where its logits are at least the threshold found there, which is sought within ``span`` of 0,
+    at ``first`` to begin with and then in steps of that size.
     ``windows`` is calibration text ``[count, length]``. ``steps``, for routers that read nothing:
     their logits and the shares of the budget, both ``[layers, 2]``. Their speedup is a step
     function, so that the nearest step is taken, and no forward is needed to find it.
@@ -148,7 +150,7 @@ def meet_target(
     target = method.target_speedup
     if steps is None:
         threshold, achieved = solve_threshold(
-            measure, target, 0.0, 0.05, low=-span, high=span, tolerance=0.005
+            measure, target, *first, low=-span, high=span, tolerance=0.005
         )
     else:
         threshold = _nearest_step(*steps, target)

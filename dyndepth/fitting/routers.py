@@ -18,6 +18,7 @@ cross-entropy, since a dense model that moves is no yardstick.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from dyndepth.fitting.loop import Curve, Schedule, optimise
 from dyndepth.fitting.losses import divergence_of_states, final_states, next_token_nats
 from dyndepth.fitting.readings import Row
-from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, KVPolicy
 from dyndepth.models.blocks import Decoder, blocks
 from dyndepth.models.rotary import forget
 from dyndepth.models.seeding import seeded
@@ -51,6 +52,15 @@ class Router(nn.Module):
     """
 
     bias: nn.Parameter
+
+    def weights(self, layer: int, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As ``DynamicDepthMethod.weights``, from the logits that ``forward`` gave for the block,
+        before any noise."""
+        return None, None
+
+    def instead(self, layer: int, sublayer: int, rows: Tensor) -> Tensor | None:
+        """As ``DynamicDepthMethod.instead``."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +85,13 @@ class Tuning:
         phases: ``generation`` keeps the first half of each window at full depth.
         prompt: the first half of each window is its prompt, also where ``phases`` is ``both``, and
             the loss is that of the rest.
+        each_token: each token's own share is held to the wanted one (the mean of the distances),
+            not their mean alone (the distance of the mean).
+        rise: share of the steps over which the penalty rises, as the first quarter of a sine, from
+            none; 0: it is all there from the first step.
+        keep_first: tokens at the beginning of each sequence that execute everything; no budget
+            counts them.
+        kv_policy: of the method that the routers are for.
     """
 
     target_speedup: float
@@ -91,6 +108,15 @@ class Tuning:
     adapter_rate: float = 2e-4
     phases: Literal["generation", "both"] = "both"
     prompt: bool = False
+    each_token: bool = False
+    rise: float = 0.0
+    keep_first: int = 0
+    kv_policy: KVPolicy = "project"
+
+    def pressed(self, step: int, steps: int) -> float:
+        """Weight of the budget against the loss at ``step``."""
+        done = min(1.0, (step + 1) / (self.rise * steps)) if self.rise else 1.0
+        return self.penalty * math.sin(done * math.pi / 2)
 
     def wanted(self, step: int, steps: int, first: float) -> float:
         """The share asked for at ``step``; ``first`` is what was executed at the first one."""
@@ -116,7 +142,23 @@ class Routed(DynamicDepthMethod):
         self.router, self.tuning = router, tuning
         self.full_depth = False
         self.temperature = tuning.temperature[0]
-        self._executed: list[Tensor] = []
+        self._gates: list[Tensor] = []
+        self._logits: Tensor | None = None
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """That of the method that the routers are for."""
+        return self.tuning.kv_policy
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the router has weights."""
+        return type(self.router).weights is not Router.weights
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether the router has something instead."""
+        return type(self.router).instead is not Router.instead
 
     @property
     def phases(self) -> Literal["generation", "both"]:
@@ -125,27 +167,62 @@ class Routed(DynamicDepthMethod):
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """A full plan while ``full_depth`` is set."""
-        self._executed = []
+        self._gates = []
+        self._logits = None
         self.context = context
         return torch.ones(context.layers, 2, dtype=torch.bool) if self.full_depth else None
 
     def gates(self, layer: int, hidden: Tensor) -> tuple[Gate, Gate]:
         """Straight-through gates; the stream itself gets no gradient through the routers."""
-        logits = self.router(layer, hidden.detach())
+        logits = self._logits = self.router(layer, hidden.detach())
         if self.tuning.estimator == "gumbel":
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             logits = (logits + uniform.logit()) / self.temperature
         soft = torch.sigmoid(logits)
         hard = soft if self.tuning.estimator == "soft" else (logits >= 0).float()
         gates = hard.detach() + soft - soft.detach()
-        part = self.context.generation
-        self._executed.append(gates.mean((0, 1)) if part is None else _mean_of(gates, part))
+        if self.tuning.keep_first:
+            first = (self.context.positions < self.tuning.keep_first).to(gates.device)
+            gates = torch.where(first[..., None], torch.ones_like(gates), gates)
+        self._gates.append(gates)
         return gates[..., 0], gates[..., -1]
+
+    def weights(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """The router's, of the block whose gates were asked last; none at full depth."""
+        if self._logits is None:
+            return None, None
+        return self.router.weights(layer, self._logits)
+
+    def instead(self, layer: int, sublayer: int, rows: Tensor) -> Tensor | None:
+        """The router's."""
+        return self.router.instead(layer, sublayer, rows)
 
     def executed(self, shares: Tensor) -> Tensor:
         """Executed share of the last forward, a scalar with a gradient into every router."""
-        executed = torch.stack([each.to(shares.device) for each in self._executed])
-        return (executed * shares).sum()
+        part = self._counted
+        means = [
+            (gates.mean((0, 1)) if part is None else _mean_of(gates, part)).to(shares.device)
+            for gates in self._gates
+        ]
+        return (torch.stack(means) * shares).sum()
+
+    def distance(self, shares: Tensor, wanted: float) -> Tensor:
+        """How far the last forward was from the ``wanted`` share, as the tuning measures it."""
+        if not self.tuning.each_token:
+            return (self.executed(shares) - wanted).abs()
+        gates = torch.stack([each.to(shares.device) for each in self._gates], 2)
+        away = ((gates * shares).sum((2, 3)) - wanted).abs()
+        part = self._counted
+        return away.mean() if part is None else _mean_of(away[..., None], part)[0]
+
+    @property
+    def _counted(self) -> Tensor | None:
+        """The tokens that the budget counts; None: all."""
+        part = self.context.generation
+        if not self.tuning.keep_first:
+            return part
+        free = self.context.positions >= self.tuning.keep_first
+        return free if part is None else part & free
 
 
 def _mean_of(gates: Tensor, part: Tensor) -> Tensor:
@@ -219,23 +296,16 @@ def inverse_scale(hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def stream_statistics(
-    model: nn.Module, windows: Tensor, *, normalise: bool, pooled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``, CPU.
+def see_streams(model: nn.Module, windows: Tensor, see: Callable[[int, Tensor], None]) -> None:
+    """Show ``see(layer, stream)`` what enters each block of the dense model over ``windows``.
 
-    Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
-    root mean square if ``normalise``; of the means over each window's tokens if ``pooled``. A
-    deviation is kept from falling below a thousandth.
+    ``windows`` is int64 ``[count, length]``, read two at a time; a stream ``[2, length, hidden]``.
     """
     parts = Decoder.of(model)
-    found: list[list[Tensor]] = [[] for _ in parts.layers]
 
     def watch(index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            stream = (args[0] if args else kwargs["hidden_states"]).float()
-            stream = stream * inverse_scale(stream) if normalise else stream
-            found[index].append(stream.mean(1) if pooled else stream.flatten(0, 1))
+            see(index, args[0] if args else kwargs["hidden_states"])
 
         return hook
 
@@ -250,6 +320,25 @@ def stream_statistics(
     finally:
         for each in hooks:
             each.remove()
+
+
+def stream_statistics(
+    model: nn.Module, windows: Tensor, *, normalise: bool, pooled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension of what a router reads: two ``[layers, hidden]``, CPU.
+
+    Of the dense model's streams over ``windows`` ``[count, length]``, each token divided by its
+    root mean square if ``normalise``; of the means over each window's tokens if ``pooled``. A
+    deviation is kept from falling below a thousandth.
+    """
+    found: list[list[Tensor]] = [[] for _ in Decoder.of(model).layers]
+
+    def see(layer: int, stream: Tensor) -> None:
+        stream = stream.float()
+        stream = stream * inverse_scale(stream) if normalise else stream
+        found[layer].append(stream.mean(1) if pooled else stream.flatten(0, 1))
+
+    see_streams(model, windows, see)
     streams = [torch.cat(seen) for seen in found]
     # On the CPU, where routers begin, whichever device each block lies on.
     mean = torch.stack([stream.mean(0).cpu() for stream in streams])
@@ -310,7 +399,8 @@ def tune_router(
         executed = method.executed(shares)
         wanted = tuning.wanted(step, schedule.steps, first)
         row: Row = {"loss": nats.detach(), "executed": executed.detach(), "wanted": wanted}
-        return nats + tuning.penalty * (executed - wanted).abs(), row
+        away = method.distance(shares, wanted)
+        return nats + tuning.pressed(step, schedule.steps) * away, row
 
     bias = [router.bias]
     weights = [p for name, p in router.named_parameters() if name != "bias"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dyndepth.fitting.loop import Schedule
 from dyndepth.fitting.routers import Router, Tuning, tune_router
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.loading import load_model
 from dyndepth.models.seeding import seeded
 from dyndepth.models.shapes import shape_for

@@ -4,11 +4,10 @@ parts of a model by their roles; what is peculiar to one stands in ``families``.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import ATTENTION
+from dyndepth.method import ATTENTION, MLP
+from dyndepth.models.caches import cache_argument
 from dyndepth.models.families import family
 from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
 from dyndepth.models.watching import watched
@@ -25,39 +25,6 @@ if TYPE_CHECKING:
     from dyndepth.models.columns import Columns
     from dyndepth.models.families import Family
     from dyndepth.models.selection import Selection
-
-
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-"""Keywords under which forwards take their cache; transformers 5.24 renamed it to the first."""
-
-
-@functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    accepted = inspect.signature(forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[1])
-
-
-def cache_argument(module: Any) -> str:
-    """The keyword under which ``module.forward`` takes its cache; peft's wrapper hands it on."""
-    module = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return _cache_argument(type(module).forward)
-
-
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache among a forward's keyword arguments, or in its output; None if there is none."""
-    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
-        found = values.get(name)
-        if found is not None:
-            return found
-    return None
-
-
-def cache_in(output: Any) -> Any:
-    """The cache in a decoder's output, which may be a plain tuple; None if there is none."""
-    if isinstance(output, Mapping):
-        return cache_of(output)
-    parts = output if isinstance(output, tuple) else ()
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 @dataclass(frozen=True)
@@ -253,6 +220,7 @@ class Block:
             queries,
             keys,
             values,
+            steady=mask is None,
             attn_mask=mask,
             is_causal=mask is None and tokens > 1,
             scale=getattr(self.attention, self._record.scale),
@@ -318,14 +286,12 @@ class Block:
         queries, keys, values = (
             selection.into_slots(each).transpose(1, 2) for each in (queries, keys, values)
         )
-        cache, given = arguments.get(self.cache_argument), arguments.get("attention_mask")
+        cache, mask = arguments.get(self.cache_argument), None
         if cache is not None:
             keys, values = cache.update(keys, values, self.index)
-        given = None if given is None else selection.rows_of(given)
-        mask = columns.mask(given, selection.slot_token + columns.before, keys.dtype)
-        if self.bias_argument is not None:
-            bias = columns.bias(arguments[self.bias_argument])
-            mask = mask + bias.unflatten(0, (len(keys), -1)).to(mask.dtype)
+        if not (columns.plain and self._config._attn_implementation == "sdpa"):
+            bias = arguments[self.bias_argument] if self.bias_argument else None
+            mask = columns.among(selection, arguments.get("attention_mask"), bias, keys.dtype)
         out = self._attend(queries, keys, values, mask)
         return self._after(
             self._output(selection.out_of_slots(out.flatten(2))), self._attention_post
@@ -351,22 +317,22 @@ class Block:
         cache = arguments.get(self.cache_argument)
         return (keys, values) if cache is None else cache.update(keys, values, self.index)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """``[batch, slots, heads, head size]`` of gathered queries under an explicit mask.
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """``[batch, slots, heads, head size]`` of gathered queries.
 
         ``queries`` is ``[batch, heads, slots, head size]``, ``mask`` additive ``[batch or 1, heads
-        or 1, slots, keys]``.
+        or 1, slots, keys]``; None, under ``sdpa``: causal.
         """
         scale = getattr(self.attention, self._record.scale)
         if self._config._attn_implementation == "sdpa":
             groups = queries.shape[1] // keys.shape[1]
-            if groups > 1 and queries.device.type != "cpu":
+            if groups > 1 and mask is not None and queries.device.type != "cpu":
                 # With a mask, kernels other than the slow one take no grouped heads there.
                 keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
                 groups = 1
-            return _attention(
-                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=groups > 1
-            ).transpose(1, 2)
+            how: dict[str, Any] = {"scale": scale, "enable_gqa": groups > 1, "steady": False}
+            how["is_causal"] = mask is None and queries.shape[2] > 1
+            return _attention(queries, keys, values, attn_mask=mask, **how).transpose(1, 2)
         eager = getattr(
             sys.modules[type(self.attention).__module__], "eager_attention_forward", None
         )
@@ -382,10 +348,12 @@ class Block:
         )[0]
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
-    """torch's attention; under a mask on a GPU, without the kernel that is compiled anew for each
-    shape: shapes that vary, such as the length of a cache, would have it compile all the time."""
-    if how["attn_mask"] is None or queries.device.type != "cuda":
+def _attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *, steady: bool, **how: Any
+) -> Tensor:
+    """torch's attention; on a GPU, unless shapes are ``steady``, without the kernel that is
+    compiled anew for each: such as the length of a cache would have it compile all the time."""
+    if steady or queries.device.type != "cuda":
         return scaled_dot_product_attention(queries, keys, values, **how)
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -499,25 +467,35 @@ def blocks(model: nn.Module) -> Sequence[Block]:
     return Decoder.of(model).blocks
 
 
-def projections(model: nn.Module, roles: Iterable[str]) -> dict[str, nn.Module]:
-    """Name in the causal LM -> module, for each of ``roles`` in each block.
+ROLES = {
+    **dict.fromkeys(("query", "key", "value", "output"), ATTENTION),
+    **dict.fromkeys(("gate", "up", "down"), MLP),
+}
+"""The linear maps of a block by their roles, and the sublayer that each is of."""
 
-    Roles are the record's: ``query``, ``key``, ``value``, ``output``, ``gate`` (of the MLP); one
-    module may have several. Raises UserError if a block has no such module.
+
+def projections(model: nn.Module, roles: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Name in the causal LM -> module, for each of ``roles`` in each block; None: all it has.
+
+    Roles are those of ``ROLES``; one module may have several. Raises UserError if a block has no
+    such module.
     """
-    parts, roles = Decoder.of(model), tuple(roles)
+    parts = Decoder.of(model)
     record, found = parts.record, {}
-    for index in range(len(parts.layers)):
-        for role in roles:
-            path: str = getattr(record, role)
-            if role != "gate":
-                path = f"{record.attention}.{path}"
-            name = f"{record.decoder}.{record.layers}.{index}.{path}"
-            try:
-                found[name] = parts.model.get_submodule(name)
-            except AttributeError:
-                raise UserError(
-                    f"block {index} has no {role} projection ({path}), "
-                    "so no adapter can sit there; name other targets"
-                ) from None
+    if roles is None:
+        roles = [role for role in ROLES if getattr(record, role) is not None]
+    for index, role in product(range(len(parts.layers)), tuple(roles)):
+        path = getattr(record, role)
+        if ROLES[role] == ATTENTION:
+            path = f"{record.attention}.{path}"
+        name = f"{record.decoder}.{record.layers}.{index}.{path}"
+        try:
+            if path is None:
+                raise AttributeError
+            found[name] = parts.model.get_submodule(name)
+        except AttributeError:
+            raise UserError(
+                f"block {index} has no {role} projection{f' ({path})' if path else ''}, "
+                "so no adapter can sit there; name other targets"
+            ) from None
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyndepth.models.selection import additive
+from dyndepth.models.selection import Selection, additive
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,8 @@ class Columns:
         window: tokens that the attention reaches back, itself included; None: all, or as the mask
             says.
         whole: every token has a key, in order.
+        plain: a query sees the keys up to its own and no others are there, so that a causal kernel
+            needs no mask.
     """
 
     positions: Tensor
@@ -29,6 +31,7 @@ class Columns:
     before: int = 0
     window: int | None = None
     whole: bool = False
+    plain: bool = False
 
     def mask(self, given: Tensor | None, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """The additive mask of these keys: ``[batch, 1 or heads, queries, keys]``.
@@ -57,6 +60,17 @@ class Columns:
         if given.dtype == torch.bool:
             return additive(given & seen, dtype)
         return given.masked_fill(~seen, torch.finfo(given.dtype).min)
+
+    def among(
+        self, selection: Selection, given: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """``mask`` for the slots of the selected tokens, of what the stock block is given for all
+        of this forward's, with the ``bias`` of their scores."""
+        given = None if given is None else selection.rows_of(given)
+        mask = self.mask(given, selection.slot_token + self.before, dtype)
+        if bias is None:
+            return mask
+        return mask + self.bias(bias).unflatten(0, (len(self.positions), -1)).to(mask.dtype)
 
     def bias(self, given: Tensor) -> Tensor:
         """A bias of scores, ``[batch x heads, 1, tokens]``, of these keys."""

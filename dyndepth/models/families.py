@@ -28,7 +28,8 @@ class Family:
         attention_post, mlp_post: modules applied to a branch's output.
         query, key, value, output: names in the attention. Where ``fused`` says how one map holds
             all three, the first three are that map.
-        gate: path in a block of the MLP's first linear map.
+        gate, up, down: paths in a block of the MLP's linear maps: the first, one beside it (None
+            where there is none, or where it is part of the first), and the last.
         query_norm, key_norm: names in the attention; applied to each head, unless
             ``norm_whole``.
         rotary: whether positions are rotary; a name: the attribute of the attention that says so.
@@ -64,6 +65,8 @@ class Family:
     output: str = "o_proj"
     fused: Layout | None = None
     gate: str = "mlp.gate_proj"
+    up: str | None = "mlp.up_proj"
+    down: str = "mlp.down_proj"
     query_norm: str | None = None
     key_norm: str | None = None
     norm_whole: bool = False
@@ -116,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         **_fused("qkv_proj"),
         fused="blocks",
         gate="mlp.gate_up_proj",
+        up=None,
     ),
     "olmo2": Family(
         attention_norm=None,
@@ -136,6 +140,8 @@ FAMILIES: dict[str, Family] = {
         fused="heads",
         output="dense",
         gate="mlp.dense_h_to_4h",
+        up=None,
+        down="mlp.dense_4h_to_h",
         head_size="head_size",
         parallel="use_parallel_residual",
     ),
@@ -150,6 +156,8 @@ FAMILIES: dict[str, Family] = {
         fused="blocks",
         output="c_proj",
         gate="mlp.c_fc",
+        up=None,
+        down="mlp.c_proj",
         rotary=False,
         requires=(("add_cross_attention", False, "its blocks have a third branch"),),
         indexed=(
@@ -168,6 +176,8 @@ FAMILIES: dict[str, Family] = {
         mlp_norm="final_layer_norm",
         output="out_proj",
         gate="fc1",
+        up=None,
+        down="fc2",
         rotary=False,
         requires=(
             ("do_layer_norm_before", True, _RESIDUAL_NORM),
@@ -183,6 +193,8 @@ FAMILIES: dict[str, Family] = {
         fused="heads",
         output="dense",
         gate="mlp.dense_h_to_4h",
+        up=None,
+        down="mlp.dense_4h_to_h",
         rotary=False,
         scale="inv_norm_factor",
         bias="alibi",

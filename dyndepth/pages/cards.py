@@ -41,6 +41,7 @@ _KV = {
     "drop": "none are kept: a sequence that skips an attention once skips it always",
     "project": "computed from the token's current state, kept, and billed",
     "prompt_only": "the prompt's are kept and not extended in generation",
+    "evict": "neither computed nor kept: no later token sees one that skipped",
 }
 
 

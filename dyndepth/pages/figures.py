@@ -34,6 +34,8 @@ _WHAT = {
     "routes": ["task", "phase", "layer", "sublayer", "executed"],
 }
 """Columns that a picture is drawn from, beside the metric and its ends, by its kind."""
+_READ = {"scores": ["accuracy", "compute"], "routes": ["routing"]}
+"""Tables that it is drawn from, beside the leaderboard."""
 _TABLES = ("leaderboard.csv", "accuracy.csv", "compute.csv", "routing.parquet")
 _KEPT = re.compile(r"numbers ([0-9a-f]+)")
 
@@ -82,7 +84,7 @@ class Picture:
 def _numbers(run: Path, options: dict[str, Any]) -> pd.DataFrame:
     from dyndepth.plots.tables import labelled, read_tables, reference, task_table
 
-    tables = read_tables(run)
+    tables = read_tables(run, _READ[options["kind"]])
     metric, columns = [], _WHO + _WHAT[options["kind"]]
     if options["kind"] == "scores":
         name = options["metric"]

@@ -6,6 +6,7 @@ Nothing here draws. A curve is one method with its parameters; its points are it
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,12 @@ SETTING = ("model", "model_fingerprint", "tokenizer_fingerprint", "data_fingerpr
 """Columns whose values one figure does not mix."""
 
 
-def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
+def read_tables(
+    run: str | Path, names: Sequence[str] = (*NEEDED, *OPTIONAL)
+) -> dict[str, pd.DataFrame]:
     """The tables of a run folder by name, samples apart, each with a ``label`` for a row's cell.
+
+    ``names`` are those that are wanted; ``leaderboard``, which all depend on, is always read.
 
     Labels stand in the order of the whole run, so that a method has the same colour in all
     figures, and digests are those of today. ``leaderboard`` has one more column,
@@ -64,7 +69,7 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
     if not (run / "leaderboard.csv").is_file():
         raise UserError(f"{run} holds no leaderboard.csv; give the --output_path of a sweep")
     found = {}
-    for name in (*NEEDED, *OPTIONAL):
+    for name in dict.fromkeys((*names, "leaderboard")):
         path = run / f"{name}.csv"
         if path.is_file():
             table = _table(path)
@@ -82,13 +87,14 @@ def read_tables(run: str | Path) -> dict[str, pd.DataFrame]:
                 table[column] = table[column].map(today)
         found[name] = table
     board = found["leaderboard"]
-    names = pd.Series(pd.Categorical(labels(board), _in_order(labels(board))), board["cell"])
+    ordered = labels(board)
+    of_cell = pd.Series(pd.Categorical(ordered, _in_order(ordered)), board["cell"])
     for table in found.values():
         if "cell" in table:
             if "bound" not in table:
                 table["bound"] = table["cell"].map(board.set_index("cell")["bound"])
-            known = table["cell"].map(names.astype(str).to_dict())
-            table["label"] = pd.Categorical(known, names.cat.categories)
+            known = table["cell"].map(of_cell.astype(str).to_dict())
+            table["label"] = pd.Categorical(known, of_cell.cat.categories)
     name_tasks(found)
     return found
 

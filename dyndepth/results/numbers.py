@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,21 @@ def read(path: Path) -> list[Record]:
     Raises:
         UserError: the file cannot be read.
     """
+    return [dict(row) for row in _shared(path)]
+
+
+def _shared(path: Path) -> list[Record]:
+    """``read``, for those who change no row: one list for each text of a file."""
     try:
-        return list(csv.DictReader(io.StringIO(read_text(path))))
+        return _parsed(read_text(path))
     except OSError as fault:
         raise UserError(f"{path} cannot be read: {fault}") from None
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> list[Record]:
+    """The rows of a CSV text; sentences quote a number each, of the same few tables."""
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def number(text: str | None, form: str = "{:.3f}") -> str:
@@ -106,8 +118,10 @@ class Numbers:
 
     def _rows(self, table: str, where: dict[str, Any]) -> list[Record]:
         path = self.root / self.folder / f"{table}.csv"
-        rows = read(path) if path.is_file() else []
-        return [row for row in rows if all(_fits(row, *each) for each in where.items())]
+        rows = _shared(path) if path.is_file() else []
+        # A row's label is put together: asked last, of the few rows that fit otherwise.
+        ordered = sorted(where.items(), key=lambda each: each[0] == "label")
+        return [row for row in rows if all(_fits(row, *each) for each in ordered)]
 
 
 def _wanted(table: str, where: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def attach(
     if hasattr(model, "_orig_mod"):
         raise UserError("a torch.compile'd model cannot be attached to; pass the original module")
     parts = Decoder.of(model)
+    kernel = parts.config._attn_implementation
+    if method.kv_policy == "evict" and kernel not in ("sdpa", "eager"):
+        raise UserError(
+            f"{method.name} evicts, which needs masks that attention {kernel!r} does not take; "
+            "load the model with attn_implementation='sdpa'"
+        )
     owner = parts.owner
     if any(part._compiled_call_impl is not None for part in (model, parts.model, owner)):
         raise UserError("a model that was compiled in place cannot be attached to; load it anew")

@@ -18,6 +18,8 @@ from dyndepth.models.columns import Columns
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import fill
 
+_LEAST = 64
+"""Keys below which gaps are left as they are."""
 _KINDS = (DynamicLayer.update, DynamicSlidingWindowLayer.update)
 
 
@@ -75,6 +77,7 @@ def _evicting(stock: Any) -> type:
         passed = 0
         positions: Tensor | None = None
         gone: Tensor | int = 0
+        _full = _LEAST
         _coming: tuple[Tensor, int, Selection | None] | None = None
 
         @property
@@ -120,6 +123,8 @@ def _evicting(stock: Any) -> type:
             self.positions = new if old is None else torch.cat([old, new], 1)
             if self.is_sliding and not self.record_past:
                 self._slide()
+            elif self.positions.shape[1] >= self._full and len(keys) > 1:
+                self._pack()
             self._count()
             return found
 
@@ -133,6 +138,7 @@ def _evicting(stock: Any) -> type:
         def reset(self) -> None:
             super().reset()
             self.passed, self.positions, self.gone, self._coming = 0, None, 0, None
+            self._full = _LEAST
 
         def crop(self, tokens_to_remove: int) -> None:
             full = self.is_sliding and self.passed >= self.sliding_window
@@ -179,6 +185,22 @@ def _evicting(stock: Any) -> type:
             left = int(out.all(0).long().cumprod(0).sum())
             self.gone = (self.positions[:, :left] >= 0).sum(1) + self.gone
             self._hold(slice(left, None))
+
+        def _pack(self) -> None:
+            """Close the gaps that rows have where others have keys, once they may be many."""
+            assert self.positions is not None
+            used = self.positions >= 0
+            most = int(used.sum(1).max())
+            if most < 0.8 * used.shape[1]:
+                order = used.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+                self.positions = self.positions.gather(1, order)
+                self.keys, self.values = (
+                    each.gather(
+                        2, order[:, None, :, None].expand(*each.shape[:2], -1, each.shape[3])
+                    )
+                    for each in (self.keys, self.values)
+                )
+            self._full = max(_LEAST, most + most // 4)
 
         def _count(self) -> None:
             if self.is_sliding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,10 @@ class Eviction:
         before = 0 if slot is None else slot.passed
         if isinstance(gate, Selection) and self._gathers(block, gate):
             positions = torch.where(gate.used, gate.slot_token + before, -1)
+            plain = _plain(forward, block, slot, arguments)
+            # As many slots as tokens are not yet those of the tokens, in every sequence.
             columns = _columns(slot, positions, tokens, None)
+            columns = replace(columns, plain=plain, whole=False)
             self._tell(forward, slot, columns)
             return block.attention_among(hidden, gate, columns, arguments)
 
@@ -70,7 +73,7 @@ class Eviction:
         return block.attention_branch(hidden, given)
 
     def _gathers(self, block: Block, selection: Selection) -> bool:
-        return block.gathers(ATTENTION) and self.limits.gather(ATTENTION, selection)
+        return block.gathers(ATTENTION) and self.limits.among(selection)
 
     def _tell(self, forward: Forward, slot: Any, columns: Columns) -> None:
         """Tell the ledger how many keys there are, seen and in all."""
@@ -85,6 +88,17 @@ def _columns(slot: Any, positions: Tensor, tokens: int, stored: Selection | None
     if slot is None:
         return Columns(positions, tokens, whole=positions.shape[1] == tokens)
     return slot.expect(positions, tokens, stored)
+
+
+def _plain(forward: Forward, block: Block, slot: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the tokens of this forward are all that its queries see, up to their own."""
+    if block.bias_argument is not None or (slot is not None and slot.positions is not None):
+        return False
+    if arguments.get("attention_mask") is None:
+        return True
+    # A mask that hides padding alone, of which nothing is selected.
+    near = block.window is None or forward.keys <= block.window
+    return forward.attended is not None and near
 
 
 def _executes(gate: Settled, forward: Forward, hidden: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from dyndepth.common.culprits import definition
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
-from dyndepth.models.blocks import Decoder, cache_argument, cache_in, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
 from dyndepth.runtime.evicted import evicts
 from dyndepth.runtime.eviction import Eviction

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import CACHE_ARGUMENTS, Decoder, cache_argument
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import CACHE_ARGUMENTS, cache_argument
 from dyndepth.runtime.cache import dense_lane, has_lane
 from dyndepth.runtime.flops import Forward
 

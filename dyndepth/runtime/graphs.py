@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import MLP, DynamicDepthMethod, Gate
-from dyndepth.models.blocks import CACHE_ARGUMENTS, Block, Decoder, cache_of
+from dyndepth.models.blocks import Block, Decoder
+from dyndepth.models.caches import CACHE_ARGUMENTS, cache_of
 from dyndepth.models.rotary import steady
 from dyndepth.models.selection import UNREAD, Selection
 from dyndepth.models.watching import watched

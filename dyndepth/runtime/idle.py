@@ -6,6 +6,7 @@ Watched on the host alone, until something was skipped: nothing here asks the de
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from dyndepth.common.errors import NothingSkipped
@@ -63,10 +64,9 @@ class Idle:
         if self._padded == self._forwards and not trace.totals()["tokens"]:
             return "every token was padding; look at the attention_mask"
         if self._prompts == self._forwards:
-            return (
-                "its phases are 'generation' and every forward was a prompt; generate, or take "
-                "phases='both'"
-            )
+            names = {field.name for field in fields(self._method)}
+            other = ", or take phases='both'" if "phases" in names else ""
+            return f"its phases are 'generation' and every forward was a prompt; generate{other}"
         asked = self._forwards - self._prompts
         return (
             f"in all {asked} forwards in which it was asked, every token executed every block; fit "

@@ -32,6 +32,11 @@ class Limits:
         total = selection.mask.numel()
         return total >= self.tokens and selection.count <= share * total
 
+    def among(self, selection: Selection) -> bool:
+        """Whether an attention runs among the selected tokens alone, where nobody sees the others:
+        whatever their share, it then needs fewer keys, too, and mostly no mask."""
+        return selection.mask.numel() >= self.tokens
+
 
 ALWAYS = Limits(attention=1.0, mlp=1.0, tokens=0)
 """Nothing that is skipped is computed."""

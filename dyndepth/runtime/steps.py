@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dyndepth.method import ATTENTION, MLP, SUBLAYERS, DynamicDepthMethod
-from dyndepth.models.blocks import CACHE_ARGUMENTS, Ahead, Block, Decoder
+from dyndepth.models.blocks import Ahead, Block, Decoder
+from dyndepth.models.caches import CACHE_ARGUMENTS
 from dyndepth.runtime.flops import Bill, Forward
 from dyndepth.runtime.lanes import Lane
 from dyndepth.runtime.recorder import Recorder

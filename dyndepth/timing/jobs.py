@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dyndepth.common.modes import EAGER
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
-from dyndepth.models.blocks import blocks, cache_argument, cache_of
+from dyndepth.models.blocks import blocks
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.trace import Backend

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dyndepth.common.modes import EAGER
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 from dyndepth.timing.busy import busy_of
 from dyndepth.timing.memory import Peak, cache_bytes, peaks

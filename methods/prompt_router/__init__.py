@@ -22,7 +22,9 @@ Costs: a linear map of each prompt token a block that may be skipped, billed.
 Deviations: the mean is a plain one, over real tokens; the budget is met by a threshold, in place of
 0.5 and a weight in the loss. Defaults are what trains within minutes on a processor, as for
 ``layer_controller``; nearer to the paper: ``prompt_router(estimator=soft, objective=ce,
-cost=linear)``. ``reads=constant`` is the control whose routers see no prompt: one plan for all.
+cost=linear)``. Two controls are one plan for all: ``reads=constant``, whose routers saw no prompt
+in training, and ``reads=frequent``, the blocks that trained routers run for most prompts of the
+calibration text.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .rule import PromptRule
+from .fitted import TrainedPromptRule
 
 
 @dataclass(kw_only=True)
-class PromptRouter(PromptRule):
+class PromptRouter(TrainedPromptRule):
     """See the module's docstring, and ``PromptRule`` for the other fields.
 
     Fields:

@@ -1,20 +1,16 @@
-"""The rule of routers that read a prompt: one decision a block and sequence, kept with the cache."""
+"""The rule of routers that read a prompt: a decision a block and sequence, kept with the cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndepth.common.errors import UserError
-from dyndepth.method import DynamicDepthMethod, Expenses, ForwardContext, Gate, Granularity
+from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token
-
-if TYPE_CHECKING:
-    from dyndepth.data.corpus import Corpus
-
 
 _RUNS = "runs"
 """What is kept in memory: bool ``[sequences, layers]``, True where a block's units run."""
@@ -25,7 +21,8 @@ class PromptRule(DynamicDepthMethod):
     """Blocks, or their attentions, that a sequence runs by what its prompt says.
 
     Fields:
-        reads: ``prompt``, or ``constant``: the control whose routers see no token.
+        reads: ``prompt``, or a control that is one plan for all: ``constant``, whose routers saw no
+            token in training; ``frequent``, what routers that read prompts choose most often.
         least: tokens that a prompt must have to be read.
         initial: ``damage``: everything runs at first, biases follow the damage of removing each
             unit alone, weights are zero; ``random``: Kaiming-uniform weights and zero biases.
@@ -41,7 +38,7 @@ class PromptRule(DynamicDepthMethod):
     quick: ClassVar[dict[str, Any]] = {"steps": 8, "batch": 2, "length": 32, "least": 4}
     attention_only: ClassVar[bool] = False
 
-    reads: Literal["prompt", "constant"] = "prompt"
+    reads: Literal["prompt", "constant", "frequent"] = "prompt"
     least: int = 8
     initial: Literal["damage", "random"] = "damage"
     cost: Literal["target", "linear"] = "target"
@@ -65,8 +62,8 @@ class PromptRule(DynamicDepthMethod):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must lie between 0 and 1, not {self.ramp}")
-        if self.reads == "constant":
-            # What routers decide without looking is one plan for all inputs.
+        if self.reads != "prompt":
+            # What is decided without looking is one plan for all inputs.
             self.granularity = "static"  # type: ignore[misc]
         # Set by who wants to know: (layer, logits of the sequences) of each router that was asked.
         self.seen: list[tuple[int, Tensor]] | None = None
@@ -74,32 +71,6 @@ class PromptRule(DynamicDepthMethod):
     def routed(self, layers: int) -> range:
         """The blocks that have a router."""
         raise NotImplementedError
-
-    def expenses(
-        self, layers: int, model: nn.Module | None = None, corpus: Corpus | None = None
-    ) -> Expenses:
-        """The training's, and what comes before and after it; for an estimate."""
-        from .tuning import readings
-
-        return Expenses(fit=readings(self, layers)) if self.target_speedup > 1.0 else Expenses()
-
-    def fit(self, model: nn.Module, corpus: Corpus | None = None) -> Self:
-        """Train the routers and solve their threshold.
-
-        Raises UserError if ``corpus`` is None or the target is beyond reach.
-        """
-        from .tuning import train
-
-        if self.target_speedup > 1.0:
-            train(self, model, corpus)
-        return self
-
-    def calibrate(self, model: nn.Module, corpus: Corpus | None = None) -> None:
-        """Solve the threshold for the model as it is now."""
-        from .tuning import calibrate
-
-        if self.target_speedup > 1.0:
-            calibrate(self, model, corpus)
 
     def start(self, context: ForwardContext) -> Tensor | None:
         """A plan where the prompt was read, or is not to be read, else None.
@@ -118,7 +89,7 @@ class PromptRule(DynamicDepthMethod):
                 f"these routers are for a model of {len(self.tensors['constant'])} blocks, not "
                 f"{context.layers}; fit the method on this model"
             )
-        if self.reads == "constant":
+        if self.reads != "prompt":
             return self._plan(self._unread(context.layers))
         memory = context.memory
         if _RUNS not in memory and context.past_length:  # nobody looked at the prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +68,7 @@ class PooledRouter(LinearRouter):
 
 
 def train(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> None:
-    """Train and calibrate ``method`` in place. Raises UserError as ``PromptRule.fit`` does."""
+    """Train and calibrate ``method`` in place. Raises UserError as its ``fit`` does."""
     text = _required(method, corpus)
     _check_reach(method, model)
     device = next(model.parameters()).device
@@ -101,7 +102,9 @@ def calibrate(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> No
         length, _CALIBRATION_WINDOWS, method.seed, split="calibration", model=model
     )
     steps = None
-    if method.reads == "constant":
+    if method.reads == "frequent":
+        _see_frequent(method, model, windows)
+    if method.reads != "prompt":
         logits = torch.full((len(blocks(model)), 2), _ALWAYS)
         routed = list(method.routed(len(logits)))
         constant = method.tensors["constant"].cpu()[routed]
@@ -114,16 +117,36 @@ def calibrate(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> No
 
 def _see_constant(method: PromptRule, model: nn.Module, windows: Tensor) -> None:
     """What decides where nothing is read: the mean logits of these ``windows``."""
+    constant = method.tensors["constant"].cpu().clone()
+    for layer, logits in _seen(method, model, windows).items():
+        constant[layer] = logits.mean()
+    method.tensors["constant"] = constant
+
+
+def _see_frequent(method: PromptRule, model: nn.Module, windows: Tensor) -> None:
+    """In place of logits: in how many of these ``windows`` each unit runs under routers that read
+    them, at the same target; among equals the mean logit decides."""
+    reader = replace(method, reads="prompt")
+    reader.tensors = dict(method.tensors)
+    meet_target(model, reader, windows)
+    constant = method.tensors["constant"].cpu().clone()
+    for layer, logits in _seen(reader, model, windows).items():
+        runs = logits >= reader.facts["threshold"]
+        constant[layer] = runs.sum() + logits.mean().sigmoid()
+    method.tensors["constant"] = constant
+
+
+def _seen(method: PromptRule, model: nn.Module, windows: Tensor) -> dict[int, Tensor]:
+    """The logits of each router that is asked over these ``windows``, by block."""
+    found: dict[int, list[Tensor]] = {}
     method.seen = []
     try:
         block_speedup(model, method, windows)
-        constant = method.tensors["constant"].cpu().clone()
-        for layer in method.routed(len(constant)):
-            found = [logits.cpu() for at, logits in method.seen if at == layer]
-            constant[layer] = torch.cat(found).mean()
-        method.tensors["constant"] = constant
+        for layer, logits in method.seen:
+            found.setdefault(layer, []).append(logits.cpu())
     finally:
         method.seen = None
+    return {layer: torch.cat(each) for layer, each in found.items()}
 
 
 def readings(method: PromptRule, layers: int) -> tuple[Reading, ...]:

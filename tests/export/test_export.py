@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DEVICE, make_tiny
 from folders import tiny_folder
+from here import here  # noqa: F401
 from safetensors.torch import load_file, save_file
 from test_recovery import random_adapter
 from toys import Toy
@@ -153,6 +154,7 @@ def test_a_scaled_plan_is_no_plain_checkpoint(tiny, tmp_path, capsys):
     assert record["agreement"]["logits"] <= record["agreement"]["tolerance"]
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "with its hash"])
 @pytest.mark.parametrize("tampered", [_flipped, _swapped, _configured, _added, _removed])
 def test_a_tampered_export_is_caught(checkpoint, tmp_path, capsys, tampered, hidden):
@@ -173,6 +175,7 @@ def test_a_tampered_export_is_caught(checkpoint, tmp_path, capsys, tampered, hid
     assert ("differ by" in said) is hidden
 
 
+@pytest.mark.usefixtures("here")
 def test_what_fails_its_check_leaves_nothing_and_an_older_export_stays(
     tiny, tmp_path, monkeypatch, capsys
 ):
@@ -282,6 +285,7 @@ def test_many_files_of_the_users_are_counted(saved, tmp_path):
         check_replaceable(folder)
 
 
+@pytest.mark.usefixtures("here")
 def test_what_comes_into_the_folder_meanwhile_stays(saved, tiny, tmp_path, monkeypatch, capsys):
     """An untouched export is replaced; a file that somebody put there since the start is not."""
     import shutil

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DEVICE, make_tiny
 from gating import GivenPlan, RandomMask, plan_without
+from here import here  # noqa: F401
 from test_recovery import random_adapter
 
 from dyndepth.common.errors import RunFailed, UserError
@@ -166,6 +167,7 @@ def test_a_model_that_cannot_be_written_is_refused_with_the_reason(spoiled, reas
         plain.check_exportable(spoiled(make_tiny()))
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("spoiled", ["wrong layer", "config", "missing"])
 def test_a_checkpoint_that_is_another_is_seen(tmp_path, spoiled):
     model = make_tiny("qwen2")

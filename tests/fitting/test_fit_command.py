@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import sweeping
 from folders import tiny_folder
 
 from dyndepth import fit
@@ -108,31 +109,31 @@ def test_help_names_the_methods_parameters(capsys):
 
 
 def test_killed_and_resumed_gives_the_same_curve(tiny, tmp_path):
-    arguments = [sys.executable, "-m", "dyndepth.fit", "skipgpt", "--target_speedup", "1.5"]
+    arguments = ["skipgpt", "--target_speedup", "1.5", "--steps", "60", *SMALL]
     arguments += ["--model", str(tiny / "model"), "--corpus", str(tiny / "corpus.txt")]
-    arguments += ["--steps", "60", *SMALL]
 
     def start(name: str, folder: str):
-        environment = os.environ | {
-            "DYNDEPTH_CACHE": str(tmp_path / name),
-            "DYNDEPTH_CHECKPOINT_SECONDS": "0",
-        }
-        out = ["--output_path", str(tmp_path / folder)]
-        return subprocess.Popen(
-            [*arguments, *out], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        return sweeping.start(
+            tmp_path / "said",
+            *(*arguments, "--output_path", str(tmp_path / folder)),
+            door="dyndepth.fit",
+            DYNDEPTH_CACHE=str(tmp_path / name),
+            DYNDEPTH_CHECKPOINT_SECONDS="0",
         )
 
-    assert start("calm", "calm-out").wait(120) == 0
+    calm = start("calm", "calm-out")
+    assert calm.wait() == 0, calm.err
     killed = start("stormy", "stormy-out")
     deadline = time.monotonic() + 120
     while not list((tmp_path / "stormy").glob("fits/skipgpt/*.training/*.checkpoint")):
-        assert killed.poll() is None, "it ended before it could be killed"
+        assert killed.process.is_alive(), "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait(60)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "stormy-out").exists()
-    assert start("stormy", "stormy-out").wait(120) == 0
+    resumed = start("stormy", "stormy-out")
+    assert resumed.wait() == 0, resumed.err
     for name in ("fit/curve.csv", "fit/tensors.safetensors"):
         calm, stormy = (tmp_path / folder / name for folder in ("calm-out", "stormy-out"))
         assert calm.read_bytes() == stormy.read_bytes()

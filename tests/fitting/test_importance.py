@@ -363,6 +363,34 @@ class TestCommand:
         assert sentence in err
         assert len(err.strip().splitlines()) == 1
 
+    def test_goes_together_with_the_scores_of_a_recovery(self, command, folder, tmp_path):
+        from dyndepth import fit
+
+        common = ("--methods", "dense", "--speedups", "1", "--device", "cpu")
+        common += ("--model", str(folder / "model"), "--corpus", str(folder / "corpus.txt"))
+        recipe = "lora(steps=2, batch=1, length=16, modules=ila, score_steps=2)"
+        output = ("--recovery", recipe, "--output_path", str(tmp_path))
+        assert fit.main([*common, *output]) == 0
+        ranked = ("--adapter", str(tmp_path / "recovery"))
+        status, text, _ = command("block_influence", "joint", *ranked)
+        assert status == 0
+        assert "Mean score of a recovery's modules" in text
+        assert "Spearman's rank correlation with block_influence: " in text
+        found = json.loads(text.splitlines()[-1])["importance"]["agreement"]
+        assert [(name, each["n"]) for name, each in found.items()] == [
+            ("block_influence", 4),
+            ("joint", 8),
+        ]
+        assert -1 <= found["joint"]["low"] <= found["joint"]["rho"] <= found["joint"]["high"] <= 1
+        assert found["block_influence"]["low"] is None  # four blocks are too few
+        card = tmp_path / "recovery" / "recovery.json"
+        plain = json.loads(card.read_text())
+        del plain["significance"]
+        card.write_text(json.dumps(plain))
+        status, _, err = command("joint", *ranked)
+        assert status == 2
+        assert "has no scores; recover with modules=ila" in err
+
     def test_too_little_text_is_told(self, command, folder, tmp_path):
         (tmp_path / "short.txt").write_text("one text\n\nanother text")
         model = ("--model", str(folder / "model"), "--corpus", str(tmp_path / "short.txt"))

@@ -6,6 +6,7 @@ only imports: it never computes, so a fork of it is as good as a fresh process.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -60,16 +61,17 @@ def start(
     folder: Path,
     *arguments: str,
     before: Callable[[], object] | None = None,
+    door: str = "dyndepth.sweep.__main__",
     **environment: str,
 ) -> Sweep:
     """Start a sweep in ``folder`` (its working directory); its output goes to files there.
 
-    ``before`` can be pickled; the process calls it first.
+    ``before`` can be pickled; the process calls it first. ``door``: the module of another command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("out", "err"):
         (folder / name).write_text("")
-    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, before, environment))
+    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, before, door, environment))
     process.start()
     return Sweep(process, folder)
 
@@ -78,6 +80,7 @@ def _run(
     folder: str,
     arguments: tuple[str, ...],
     before: Callable[[], object] | None,
+    door: str,
     environment: dict[str, str],
 ) -> None:
     os.chdir(folder)
@@ -89,9 +92,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:
         before()
-    from dyndepth.sweep.__main__ import main
-
-    status = main(arguments)
+    status = importlib.import_module(door).main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)

@@ -9,11 +9,12 @@ from test_attach import ids, incremental, padded
 
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import block_speedup
-from dyndepth.fitting.routers import Routed, Tuning, budget_shares
+from dyndepth.fitting.recovery.training import window_loss
+from dyndepth.fitting.routers import Routed, Tuning, budget_shares, next_token_loss
 from dyndepth.methods.mindskip import MindSkip
 from dyndepth.methods.prompt_router import PromptRouter
 from dyndepth.methods.prompt_router.tuning import PooledRouter, initial_router
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 
 LAYERS = 6
@@ -164,7 +165,7 @@ def test_a_prompt_that_says_too_little_is_not_read(model, kind):
 
 
 @every_kind
-@pytest.mark.parametrize("reads", ["prompt", "constant"])
+@pytest.mark.parametrize("reads", ["prompt", "constant", "frequent"])
 def test_fit_meets_the_target(model, tiny_corpus, kind, reads):
     target = 1.4 if kind is PromptRouter else 1.1
     changes = {"length": 24, "reads": reads, "weight_rate": 0.1, "target_speedup": target}
@@ -182,6 +183,25 @@ def test_fit_meets_the_target(model, tiny_corpus, kind, reads):
     fixed[list(method.routed(LAYERS))] = False
     assert found[:, fixed].all()
     assert found[..., 1].all() == (kind is MindSkip)
+
+
+@every_kind
+def test_frequent_is_what_the_routers_choose_most_often(model, tiny_corpus, kind):
+    """Counted in the routes of the same routers, reading the calibration prompts."""
+    target = 1.4 if kind is PromptRouter else 1.1
+    changes = {"length": 24, "weight_rate": 0.1, "target_speedup": target}
+    reader = kind(**kind.quick | changes).fit(model, tiny_corpus)
+    control = kind(**kind.quick | changes, reads="frequent").fit(model, tiny_corpus)
+    assert torch.equal(reader.tensors["weight"], control.tensors["weight"])
+    with attach(model, reader, prompt_length=24) as trace:
+        model(tiny_corpus.windows(48, 16, 0, split="calibration").to(DEVICE))
+    routed = list(control.routed(LAYERS))
+    often = routes(trace)[:, routed, 0].sum(0)
+    with attach(model, control) as trace:
+        model(ids(1, 8))
+    plan = routes(trace)[0, routed, 0]
+    assert not plan.all()
+    assert min(often[plan].tolist(), default=16) >= often[~plan].max()
 
 
 @every_kind
@@ -245,3 +265,17 @@ def test_what_is_out_of_reach_is_said(model, tiny_corpus):
     short.tensors["constant"] = short.tensors["constant"][:3]
     with attach(model, short, warn=False), pytest.raises(UserError, match="of 3 blocks, not 6"):
         model(ids(1, 4))
+
+
+@PHASES
+def test_recovery_learns_what_follows_the_prompt(model, phases):
+    """Half of a window is its prompt; where that skips, too, the other half alone counts."""
+    method, tokens = kinds(phases), ids(3, 14)
+    with attach(model, method) as trace:
+        nats, row = window_loss(model, method, trace, tokens)
+    with attach(model, method, prompt_length=7) as trace:
+        logits = model(tokens).logits
+        totals = trace.totals("generation" if phases == "generation" else None)
+    first = 0 if phases == "generation" else 7
+    torch.testing.assert_close(nats, next_token_loss(logits, tokens, first))
+    assert row["executed"] == totals["block_flops"] / totals["dense_block_flops"] < 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
+from test_attach import ids
 
+from dyndepth.cells.cell import parameters_text
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import block_speedup, measured
 from dyndepth.method import ForwardContext
@@ -168,6 +170,21 @@ def test_any_method_may_be_the_source(tiny, tiny_corpus):
     method.fit(tiny(), tiny_corpus)
     assert method.tensors["rates"].tolist() == [[1, 1], [0, 0], [0, 0], [1, 1]]
     assert method.max_speedup(LAYERS) == 2.0
+
+
+def test_evicting_draws_the_same_and_is_a_setting_of_its_own(tiny, tiny_corpus, matched):
+    model, found = tiny(), []
+    evicting = RandomMask(target_speedup=1.4, kv="evict", **RandomMask.quick)
+    evicting.fit(model, tiny_corpus)
+    assert torch.equal(evicting.tensors["rates"], matched.tensors["rates"])
+    for method in (matched, evicting):
+        with attach(model, method) as trace:
+            model(ids(2, 12))
+            found.append((trace.gates(), trace.flops["kv_projection"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] > found[1][1] == 0
+    assert "kv" not in parameters_text(matched)
+    assert "kv='evict'" in parameters_text(evicting)
 
 
 def test_wrong_use_is_refused(tiny, tiny_corpus):

@@ -12,7 +12,7 @@ from test_attach import ids, incremental, padded
 
 from dyndepth.common.errors import UserError
 from dyndepth.methods.skipdecode import SkipDecode
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 

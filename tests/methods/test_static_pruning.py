@@ -15,7 +15,8 @@ from dyndepth.fitting.fits import load_fit, save_fit
 from dyndepth.fitting.importance import CRITERIA
 from dyndepth.fitting.routers import budget_shares
 from dyndepth.methods.static_pruning import StaticPruning
-from dyndepth.models.blocks import blocks, cache_argument, cache_of, decoder
+from dyndepth.models.blocks import blocks, decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.models.families import family as record_of
 from dyndepth.runtime.attach import attach

@@ -80,16 +80,25 @@ def source(tmp_path: Path) -> Source:
     return Source(tmp_path, RESULTS)
 
 
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what pages are made of, and the command at work on it."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what pages are made of, with its pages made."""
+    root = tmp_path_factory.mktemp("made")
+    unread = shutil.ignore_patterns("cells", "samples.parquet")
     for folder in ("docs", "results"):
-        shutil.copytree(
-            REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cells")
-        )
-    shutil.copy(REPOSITORY / "README.md", tmp_path)
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=unread)
+    shutil.copy(REPOSITORY / "README.md", root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "ROOT", root)
+        assert door.main([]) == 0
+    return root
+
+
+@pytest.fixture
+def repository(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of ``made``, and the command at work on it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(door, "ROOT", tmp_path)
-    assert door.main([]) == 0
     return tmp_path
 
 

@@ -32,10 +32,17 @@ def _cells() -> list[Cell]:
     return [cell(phases="both"), timed, failed]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_tables(_cells(), folder)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    write_tables(_cells(), tmp_path)
-    return tmp_path
+def run(written, tmp_path):
+    """A run's folder of the test's own."""
+    return shutil.copytree(written, tmp_path, dirs_exist_ok=True)
 
 
 def _frame(path):

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import SUBLAYERS, DynamicDepthMethod
-from dyndepth.models.blocks import cache_argument, cache_of, decoder
+from dyndepth.models.blocks import decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
 

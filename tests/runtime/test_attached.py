@@ -17,7 +17,8 @@ from test_flops import counted
 from torch import nn
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import Block, Decoder, blocks, cache_argument, causal_lm, decoder
+from dyndepth.models.blocks import Block, Decoder, blocks, causal_lm, decoder
+from dyndepth.models.caches import cache_argument
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach, attached
 

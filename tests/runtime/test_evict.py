@@ -15,13 +15,15 @@ from transformers import DynamicCache, StaticCache
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
+from dyndepth.runtime import evicted
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.limits import ALWAYS, Limits
 
-NEVER = Limits(attention=0.0, mlp=0.0, tokens=0)
+NEVER = Limits(attention=0.0, mlp=0.0, tokens=10**9)
 WAYS = {"gathered": (ALWAYS, "sparse"), "whole": (NEVER, "sparse"), "masked": (ALWAYS, "masked")}
 every_variant = variants()
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -236,6 +238,28 @@ def test_nothing_is_kept_of_who_skipped(tiny):
         assert cache.get_seq_length() == 12
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_gaps_between_rows_are_closed(tiny, family, monkeypatch):
+    """Rows that execute at other steps leave gaps in each other's keys, which do not stay."""
+    monkeypatch.setattr(evicted, "_LEAST", 4)
+    evicted._evicting.cache_clear()
+    model, (tokens, mask, _) = tiny(family), padded("left")
+    with attach(model, Evicted(rate=0.4)):
+        whole = model(tokens, attention_mask=mask).logits
+        cache, found = DynamicCache(config=model.config), []
+        for place in range(12):
+            given = {"attention_mask": mask[:, : place + 1], cache_argument(model): cache}
+            found.append(model(tokens[:, place : place + 1], **given, use_cache=True).logits)
+    evicted._evicting.cache_clear()
+    real = mask.bool()
+    close(torch.cat(found, 1)[real], whole[real])
+    used = [(layer.positions >= 0).sum(1).max() for layer in cache.layers]
+    assert all(
+        layer.keys.shape[2] <= max(most * 1.25, 4) + 1
+        for layer, most in zip(cache.layers, used, strict=True)
+    )
+
+
 def test_caches_that_cannot_leave_tokens_out_are_refused(tiny):
     model = tiny("llama")
     static = StaticCache(config=model.config, max_cache_len=16)
@@ -248,8 +272,12 @@ def test_caches_that_cannot_leave_tokens_out_are_refused(tiny):
             step(model, cache, ids(1, 4))
 
 
-def test_steps_are_not_recorded(tiny):
-    with pytest.raises(UserError, match="evicts"), attach(tiny(), Evicted(), mode=Graphs()):
+def test_graphs_and_other_kernels_are_refused(tiny):
+    model = tiny()
+    with pytest.raises(UserError, match="evicts"), attach(model, Evicted(), mode=Graphs()):
+        pass
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="masks"), attach(model, Evicted()):
         pass
 
 

@@ -17,7 +17,8 @@ from dyndepth.common.errors import UserError
 from dyndepth.evaluation.forwards import rows_of
 from dyndepth.evaluation.generation import Prompt, generate
 from dyndepth.evaluation.scoring import Group, score
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of, decoder
+from dyndepth.models.blocks import Decoder, decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts

@@ -19,7 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import Decoder, cache_argument, cache_of
+from dyndepth.models.blocks import Decoder
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime import graphs as module
 from dyndepth.runtime.attach import attach

@@ -18,7 +18,7 @@ from dyndepth.evaluation.forwards import joined, rows_of
 from dyndepth.evaluation.generation import Prompt, generate
 from dyndepth.evaluation.scoring import Group, score, score_alone
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.models.blocks import cache_argument, cache_of
+from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 

@@ -166,6 +166,25 @@ class TestAgainstArithmetic:
         assert word == "trains"
         assert 0.5 < work.seconds / (arithmetic / (0.5 * 989e12)) < 2
 
+    def test_ranking_modules_takes_three_trainings(self):
+        machine, shape = self.machine()
+
+        def flops(recovery):
+            fits = plan.Fits(machine, shape, [], None, None, False)
+            cell = CellSpec("dense", recovery=recovery)
+            return fits.of(cell, cell.build(), cell.build().expenses(32))[1].flops
+
+        once = flops("lora(steps=40)")
+        ranking = "lora(steps=40, modules=ila, score_steps=20, keep={})"
+        assert flops(ranking.format(0.3)) == pytest.approx(2.5 * once)
+        # What keeps all does not train it again.
+        assert flops(ranking.format(1)) == pytest.approx(1.5 * once)
+        # What ranks them is done once for every share of them.
+        fits = plan.Fits(machine, shape, [], None, None, False)
+        cells = [CellSpec("dense", recovery=ranking.format(keep)) for keep in (0.1, 0.3, 1)]
+        found = [fits.of(each, each.build(), each.build().expenses(32))[1] for each in cells]
+        assert sum(work.flops for work in found) == pytest.approx(3.5 * once)
+
     def test_weights_and_cache(self):
         _, shape = self.machine()
         assert shape.in_blocks == pytest.approx(self.WEIGHTS, rel=1e-3)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.blocks import blocks, cache_argument
+from dyndepth.models.blocks import blocks
+from dyndepth.models.caches import cache_argument
 from dyndepth.models.families import FAMILIES, family
 from dyndepth.runtime.attach import attach
 

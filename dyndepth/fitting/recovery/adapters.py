@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dyndepth.cells.identity import today
-from dyndepth.cells.recipe import Recipe, parse_recovery
+from dyndepth.cells.recipe import ALL, RANKED, Recipe, parse_recovery
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.models.blocks import causal_lm, projections
@@ -31,6 +31,11 @@ _PREFIX = "base_model.model."
 _MARK = "dyndepth_adapter"
 _CARD_KEYS = ("model", "sha256", "recipe", "method", "corpus", "tokens", "seed")
 
+SIGNIFICANCE = "significance"
+"""Entry of the card of an adapter whose modules were ranked: see ``significance.Scores``."""
+
+Targets = dict[str, nn.Linear | Conv1D]
+"""Name of a projection in the causal LM -> its module."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Name of a projection in the causal LM -> A ``[rank, in]``, B ``[out, rank]``."""
 
@@ -76,6 +81,8 @@ def write_adapter(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # "branch.projection" of every block: what peft matches at the end of a module's name.
     targets = sorted({".".join(name.split(".")[-2:]) for name in factors})
+    if recipe.modules == RANKED:
+        targets = list(factors)
     LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
@@ -136,7 +143,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         if recipe is None:
             raise ValueError("its card names no recipe")
         _check_config(json.loads((path / CONFIG).read_text(encoding="utf-8-sig")), recipe)
-        factors = _factors(load(content), model, recipe)
+        factors = _factors(load(content), trained(card, adaptable(model, recipe)), recipe)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as fault:
         raise _refused(path, fault) from fault
     return Adapter(path, factors, recipe.scale, card)
@@ -202,17 +209,29 @@ def transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def adaptable(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear | Conv1D]:
+def adaptable(model: nn.Module, recipe: Recipe) -> Targets:
     """The projections that ``recipe`` adapts, by name in the causal LM. Raises UserError, with the
     cause, if an adapter cannot sit on one of them."""
-    found = projections(model, recipe.roles).items()
+    found = projections(model, None if recipe.targets == ALL else recipe.roles).items()
     return {name: linear(name, module) for name, module in found}
 
 
-def _factors(tensors: dict[str, Tensor], model: nn.Module, recipe: Recipe) -> Factors:
-    """The tensors of a file as factors, each one's shape checked. Raises ValueError."""
+def trained(card: Mapping[str, Any], targets: Targets) -> Targets:
+    """Those of ``targets`` that were trained in the end: all, or what ``card`` says was kept of
+    them. Raises KeyError, TypeError or ValueError for a card that is of other targets."""
+    if SIGNIFICANCE not in card:
+        return targets
+    rows = card[SIGNIFICANCE]["modules"]
+    if [row["module"] for row in rows] != list(targets):
+        raise ValueError(f"{CARD} ranks other modules than this model has")
+    return {row["module"]: targets[row["module"]] for row in rows if row["kept"]}
+
+
+def _factors(tensors: dict[str, Tensor], targets: Targets, recipe: Recipe) -> Factors:
+    """The tensors of a file as factors of ``targets``, each one's shape checked. Raises
+    ValueError."""
     found: Factors = {}
-    for name, module in adaptable(model, recipe).items():
+    for name, module in targets.items():
         shape_of = module.weight.shape
         rows, columns = reversed(shape_of) if transposed(module) else shape_of
         pair = []

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,11 +80,13 @@ def recover_cached(
         from dyndepth.fitting.fits import CURVE, fit_cached, save_fit, write_curve
         from dyndepth.fitting.loop import checkpoints
         from dyndepth.fitting.recovery.adapters import (
+            SIGNIFICANCE,
             adapted,
             load_adapter,
             transposed,
             write_adapter,
         )
+        from dyndepth.fitting.recovery.significance import Scores
         from dyndepth.fitting.recovery.training import recover
         from dyndepth.models.seeding import seeded
 
@@ -93,10 +96,21 @@ def recover_cached(
                 f"{method.name} trains an adapter for {method.target_speedup:g}x, which can take "
                 f"minutes: {_why_none(method, model)}"
             )
+        scores: Scores | None = None
+        first: dict[str, Any] = {"tokens": 0, "seconds": 0.0}
+        if recipe.keep is not None and recipe.keep < 1:
+            # What ranks the modules serves every share of them.
+            whole = replace(recipe, keep=1.0)
+            asked = {"refresh": refresh, "progress": progress}
+            first = recover_cached(method, model, corpus, whole, seed, **asked)[1].card
+            scores = Scores.of(first[SIGNIFICANCE], recipe.keep)
         if recipe.kind == "lora":
             fit_cached(method, model, corpus)
         with seeded(seed, next(model.parameters()).device), checkpoints(unfinished):
-            found = recover(method, model, corpus, recipe, seed, progress=progress)
+            found = recover(method, model, corpus, recipe, seed, scores=scores, progress=progress)
+        found = replace(
+            found, tokens=found.tokens + first["tokens"], seconds=found.seconds + first["seconds"]
+        )
         write_adapter(
             work,
             found.factors,
@@ -227,8 +241,10 @@ def _card(
     seed: int,
     found: Recovered,
 ) -> dict[str, Any]:
+    from dyndepth.fitting.recovery.adapters import SIGNIFICANCE
 
     last = found.curve[-10:]
+    scores = {} if found.scores is None else {SIGNIFICANCE: found.scores.facts()}
     return {
         "model": fingerprint(model),
         "name": method.name,
@@ -237,9 +253,11 @@ def _card(
         "corpus": corpus.fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "tokens": found.tokens,
+        "parameters": found.parameters,
         "seconds": round(found.seconds, 1),
         "seed": seed,
         "loss_first": found.curve[0]["loss"] if found.curve else None,
         "loss_last": sum(row["loss"] for row in last) / len(last) if last else None,
         **{name: metadata.version(name) for name in ("peft", "torch", "transformers")},
+        **scores,
     }

@@ -4,16 +4,17 @@
 in training too, for a constant gate's skipped branch has no gradient. The loss is next-token
 cross-entropy over whole windows. For methods of phase ``generation`` the first half of each window
 runs at full depth and the second thinned over its keys and values: the two-pass scheme of arXiv
-2404.06954 in one forward. ``joint``: adapters are put in and the method's own ``fit`` trains them
-together with its routers, as in the ablation of arXiv 2506.04179. Dense recovered under the same
-recipe is the control: same windows, same tokens.
+2404.06954 in one forward. With ``modules=ila`` two more trainings follow, see ``significance``:
+scores of the adapters, and of those with the highest anew. ``joint``: adapters are put in and the
+method's own ``fit`` trains them together with its routers, as in the ablation of arXiv 2506.04179.
+Dense recovered under the same recipe is the control: same windows, same tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from dyndepth.cells.recipe import RANKED
 from dyndepth.common.errors import UserError
 from dyndepth.fitting.calibration import prompt_of, prompt_phase
 from dyndepth.fitting.loop import Curve, Schedule, optimise
 from dyndepth.fitting.readings import Row
 from dyndepth.fitting.recovery.adapters import Factors, adaptable, transposed
+from dyndepth.fitting.recovery.significance import Scores, learn
 from dyndepth.fitting.routers import mark_along
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder, causal_lm
@@ -42,17 +45,26 @@ if TYPE_CHECKING:
 
 _READING = 500_000
 """Added to the seed of the windows, so that stage 2 reads other ones than stage 1."""
+_WEIGHING = 750_000
+"""Added to the seed of the windows on which the scores of adapters are learned."""
 _NAME = "recovery"
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery found: factors by projection, the curve by step, and its price."""
+    """What a recovery found: factors by projection, the curve by step of the training that made
+    them, its price with all that went before, and the scores of the modules if it ranks them."""
 
     factors: Factors
     curve: Curve
     tokens: int
     seconds: float
+    scores: Scores | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained in the end."""
+        return sum(factor.numel() for pair in self.factors.values() for factor in pair)
 
 
 def recover(
@@ -62,13 +74,16 @@ def recover(
     recipe: Recipe,
     seed: int = 0,
     *,
+    scores: Scores | None = None,
     progress: bool = True,
 ) -> Recovered:
     """Train adapters for ``method`` on ``model``; the model is left exactly as it was.
 
     For ``lora`` the method is fitted; its gates stay as they are. For ``joint`` it is fitted here.
-    ``method.calibrate`` is left to the caller, under the merged weights. The curve has ``loss``
-    (nats a token), ``executed`` (share of block FLOPs where the method skips) and ``tokens``.
+    ``method.calibrate`` is left to the caller, under the merged weights. With ``scores``, which an
+    equal recipe found that keeps all modules, what they keep is all that is trained. The curve has
+    ``loss`` (nats a token), ``executed`` (share of block FLOPs where the method skips) and
+    ``tokens``.
 
     Raises:
         UserError: no corpus, a projection that can't be adapted, or ``joint`` for a method that
@@ -82,6 +97,9 @@ def recover(
             "nothing; use lora"
         )
     started = time.monotonic()
+    if scores is not None:
+        factors, curve = _alone(method, model, corpus, recipe, scores, seed, progress)
+        return Recovered(factors, curve, _tokens(curve), time.monotonic() - started, scores)
     with injected(model, recipe, seed) as layers:
         if recipe.kind == "joint":
             method.fit(model, corpus)
@@ -93,15 +111,52 @@ def recover(
                 )
         else:
             curve = _train(method, model, corpus, recipe, seed, progress)
-        factors: Factors = {
-            name: (
-                layer.lora_A[_NAME].weight.detach().clone(),
-                layer.lora_B[_NAME].weight.detach().clone(),
-            )
-            for name, layer in layers.items()
-        }
-    tokens = int(curve[-1].get("tokens", 0)) if curve else int(method.facts.get("tokens", 0))
-    return Recovered(factors, curve, tokens, time.monotonic() - started)
+        if recipe.modules == RANKED:
+            scores = _scored(method, model, corpus, recipe, layers, seed, progress)
+        factors = _factors_in(layers)
+    tokens = _tokens(curve) if curve else int(method.facts.get("tokens", 0))
+    if scores is not None:
+        tokens += scores.tokens
+        if len(scores.kept) < len(factors):
+            # Where all are kept, the first training was the last one, number by number.
+            factors, curve = _alone(method, model, corpus, recipe, scores, seed, progress)
+            tokens += _tokens(curve)
+    return Recovered(factors, curve, tokens, time.monotonic() - started, scores)
+
+
+def _alone(
+    method: DynamicDepthMethod,
+    model: nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    scores: Scores,
+    seed: int,
+    progress: bool,
+) -> tuple[Factors, Curve]:
+    """Train adapters on the modules that ``scores`` keep, from the start."""
+    with injected(model, recipe, seed, scores.kept) as layers:
+        curve = _train(method, model, corpus, recipe, seed, progress, "kept")
+        return _factors_in(layers), curve
+
+
+def _tokens(curve: Curve) -> int:
+    return int(curve[-1].get("tokens", 0))
+
+
+def _factors_in(layers: Mapping[str, Any]) -> Factors:
+    """The factors that peft's ``layers`` hold, as they are now."""
+    return {
+        name: (
+            layer.lora_A[_NAME].weight.detach().clone(),
+            layer.lora_B[_NAME].weight.detach().clone(),
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _name(method: DynamicDepthMethod, what: str = "") -> str:
+    """Of a training's progress and checkpoint; ``what`` tells those of one recovery apart."""
+    return f"{_NAME} {f'{what} ' if what else ''}{method.name} {method.target_speedup:g}x"
 
 
 def _train(
@@ -111,6 +166,7 @@ def _train(
     recipe: Recipe,
     seed: int,
     progress: bool,
+    what: str = "",
 ) -> Curve:
     """Optimise the adapters that are in the model; returns the curve."""
     plan = Schedule.of(recipe)
@@ -122,7 +178,39 @@ def _train(
             [{"params": parameters, "lr": recipe.rate}],
             windows,
             plan,
-            name=f"{_NAME} {method.name} {method.target_speedup:g}x",
+            name=_name(method, what),
+            seed=seed,
+            progress=progress,
+        )
+
+
+def _scored(
+    method: DynamicDepthMethod,
+    model: nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    layers: Mapping[str, Any],
+    seed: int,
+    progress: bool,
+) -> Scores:
+    """Learn the scores of the trained adapters that are in the model."""
+    keep, steps, rate = recipe.keep, recipe.score_steps, recipe.score_rate
+    assert keep is not None
+    assert steps is not None
+    assert rate is not None
+    plan = Schedule.of(recipe, steps=steps, weight_decay=0.0)
+    windows = corpus.reader(recipe.length, plan.windows, _WEIGHING + seed, model=model)
+    with attach(model, method, warn=False) as trace:
+        return learn(
+            model,
+            layers,
+            _NAME,
+            keep,
+            lambda ids: window_loss(model, method, trace, ids),
+            windows,
+            plan,
+            rate=rate,
+            name=_name(method, "scores"),
             seed=seed,
             progress=progress,
         )
@@ -173,8 +261,11 @@ def _loss_from(model: nn.Module, ids: Tensor, first: int) -> Tensor:
 
 
 @contextmanager
-def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[str, Any]]:
+def injected(
+    model: nn.Module, recipe: Recipe, seed: int = 0, only: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """``model`` with fresh adapters that alone require a gradient; yields peft's layers by name.
+    ``only`` names the projections that get one; None: all of the recipe.
 
     On exit, also by an exception, every module, flag and attribute is what it was. Raises UserError
     for a projection that can't be adapted.
@@ -183,6 +274,8 @@ def injected(model: nn.Module, recipe: Recipe, seed: int = 0) -> Iterator[dict[s
 
     owner = causal_lm(model)
     targets = adaptable(model, recipe)
+    if only is not None:
+        targets = {name: module for name, module in targets.items() if name in only}
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]

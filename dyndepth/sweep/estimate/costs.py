@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import CellSpec
-from dyndepth.cells.recipe import Recipe
+from dyndepth.cells.recipe import RANKED, Recipe
 from dyndepth.sweep.estimate.machines import Machine
 from dyndepth.sweep.estimate.models import Shape
 from dyndepth.sweep.estimate.passes import Pass
@@ -129,15 +129,25 @@ def reading(machine: Machine, shape: Shape, one: Reading) -> Work:
     return Work(machine.seconds(flops, read, shape.layers * forwards), flops)
 
 
-def recovery_reading(recipe: Recipe, share: float) -> Reading:
+def recovery_readings(recipe: Recipe, share: float) -> list[Reading]:
     """What training adapters reads: states' gradients alone, for the weights are frozen; the LM
-    head's logits are made again for them."""
+    head's logits are made again for them. Where modules are ranked, scores are learned in the same
+    way, and what is kept of them is trained once more."""
     from dyndepth.method import Reading
 
-    windows = recipe.steps * recipe.batch * recipe.accumulate
-    return Reading(
-        windows=windows, length=recipe.length, forwards=share, backwards=share, heads=3.0
-    )
+    steps = [recipe.steps]
+    if recipe.modules == RANKED:
+        steps += [recipe.score_steps or 0, *([recipe.steps] if recipe.keep != 1 else [])]
+    return [
+        Reading(
+            windows=count * recipe.batch * recipe.accumulate,
+            length=recipe.length,
+            forwards=share,
+            backwards=share,
+            heads=3.0,
+        )
+        for count in steps
+    ]
 
 
 def timing(

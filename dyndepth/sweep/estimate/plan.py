@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.recipe import parse_recovery
+from dyndepth.cells.recipe import RANKED, parse_recovery
 from dyndepth.common.paths import EMBEDDED
 from dyndepth.models.shapes import is_shape
 from dyndepth.sweep.estimate import costs
@@ -126,9 +126,16 @@ class Fits:
                 total += work
                 self.readings.append(one)
         if recipe is not None and not joint:
-            one = costs.recovery_reading(recipe, 1 / method.target_speedup)
-            total += costs.reading(self.machine, self.shape, one)
-            self.readings.append(one)
+            # Of trainings that rank modules, all but the last serve every share that is kept.
+            ranking = f"{replace(cell, recovery='')} {replace(recipe, keep=None)}"
+            readings = costs.recovery_readings(recipe, 1 / method.target_speedup)
+            for number, one in enumerate(readings):
+                self.readings.append(one)
+                if recipe.modules == RANKED and number < 2:
+                    if f"{ranking} {number}" in self.charged:
+                        continue
+                    self.charged[f"{ranking} {number}"] = 1.0
+                total += costs.reading(self.machine, self.shape, one)
             word = "trains"
         if recipe is not None:
             self.trained = max(self.trained, self._numbers(recipe))
