@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
+from dyndepth.fitting.fits import fit_cached
+from dyndepth.fitting.routers import trained_along
 from dyndepth.method import Expenses
 
 from .rule import PromptRule
@@ -27,11 +29,19 @@ class TrainedPromptRule(PromptRule):
         return Expenses(fit=readings(self, layers)) if self.target_speedup > 1.0 else Expenses()
 
     def fit(self, model: nn.Module, corpus: Corpus | None = None) -> Self:
-        """Train the routers and solve their threshold.
+        """Train the routers and solve their threshold; the control ``frequent`` takes those that
+        read prompts, which are kept.
 
         Raises UserError if ``corpus`` is None or the target is beyond reach.
         """
-        if self.target_speedup > 1.0:
+        if self.target_speedup == 1.0:
+            return self
+        if self.reads == "frequent" and not trained_along(model):
+            reader = fit_cached(replace(self, reads="prompt"), model, corpus)
+            self.tensors, self.facts = dict(reader.tensors), dict(reader.facts)
+            self.curve = reader.curve
+            calibrate(self, model, corpus)
+        else:
             train(self, model, corpus)
         return self
 
