@@ -2,10 +2,10 @@
 
 Idea: which blocks a text needs depends on what it is about, which its prompt says; one choice a
 sequence keeps batches together and leaves no token without keys and values that it reads.
-Paper: in the style of FiRST, arXiv 2410.12513 (Findings of EMNLP 2025), whose code is not public and
-whose equations are known here at second hand: no reproduction. What is kept: a router a block, fed
-by the prompt, soft in training and hard in use, whose choice is kept for the whole answer; then LoRA
-with the routers frozen (``--recovery lora``).
+Paper: in the style of FiRST, arXiv 2410.12513 (Findings of EMNLP 2025), whose code is not public
+and whose equations are known here at second hand: no reproduction. What is kept: a router a block,
+fed by the prompt, soft in training and hard in use, whose choice is kept for the whole answer; then
+LoRA with the routers frozen (``--recovery lora``).
 Rule: with n(x) = x / rms(x) of the stream x that enters block l, 0 < l < L - 1, and p the mean of
 n(x) over the real tokens of the prompt,
     attention and MLP of block l run, for all of the sequence, iff w . p + b >= threshold;
