@@ -30,8 +30,13 @@ WORKS = (
     "early_exit_half",
     REFERENCE,
 )
-MORE_WORKS = ("mask_50_attention", "mask_50_mlp")
-"""On request: masks in one of the two sublayers, the other one executes."""
+EVICTED = "mask_50_evicted"
+"""Masks of whole blocks whose skipped tokens are not seen by others, and keep no keys."""
+MORE_WORKS = ("mask_50_attention", "mask_50_mlp", "mask_50_blocks", EVICTED)
+"""On request: masks in one of the two sublayers, the other one executes; masks of whole blocks, and
+the same with eviction."""
+EAGER_WORKS = (REFERENCE, EVICTED)
+"""That no graph repeats."""
 
 Line = dict[str, float]
 Lines = dict[str, Line]
@@ -54,7 +59,7 @@ def names(works: Sequence[str], phase: str, dtype: str, mode: str) -> dict[str, 
     return {
         work: f"{work}/{phase}/{dtype}" + "/graphs" * graphs
         for work in works
-        if not (graphs and work == REFERENCE)
+        if not (graphs and work in EAGER_WORKS)
     }
 
 

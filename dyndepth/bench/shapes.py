@@ -12,7 +12,16 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.bench.lines import NO_MEMORY, NO_TIME, REFERENCE, Line, Record, names, speed
+from dyndepth.bench.lines import (
+    EAGER_WORKS,
+    NO_MEMORY,
+    NO_TIME,
+    REFERENCE,
+    Line,
+    Record,
+    names,
+    speed,
+)
 from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.common.modes import EAGER, GRAPHS
 from dyndepth.results.noise import legend
@@ -64,7 +73,7 @@ def passes(options: argparse.Namespace) -> list[tuple[str, str]]:
     ]
     if not any(names(options.works, phase, "", mode) for phase, mode in found):
         raise UserError(
-            f"graphs repeat decode steps, and not those of {REFERENCE}: nothing of "
+            f"graphs repeat decode steps, and not those of {' or '.join(EAGER_WORKS)}: nothing of "
             f"{', '.join([*options.works, *phases])} is left; add a phase of decode, or take "
             "--mode eager"
         )
@@ -179,7 +188,7 @@ def _measure(
     with tqdm(total=options.repeats, desc=what, unit=" rounds", disable=None, leave=False) as bar:
         jobs = {"dense": Job(model, None, shape, graphs=graphs)}
         for work in options.works:
-            if work == REFERENCE and graphs is not None:
+            if work in EAGER_WORKS and graphs is not None:
                 continue
             backend: Any = "masked" if work == REFERENCE else "sparse"
             own = method(work, model, batch, width)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.common.modes import EAGER
-from dyndepth.method import SUBLAYERS, DynamicDepthMethod
+from dyndepth.method import SUBLAYERS, DynamicDepthMethod, KVPolicy
 from dyndepth.models.blocks import blocks
 from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
@@ -186,6 +186,9 @@ def method(work: str, model: Any, batch: int, width: int) -> DynamicDepthMethod:
         return given(torch.stack([executed, executed], dim=1))
     rate = 0.75 if work == "mask_75" else 0.5
     masks = torch.rand(layers, 2, batch, width, generator=generator) < rate
+    if work in ("mask_50_blocks", "mask_50_evicted"):
+        masks[:, 1] = masks[:, 0]
+        return given(masks, kv="evict" if work == "mask_50_evicted" else "project")
     if work.startswith("mask_50_"):
         masks[:, 1 - SUBLAYERS.index(work.removeprefix("mask_50_"))] = True
     return given(masks)
@@ -200,8 +203,10 @@ def given(
     decided: Tensor,
     skipping: Literal["both", "generation"] = "both",
     routers: Sequence[nn.Module] | None = None,
+    kv: KVPolicy = "project",
 ) -> DynamicDepthMethod:
-    """A method that answers with a plan ``[layers, 2]`` or masks ``[layers, 2, batch, width]``.
+    """A method that answers with a plan ``[layers, 2]`` or masks ``[layers, 2, batch, width]``, of
+    the policy ``kv``.
 
     A decode step takes the next column of masks drawn for all steps at once. ``routers``, one a
     block, are run on the hidden states at its entry and billed; what they say changes nothing.
@@ -217,6 +222,10 @@ def given(
         paper = "bench"
         phases = skipping
         capturable = True
+
+        @property
+        def kv_policy(self) -> KVPolicy:
+            return super().kv_policy if plan else kv
 
         def start(self, context: Any) -> Tensor | None:
             self.context = context

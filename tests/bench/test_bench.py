@@ -78,6 +78,7 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys,
     monkeypatch.setattr("dyndepth.models.loading.loaded", lambda *_: tiny("llama", "sdpa"))
     monkeypatch.setattr(shapes, "PHASES", {"prefill_1x512": (1, 24), "decode_8": (2, 12)})
     works = ["all_execute", "static_15", "mask_50", "mask_50_mlp", shapes.REFERENCE]
+    works += ["mask_50_blocks", "mask_50_evicted"]
     options = argparse.Namespace(
         dtypes=["float32"],
         phases=["prefill_1x512", "decode_8"],
@@ -99,6 +100,10 @@ def test_shapes_are_measured_and_printed(tiny, tiny_corpus, monkeypatch, capsys,
     assert ideals["all_execute/decode_8/float32"] == 1
     assert ideals[f"{shapes.REFERENCE}/prefill_1x512/float32"] == 1
     assert ideals["mask_50/decode_8/float32"] > ideals["mask_50_mlp/decode_8/float32"] > 1
+    # Evicted keys are not computed, and cost no scores.
+    assert ideals["mask_50_evicted/prefill_1x512/float32"] > (
+        1.02 * ideals["mask_50_blocks/prefill_1x512/float32"]
+    )
     assert lines["all_execute/prefill_1x512/float32"]["peak_ratio"] == pytest.approx(1, abs=0.05)
     out = capsys.readouterr().out
     assert out.count("/float32") == len(lines)
