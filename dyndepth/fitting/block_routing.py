@@ -165,9 +165,10 @@ class BlockRouting(DynamicDepthMethod):
                     heads=3.0 + dense,
                 ),
                 Reading(
-                    windows=_CALIBRATION_ROUNDS * _CALIBRATION_WINDOWS,
+                    windows=_CALIBRATION_WINDOWS,
                     length=min(2 * self.length, _CALIBRATION_LENGTH),
-                    forwards=1 / self.target_speedup,
+                    # At full depth once, for a first guess.
+                    forwards=1.0 + _CALIBRATION_ROUNDS / self.target_speedup,
                 ),
             )
         )

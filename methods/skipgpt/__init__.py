@@ -18,7 +18,8 @@ gain from running each; where the gain per FLOP is largest, they run. Straight-t
 follow (``steps``). Minutes on a processor for a small model, and no learning rate.
 Granularity: token and sublayer; no block and no token is protected. ``reads=constant``: static.
 KV policy: project. Every token's keys and values are computed in every block, as in the reference;
-``kv=evict`` leaves out those of tokens that skip.
+``kv=evict`` leaves out those of tokens that skip; shipped routers, and the regression, are those of
+projecting, with the threshold solved anew.
 Phases: both, as in the paper; ``generation`` keeps the prompt at full depth.
 Deviations: decisions are deterministic at inference (the reference samples Gumbel noise there too).
 In both presets no gradient passes through a router's input into the stream, and the paper's two

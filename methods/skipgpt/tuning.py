@@ -76,6 +76,7 @@ def train(
         bias_rate=recipe.bias_rate,
         adapter_rate=recipe.adapter_rate,
         phases=method.phases,
+        kv_policy=method.kv_policy,
     )
     steps = recipe.steps or (_STEPS_ALONG if trained_along(model) else 0)
     if steps:

@@ -170,11 +170,12 @@ def test_gradient_of_a_score_is_that_of_the_weight_along_the_change(tiny_corpus)
     assert along.abs().min() > 1e-6
 
 
-def test_the_highest_scores_are_kept_and_what_was_never_changed_comes_last():
+def test_the_highest_scores_of_what_was_changed_are_kept():
     scores, changed = [0.3, -1.0, 0.9, 0.0, 0.3], [True, True, True, False, True]
     assert most_significant(scores, changed, 0.2) == [2]
-    assert most_significant(scores, changed, 0.6) == [2, 0, 4]
-    assert most_significant(scores, changed, 0.8) == [2, 0, 4, 1]
+    assert most_significant(scores, changed, 0.6) == [2, 0]
+    assert most_significant(scores, changed, 0.8) == [2, 0, 4]
+    assert most_significant(scores, changed, 0.99) == [2, 0, 4, 1]
     assert most_significant(scores, changed, 1.0) == [2, 0, 4, 1, 3]
     assert most_significant(scores, changed, 0.01) == [2]
 

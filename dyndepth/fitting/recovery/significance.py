@@ -139,10 +139,10 @@ def weigh(
 
 
 def most_significant(scores: Sequence[float], changed: Sequence[bool], keep: float) -> list[int]:
-    """Indices of the share ``keep``, at least one, with the highest scores; those that were not
-    changed come last."""
+    """Indices of the share ``keep`` of those that were changed, at least one, with the highest
+    scores; where all are to be kept, of all."""
     order = sorted(range(len(scores)), key=lambda i: (not changed[i], -scores[i], i))
-    return order[: max(1, round(keep * len(order)))]
+    return order if keep == 1.0 else order[: max(1, round(keep * sum(changed)))]
 
 
 def _places(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
