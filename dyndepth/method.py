@@ -2,10 +2,14 @@
 
 A method decides, in each forward pass, which sublayers run for which tokens. It is a small
 dataclass: its fields are its hyper-parameters, its ``repr`` is the experiment's identity. The
-runtime asks it two questions and executes the answers; nothing else passes between them:
+runtime asks it two questions and executes the answers:
 
 * ``start(context)``, once a forward, before the first block: a *plan* for all blocks, or None;
-* ``gates(layer, hidden)``, at the entry of each block when ``start`` returned None.
+* ``gates(layer, hidden)``, at the entry of each block when ``start`` returned None;
+
+and, of methods that have them, what is added in place of a skipped update (``instead``) and by what
+an executed one is multiplied (``weights``). What a method keeps of a text from one forward to the
+next lies in the context's ``memory``.
 
 This module imports nothing of the project, so a method can be written against it alone.
 """

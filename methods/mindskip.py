@@ -43,6 +43,6 @@ class MindSkip(TrainedPromptRule):
         return range(layers - min(16, layers // 2), layers - 1)
 
     def max_speedup(self, layers: int) -> float:
-        """Without any of these attentions, each half of its block, as over long texts; ``fit``
-        refuses what is beyond reach of the model itself."""
+        """Without any of these attentions, each half of its block, as over long texts: a bound.
+        Where attention is less of a block, ``fit`` refuses what is beyond reach of the model."""
         return 1 / (1 - len(self.routed(layers)) / (2 * layers))

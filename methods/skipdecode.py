@@ -9,8 +9,8 @@ blocks: the first ``warm_up`` and the last A(g) - ``warm_up``. ``max`` is all bl
 ``maximum`` says less; ``min`` follows from the target: the mean of A over G = ``positions`` is
 L / speedup, up to the rounding of A. Where ``min`` would fall below ``warm_up`` + 1, ``max`` falls
 instead. With G = 1, A is the same throughout. ``variant=adaskip`` is the one that AdaSkip's code
-compares itself to (arXiv 2501.02336): blocks 1 to k are skipped, k = min(n, ceil(g / G (n - 1)) + 1),
-with the n that comes nearest to the target, to half a block.
+compares itself to (arXiv 2501.02336): blocks 1 to k are skipped, with k the smaller of n and
+ceil(g / G (n - 1)) + 1, and the n that comes nearest to the target, to half a block.
 Granularity: token, by position alone. Phases: generation; the prompt runs in full. A
 multiple-choice answer is a few tokens long and saves next to nothing: score it on written and long
 texts. A text of fewer than G tokens achieves less than the target, a longer one more.

@@ -61,6 +61,8 @@ class UnifiedLayerSkipping(Scaling, DynamicDepthMethod):
             given = getattr(self, name)
             if given is not None and given < least:
                 raise ValueError(f"{name} must be at least {least}, not {given}")
+            if given is not None and self.scale is None:
+                raise ValueError(f"{name} is of the text that scales are measured on; add a scale")
 
     @property
     def fitted(self) -> bool:
@@ -91,7 +93,8 @@ class UnifiedLayerSkipping(Scaling, DynamicDepthMethod):
             )
 
     def start(self, context: ForwardContext) -> Tensor:
-        """The plan of ``kept_blocks``."""
+        """The plan of ``kept_blocks``. Raises UserError for scales of another depth."""
+        self.check_scales(context.layers)
         return self.plan(context.layers)
 
     def plan(self, layers: int) -> Tensor:

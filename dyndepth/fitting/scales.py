@@ -147,6 +147,14 @@ class Scaling:
             return ()
         return (Reading(windows=windows or WINDOWS, length=length or LENGTH, kept=True),)
 
+    def check_scales(self, layers: int) -> None:
+        """Raises UserError where the scales are of a model of other depth than ``layers``."""
+        if self.substitutes and len(self.facts["scales"]) != layers:
+            raise UserError(
+                f"{self.name}: these scales are for a model of {len(self.facts['scales'])} blocks, "
+                f"not {layers}; fit the method on this model"
+            )
+
     def instead(self, layer: int, sublayer: int, rows: Tensor) -> Tensor:
         """Skipped: the stream times its scale."""
         return rows * (self.facts["scales"][layer][sublayer] - 1)

@@ -22,8 +22,8 @@ from dyndepth.models.projections import Fused, Separate, linear_flops, rotate
 from dyndepth.models.watching import watched
 
 if TYPE_CHECKING:
-    from dyndepth.models.columns import Columns
     from dyndepth.models.families import Family
+    from dyndepth.models.key_columns import Columns
     from dyndepth.models.selection import Selection
 
 

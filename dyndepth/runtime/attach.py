@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 from torch import Tensor, nn
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.common.modes import EAGER, MODES, Mode
-from dyndepth.method import DynamicDepthMethod
+from dyndepth.method import DynamicDepthMethod, KVPolicy
 from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.binding import bind
 from dyndepth.runtime.execution import Runtime
@@ -86,6 +87,11 @@ def attach(
     if mode != EAGER and (backend == "masked" or method.foresees):
         raise UserError(
             "graphs are of the backend 'sparse', for methods that do not foresee; take mode='eager'"
+        )
+    if method.kv_policy not in get_args(KVPolicy):
+        raise MethodFault(
+            f"{method.name}: its kv_policy must be one of {', '.join(get_args(KVPolicy))}, not "
+            f"{method.kv_policy!r}"
         )
     if mode != EAGER and method.kv_policy == "evict":
         raise UserError(

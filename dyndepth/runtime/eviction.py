@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dyndepth.method import ATTENTION
 from dyndepth.models.blocks import Block
-from dyndepth.models.columns import Columns
+from dyndepth.models.key_columns import Columns
 from dyndepth.models.selection import UNREAD, Selection
-from dyndepth.runtime.evicted import evicting, evicts
+from dyndepth.runtime.evicting_layer import evicting, evicts
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.gates import Settled
 from dyndepth.runtime.limits import Limits

@@ -22,7 +22,7 @@ from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate
 from dyndepth.models.blocks import Decoder
 from dyndepth.models.caches import cache_argument, cache_in, cache_of
 from dyndepth.models.rotary import forget
-from dyndepth.runtime.evicted import evicts
+from dyndepth.runtime.evicting_layer import evicts
 from dyndepth.runtime.eviction import Eviction
 from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 from dyndepth.runtime.foresight import Foresight

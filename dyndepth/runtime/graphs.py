@@ -29,6 +29,7 @@ from dyndepth.runtime.cache import skip_tokens
 from dyndepth.runtime.flops import Forward
 from dyndepth.runtime.lanes import Lane, bucket
 from dyndepth.runtime.patching import Run, Stock
+from dyndepth.runtime.recorded_updates import Told, unrecordable
 from dyndepth.runtime.recorder import CudaRecorder, Recorder
 from dyndepth.runtime.steps import (
     Pieces,
@@ -40,7 +41,6 @@ from dyndepth.runtime.steps import (
     by_rule,
     with_cache,
 )
-from dyndepth.runtime.told import Told, unrecordable
 
 PAYS_BELOW = 0.8
 """Share of the work that is executed, below which a piece a block is faster than the whole step."""

@@ -111,7 +111,7 @@ def check(method: DynamicDepthMethod, memory: dict[str, Tensor], batch: int) -> 
         raise MethodFault(
             f"{method.name}: what is kept in the context's memory must be tensors whose first "
             f"dimension is the sequences, here {batch}, not {kind} for {name!r} "
-            f"({definition(method.start)})"
+            f"({definition(type(method))})"
         )
 
 

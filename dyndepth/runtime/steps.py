@@ -16,8 +16,8 @@ from dyndepth.models.blocks import Ahead, Block, Decoder
 from dyndepth.models.caches import CACHE_ARGUMENTS
 from dyndepth.runtime.flops import Bill, Forward
 from dyndepth.runtime.lanes import Lane
+from dyndepth.runtime.recorded_updates import Told
 from dyndepth.runtime.recorder import Recorder
-from dyndepth.runtime.told import Told
 
 Verdict = tuple[bool, bool]
 """Whether attention and MLP of a block run for any sequence."""

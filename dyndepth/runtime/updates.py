@@ -52,28 +52,30 @@ class Updates:
                 return None
         found: Any = self.method.weights(layer)
         if not (isinstance(found, (tuple, list)) and len(found) == 2):
-            raise self._wrong_weight(found, hidden)
+            raise self._wrong_weight(layer, f"one {_kind(found)}", hidden)
         if found[ATTENTION] is None and found[MLP] is None:
             return None
-        first, second = (self._weight(each, hidden, generation) for each in found)
+        first, second = (self._weight(layer, each, hidden, generation) for each in found)
         return first, second
 
-    def _weight(self, weight: Any, hidden: Tensor, generation: Tensor | None) -> Tensor | None:
+    def _weight(
+        self, layer: int, weight: Any, hidden: Tensor, generation: Tensor | None
+    ) -> Tensor | None:
         if weight is None:
             return None
         fits = isinstance(weight, Tensor) and weight.shape == hidden.shape[:2]
         if not (fits and weight.is_floating_point()):
-            raise self._wrong_weight(weight, hidden)
+            raise self._wrong_weight(layer, _kind(weight), hidden)
         weight = weight.to(hidden.device)
         if generation is None:
             return weight
         return torch.where(generation.to(hidden.device), weight, torch.ones_like(weight))
 
-    def _wrong_weight(self, weight: Any, hidden: Tensor) -> MethodFault:
-        place = definition(self.method.weights)
+    def _wrong_weight(self, layer: int, kind: str, hidden: Tensor) -> MethodFault:
         return MethodFault(
             f"{self.method.name}: weights must return a pair of None or float [batch, tokens], "
-            f"here {list(hidden.shape[:2])}, not {_kind(weight)} ({place})"
+            f"here {list(hidden.shape[:2])}, not {kind}, for block {layer} "
+            f"({definition(self.method.weights)})"
         )
 
     def instead(

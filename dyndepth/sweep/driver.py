@@ -174,12 +174,8 @@ class Driver:
         except TimeoutError:
             cell = failed(self._blank(turn), timeout_text(self.settings.cell_timeout))
         cell = self.store.write(cell)
-        if not turn.timing and skipped_nothing(cell):
-            self.listener.note(
-                f"{turn.plan.describe()} skipped nothing: every token of every task executed every "
-                "block, so its scores and times are dense's",
-                "warning",
-            )
+        if not turn.timing and (idle := skipped_nothing(cell)):
+            self.listener.note(f"{turn.plan.describe()} skipped nothing: {idle}", "warning")
         turn.seconds += time.monotonic() - turn.began
         if cell.status == "done" and not turn.timing and needed(cell, self.settings) == "timing":
             self.listener.scored(turn.job, cell, turn.seconds)
@@ -226,10 +222,21 @@ class _Tables:
         self._stale, self._next = False, ended + self.seconds / SHARE
 
 
-def skipped_nothing(cell: Cell) -> bool:
-    """Whether a scored cell was meant to skip and executed all that dense executes."""
-    reached = [row.get("block_speedup") for row in cell.compute if row.get("phase") == "all"]
-    return cell.identity["target_speedup"] > 1.0 and set(reached) == {1.0}
+def skipped_nothing(cell: Cell) -> str:
+    """On which tasks a scored cell was meant to skip and executed all that dense executes, as a
+    sentence; empty where there are none."""
+    reached = {
+        row["task"]: row.get("block_speedup") for row in cell.compute if row.get("phase") == "all"
+    }
+    whole = [task for task, speedup in reached.items() if speedup == 1.0]
+    if cell.identity["target_speedup"] <= 1.0 or not whole:
+        return ""
+    if len(whole) == len(reached):
+        return "every token of every task executed every block, so its scores and times are dense's"
+    return (
+        f"every token of {', '.join(whole)} executed every block, so its scores on "
+        f"{'it' if len(whole) == 1 else 'them'} are dense's"
+    )
 
 
 def needed(recorded: Cell | None, settings: Settings) -> str:

@@ -111,6 +111,12 @@ class PromptRule(DynamicDepthMethod):
         context = self.context
         if layer not in self.routed(context.layers):
             return True, True
+        width = self.tensors["weight"].shape[-1]
+        if hidden.shape[-1] != width:
+            raise UserError(
+                f"these routers are for streams of {width} dimensions, not {hidden.shape[-1]}; fit "
+                "the method on this model"
+            )
         context.bill("router", flops_per_token(self.tensors), self._tokens)
         if self._tokens is None:
             means = self._router(layer, hidden)[..., 0].mean(1)

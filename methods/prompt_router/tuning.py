@@ -216,7 +216,7 @@ def _check_reach(method: PromptRule, model: nn.Module) -> None:
         what = "attentions" if method.attention_only else "blocks"
         raise UserError(
             f"{method.name} can leave out {len(routed)} {what} of this model: a speedup of at most "
-            f"{most:.4g}, not {method.target_speedup:g}"
+            f"{most:.4g}, not {method.target_speedup:g}; ask for less"
         )
 
 

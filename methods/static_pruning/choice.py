@@ -108,7 +108,8 @@ def removed_units(
     unprotected = replace(settings, keep_first=0, keep_last=0).candidates(layers)
     most = len(units) - (len(units) == len(unprotected))
     # Said before anything is measured: even if the cheapest were the ones to stay.
-    _check_reach(1 - sum(sorted(prices.values(), reverse=True)[:most]), executed)
+    protected = len(units) < len(unprotected)
+    _check_reach(1 - sum(sorted(prices.values(), reverse=True)[:most]), executed, protected)
     if settings.criterion == "angular":
         return _run(model, corpus, settings, prices, most, executed, progress)
     # Where that much is left, no removal comes nearer.
@@ -116,15 +117,16 @@ def removed_units(
     order = rank(model, corpus, settings, until=until, progress=progress).order[:most]
     left = [1 - sum(prices[unit] for unit in order[:count]) for count in range(len(order) + 1)]
     if len(order) == most:
-        _check_reach(left[-1], executed)
+        _check_reach(left[-1], executed, protected)
     return order[: _nearest(left, executed)]
 
 
-def _check_reach(least: float, executed: float) -> None:
+def _check_reach(least: float, executed: float, protected: bool) -> None:
+    spare = ", or protect fewer blocks" if protected else ""
     if executed < least - _CLOSE:
         raise UserError(
             f"at most {1 - least:.1%} of the block FLOPs can be removed this way, a speedup of "
-            f"{1 / least:.3g}x, not {1 / executed:.3g}x; ask for less, or protect fewer blocks"
+            f"{1 / least:.3g}x, not {1 / executed:.3g}x; ask for less{spare}"
         )
 
 

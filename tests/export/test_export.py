@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import DEVICE, make_tiny
+from exporting import here  # noqa: F401
 from folders import tiny_folder
-from here import here  # noqa: F401
 from safetensors.torch import load_file, save_file
 from test_recovery import random_adapter
 from toys import Toy

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from conftest import DEVICE, make_tiny
+from exporting import here  # noqa: F401
 from gating import GivenPlan, RandomMask, plan_without
-from here import here  # noqa: F401
 from test_recovery import random_adapter
 
 from dyndepth.common.errors import RunFailed, UserError

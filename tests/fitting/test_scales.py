@@ -153,3 +153,15 @@ def test_scales_need_text(tiny):
         scaled.fit(tiny())
     with pytest.raises(UserError, match="not fitted"), attach(tiny(), scaled):
         pass
+    with pytest.raises(ValueError, match="windows is of the text that scales are measured on"):
+        UnifiedLayerSkipping(target_speedup=1.5, windows=4)
+
+
+@pytest.mark.parametrize("layers", [3, 6])
+def test_scales_of_another_depth_are_refused(tiny, tiny_corpus, layers):
+    spec = "uls(spacing=even, scale=token, windows=2, length=32)"
+    scaled = load_method(spec, target_speedup=1.5).fit(tiny(), tiny_corpus)
+    other = tiny(num_hidden_layers=layers)
+    message = f"scales are for a model of 4 blocks, not {layers}"
+    with attach(other, scaled, warn=False), pytest.raises(UserError, match=message):
+        other(ids(1, 4))

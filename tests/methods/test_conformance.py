@@ -29,7 +29,7 @@ from dyndepth.models.shapes import shapes
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.flops import BlockCosts
 from dyndepth.runtime.graphs import Graphs, obstacle
-from dyndepth.runtime.told import unrecordable
+from dyndepth.runtime.recorded_updates import unrecordable
 
 TARGET = 1.5
 ATTENTION = ("sdpa", "eager")

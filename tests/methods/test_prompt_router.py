@@ -265,6 +265,10 @@ def test_what_is_out_of_reach_is_said(model, tiny_corpus):
     short.tensors["constant"] = short.tensors["constant"][:3]
     with attach(model, short, warn=False), pytest.raises(UserError, match="of 3 blocks, not 6"):
         model(ids(1, 4))
+    narrow = given(PromptRouter)
+    narrow.tensors["weight"] = narrow.tensors["weight"][..., :16]
+    with attach(model, narrow, warn=False), pytest.raises(UserError, match="16 dimensions, not 32"):
+        model(ids(1, 4))
 
 
 @PHASES

@@ -13,12 +13,12 @@ from test_flops import counted
 from test_foresight import Seer
 from transformers import DynamicCache, StaticCache
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.blocks import Decoder
 from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.models.families import FAMILIES
-from dyndepth.runtime import evicted
+from dyndepth.runtime import evicting_layer
 from dyndepth.runtime.attach import attach
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.limits import ALWAYS, Limits
@@ -242,8 +242,8 @@ def test_nothing_is_kept_of_who_skipped(tiny):
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_gaps_between_rows_are_closed(tiny, family, monkeypatch):
     """Rows that execute at other steps leave gaps in each other's keys, which do not stay."""
-    monkeypatch.setattr(evicted, "_LEAST", 4)
-    evicted._evicting.cache_clear()
+    monkeypatch.setattr(evicting_layer, "_LEAST", 4)
+    evicting_layer._evicting.cache_clear()
     model, (tokens, mask, _) = tiny(family), padded("left")
     with attach(model, Evicted(rate=0.4)):
         whole = model(tokens, attention_mask=mask).logits
@@ -251,7 +251,7 @@ def test_gaps_between_rows_are_closed(tiny, family, monkeypatch):
         for place in range(12):
             given = {"attention_mask": mask[:, : place + 1], cache_argument(model): cache}
             found.append(model(tokens[:, place : place + 1], **given, use_cache=True).logits)
-    evicted._evicting.cache_clear()
+    evicting_layer._evicting.cache_clear()
     real = mask.bool()
     close(torch.cat(found, 1)[real], whole[real])
     used = [(layer.positions >= 0).sum(1).max() for layer in cache.layers]
@@ -279,6 +279,16 @@ def test_graphs_and_other_kernels_are_refused(tiny):
         pass
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(UserError, match="masks"), attach(model, Evicted()):
+        pass
+
+
+def test_a_policy_that_is_none_is_refused(tiny):
+    method = Evicted()
+    method.__class__ = type("Misspelt", (Evicted,), {"kv_policy": "evicts"})
+    with (
+        pytest.raises(MethodFault, match="one of drop, project.*not 'evicts'"),
+        attach(tiny(), method),
+    ):
         pass
 
 

@@ -26,7 +26,7 @@ from dyndepth.evaluation.evaluate import Evaluation
 from dyndepth.sweep import __main__ as door
 from dyndepth.sweep import run as sweep
 from dyndepth.sweep import settings as options
-from dyndepth.sweep.driver import Driver, Tally, needed
+from dyndepth.sweep.driver import Driver, Tally, needed, skipped_nothing
 from dyndepth.sweep.executors import Inline
 from dyndepth.sweep.grid import asked_level, limits, modes, plans
 from dyndepth.sweep.progress.people import Lines
@@ -347,6 +347,21 @@ class TestRun:
         told = [line for line in captured.err.splitlines() if "skipped nothing" in line]
         assert len(told) == 1
         assert told[0].startswith("warning: a at 1.5x, seed 0 skipped nothing: every token")
+
+    @pytest.mark.parametrize(
+        ("speedups", "said"),
+        [
+            ((1.0, 1.0), "every token of every task executed every block, so its scores and"),
+            ((1.0, 1.3), "every token of one executed every block, so its scores on it are"),
+            ((1.2, 1.3), ""),
+        ],
+    )
+    def test_tasks_without_anything_skipped_are_named(self, speedups, said):
+        found = cell(target_speedup=1.5)
+        rows = zip(("one", "other"), speedups, strict=True)
+        found.compute = [{"task": t, "phase": "all", "block_speedup": s} for t, s in rows]
+        assert skipped_nothing(found).startswith(said)
+        assert bool(skipped_nothing(found)) == bool(said)
 
     def test_failing_cell_leaves_a_row_and_the_sweep_goes_on(self, tmp_path, capsys):
         settings = _settings(tmp_path)

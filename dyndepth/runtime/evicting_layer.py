@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dyndepth.common.errors import UserError
-from dyndepth.models.columns import Columns
+from dyndepth.models.key_columns import Columns
 from dyndepth.models.selection import Selection
 from dyndepth.runtime.cache import fill
 
