@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from dyndepth.fitting.block_routing import BlockRouter, BlockRouting
+from dyndepth.fitting.block_routing import BlockRouting, GateRouter
 from dyndepth.fitting.routers import Tuning
 from dyndepth.method import KVPolicy
 from dyndepth.models.blocks import Decoder
@@ -48,7 +48,7 @@ _SKIP, _EXECUTE = 0.1, 2.0
 """Biases of the two logits before training."""
 
 
-class DecisionNetwork(BlockRouter):
+class DecisionNetwork(GateRouter):
     """``silu(RMSNorm(A x + a))`` and two logits, whose difference, execute - skip, is the gate's.
 
     ``inner`` ``[routed, width, hidden]``, ``inner_bias`` and ``gain`` ``[routed, width]``,

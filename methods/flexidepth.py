@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from dyndepth.fitting.block_routing import BlockRouter, BlockRouting
+from dyndepth.fitting.block_routing import BlockRouting, GateRouter
 from dyndepth.fitting.routers import inverse_scale
 from dyndepth.method import MLP, KVPolicy
 from dyndepth.models.blocks import Decoder
@@ -47,7 +47,7 @@ _EPSILON = 1e-5
 _BIAS = 3.0
 
 
-class RouterWithAdapter(BlockRouter):
+class RouterWithAdapter(GateRouter):
     """A bottleneck to one logit, and what tokens below the threshold get in place of the MLP.
 
     ``inner`` ``[routed, narrow, hidden]``, ``gain`` and ``outer`` ``[routed, narrow]``, ``bias``

@@ -42,7 +42,7 @@ _CALIBRATION_WINDOWS, _CALIBRATION_LENGTH = 8, 256
 _CALIBRATION_ROUNDS = 4
 
 
-class BlockRouter(Router):
+class GateRouter(Router):
     """One logit a block; a block runs where it reaches the method's threshold.
 
     ``routed`` are the blocks that have a router, in order; the first dimension of every parameter
