@@ -70,6 +70,8 @@ class PooledRouter(LinearRouter):
 def train(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> None:
     """Train and calibrate ``method`` in place. Raises UserError as its ``fit`` does."""
     text = _required(method, corpus)
+    schedule = Schedule.of(method)
+    windows = text.reader(method.length, schedule.windows, method.seed, model=model)
     _check_reach(method, model)
     device = next(model.parameters()).device
     router = initial_router(method, model, text).to(device)
@@ -87,8 +89,6 @@ def train(method: PromptRule, model: nn.Module, corpus: Corpus | None) -> None:
         phases=method.phases,
         prompt=True,
     )
-    schedule = Schedule.of(method)
-    windows = text.reader(method.length, schedule.windows, method.seed, model=model)
     method.curve = tune_router(model, router, windows, tuning, schedule, seed=method.seed)
     method.tensors = router.folded()
     method.facts = {"tokens": int(method.curve[-1]["tokens"])}

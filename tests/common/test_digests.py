@@ -89,7 +89,8 @@ def test_the_procedure_of_timing_is_known_and_changes_no_cell(package):
 
 
 def test_what_fits_touches_the_methods_that_use_it(package):
-    on_skipgpt = {"skipgpt", "layer_controller", "random_mask"}  # the others import it
+    # The others import it, or its routers.
+    on_skipgpt = {"skipgpt", "layer_controller", "random_mask", "mod", "mindskip", "prompt_router"}
     assert using("fitting/regression.py", package) == on_skipgpt
     assert {"static_pruning", "oracle"} <= using("fitting/importance.py", package)
     fitted = using("fitting/fits.py", package)

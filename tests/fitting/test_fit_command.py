@@ -79,7 +79,7 @@ def test_methods_without_training_are_fitted_and_recovered(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("skipgtp",), "unknown method 'skipgtp'; did you mean skipgpt?"),
+        (("skipgtp",), "unknown method 'skipgtp'; did you mean skipgpt"),
         (("skipgpt", "--router", "cubic"), "must be one of linear, mlp or none"),
         (("skipgpt", "--steps", "many"), "'steps' of method 'skipgpt' must be an integer"),
         (("skipgpt", "--stepz", "1"), "--stepz"),

@@ -103,7 +103,8 @@ def unfitted(spec):
     name = spec.partition("(")[0]
     quick = method_class(name).quick | SHORTER.get(name, {})
     given = {key: value for key, value in quick.items() if f"{key}=" not in spec}
-    return load_method(spec, target_speedup=1.3, **given)
+    reach = load_method(spec, **given).max_speedup(4)  # a bound that is not quite reached
+    return load_method(spec, target_speedup=max(1.0, min(1.3, 0.98 * reach)), **given)
 
 
 def fitted(spec, model, corpus):
@@ -130,6 +131,8 @@ def test_fits_and_gates(spec, kind, device, on_cpu, tiny_corpus):
     facts, want, flops, executed = on_cpu(spec)
     model = placed(kind, device)
     method = fitted(spec, model, tiny_corpus)
+    if method.kv_policy == "evict":  # short forwards are not gathered there: another rounding
+        facts = {key: pytest.approx(value, rel=1e-5) for key, value in facts.items()}
     assert method.facts == facts
     found, counted, ran = logits(model, method, device if kind == "whole" else "cpu")
     for one, other in zip(found, want, strict=True):
