@@ -95,7 +95,7 @@ def test_what_fits_touches_the_methods_that_use_it(package):
     assert {"static_pruning", "oracle"} <= using("fitting/importance.py", package)
     fitted = using("fitting/fits.py", package)
     assert "skipgpt" in fitted
-    assert not fitted & {"dense", "uls", "random_skip", "exit_oracle"}
+    assert not fitted & {"dense", "random_skip", "exit_oracle"}
     assert {"removal", "unit_scores"} <= changed(package, "fitting/removal.py")
     assert {"unit_scores", "static_pruning"} <= changed(package, "fitting/unit_scores.py")
 
