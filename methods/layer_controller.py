@@ -39,6 +39,7 @@ from dyndepth.data.capacity import fitting
 from dyndepth.fitting.calibration import meet_target
 from dyndepth.fitting.loop import Schedule
 from dyndepth.fitting.removal import losses_alone, ranked_biases, units_of
+from dyndepth.fitting.router_checks import check_depth, check_numbers
 from dyndepth.fitting.routers import Tuning, budget_shares, stream_statistics, tune_router
 from dyndepth.method import (
     DynamicDepthMethod,
@@ -116,12 +117,8 @@ class LayerController(DynamicDepthMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, bound in {"steps": 1, "batch": 1, "length": 2}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("penalty", "weight_rate", "bias_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        least = {"steps": 1, "batch": 1, "length": 2}
+        check_numbers(self, least, ("penalty", "weight_rate", "bias_rate"))
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must lie between 0 and 1, not {self.ramp}")
         if self.reads == "constant":
@@ -224,15 +221,9 @@ class LayerController(DynamicDepthMethod):
         self.context = context
         if self.target_speedup == 1.0:
             return torch.ones(context.layers, 2, dtype=torch.bool)
-        if "bias" not in self.tensors:
-            raise UserError(
-                "layer_controller has no controllers yet; call fit(model, corpus) before attaching"
-            )
-        if len(self.tensors["bias"]) != context.layers:
-            raise UserError(
-                f"these controllers are for a model of {len(self.tensors['bias'])} blocks, not "
-                f"{context.layers}; fit the method on this model"
-            )
+        found = self.tensors.get("bias")
+        depth = None if found is None else len(found)
+        check_depth(self, depth, context.layers, "controllers")
         if self.reads == "constant":
             return (self._logits() >= self.facts["threshold"]).repeat(1, 2)
         self.tensors = {name: each.to(context.device) for name, each in self.tensors.items()}

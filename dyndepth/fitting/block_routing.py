@@ -18,6 +18,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.data.capacity import fitting
 from dyndepth.fitting.calibration import meet_target
 from dyndepth.fitting.loop import Schedule
+from dyndepth.fitting.router_checks import check_depth, check_numbers, check_width
 from dyndepth.fitting.routers import Router, Tuning, see_streams, tune_router
 from dyndepth.method import (
     DynamicDepthMethod,
@@ -100,12 +101,8 @@ class BlockRouting(DynamicDepthMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, bound in {"steps": 1, "batch": 1, "length": 4}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("penalty", "weight_rate", "bias_rate", "adapter_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        positive = ("penalty", "weight_rate", "bias_rate", "adapter_rate")
+        check_numbers(self, {"steps": 1, "batch": 1, "length": 4}, positive)
 
     # --- what a method says ---------------------------------------------------------------------
 
@@ -247,15 +244,8 @@ class BlockRouting(DynamicDepthMethod):
         self._logits: Tensor | None = None
         if self.target_speedup == 1.0:
             return torch.ones(context.layers, 2, dtype=torch.bool)
-        if "bias" not in self.tensors:
-            raise UserError(
-                f"{self.name} has no routers yet; call fit(model, corpus) before attaching"
-            )
-        if self.facts["layers"] != context.layers:
-            raise UserError(
-                f"these routers are for a model of {self.facts['layers']} blocks, not "
-                f"{context.layers}; fit the method on this model"
-            )
+        depth = self.facts["layers"] if "bias" in self.tensors else None
+        check_depth(self, depth, context.layers)
         self.tensors = {name: each.to(context.device) for name, each in self.tensors.items()}
         self._router: Any = self.built(context.layers).requires_grad_(False)
         self._routed = self.routed(context.layers)
@@ -270,11 +260,7 @@ class BlockRouting(DynamicDepthMethod):
         """
         if layer not in self._routed:
             return True, True
-        if hidden.shape[-1] != self.facts["hidden"]:
-            raise UserError(
-                f"these routers are for streams of {self.facts['hidden']} dimensions, not "
-                f"{hidden.shape[-1]}; fit the method on this model"
-            )
+        check_width(self.facts["hidden"], hidden.shape[-1])
         self.context.bill("router", self._router.flops(), None)
         self._logits = self._router(layer, hidden)
         gate = self._logits[..., 0] >= self.facts["threshold"]

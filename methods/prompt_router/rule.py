@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyndepth.common.errors import UserError
+from dyndepth.fitting.router_checks import check_depth, check_numbers, check_width
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity
 from dyndepth.methods.skipgpt.router import LinearRouter, flops_per_token
 
@@ -54,12 +54,8 @@ class PromptRule(DynamicDepthMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, bound in {"steps": 1, "batch": 1, "length": 4, "least": 1}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("penalty", "weight_rate", "bias_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        least = {"steps": 1, "batch": 1, "length": 4, "least": 1}
+        check_numbers(self, least, ("penalty", "weight_rate", "bias_rate"))
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must lie between 0 and 1, not {self.ramp}")
         if self.reads != "prompt":
@@ -80,15 +76,8 @@ class PromptRule(DynamicDepthMethod):
         self.context = context
         if self.target_speedup == 1.0:
             return torch.ones(context.layers, 2, dtype=torch.bool)
-        if "constant" not in self.tensors:
-            raise UserError(
-                f"{self.name} has no routers yet; call fit(model, corpus) before attaching"
-            )
-        if len(self.tensors["constant"]) != context.layers:
-            raise UserError(
-                f"these routers are for a model of {len(self.tensors['constant'])} blocks, not "
-                f"{context.layers}; fit the method on this model"
-            )
+        found = self.tensors.get("constant")
+        check_depth(self, None if found is None else len(found), context.layers)
         if self.reads != "prompt":
             return self._plan(self._unread(context.layers))
         memory = context.memory
@@ -111,12 +100,7 @@ class PromptRule(DynamicDepthMethod):
         context = self.context
         if layer not in self.routed(context.layers):
             return True, True
-        width = self.tensors["weight"].shape[-1]
-        if hidden.shape[-1] != width:
-            raise UserError(
-                f"these routers are for streams of {width} dimensions, not {hidden.shape[-1]}; fit "
-                "the method on this model"
-            )
+        check_width(self.tensors["weight"].shape[-1], hidden.shape[-1])
         context.bill("router", flops_per_token(self.tensors), self._tokens)
         if self._tokens is None:
             means = self._router(layer, hidden)[..., 0].mean(1)

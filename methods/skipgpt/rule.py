@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
+from dyndepth.fitting.router_checks import check_depth, check_numbers
 from dyndepth.method import DynamicDepthMethod, ForwardContext, Gate, Granularity, KVPolicy
 
 from .presets import PRESETS, Budget, Decay, Estimator, Initial, Objective, Precision, Recipe
@@ -86,13 +86,8 @@ class RouterRule(DynamicDepthMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = {"steps": 0, "batch": 1, "length": 2, "accumulate": 1, "rounds": 1, "windows": 1}
-        for name, bound in least.items():
-            if getattr(self.recipe, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
         positive = ("penalty", "weight_rate", "bias_rate", "adapter_rate", "tau_start", "tau_end")
-        for name in positive:
-            if not getattr(self.recipe, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        check_numbers(self.recipe, least, positive)
         for name in ("ramp", "warm_up", "weight_decay"):
             if not 0 <= getattr(self.recipe, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -130,13 +125,8 @@ class RouterRule(DynamicDepthMethod):
         self.context = context
         if self.target_speedup == 1.0:
             return torch.ones(context.layers, 2, dtype=torch.bool)
-        if "weight" not in self.tensors:
-            raise UserError("skipgpt has no routers yet; call fit(model, corpus) before attaching")
-        if len(self.tensors["weight"]) != context.layers:
-            raise UserError(
-                f"these routers are for a model of {len(self.tensors['weight'])} blocks, not "
-                f"{context.layers}; fit the method on this model"
-            )
+        found = self.tensors.get("weight")
+        check_depth(self, None if found is None else len(found), context.layers)
         if self.reads == "constant":
             return (self.tensors["bias"] >= self.facts["threshold"]).cpu()
         self.tensors = {name: each.to(context.device) for name, each in self.tensors.items()}
