@@ -20,6 +20,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import VERSIONS
 from dyndepth.pages.markdown import joined, table
 from dyndepth.results.columns import LEADERBOARD
+from dyndepth.results.noise import told
 from dyndepth.results.numbers import Numbers, Record, number, read, spread
 from dyndepth.results.seeds import together
 
@@ -278,6 +279,28 @@ def routes(source: Source, options: Options) -> str:
     )
 
 
+def bench(source: Source, options: Options) -> str:
+    """Lines of the bench's part ``shapes``. Options: ``file``, which ``--output_path`` wrote;
+    ``works``: what each is called here."""
+    path = source.root / options["file"]
+    if not path.is_file():
+        return f"No measurement of it is committed in `{options['file']}` yet."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = []
+    for name, line in found["bench"].items():
+        work, phase, dtype = name.split("/")[:3]
+        kind, shape = phase.split("_", 1)
+        called = options["works"].get(work, work)
+        ideal = f"{line['flop_ideal']:.2f}x"
+        speed = told(line["speedup"], line["low"], line["high"], line["suspect"])
+        lines.append((called, f"{kind} of {shape}, {dtype}", speed, ideal))
+    about = found["about"]
+    return (
+        table(("keys of skipped tokens", "tokens", "faster than dense", "FLOPs allow"), lines)
+        + f"\n\n{about['device_name']}, {about['threads']} threads, {about['repeats']} rounds."
+    )
+
+
 def dense_by_run(source: Source, options: Options) -> str:
     """Dense's bits per byte in each of several runs. Option ``folders``: of the runs."""
     if not (source.root / source.results / "leaderboard.csv").is_file():
@@ -312,6 +335,7 @@ BLOCKS: dict[str, Callable[[Source, Options], str]] = {
     "dense": dense,
     "verdicts": verdicts,
     "routes": routes,
+    "bench": bench,
     "dense_by_run": dense_by_run,
     "findings": findings,
 }

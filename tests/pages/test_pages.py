@@ -243,6 +243,19 @@ def test_a_study_column_that_nothing_compares_is_refused(repository):
         blocks.study(Source(repository, RESULTS), options | {"columns": {"nap": "sleep"}})
 
 
+def test_lines_of_a_bench_are_told_with_what_the_flops_allow(tmp_path):
+    options = {"file": "lines.json", "works": {"mask_50_evicted": "evicted"}}
+    source = Source(tmp_path, RESULTS)
+    assert "No measurement of it is committed" in blocks.bench(source, options)
+    line = {"speedup": 2.204, "low": 2.1, "high": 2.31, "suspect": False, "flop_ideal": 2.5}
+    about = {"device_name": "a processor", "threads": 2, "repeats": 9}
+    kept = {"about": about, "bench": {"mask_50_evicted/prefill_1x2048/float32": line}}
+    (tmp_path / "lines.json").write_text(json.dumps(kept))
+    found = blocks.bench(source, options)
+    assert "| evicted | prefill of 1x2048, float32 | 2.20x [2.10, 2.31] | 2.50x |" in found
+    assert found.endswith("a processor, 2 threads, 9 rounds.")
+
+
 def test_verdicts_are_counted(repository):
     made = blocks.verdicts(Source(repository, RESULTS), {"folder": "results/skipgpt"})
     rows = numbers.read(repository / "results" / "skipgpt" / "claims.csv")
