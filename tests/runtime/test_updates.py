@@ -384,7 +384,7 @@ def test_a_wrong_update_is_a_fault_of_the_method(tiny, wrong, said, backend):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (torch.ones(2, 9), "not torch.float32"),
+        (torch.ones(2, 9), "not one torch.float32"),
         ((torch.ones(2, 8), None), r"not torch.float32 \[2, 8\]"),
         ((torch.ones(2, 9, dtype=torch.bool), None), "not torch.bool"),
         ((None, 0.5), "not 0.5"),

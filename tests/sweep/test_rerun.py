@@ -74,7 +74,7 @@ def _plans(draw: Any) -> CellSpec:
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in HIDDEN]
     reach = cls().max_speedup(LAYERS)
-    speedup = draw(st.sampled_from([1.0, 1.25, 1.1, 4 / 3]) if reach > 1 else st.just(1.0))
+    speedup = draw(st.sampled_from([s for s in (1.0, 1.25, 1.1, 4 / 3) if s <= reach]))
     seed = draw(st.integers(0, 3)) if reach > 1 else 0
     plan = CellSpec(name, speedup, seed)
     if any(f.name == "phases" for f in dataclasses.fields(cls)):
