@@ -8,8 +8,9 @@ runtime asks it two questions and executes the answers:
 * ``gates(layer, hidden)``, at the entry of each block when ``start`` returned None;
 
 and, of methods that have them, what is added in place of a skipped update (``instead``) and by what
-an executed one is multiplied (``weights``). What a method keeps of a text from one forward to the
-next lies in the context's ``memory``.
+an executed one is multiplied (``weights``). A method that drafts what the whole model verifies says
+how long a draft gets (``more``) and is told what became of it (``verified``). What a method keeps
+of a text from one forward to the next lies in the context's ``memory``.
 
 This module imports nothing of the project, so a method can be written against it alone.
 """
@@ -131,6 +132,43 @@ class ForwardContext:
 
 
 @dataclass(frozen=True, eq=False)
+class Draft:
+    """Tokens that a method drafted and nobody verified yet, as ``more`` sees them.
+
+    Attributes:
+        length: how many there are.
+        probabilities: reads, for each of them, what the draft itself gave it, before temperature
+            and other rules: float in [0, 1]. On a GPU the host waits for it.
+        memory: that of the sequence; see ``ForwardContext``.
+    """
+
+    length: int
+    probabilities: Callable[[], list[float]] = field(repr=False)
+    memory: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What became of a draft.
+
+    Attributes:
+        drafted, accepted: how many tokens were drafted, and how many of them stand.
+        memory: that of the sequence; what is written here is there in the next draft.
+        states: for a method that ``reads_states``, the stream of the last token that stands, at
+            the entry of each block and after the last: ``[layers + 1, hidden]``. Else None.
+        rerun: for such a method, ``rerun(layer, rows)``: what block ``layer`` makes of ``rows``
+            ``[n, hidden]``, each in that token's place and over the keys of those before it.
+            Billed as ``draft``. It holds until ``verified`` returns.
+    """
+
+    drafted: int
+    accepted: int
+    memory: dict[str, Tensor] = field(repr=False)
+    states: Tensor | None = field(default=None, repr=False)
+    rerun: Callable[[int, Tensor], Tensor] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Outcomes:
     """What each plan of a set did on each document of one task; only bounds get to see it.
 
@@ -223,6 +261,14 @@ class DynamicDepthMethod:
             ``start`` and ``gates`` are then called for the prompt, too, whose gates are overruled
             to True. What it finds it keeps in the context's ``memory``. Wherever windows of text
             are read to fit, to calibrate or to recover, their first half is then their prompt.
+        speculates: True if what it decides holds in drafts alone: tokens that part of the model
+            proposes and all of it verifies, so that what is written is the dense model's
+            (``dyndepth.runtime.speculation``). Everywhere else every block runs. ``start``,
+            ``gates``, ``instead`` and ``weights`` are then asked in drafts alone (and, of a method
+            that ``reads_prompt``, ``start`` and ``gates`` in the prompt); ``more`` and ``verified``
+            belong to such methods only. Its ``phases`` is ``generation``, its target speedup that
+            of the draft. It is listed apart, for it saves no FLOPs.
+        reads_states: True if ``verified`` is to be given ``states`` and ``rerun``.
         needs_training: True if ``fit`` trains for minutes rather than calibrates for seconds.
         uses_labels: True for oracles: they see what a method in use cannot (``foresight``, the
             ``Outcomes`` of the documents that are scored) and are listed as bounds.
@@ -254,6 +300,8 @@ class DynamicDepthMethod:
     paper: ClassVar[str]
     published_phases: ClassVar[Phases | None] = None
     reads_prompt: ClassVar[bool] = False
+    speculates: ClassVar[bool] = False
+    reads_states: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
@@ -446,3 +494,15 @@ class DynamicDepthMethod:
         not both of them are False. Tokens of a phase in which the method does not skip keep 1.
         """
         return None, None
+
+    def more(self, draft: Draft) -> bool:
+        """Whether another token is to be drafted; asked before each of them, the first included.
+
+        Of methods that speculate. What it learns of a text belongs into ``draft.memory``. No
+        longer asked where the text may not grow so far.
+        """
+        return False
+
+    def verified(self, verdict: Verified) -> None:
+        """Called after each verification, with what became of the draft, if there was one."""
+        return

@@ -9,7 +9,7 @@ yardstick that ``sparse`` must equal.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import get_args
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from dyndepth.method import DynamicDepthMethod, KVPolicy
 from dyndepth.models.blocks import Decoder, decoder
 from dyndepth.runtime.binding import bind
 from dyndepth.runtime.execution import Runtime
+from dyndepth.runtime.generating import speculating
 from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by, unsaved
@@ -98,6 +99,11 @@ def attach(
             f"graphs cannot be recorded: {method.name} evicts, so that how many keys a step reads "
             "depends on what was skipped; take mode='eager'"
         )
+    if method.speculates and (method.phases != "generation" or method.kv_policy == "evict"):
+        raise MethodFault(
+            f"{method.name} speculates: its phases must be 'generation', and its kv_policy keep "
+            "what a draft needs (drop, prompt_only or project)"
+        )
     if method.foresees and not method.uses_labels:
         raise TypeError(f"{method.name} foresees but does not say that it uses labels")
     if not method.fitted:
@@ -134,8 +140,12 @@ def attach(
         runtime.head.register_forward_hook(runtime.bill_head, with_kwargs=True),
     ]
     setattr(owner, _MARK, runtime)
+    drafts: AbstractContextManager[None] = nullcontext()
+    if method.speculates:
+        drafts = speculating(parts.model, runtime.trace, method)
     try:
         with (
+            drafts,
             unsaved((model, parts.model, owner)),
             called_in(owner, runtime.around, forward),
             run_by(parts.blocks, run, checkpointed=runtime.checkpointed, repeated=True),

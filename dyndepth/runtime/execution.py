@@ -95,7 +95,7 @@ class Runtime:
         self.repeated = {each[0]: each for each in places(self.blocks).values() if len(each) > 1}
         self.passes: list[_Pass] = []
         self.warned = False
-        self.idle = Idle(method) if count else None
+        self.idle = Idle(method) if count and not method.speculates else None
         self.foresight = Foresight(parts, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 
@@ -169,6 +169,7 @@ class Runtime:
             cached=False,  # until a block is seen to get one
             masked=self.masked,
             attended=None if mask is None or self.evict is None else mask.bool(),
+            draft=self.trace.drafting,
         )
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
@@ -266,7 +267,11 @@ class Runtime:
         """The gates of all blocks if they are known before the forward, else None."""
         full: list[tuple[Gate, Gate]] = [(True, True)] * context.layers
         now.overruled = self.method.phases == "generation" and context.phase == "prompt"
-        if now.overruled and not self.method.reads_prompt:
+        unasked = now.overruled and not self.method.reads_prompt
+        if self.method.speculates and not self.trace.drafting:
+            now.overruled = True
+            unasked = not (self.method.reads_prompt and context.phase != "generation")
+        if unasked:
             return full
         plan = self.method.start(context)
         if plan is None:
@@ -369,7 +374,7 @@ class Runtime:
                 return index, (True, True), None
         else:
             gates = now.plan[index]
-        if not self.updates.weighs:
+        if not self.updates.weighs or now.overruled:
             return index, gates, None
         return index, gates, self.updates.weights(now.forward, index, gates, hidden)
 

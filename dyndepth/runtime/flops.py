@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dyndepth.models.selection import Selection
 
 
-CAUSES = ("attention", "mlp", "kv_projection", "router", "readout", "lm_head")
+CAUSES = ("attention", "mlp", "kv_projection", "router", "readout", "lm_head", "draft")
 _DENSE = ("tokens", "dense_block", "dense_total")
 _COLUMNS = CAUSES + _DENSE
 _COLUMN = {name: column for column, name in enumerate(_COLUMNS)}
@@ -105,7 +105,9 @@ class Forward:
     that each reads it in; None where a row is its one document's. ``evicted`` has, for each call
     whose attention did not see all tokens, how many it saw at the end, int64 ``[batch]``, and how
     many keys it was computed with. ``attended`` is bool ``[batch, keys]``, False on padding, if
-    there is any.
+    there is any. ``draft`` is True for tokens that are drafted, to be verified by another forward;
+    in a verification, it is how many of the last ones do not stand. All that these cost is of the
+    cause ``draft``, and they are not among the tokens.
     """
 
     documents: Sequence[str] | None
@@ -129,6 +131,7 @@ class Forward:
     foresight: bool = False
     shared: Sequence[Sequence[tuple[str, int]]] | None = None
     attended: Tensor | None = None
+    draft: bool | int = False
 
     def again(self) -> Forward:
         """The same forward with nothing done yet, for what does not count."""
@@ -170,6 +173,11 @@ class Ledger:
     def last(self) -> Forward | None:
         """The forward that completed last; None before the first."""
         return self._pending[-1] if self._pending else None
+
+    def reject_last(self, tokens: int) -> None:
+        """The last ``tokens`` of the forward that completed last were drafted and do not stand."""
+        if self.last is not None:
+            self.last.draft = tokens
 
     def bill_last(self, shared: Sequence[Sequence[tuple[str, int]]]) -> None:
         """Bill each row of the forward that completed last to several documents; see ``Forward``.
@@ -270,16 +278,17 @@ class _Sums:
 
     def add(self, forward: Forward) -> None:
         """Add one forward."""
-        for phase, part in _parts(forward):
-            self._reduce(forward, phase, part)
+        for phase, part, draft in _parts(forward):
+            self._reduce(forward, phase, part, draft)
         self.computed += self._physical(forward)
         gates = [gate for _, *pair in forward.calls for gate in pair]
         gated = len(gates) - sum(gate is True for gate in gates)
         self.gated += gated
         self.whole += gated if forward.masked else len(forward.whole)
 
-    def _reduce(self, forward: Forward, phase: str, part: Tensor | None) -> None:
-        """Add the useful work of one phase's tokens; ``part`` is their mask, None for all."""
+    def _reduce(self, forward: Forward, phase: str, part: Tensor | None, draft: bool) -> None:
+        """Add the useful work of one phase's tokens; ``part`` is their mask, None for all. What is
+        a ``draft`` has a cause of its own and no tokens."""
         costs, batch, calls = self.costs, forward.batch, len(forward.calls)
         layers = np.array([layer for layer, _, _ in forward.calls], dtype=np.int64)
         if part is None:
@@ -294,10 +303,11 @@ class _Sums:
         times = np.ones(batch)
         if forward.shared is not None:
             times = np.array([float(len(readers)) for readers in forward.shared])
-        counted = np.zeros((len(costs.mlp), 2))
-        np.add.at(counted, layers, (executed * times[:, None, None]).sum(0))
-        self.executed[phase] = self.executed.get(phase, 0.0) + counted
-        self.tokens[phase] = self.tokens.get(phase, 0.0) + float(tokens @ times)
+        if not draft:
+            counted = np.zeros((len(costs.mlp), 2))
+            np.add.at(counted, layers, (executed * times[:, None, None]).sum(0))
+            self.executed[phase] = self.executed.get(phase, 0.0) + counted
+            self.tokens[phase] = self.tokens.get(phase, 0.0) + float(tokens @ times)
         if forward.masked:
             executed = np.broadcast_to(tokens[:, None, None], (batch, calls, 2))
 
@@ -324,6 +334,11 @@ class _Sums:
             else:
                 counts = head.double().cpu().numpy() * (phase == _last_phase(forward))
             rows[:, _COLUMN["lm_head"]] += counts * costs.lm_head
+        if draft:
+            spent = rows[:, : len(CAUSES)].sum(1)
+            rows[:] = 0.0
+            rows[:, _COLUMN["draft"]] = spent
+            tokens = np.zeros(batch)
         rows[:, _COLUMN["tokens"]] = tokens
         dense_block = tokens * (attention + costs.mlp).sum(1)
         rows[:, _COLUMN["dense_block"]] = dense_block
@@ -417,14 +432,29 @@ def _zero() -> np.ndarray:
     return np.zeros(len(_COLUMNS))
 
 
-def _parts(forward: Forward) -> list[tuple[str, Tensor | None]]:
-    """The phases that a forward holds, each with the mask of its valid tokens."""
+def _parts(forward: Forward) -> list[tuple[str, Tensor | None, bool]]:
+    """The phases that a forward holds, each with the mask of its valid tokens, and whether these
+    are drafted and do not stand."""
     if forward.generation is None:
-        return [(forward.phase, forward.valid)]
-    prompt = ~forward.generation
-    if forward.valid is None:
-        return [("prompt", prompt), ("generation", forward.generation)]
-    return [("prompt", prompt & forward.valid), ("generation", forward.generation & forward.valid)]
+        return _standing(forward, forward.phase, forward.valid)
+    prompt, generation = ~forward.generation, forward.generation
+    if forward.valid is not None:
+        prompt, generation = prompt & forward.valid, generation & forward.valid
+    return [("prompt", prompt, False), *_standing(forward, "generation", generation)]
+
+
+def _standing(
+    forward: Forward, phase: str, part: Tensor | None
+) -> list[tuple[str, Tensor | None, bool]]:
+    """What stands of a phase's tokens, and what does not, if there is any."""
+    if not forward.draft or forward.draft is True:
+        return [(phase, part, bool(forward.draft))]
+    device = None if part is None else part.device
+    stands = torch.arange(forward.width, device=device) < forward.width - forward.draft
+    stands = stands.expand(forward.batch, -1)
+    if part is None:
+        return [(phase, stands, False), (phase, ~stands, True)]
+    return [(phase, part & stands, False), (phase, part & ~stands, True)]
 
 
 def _count(tokens: Tensor, part: Tensor | None) -> np.ndarray:

@@ -108,6 +108,17 @@ def called_in(
 
 
 @contextmanager
+def called_as(module: Any, members: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, ``module`` has these methods in the place of its own."""
+    patched = _subclass(type(module), members)
+    module.__class__ = patched
+    try:
+        yield
+    finally:
+        _leave(module, patched)
+
+
+@contextmanager
 def unsaved(modules: Sequence[Any]) -> Iterator[None]:
     """Inside, ``save_pretrained`` and ``push_to_hub`` of these modules raise UserError where they
     would save the model: not for a wrapper of peft, or a model with adapters of transformers' own,

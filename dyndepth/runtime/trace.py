@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext, Phase
+from dyndepth.runtime.acceptance import Speculation
 from dyndepth.runtime.flops import Ledger
 
 
@@ -56,6 +57,9 @@ class _Uncounted:
         """Whatever is asked for: it is not known."""
         raise RuntimeError("nothing is counted: attached with count=False")
 
+    def reject_last(self, tokens: int) -> None:
+        """There is nothing to bill."""
+
     by_document = bill_last = executed = computed_for_all = totals
     last = property(totals)
 
@@ -73,18 +77,31 @@ class Trace:
             ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
             generation.
         reading: whether ``readout`` is at work, whose rows are billed already.
+        drafting: whether the next forwards are drafts of a method that speculates.
+        speculation: what its drafts came to, since the last ``reset``.
     """
 
     def __init__(self, ledger: Ledger | None, head: Callable[[Tensor], Tensor]) -> None:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
         self.reading = False
+        self.drafting = False
+        self.speculation = Speculation()
         self._ledger: Any = _Uncounted() if ledger is None else ledger
         self._head = head
-        self.reset: Callable[[], None] = self._ledger.reset
         self.totals: Callable[..., dict[str, Any]] = self._ledger.totals
         self.by_document: Callable[[], dict[str, dict[str, float]]] = self._ledger.by_document
         self.bill_last: Callable[..., None] = self._ledger.bill_last
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._ledger.reset()
+        self.speculation = Speculation()
+
+    def reject(self, tokens: int) -> None:
+        """Of the last forward, a verification, the last ``tokens`` of each sequence do not stand:
+        what they cost is billed as ``draft``."""
+        self._ledger.reject_last(tokens)
 
     @property
     def flops(self) -> dict[str, float]:
