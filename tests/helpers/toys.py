@@ -109,3 +109,26 @@ class ByAge(DynamicDepthMethod):
     def gates(self, layer, hidden):
         gate = (self.context.generated + layer) % 3 > 0
         return gate, gate
+
+
+@dataclass(kw_only=True)
+class Drafting(DynamicDepthMethod):
+    """Drafts ``length`` tokens without block ``without``; None: with the whole model."""
+
+    name = "drafting"
+    granularity = "static"
+    paper = "test"
+    speculates = True
+
+    length: int = 4
+    without: int | None = 1
+    phases: str = "generation"
+
+    def start(self, context):
+        plan = torch.ones(context.layers, 2, dtype=torch.bool)
+        if self.without is not None:
+            plan[self.without] = False
+        return plan
+
+    def more(self, draft):
+        return draft.length < self.length
