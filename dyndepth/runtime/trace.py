@@ -99,8 +99,8 @@ class Trace:
         self.speculation = Speculation()
 
     def reject(self, tokens: int) -> None:
-        """Of the last forward, a verification, the last ``tokens`` of each sequence do not stand:
-        what they cost is billed as ``draft``."""
+        """Say that the last forward was a verification, of which the last ``tokens`` of each
+        sequence do not stand: what they cost is billed as ``draft``."""
         self._ledger.reject_last(tokens)
 
     @property
