@@ -138,6 +138,70 @@ def break_even(costs: DraftCosts, length: int | None = None, most: int = LONGEST
     return _lowest(lambda chance: predicted_speedup(chance, length, costs) >= 1)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Drafted tokens that are alike to whoever looks at their draft.
+
+    Attributes:
+        share: of all drafted tokens.
+        stands: the probability with which one of them stands if those before it do.
+    """
+
+    share: float
+    stands: float
+
+
+def pays(stands: float, ahead: float, rate: float, costs: DraftCosts) -> bool:
+    """Whether another token is worth its cost: ``stands * ahead > rate * draft``.
+
+    ``stands`` is the probability that all tokens of the draft do, ``ahead`` that with which the
+    next one stands then, ``rate`` what all rounds bring, in tokens for each unit of cost. What
+    another token brings falls with every token, as both probabilities are at most 1, so the first
+    that does not pay ends the draft: the rule is optimal for the ``rate`` of ``best_rate``.
+    """
+    return stands * ahead > rate * costs.draft
+
+
+def best_rate(kinds: tuple[Kind, Kind], costs: DraftCosts, most: int) -> float:
+    """The most tokens for each unit of cost that drafts of at most ``most`` tokens can bring, if
+    it may be seen of which kind each token is before another is drafted.
+
+    Rounds follow each other, so it is the root of: tokens - rate * cost, at its best, is 0; found
+    by taking the rate of the policy that is best at the last one (Dinkelbach's iteration).
+    """
+    rate = 1 / costs.verify
+    while True:
+        tokens, cost = _round_at(rate, kinds, costs, most)
+        if tokens <= rate * cost * (1 + 1e-12):
+            return rate
+        rate = tokens / cost
+
+
+def _round_at(
+    rate: float, kinds: tuple[Kind, Kind], costs: DraftCosts, most: int
+) -> tuple[float, float]:
+    """Expected tokens and cost of a round in which a token is drafted where it pays at ``rate``."""
+    first, second = kinds
+    ahead = sum(kind.share * kind.stands for kind in kinds)
+    tokens, cost = 1.0, costs.verify
+    chances = [1.0]  # of drafts that go on, by how many of their tokens are of the second kind
+    for length in range(most):
+        stands = [first.stands ** (length - n) * second.stands**n for n in range(length + 1)]
+        chances = [
+            chance if pays(one, ahead, rate, costs) else 0.0
+            for one, chance in zip(stands, chances, strict=True)
+        ]
+        if not any(chances):
+            break
+        cost += costs.draft * sum(chances)
+        tokens += ahead * sum(one * chance for one, chance in zip(stands, chances, strict=True))
+        chances = [
+            a * first.share + b * second.share
+            for a, b in zip([*chances, 0.0], [0.0, *chances], strict=True)
+        ]
+    return tokens, cost
+
+
 def chance(rounds: Iterable[Round]) -> float | None:
     """The acceptance of measured rounds: tokens that stand, of those that were judged, which are
     they and the first of each draft that does not stand. None where nothing was judged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,11 +13,14 @@ from dyndepth.models.shapes import shape_config
 from dyndepth.runtime.acceptance import Round
 from dyndepth.runtime.draft_costs import (
     DraftCosts,
+    Kind,
     best_length,
+    best_rate,
     break_even,
     by_bytes,
     chance,
     chance_from_share,
+    pays,
     predicted_speedup,
     step_bytes,
     tokens_a_round,
@@ -83,6 +87,53 @@ def test_the_best_length_is_that_beyond_which_a_token_costs_more_than_it_brings(
     ):
         length += 1
     assert best == length
+
+
+def policies(most: int):
+    """Every rule that says, of the kinds of the tokens so far, whether another is drafted."""
+    seen = [kinds for n in range(most) for kinds in itertools.product((0, 1), repeat=n)]
+    for answers in itertools.product((False, True), repeat=len(seen)):
+        yield dict(zip(seen, answers, strict=True))
+
+
+def rate_of(policy, kinds, costs, most) -> float:
+    """Tokens for each unit of cost, over all that may be drafted."""
+    tokens = cost = 0.0
+    for path in itertools.product((0, 1), repeat=most):
+        chance, stands, written, paid = 1.0, 1.0, 1.0, costs.verify
+        for one in path:
+            chance *= kinds[one].share
+        for length, one in enumerate(path):
+            if not policy[path[:length]]:
+                break
+            paid += costs.draft
+            stands *= kinds[one].stands
+            written += stands
+        tokens, cost = tokens + chance * written, cost + chance * paid
+    return tokens / cost
+
+
+@pytest.mark.parametrize("draft", [0.15, 0.35, 0.6])
+@pytest.mark.parametrize(
+    "kinds", [(Kind(0.6, 0.95), Kind(0.4, 0.3)), (Kind(0.5, 0.7), Kind(0.5, 0.7))]
+)
+def test_no_policy_brings_more_than_the_rule(kinds, draft):
+    """All 128 policies for drafts of at most 3 tokens, each summed over all drafts."""
+    costs = DraftCosts(draft, 1.2)
+    best = max(rate_of(policy, kinds, costs, 3) for policy in policies(3))
+    assert best_rate(kinds, costs, 3) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.4, 0.8, 1.0])
+def test_where_all_tokens_are_alike_the_rule_is_the_best_length(acceptance):
+    costs, kinds = DraftCosts(0.3, 1.1), (Kind(1.0, acceptance), Kind(0.0, 0.0))
+    length = best_length(acceptance, costs, most=9)
+    rate = best_rate(kinds, costs, 9)
+    assert rate == pytest.approx(predicted_speedup(acceptance, length, costs))
+    drafted = 0
+    while drafted < 9 and pays(acceptance**drafted, acceptance, rate, costs):
+        drafted += 1
+    assert drafted == length
 
 
 def test_break_even_is_where_the_speedup_is_one():
