@@ -239,6 +239,11 @@ class Ledger:
         sums = self._flush()
         return sums.whole, sums.gated
 
+    def drafts(self) -> tuple[float, float]:
+        """Block FLOPs of all drafted tokens: as they were drafted, and at full depth."""
+        executed, dense = self._flush().drafts
+        return float(executed), float(dense)
+
     @staticmethod
     def _named(row: np.ndarray) -> dict[str, Any]:
         block = row[_COLUMN["attention"]] + row[_COLUMN["mlp"]]
@@ -273,6 +278,7 @@ class _Sums:
         self.computed = 0.0
         self.reused = 0.0
         self.gated = self.whole = 0
+        self.drafts = np.zeros(2)
 
     def copy(self) -> _Sums:
         """Sums that can be added to without changing these; no array is ever written to."""
@@ -342,6 +348,10 @@ class _Sums:
         dense_block = tokens * (attention + costs.mlp).sum(1)
         if draft:
             spent = rows[:, : len(CAUSES)].sum(1)
+            if forward.draft is True:
+                own = rows[:, _COLUMN["attention"]] + rows[:, _COLUMN["mlp"]]
+                dense = tokens * (attention + costs.mlp).sum(1)
+                self.drafts = self.drafts + [own.sum(), dense.sum()]
             rows[:] = 0.0
             rows[:, _COLUMN["draft"]] = spent
             tokens = dense_block = np.zeros(batch)

@@ -60,7 +60,7 @@ class _Uncounted:
     def reject_last(self, tokens: int) -> None:
         """There is nothing to bill."""
 
-    by_document = bill_last = executed = computed_for_all = totals
+    by_document = bill_last = executed = computed_for_all = drafts = totals
     last = property(totals)
 
 
@@ -121,6 +121,10 @@ class Trace:
         (but for ``padding``), the clock does not.
         """
         return self._ledger.computed_for_all()
+
+    def drafts(self) -> tuple[float, float]:
+        """Block FLOPs of all drafted tokens: as they were drafted, and at full depth."""
+        return self._ledger.drafts()
 
     def gates(self) -> Tensor:
         """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
