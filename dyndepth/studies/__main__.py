@@ -80,7 +80,6 @@ def work_through(study: Study, flags: dict[str, Any], only_report: bool = False)
     # numpy and scipy come late: --help must be instant.
     from dyndepth.cells.store import Store
     from dyndepth.studies import acceptance, similarity
-    from dyndepth.studies.predictions import predictions
     from dyndepth.studies.recordings import position_table, record
     from dyndepth.studies.report import show, write
     from dyndepth.studies.verdicts import comparable, drafting, failures, likened, report, traced
@@ -99,10 +98,9 @@ def work_through(study: Study, flags: dict[str, Any], only_report: bool = False)
         acceptance.record_transfer(asked, sweeps[0], store.path)
     failed = failures(study, cells, phases)
     rows = report(study, cells, phases, store.path)
-    drafts = drafting(study, cells, phases, "acceptance")
-    predicted = list(predictions(drafts, store.path))
+    accepted = acceptance.table(drafting(study, cells, phases, "acceptance"), store.path)
     positions = position_table(needed, store.path)
-    paths = write(study, rows, cells, positions, predicted, store.path)
+    paths = write(study, rows, cells, positions, accepted, store.path)
     show(study, rows)
     for cell in failed:
         print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}", file=sys.stderr)

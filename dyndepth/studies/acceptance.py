@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import Cell
+from dyndepth.cells.identity import Row
 from dyndepth.common.files import write_atomically
 from dyndepth.studies.recordings import again
 
@@ -22,13 +23,25 @@ if TYPE_CHECKING:
     from dyndepth.sweep.settings import Settings
 
 METRIC, IDENTICAL = "acceptance", "identical"
-WRITTEN = 48
+WRITTEN = 32
 """Tokens that are written after each prompt; an end of text ends it."""
 PROMPT = 128
 """Most tokens of a prompt: the last ones. Of a text that has no prompt, half as many of the first
 are its prompt."""
 TEXTS = 400
 """Documents of a task, none of them continued, whose texts a method is fitted on for a transfer."""
+
+COLUMNS = (
+    *("cell", "method", "parameters", "target_speedup", "seed", "task", "documents", "drafted"),
+    *("accepted", "refused", "verifications", "written", "draft_share", "accepted_share", "chance"),
+    *("tokens_per_verify", "identical"),
+)
+"""Columns of acceptance.csv: one row a cell and task, and one over ``all`` tasks. Of ``documents``
+that were continued, tokens ``drafted``, ``accepted`` and ``written``, ``verifications`` and those
+of them that ``refused`` a token. ``draft_share``: of full depth's block FLOPs that the drafts
+executed. ``accepted_share``: of drafted tokens; ``chance``: of those that were judged.
+``tokens_per_verify``: written for each verification; the first token of a text comes with its
+prompt and is not among them. ``identical``: the share of texts that are what dense writes."""
 
 Prompts = dict[str, dict[str, list[int]]]
 """Task -> document -> token ids."""
@@ -245,3 +258,39 @@ def point(
 def _rate(row: Mapping[str, float]) -> float:
     """Accepted of drafted; where the method never drafts, nothing is accepted."""
     return row["accepted"] / row["drafted"] if row["drafted"] else 0.0
+
+
+def table(cells: Sequence[Cell], folder: Path) -> list[Row]:
+    """Rows of acceptance.csv of those ``cells`` that have a file."""
+    found: list[Row] = []
+    for cell in cells:
+        file = file_of(cell, folder)
+        if not file.is_file():
+            continue
+        tasks = json.loads(file.read_text(encoding="utf-8"))
+        keys = ("method", "parameters", "target_speedup", "seed")
+        about = {"cell": cell.key} | {key: cell.identity[key] for key in keys}
+        each = {task: list(documents.values()) for task, documents in tasks.items()}
+        each["all"] = [row for rows in each.values() for row in rows]
+        found += [about | {"task": task} | _summed(rows) for task, rows in each.items()]
+    return found
+
+
+def _summed(rows: Sequence[Mapping[str, float]]) -> Row:
+    counts = ("drafted", "accepted", "refused", "verifications", "written")
+    total = {key: sum(row[key] for row in rows) for key in (*counts, "flops", "dense_flops")}
+    judged = total["accepted"] + total["refused"]
+    later = total["written"] - len(rows)
+
+    def share(part: float, whole: float) -> float | None:
+        return part / whole if whole else None
+
+    return {
+        "documents": len(rows),
+        **{key: int(total[key]) for key in counts},
+        "draft_share": share(total["flops"], total["dense_flops"]),
+        "accepted_share": share(total["accepted"], total["drafted"]),
+        "chance": share(total["accepted"], judged),
+        "tokens_per_verify": share(later, total["verifications"]),
+        "identical": share(sum(row["identical"] for row in rows), len(rows)),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from dyndepth.results.statistics.intervals import LEAST
 from dyndepth.routes import recorded
 from dyndepth.runtime.draft_costs import by_bytes, predicted_speedup
 from dyndepth.studies import acceptance, verdicts
-from dyndepth.studies.predictions import predictions
+from dyndepth.studies.predictions import COLUMNS, predictions
 from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.sweep.settings import settings
 
@@ -253,6 +253,18 @@ def test_texts_of_one_token_are_left_out(tmp_path):
     assert acceptance.point([cell()], tmp_path, "one") is None
 
 
+def test_the_table_sums_documents_by_task_and_over_all(tmp_path):
+    one, other = row(8, 6, 1, written=11), row(8, 2, 3, written=7, identical=0.0)
+    keep(tmp_path, [cell()], first=[one], second=[other])
+    first, second, whole = acceptance.table([cell(), cell(seed=5)], tmp_path)
+    assert [each["task"] for each in (first, second, whole)] == ["first", "second", "all"]
+    assert (first["accepted_share"], second["accepted_share"]) == (0.75, 0.25)
+    assert (whole["drafted"], whole["accepted_share"], whole["chance"]) == (16, 0.5, 8 / 12)
+    assert whole["tokens_per_verify"] == (11 + 7 - 2) / 8  # the first of each is the prompt's
+    assert (whole["identical"], whole["draft_share"], whole["documents"]) == (0.5, 0.75, 2)
+    assert set(whole) == set(acceptance.COLUMNS)
+
+
 def test_predictions_are_the_cost_models_on_public_shapes(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
@@ -261,15 +273,44 @@ def test_predictions_are_the_cost_models_on_public_shapes(tmp_path, monkeypatch)
     kept = {name: known.shapes()[name] for name in ("smollm2-135m", "tiny")}
     monkeypatch.setattr(known, "shapes", lambda: kept)
     keep(tmp_path, [cell()], one=[row(8, 6, 1), row(8, 2, 3)])
-    unrecorded = replace(cell(), identity=cell(seed=5).identity)
-    (found,) = predictions([cell(), unrecorded], tmp_path)
+    (found,) = predictions(acceptance.table([cell()], tmp_path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(known.shape_config("shape:smollm2-135m"))
     costs = by_bytes(model, torch.full((30, 2), 0.75))
     assert found["draft_cost"] == pytest.approx(costs.draft, rel=1e-6)
-    assert found["chance"] == pytest.approx(8 / 12)
-    assert found["accepted_share"] == pytest.approx(0.5)
     assert found["length"] == 2
     assert found["predicted_speedup"] == pytest.approx(predicted_speedup(8 / 12, 2, costs))
     assert found["best_predicted_speedup"] >= found["predicted_speedup"]
-    assert found["parameters"] == 134_515_008
+    assert found["size"] == 134_515_008
+    assert set(found) == set(COLUMNS)
+
+
+def test_pages_show_what_was_accepted_and_what_it_would_come_to(tmp_path):
+    from dyndepth.pages.blocks import Source
+    from dyndepth.pages.drafts import acceptances
+    from dyndepth.pages.drafts import predictions as shown
+    from dyndepth.results.tables import csv_text
+
+    source = Source(tmp_path, tmp_path)
+    missing = f"No run of it is committed in `{tmp_path}` yet."
+    asked = {"folder": tmp_path, "target": 1.25}
+    assert acceptances(source, asked) == shown(source, asked) == missing
+    cells = [cell(method=name, target_speedup=1.25) for name in ("uls", "static_pruning")]
+    keep(tmp_path, cells[:1], one=[row(8, 6, 1, written=9)])
+    keep(tmp_path, cells[1:], one=[row(8, 0, 4, written=5)])
+    rows = acceptance.table(cells, tmp_path)
+    (tmp_path / "acceptance.csv").write_text(csv_text(rows, acceptance.COLUMNS))
+    lines = acceptances(source, asked).splitlines()
+    assert lines[0] == (
+        "| draft | target | share of depth | accepted, one | of judged | tokens a verification | "
+        "texts as dense's |"
+    )
+    assert lines[2] == "| `static_pruning` | 1.25x | 0.75 | 0.00 | 0.00 | 1.00 | 1 of 1 |"
+    assert lines[3] == "| `uls` | 1.25x | 0.75 | 0.75 | 0.86 | 2.00 | 1 of 1 |"
+    (tmp_path / "predictions.csv").write_text(csv_text(list(predictions(rows)), COLUMNS))
+    head, _, share, best, worst = shown(source, asked).splitlines()
+    assert "llama-3.1-70b" in head
+    assert share.startswith("| LM head's share")
+    assert best.startswith("| `uls` | 0.86 | ")
+    assert "x at " in best
+    assert worst.startswith("| `static_pruning` | 0.00 | no draft pays")
