@@ -81,6 +81,7 @@ def _measured(
     # In graphs, too, a prompt runs eagerly: its time says nothing of them. And a prompt is read
     # alike, however its first token is chosen.
     phases = ("decode",) if how or sample else own.phases
+    unrepeated = how["mode"].others if how else 0  # by those that were timed before
     third = None
     with ExitStack() as stack:
         if compiled_dense:
@@ -89,7 +90,7 @@ def _measured(
             third.settle()
             stack.enter_context(third.watched())
         pairs = _rounds(dense, own, third, phases, shape, level, how, seed, progress)
-    check_repeated(method, how, steps=bool(shape.new_tokens), verified=_verified(own))
+    check_repeated(method, how, bool(shape.new_tokens), unrepeated + _verified(own))
     rows = [_row(phase, shape, dense, own, third, pairs) for phase in phases]
     if isinstance(own, drafted.Drafted) and costs is not None:
         _add_drafts(rows[-1], own, costs, temperature, pairs)
@@ -259,7 +260,7 @@ def check_repeated(
 ) -> None:
     """Raises UserError if what ran by recordings did so in part only, or, where there were
     ``steps``, not at all: the time would be that of eager steps under another name. ``verified``
-    forwards read several tokens, and are no steps."""
+    forwards over a cache read several tokens, and are no steps."""
     graphs = how.get("mode")
     if graphs is None:
         return
