@@ -61,7 +61,7 @@ class _Uncounted:
     def reject_last(self, tokens: int) -> None:
         """There is nothing to bill."""
 
-    by_document = bill_last = executed = computed_for_all = totals
+    by_document = bill_last = executed = computed_for_all = drafts = totals
     last = property(totals)
 
 
@@ -102,8 +102,8 @@ class Trace:
         self.speculation = Speculation()
 
     def reject(self, tokens: int) -> None:
-        """Of the last forward, a verification, the last ``tokens`` of each sequence do not stand:
-        what they cost is billed as ``draft``."""
+        """Say that the last forward was a verification, of which the last ``tokens`` of each
+        sequence do not stand: what they cost is billed as ``draft``."""
         self._ledger.reject_last(tokens)
 
     @property
@@ -124,6 +124,10 @@ class Trace:
         (but for ``padding``), the clock does not.
         """
         return self._ledger.computed_for_all()
+
+    def drafts(self) -> tuple[float, float]:
+        """Block FLOPs of all drafted tokens: as they were drafted, and at full depth."""
+        return self._ledger.drafts()
 
     def gates(self) -> Tensor:
         """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.
