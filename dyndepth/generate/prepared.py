@@ -40,7 +40,7 @@ def prepared(
     from dyndepth.fitting.fits import fit_cached
 
     corpus = load_corpus("embedded", tokenizer) if corpus is None else corpus
-    if method.needs_training and not _is_there(method, model, corpus):
+    if _has_to_train(method, model, corpus):
         raise UserError(
             f"{method.name} has not been trained on this model yet; train it by `python -m "
             "dyndepth.fit` with the same model, parameters and corpus, or give a method on which "
@@ -49,17 +49,18 @@ def prepared(
     return fit_cached(method, model, corpus)
 
 
-def _is_there(method: DynamicDepthMethod, model: Any, corpus: Corpus) -> bool:
-    """Whether what ``fit`` would train comes with the method, or lies in the cache."""
+def _has_to_train(method: DynamicDepthMethod, model: Any, corpus: Corpus) -> bool:
+    """Whether ``fit`` would train now: what it finds neither comes with the method nor is kept."""
     from dyndepth.common.files import cache_root
     from dyndepth.common.paths import file_part
     from dyndepth.fitting.fits import fit_key
     from dyndepth.models.blocks import Decoder
 
-    if method.expenses(len(Decoder.of(model).blocks), model, corpus).shipped:
-        return True
+    expenses = method.expenses(len(Decoder.of(model).blocks), model, corpus)
+    if expenses.shipped or not any(reading.backwards for reading in expenses.fit):
+        return False
     key = fit_key(method, model, corpus)
-    return (cache_root() / "fits" / file_part(method.name) / key).is_dir()
+    return not (cache_root() / "fits" / file_part(method.name) / key).is_dir()
 
 
 def spec_of(method: DynamicDepthMethod) -> str:

@@ -27,15 +27,18 @@ def several(prompt: Any) -> tuple[list[Prompt], bool]:
     return [one for each in prompt for one in several(each)[0]], True
 
 
-def tokens_of(model: Any, tokenizer: Any, prompt: Prompt, more: int, where: str) -> list[int]:
-    """The token ids of ``prompt``, after which ``more`` are to be written; ``where`` names it.
-
-    Raises UserError for a prompt without tokens, one that leaves no room for so many, a token that
-    the model has no embedding for, and messages that the tokenizer cannot put into words.
-    """
+def tokens_of(tokenizer: Any, prompt: Prompt, where: str) -> list[int]:
+    """The token ids of ``prompt``, at least one; ``where`` names it. Raises UserError for a prompt
+    without tokens, and for messages that the tokenizer cannot put into words."""
     ids = _ids(tokenizer, prompt, where)
     if not ids:
         raise UserError(f"{where} has no tokens; give at least one word")
+    return ids
+
+
+def check_room(model: Any, ids: Sequence[int], more: int, where: str) -> None:
+    """Raises UserError for a prompt that leaves ``model`` no room to write ``more`` tokens, or that
+    holds a token which it has no embedding for."""
     most = longest(model)
     if most is not None and len(ids) + more > most:
         raise UserError(
@@ -43,7 +46,6 @@ def tokens_of(model: Any, tokenizer: Any, prompt: Prompt, more: int, where: str)
             "that the model takes; give a smaller max_new_tokens or a shorter prompt"
         )
     check_tokens(model, ids, where)
-    return ids
 
 
 def _ids(tokenizer: Any, prompt: Prompt, where: str) -> list[int]:

@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dyndepth.generate.pieces import pieces, text_after
 from dyndepth.generate.prepared import prepared, spec_of
-from dyndepth.generate.prompts import Message, Prompt, several, tokens_of
+from dyndepth.generate.prompts import Message, check_room, several, tokens_of
 from dyndepth.generate.settings import Settings, settings
 from dyndepth.generate.written import Finish, Generated, Proposal
 from dyndepth.models.seeding import seeded
@@ -78,7 +78,12 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
         seed=seed,
     )
     prompts, is_list = several(prompt)
-    read = read_prompts(model, tokenizer, prompts, wanted.max_new_tokens)
+    read = []
+    for number, each in enumerate(prompts):
+        where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+        ids = tokens_of(tokenizer, each, where)
+        check_room(model, ids, wanted.max_new_tokens, where)
+        read.append(ids)
     method = prepared(method, model, tokenizer, corpus)
     with attach(model, method) as trace:
         found = [
@@ -87,17 +92,6 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
             for number, ids in enumerate(read)
         ]  # fmt: skip
     return found if is_list else found[0]
-
-
-def read_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], more: int
-) -> list[list[int]]:
-    """The token ids of each prompt, all checked before anything is written; see ``tokens_of``."""
-    single = len(prompts) == 1
-    return [
-        tokens_of(model, tokenizer, each, more, "the prompt" if single else f"prompt {number}")
-        for number, each in enumerate(prompts)
-    ]
 
 
 def write(
