@@ -166,7 +166,9 @@ def test_an_unfitted_method_skips_by_rule_or_refuses(tiny, name, phases):
     with attach(model, method, documents=["a"], warn=False) as trace:
         incremental(model, ids(1, 12), prompt=4)
     totals = trace.totals()
-    assert method.target_speedup == 1.0 or totals["block_flops"] < totals["dense_block_flops"]
+    # One that speculates skips in drafts alone, and these steps are none.
+    whole = method.target_speedup == 1.0 or method.speculates
+    assert whole == (totals["block_flops"] == totals["dense_block_flops"])
 
 
 def test_what_ran_for_all_tokens_although_gated_is_told(tiny):
