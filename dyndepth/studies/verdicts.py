@@ -143,10 +143,13 @@ def label(pick: Pick) -> str:
     return pick.label + kind
 
 
-def _drafting(picks: Iterable[Pick]) -> str:
-    """Why a claim about FLOPs cannot be judged: which of its picks save none; empty if it can."""
+def _saves_nothing(claim: Claim, picks: Iterable[Pick]) -> str:
+    """Why a claim about FLOPs cannot be judged: which of its picks save none; empty if it can, and
+    of claims about drafts themselves."""
     from dyndepth.common.registry import load_method
 
+    if RECORDED.get(claim.kind) == "acceptance":
+        return ""
     names = [pick.label for pick in picks if load_method(pick.method).speculates]
     if not names:
         return ""
@@ -220,8 +223,8 @@ def _methods(
         ) -> dict[float, Point]:
             return _points(claim, pick, cells, phases, task, metric, folder, kind)
 
-        if drafting := _drafting((claim.a, b)):
-            yield row, drafting
+        if saved := _saves_nothing(claim, (claim.a, b)):
+            yield row, saved
             continue
         own, other = points(claim.a), points(b)
         if claim.kind == "transfer":
@@ -256,8 +259,8 @@ def _reached(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[Row]:
         row |= {"task": task, "metric": metric, "unit": "documents"}
         # The source's number is about A.
         row |= {} if pick == claim.a else {"published": ""}
-        if drafting := _drafting((pick,)):
-            yield row | {"verdict": "not comparable", "reason": drafting}
+        if saved := _saves_nothing(claim, (pick,)):
+            yield row | {"verdict": "not comparable", "reason": saved}
             continue
         full = Pick(DENSE, pick.recovery)
         own, dense = (_measured(p, cells, phases, task, metric) for p in (pick, full))

@@ -258,3 +258,23 @@ def test_the_table_of_leaderboards_holds_it():
     made = as_csv(rows_of(drafting()), schema.TABLES["leaderboard.csv"].own).splitlines()
     assert "one=0.6250" in made[1]
     assert set(identity()) <= set(made[0].split(","))
+
+
+def test_no_claim_about_flops_is_judged_by_it(monkeypatch, tmp_path):
+    from importlib.metadata import EntryPoint
+
+    from dyndepth.common import registry
+    from dyndepth.studies import verdicts
+    from dyndepth.studies.study import Claim, Pick
+
+    places = {"dense": "fakes:Dense", "steps": "fakes:Steps", "drafting": "toys:Drafting"}
+    entries = {name: EntryPoint(name, place, registry.GROUP) for name, place in places.items()}
+    monkeypatch.setattr(registry, "methods", lambda: entries)
+    sketch, cut = Pick("drafting"), Pick("steps")
+    shared = {"name": "c", "text": "t", "source": "s", "metrics": (("one", "acc"),)}
+    for a, b in ((sketch, cut), (cut, sketch)):
+        claim = Claim(a=a, b=(b,), kind="equal_flops", **shared)
+        ((row, why),) = verdicts._methods(claim, [cell()], "both", tmp_path)
+        assert why.startswith("drafting drafts what the whole model verifies")
+    (row,) = verdicts._reached(Claim(a=sketch, b=(), kind="reach", **shared), [cell()], "both")
+    assert (row["verdict"], row["a"]) == ("not comparable", "drafting (lossless)")
