@@ -112,7 +112,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         by_task = shares(_of(row, "by_task"))
         failed = " FAILED" if row["status"] == "error" else ""
-        line = [", ".join(filter(None, (titled(row) + failed, str(row["run"] or ""))))]
+        # Drafts are of what is generated: none has other phases.
+        name = titled({**row, "phases": None}) + failed
+        line = [", ".join(filter(None, (name, str(row["run"] or ""))))]
         line += [f"{row['target_speedup']:g}x"]
         line += [str(len(row["seeds"]))] if seeds else []
         line += [_share(row.get("acceptance"))]
