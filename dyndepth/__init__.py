@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dyndepth.data.corpus import load_corpus
     from dyndepth.evaluation.evaluate import evaluate
     from dyndepth.fitting.saved import load_method
+    from dyndepth.generate.writing import generate
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.models.loading import load_model, load_tokenizer
     from dyndepth.runtime.attach import attach
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "attach",
     "evaluate",
+    "generate",
     "load_corpus",
     "load_method",
     "load_model",
@@ -58,6 +60,7 @@ _HOMES = {
     "DynamicDepthMethod": "dyndepth.method",
     "attach": "dyndepth.runtime.attach",
     "evaluate": "dyndepth.evaluation.evaluate",
+    "generate": "dyndepth.generate.writing",
     "load_corpus": "dyndepth.data.corpus",
     "load_method": "dyndepth.fitting.saved",
     "load_model": "dyndepth.models.loading",

@@ -23,6 +23,7 @@ COMMANDS = {
     "recovered": "train adapters under a method's gates",
     "importance": "rank a model's blocks or sublayers",
     "timing": "time one method; with break-even or limits: when skipping pays",
+    "generate": "write a text under any method, and say what it took",
     "routes": "record which sublayers each token runs",
     "studies": "run a study's sweeps and test its claims",
     "leaderboard": "merge runs into one table and page",

@@ -25,7 +25,7 @@ RANK = {
     "runtime": 4,
     **dict.fromkeys(("fitting", "evaluation", "timing"), 5),
     "sweep": 6,
-    **dict.fromkeys(("routes", "verify", "bench", "export"), 7),
+    **dict.fromkeys(("routes", "verify", "bench", "export", "generate"), 7),
     **dict.fromkeys(("studies", "plots", "gpu"), 8),
     **dict.fromkeys(("pages", "methods"), 9),
 }

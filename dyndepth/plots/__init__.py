@@ -5,6 +5,7 @@ is given (PNG, PDF or SVG, by its ending). ``python -m dyndepth.plots RUN`` writ
 a run's tables allow. Doors and notebooks may import it: nothing is measured here.
 """
 
+from dyndepth.plots.drafts import acceptance, drafts
 from dyndepth.plots.fits import importance, training_curve
 from dyndepth.plots.retention import bound_gap, gaps, retained, retained_by_task
 from dyndepth.plots.routes import (
@@ -27,9 +28,11 @@ from dyndepth.plots.tables import (
 from dyndepth.plots.texts import text_route
 
 __all__ = [
+    "acceptance",
     "accuracy_vs_flops",
     "accuracy_vs_wallclock",
     "bound_gap",
+    "drafts",
     "executed_by_layer",
     "executed_by_position",
     "executed_in_run",

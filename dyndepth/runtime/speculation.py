@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache as once
 from inspect import signature
 from typing import Any
@@ -163,7 +163,9 @@ class _Loop:
         fed = self._last
         if drafted:
             fed = torch.cat((fed, torch.stack(drafted)[None].to(self._device)), 1)
-        logits = self._run(fed, len(drafted) + 1)
+        replay = self.trace.replay if drafted else None
+        with nullcontext() if replay is None else replay.watching():
+            logits = self._run(fed, len(drafted) + 1)
         try:
             tokens, accepted, own = self.choice.judge(self.written, drafted, self._shares, logits)
             for token in (*tokens[:accepted], own):
@@ -177,11 +179,15 @@ class _Loop:
                 self.cache.crop(-wrong)
             verified = self.clock()
             if drafted:
-                self.method.verified(Verified(len(drafted), accepted, self._memory()))
+                at = () if replay is None else replay.at(self.cache, len(new) - 1)
+                self.method.verified(Verified(len(drafted), accepted, self._memory(), *at))
         except BaseException:
             self.trace.reject(len(drafted) + 1)
             del self.written[before:]
             raise
+        finally:
+            if replay is not None:
+                replay.forget()
         self.held += len(new)
         self.trace.speculation.rounds.append(
             Round(

@@ -12,6 +12,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext, Phase
 from dyndepth.runtime.acceptance import Speculation
 from dyndepth.runtime.flops import Ledger
+from dyndepth.runtime.replay import Replay
 
 
 def phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
@@ -79,6 +80,7 @@ class Trace:
         reading: whether ``readout`` is at work, whose rows are billed already.
         drafting: whether the next forwards are drafts of a method that speculates.
         speculation: what its drafts came to, since the last ``reset``.
+        replay: what has verifications watched, for a method that ``reads_states``; else None.
     """
 
     def __init__(self, ledger: Ledger | None, head: Callable[[Tensor], Tensor]) -> None:
@@ -87,6 +89,7 @@ class Trace:
         self.reading = False
         self.drafting = False
         self.speculation = Speculation()
+        self.replay: Replay | None = None
         self._ledger: Any = _Uncounted() if ledger is None else ledger
         self._head = head
         self.totals: Callable[..., dict[str, Any]] = self._ledger.totals

@@ -237,7 +237,16 @@ def test_missing_and_tampered_assets_get_a_sentence(tmp_path, fault):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["err", "out"]
 
 
-COMMANDS = ("", ".sweep", ".leaderboard", ".fit", ".recovered", ".studies", ".importance")
+COMMANDS = (
+    "",
+    ".sweep",
+    ".leaderboard",
+    ".fit",
+    ".recovered",
+    ".studies",
+    ".importance",
+    ".generate",
+)
 SLOW = {"datasets", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch"}
 """What takes long to import; whatever else does imports one of these."""
 
