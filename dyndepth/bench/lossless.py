@@ -64,12 +64,12 @@ def lossless(corpus: Any, options: argparse.Namespace) -> dict[str, Line]:
     with torch.inference_mode():
         for mode in options.modes:
             more = "" if mode == EAGER else f"/{mode}"
-            with running(mode) as how:
-                found[f"overhead/{dtype}{more}"] = overhead(model, texts, length, options, how)
-            with running(mode) as how:
-                lines = forced(model, texts[:, :length], options, how)
-            found |= {f"{name}/{dtype}{more}": line for name, line in lines.items()}
-    _show(found)
+            for measured in (overhead, forced):
+                with running(mode) as how:
+                    lines = measured(model, texts, length, options, how)
+                named = {f"{name}/{dtype}{more}": line for name, line in lines.items()}
+                _show(named)
+                found |= named
     if not is_shape(options.model):
         from dyndepth.bench.rivals import compared
 
@@ -129,7 +129,7 @@ class _Forwards(_Rounds):
             self.model(part, **over)
 
 
-def overhead(model: Any, texts: Tensor, length: int, options: Any, how: How) -> Line:
+def overhead(model: Any, texts: Tensor, length: int, options: Any, how: How) -> dict[str, Line]:
     """``ratio``: time of rounds whose draft is the whole model / time of their forwards in the
     stock model, ``LENGTH`` steps and one of ``LENGTH + 1`` tokens each, the median over pairs.
     ``rounds`` says how many there were in a call: more than ``ROUNDS`` if a draft was refused,
@@ -140,16 +140,17 @@ def overhead(model: Any, texts: Tensor, length: int, options: Any, how: How) -> 
     }
     times = _interleaved(sides, options)
     found = ratio(times["loop"], times["forwards"])
-    return _spread("ratio", found) | {"rounds": sides["loop"].rounds, "length": LENGTH}
+    more = {"rounds": sides["loop"].rounds, "length": LENGTH}
+    return {"overhead": _spread("ratio", found) | more}
 
 
-def forced(model: Any, texts: Tensor, options: Any, how: How) -> dict[str, Line]:
+def forced(model: Any, texts: Tensor, length: int, options: Any, how: How) -> dict[str, Line]:
     """A line for each of ``ACCEPTANCES``, its ``speedup`` over dense and what predictions make of
     it, and one of the break-even: ``by_bytes`` and ``measured``, each the chance of a token to be
     accepted at which the speedup is 1, None: at none of them."""
     method = drafting(first_blocks(model, len(blocks(model)) // 2), LENGTH)
-    costs = read_costs(model, method, texts[0].tolist(), NEW_TOKENS)
-    batches = list(texts.split(1))
+    batches = list(texts[:, :length].split(1))
+    costs = read_costs(model, method, batches[0][0].tolist(), NEW_TOKENS)
     dense = Side(model, whole(model) if how else None, batches, NEW_TOKENS, how)
     sides: dict[str, Any] = {"dense": dense}
     for acceptance in ACCEPTANCES:
@@ -228,22 +229,34 @@ def _spread(name: str, found: Median) -> Line:
 
 
 def _show(found: Mapping[str, Line]) -> None:
+    if any(name.startswith("forced") for name in found):
+        _show_forced({name: line for name, line in found.items() if name.startswith("forced")})
     for name, line in found.items():
         if name.startswith("overhead"):
             print(
                 f"{name}: a round is {line['ratio']:.3f} [{line['low']:.3f}, {line['high']:.3f}] "
-                f"times its {LENGTH + 1} forwards ({line['rounds']} rounds a call)"
+                f"times its {LENGTH + 1} forwards ({line['rounds']} rounds a call)",
+                flush=True,
             )
-    own = {name: line for name, line in found.items() if name.startswith("forced")}
+        if name.startswith("break_even"):
+            told_of = [("measured", "measured"), ("by_bytes", "by bytes"), ("by_times", "by times")]
+            each = ", ".join(f"{word} {_known(line[key])}" for key, word in told_of)
+            print(
+                f"{name}: this draft reads {line['draft_bytes']:.0%} of a step's bytes; it wins "
+                f"from a chance of {each}",
+                flush=True,
+            )
 
+
+def _show_forced(lines: Mapping[str, Line]) -> None:
     def of(heading: str, form: Callable[[Line], str], rank: int = 0) -> Column:
-        return Column(heading, [form(line) for line in own.values()], rank=rank)
+        return Column(heading, [form(line) for line in lines.values()], rank=rank)
 
     speeds = [
-        told(line["speedup"], line["low"], line["high"], form="{:.3f}") for line in own.values()
+        told(line["speedup"], line["low"], line["high"], form="{:.3f}") for line in lines.values()
     ]
     table = [
-        Column("forced acceptance", list(own), name=True),
+        Column("forced acceptance", list(lines), name=True),
         Column("speedup over dense [95% interval]", speeds),
         of("accepted", lambda line: f"{line['acceptance']:.0%}"),
         of("tokens a round", lambda line: f"{line['tokens_per_verify']:.2f}"),
@@ -254,14 +267,6 @@ def _show(found: Mapping[str, Line]) -> None:
     ]
     about = f"drafts of {LENGTH} tokens by half of the blocks; forced: each token's chance to stand"
     print_columns(table, "Drafts accepted by a coin", f"{about}; {legend(speeds)}".rstrip("; "))
-    for name, line in found.items():
-        if name.startswith("break_even"):
-            told_of = [("measured", "measured"), ("by_bytes", "by bytes"), ("by_times", "by times")]
-            each = ", ".join(f"{word} {_known(line[key])}" for key, word in told_of)
-            print(
-                f"{name}: this draft reads {line['draft_bytes']:.0%} of a step's bytes; it wins "
-                f"from a chance of {each}"
-            )
 
 
 def _known(acceptance: float | None) -> str:
