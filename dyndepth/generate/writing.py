@@ -186,9 +186,10 @@ def _proposals(
     found = []
     before = [*prompt, *tokens[:1]]
     for each in rounds:
-        last = each.tokens[each.accepted :]
+        accepted = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
+        last = each.tokens[accepted:]
         drafted = pieces(tokenizer, before, each.drafted)
-        own = pieces(tokenizer, [*before, *each.tokens[: each.accepted]], last)
-        found.append(Proposal(drafted, each.accepted, own[0] if own else None, each.probabilities))
+        own = pieces(tokenizer, [*before, *each.tokens[:accepted]], last)
+        found.append(Proposal(drafted, accepted, own[0] if own else None, each.probabilities))
         before += each.tokens
     return tuple(found)

@@ -64,7 +64,9 @@ class _Look:
 
 _ACCEPTED = _Look("drafted, stands", BLUE, BLUE, "white")
 _REJECTED = _Look("drafted, taken back", "white", VERMILION, INK, crossed=True)
-_UNJUDGED = _Look("drafted after that, not judged", "white", "#7A7A7A", "#6A6A6A", dotted=True)
+_UNJUDGED = _Look(
+    "drafted after that, or after the end", "white", "#7A7A7A", "#6A6A6A", dotted=True
+)
 _OWN = _Look("the whole model's own", ORANGE, ORANGE, INK)
 _LOOKS = (_ACCEPTED, _REJECTED, _UNJUDGED, _OWN)
 
@@ -256,8 +258,8 @@ def _patch(look: _Look) -> dict[str, Any]:
 
 def _words(text: Generated, title: str, first: int, last: int, rounds: int) -> list[str]:
     """The lines over a picture."""
-    assert text.speculation is not None
-    drafted, accepted = text.speculation.drafted, text.speculation.accepted
+    drafted = sum(len(each.drafted) for each in text.proposals)
+    accepted = sum(each.accepted for each in text.proposals)
     share = f" ({accepted / drafted:.0%})" if drafted else ""
     each = text.tokens_per_verification or 0.0
     part = "" if (first, last) == (0, rounds) else f"; rounds {first} to {last} of {rounds}"
