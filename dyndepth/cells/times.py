@@ -74,10 +74,10 @@ def renewed(rows: Sequence[Row], mode: str, new: Sequence[Row], level: str) -> l
     """``rows`` with ``new`` ones of one mode, in the order of the modes. ``level`` is what rows are
     of that do not say so.
 
-    A row takes the place of another of the same batch, length and phase, a level's of a level's,
-    one that was asked for of one that was asked for, and only if it is as thorough, over as many
-    steps, and has compiled dense if that has. So nobody's times are lost by what another asks for;
-    ``one_each`` chooses among those of one shape.
+    A row takes the place of another of the same batch, length, phase and temperature, a level's of
+    a level's, one that was asked for of one that was asked for, and only if it is as thorough, over
+    as many steps, and has compiled dense if that has. So nobody's times are lost by what another
+    asks for; ``one_each`` chooses among those of one shape.
     """
     named = [{**row, "level": row.get("level") or level} for row in rows]
     own = [row for row in named if mode_of(row) == mode]
@@ -89,14 +89,16 @@ def renewed(rows: Sequence[Row], mode: str, new: Sequence[Row], level: str) -> l
 
 
 def one_each(rows: Sequence[Row]) -> list[Row]:
-    """Of a cell's times one a phase, batch, length and mode, in their order: one that has a
-    speedup over compiled dense before others, then the most thorough, then a level's before one
-    that was asked for, then that of the most steps, then the last."""
+    """Of a cell's times one a phase, batch, length and mode, in their order: one whose
+    tokens are the likeliest before those that were drawn, then one that has a speedup over compiled
+    dense before others, then the most thorough, then a level's before one that was asked for, then
+    that of the most steps, then the last."""
     best: dict[tuple[Any, ...], tuple[tuple[Any, ...], Row]] = {}
     for place, row in enumerate(rows):
         key = row["phase"], int(row["batch"]), int(row["length"]), mode_of(row)
         named = row.get("level")
         rank = (
+            -temperature_of(row),
             row.get("speedup_over_compiled") is not None,
             TIMING_LEVELS.index(named) if named in TIMING_LEVELS else -1,
             not _asked(row),
@@ -120,6 +122,12 @@ def reached(rows: Sequence[Row], level: str) -> str | None:
 def mode_of(row: Row) -> str:
     """The mode of a row; those of before there was a choice are eager."""
     return str(row.get("mode", EAGER))
+
+
+def temperature_of(row: Row) -> float:
+    """At which temperature a row's tokens were drawn, 0 for the likeliest, as those of before there
+    was a choice are."""
+    return float(row.get("temperature") or 0.0)
 
 
 def _asked(row: Row) -> bool:
@@ -149,6 +157,7 @@ def _covers(row: Row, other: Row, level: str) -> bool:
         and all(row[key] == other[key] for key in ("batch", "length", "phase"))
         and _place(row, level) >= _place(other, level)
         and steps >= others
+        and temperature_of(row) == temperature_of(other)
         and (_compiled(row) or not _compiled(other))
     )
 

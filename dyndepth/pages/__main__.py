@@ -57,10 +57,12 @@ def filled(text: str, path: Path, source: Any) -> str:
         UserError: a marker that can't be read, has no end or names no block.
     """
     from dyndepth.pages.blocks import BLOCKS
+    from dyndepth.pages.drafts import acceptances, predictions
     from dyndepth.pages.figures import figure
     from dyndepth.pages.gpus import sentence
 
     blocks = BLOCKS | {"gpu": sentence, FIGURE: figure}
+    blocks |= {"acceptances": acceptances, "predictions": predictions}
 
     def block(match: re.Match[str]) -> str:
         name, written = match[1], match[2]

@@ -49,7 +49,7 @@ class Table:
     key: tuple[str, ...] = ()
     ordered: tuple[tuple[str, str, str], ...] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
-    defaults: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     former: frozenset[str] = field(default_factory=frozenset)
 
     def may_lack(self, column: str) -> bool:
@@ -360,6 +360,33 @@ _SERVING = {
 }
 """Latency, throughput and memory, of timing.csv."""
 
+_NO_DRAFTS = "empty in `prefill`, and for methods that draft nothing"
+_DRAFTS = {
+    "acceptance": _fraction(f"Accepted / drafted tokens of the timed passes; {_NO_DRAFTS}."),
+    "tokens_per_verify": _number(
+        "Tokens written for each verification, a pass of the whole model, its own token among "
+        f"them; {_NO_DRAFTS}.",
+        ge=1,
+    ),
+    "draft_ms": _number(f"Time of a drafted token, ms, mean; {_NO_DRAFTS}.", gt=0),
+    "verify_ms": _number(
+        "Time of a verification with its verdict, ms, mean; on a GPU this and `draft_ms` are of "
+        f"further passes, in which the clock waits for it; {_NO_DRAFTS}.",
+        gt=0,
+    ),
+    "predicted_speedup": _speedup(
+        "Speedup that the bytes of weights allow that drafts and verifications read, at the "
+        f"measured acceptance and the drafts' own lengths; {_NO_DRAFTS}."
+    ),
+    "predicted_by_times": _speedup(
+        f"The same by `draft_ms` and `verify_ms` in the place of bytes; {_NO_DRAFTS}."
+    ),
+    "search_s": _number(
+        f"Seconds that the fit says that it searched for its draft; {_NO_DRAFTS}.", ge=0
+    ),
+}
+"""What drafts came to, of timing.csv."""
+
 _TIMING = {
     "phase": _text(
         "`prefill`: one pass over the prompts; `decode`: one step that adds a token to each.",
@@ -371,6 +398,11 @@ _TIMING = {
         "How both sides ran: `eager`, or `graphs`: decoding replayed from CUDA graphs, phase "
         "`decode` alone; files from before there was a choice are read as `eager`.",
         isin=MODES,
+    ),
+    "temperature": _number(
+        "At which both sides drew their tokens; 0: the likeliest, as files from before there was a "
+        "choice are read.",
+        ge=0,
     ),
     "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
     "repeats": _integer("Interleaved pairs of dense and method that were timed.", nullable=True),
@@ -384,10 +416,12 @@ _TIMING = {
         "Upper end of its 95% interval, from order statistics of the pairs."
     ),
     "wall_efficiency": _speedup(
-        "`wall_speedup / total_speedup`; 1.0: all saved arithmetic became saved time."
+        "`wall_speedup / total_speedup`; 1.0: all saved arithmetic became saved time; empty for "
+        "drafts, which save none."
     ),
     "block_speedup": _speedup("Dense / executed block FLOPs of the timed passes (median)."),
     "total_speedup": _speedup("Dense / executed total FLOPs of the timed passes (median)."),
+    **_DRAFTS,
     **_SERVING,
     "dense_busy_s": _number(
         "Of as much work as `dense_median_s`, seconds in which the GPU computes or copies (union "
@@ -402,7 +436,8 @@ _TIMING = {
     ),
     "method_host_share": _fraction("As `dense_host_share`, of the method; empty on a CPU."),
     "suspect": _boolean(
-        "True if faster than the FLOPs allow by more than 5%: the measurement is in doubt.",
+        "True if faster than the FLOPs allow by more than 5%, or with drafts than the tokens of a "
+        "verification do: the measurement is in doubt.",
         nullable=True,
     ),
     "reproduces_scores": _boolean(
@@ -447,16 +482,19 @@ _TIMING = {
 }
 
 TIMING = Table(
-    "cell x phase x batch x length x mode; one shape may have several, which differ in "
-    "`new_tokens`, `level` or `shapes`",
+    "cell x phase x batch x length x mode x temperature; one shape may have several, which differ "
+    "in `new_tokens`, `level` or `shapes`",
     IDENTITY | _TIMING,
-    key=("cell", "phase", "batch", "length", "mode", "new_tokens", "level", "shapes"),
+    key=(
+        *("cell", "phase", "batch", "length", "mode", "temperature"),
+        *("new_tokens", "level", "shapes"),
+    ),
     ordered=(
         ("wall_speedup_low", "wall_speedup", "wall_speedup_high"),
         *_ordered(_SERVING),
     ),
     optional=frozenset(_TIMING) - {"phase", "batch", "length", "mode"},
-    defaults={"mode": EAGER},
+    defaults={"mode": EAGER, "temperature": 0.0},
     # Seconds between events on the device: they held its waiting, and were no time of its work.
     former=frozenset({"dense_device_s", "method_device_s", "device_speedup"}),
 )

@@ -24,6 +24,7 @@ from dyndepth.runtime.generating import speculating
 from dyndepth.runtime.graphs import Graphs, Stepper
 from dyndepth.runtime.limits import Limits, limits_of
 from dyndepth.runtime.patching import called_in, run_by, unsaved
+from dyndepth.runtime.replay import Replay
 from dyndepth.runtime.trace import Backend, Trace
 
 _MARK = "_dyndepth_runtime"
@@ -129,6 +130,9 @@ def attach(
     bind(model, method)
     runtime = Runtime(parts, method, backend, limits or limits_of(model), count)
     runtime.trace.documents, runtime.trace.prompt_length = documents, prompt_length
+    if method.reads_states:
+        runtime.trace.replay = Replay(parts, runtime.run, runtime.ledger if count else None)
+        runtime.run = runtime.trace.replay.block
     run, forward, graphs = runtime.run, None, None
     if mode != EAGER:
         graphs = Graphs() if isinstance(mode, str) else mode

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 Rules = Callable[[Sequence[int], Tensor], Tensor]
-"""``(written, logits [vocabulary]) -> logits``: what changes logits after the tokens written."""
+"""``(written, logits [vocabulary]) -> logits``: what is made of logits after the tokens written.
+Of these alone, in whatever order it is asked, and in memory of its own."""
 _BROKEN = -1
+_NO_NUMBER = "a logit of a text is not a number"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +83,28 @@ class Choice:
         logits: Tensor,
     ) -> tuple[int, int]:
         for place, row in enumerate(logits):
-            ruled = self._ruled([*written, *tokens[:place]], row)
-            _number(int(_likeliest(ruled[None])))
-            own = ruled.float().softmax(-1)
-            if place == len(tokens):
-                return place, int(self._drawn(own))
-            token, share = tokens[place], shares[place]
-            assert share is not None
-            chance = torch.rand((), device=own.device, generator=self.generator)
-            if not bool(chance * share[token] < own[token]):
-                rest = (own - share).clamp_min(0)
+            own = self._ruled([*written, *tokens[:place]], row).float().softmax(-1)
+            if place < len(tokens):
+                token, share = tokens[place], shares[place]
+                assert share is not None
+                if self._stands(token, own, share):
+                    continue
+                rest = self._rest(own, share)
                 # Nothing is left where the two differ by rounding alone.
-                return place, int(self._drawn(rest if bool(rest.any()) else own))
+                rest = torch.where(rest.any(), rest, own)
+            else:
+                rest = own
+            if not bool(own.isfinite().all()):
+                raise FloatingPointError(_NO_NUMBER)
+            return place, int(self._drawn(rest))
         raise AssertionError("there is one row more than drafted tokens")
+
+    def _stands(self, token: int, own: Tensor, share: Tensor) -> bool:
+        chance = torch.rand((), device=own.device, generator=self.generator)
+        return bool(chance * share[token] < own[token])
+
+    def _rest(self, own: Tensor, share: Tensor) -> Tensor:
+        return (own - share).clamp_min(0)
 
     def _ruled(self, written: Sequence[int], logits: Tensor) -> Tensor:
         return logits if self.rules is None else self.rules(written, logits)
@@ -111,5 +122,5 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 def _number(token: int) -> int:
     if token == _BROKEN:
-        raise FloatingPointError("a logit of a text is not a number")
+        raise FloatingPointError(_NO_NUMBER)
     return token

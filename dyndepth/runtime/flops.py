@@ -10,7 +10,9 @@ no total. What a backward pass computes is not counted, nor what it computes
 again (gradient checkpointing); a forward that did not complete is left out whole. Documents that
 begin alike may share the forward of that beginning; each is billed it in full, with the keys of its
 whole context, as if it had been read at once, and what was so billed and not computed is
-``reused``, a negative number. Useful + padding + reused is what the counter sees.
+``reused``, a negative number. Useful + padding + reused is what the counter sees. What drafts cost,
+and all that a verification costs more than its tokens would one by one, is of the cause ``draft``:
+all else is then what the whole model would have cost.
 """
 
 from __future__ import annotations
@@ -106,8 +108,10 @@ class Forward:
     whose attention did not see all tokens, how many it saw at the end, int64 ``[batch]``, and how
     many keys it was computed with. ``attended`` is bool ``[batch, keys]``, False on padding, if
     there is any. ``draft`` is True for tokens that are drafted, to be verified by another forward;
-    in a verification, it is how many of the last ones do not stand. All that these cost is of the
-    cause ``draft``, and they are not among the tokens.
+    ``rejected`` is None but in a verification, where it is how many of the last tokens do not
+    stand. All that these and drafted ones cost is of the cause ``draft``, and they are not among
+    the tokens; so are, of those that stand, the scores of keys that come after them: without a
+    draft each would have been read alone.
     """
 
     documents: Sequence[str] | None
@@ -131,7 +135,8 @@ class Forward:
     foresight: bool = False
     shared: Sequence[Sequence[tuple[str, int]]] | None = None
     attended: Tensor | None = None
-    draft: bool | int = False
+    draft: bool = False
+    rejected: int | None = None
 
     def again(self) -> Forward:
         """The same forward with nothing done yet, for what does not count."""
@@ -175,9 +180,9 @@ class Ledger:
         return self._pending[-1] if self._pending else None
 
     def reject_last(self, tokens: int) -> None:
-        """The last ``tokens`` of the forward that completed last were drafted and do not stand."""
+        """The forward that completed last is a verification, whose last ``tokens`` do not stand."""
         if self.last is not None:
-            self.last.draft = tokens
+            self.last.rejected = tokens
 
     def bill_last(self, shared: Sequence[Sequence[tuple[str, int]]]) -> None:
         """Bill each row of the forward that completed last to several documents; see ``Forward``.
@@ -234,6 +239,11 @@ class Ledger:
         sums = self._flush()
         return sums.whole, sums.gated
 
+    def drafts(self) -> tuple[float, float]:
+        """Block FLOPs of all drafted tokens: as they were drafted, and at full depth."""
+        executed, dense = self._flush().drafts
+        return float(executed), float(dense)
+
     @staticmethod
     def _named(row: np.ndarray) -> dict[str, Any]:
         block = row[_COLUMN["attention"]] + row[_COLUMN["mlp"]]
@@ -268,6 +278,7 @@ class _Sums:
         self.computed = 0.0
         self.reused = 0.0
         self.gated = self.whole = 0
+        self.drafts = np.zeros(2)
 
     def copy(self) -> _Sums:
         """Sums that can be added to without changing these; no array is ever written to."""
@@ -334,13 +345,23 @@ class _Sums:
             else:
                 counts = head.double().cpu().numpy() * (phase == _last_phase(forward))
             rows[:, _COLUMN["lm_head"]] += counts * costs.lm_head
+        dense_block = tokens * (attention + costs.mlp).sum(1)
         if draft:
             spent = rows[:, : len(CAUSES)].sum(1)
+            if forward.draft is True:
+                own = rows[:, _COLUMN["attention"]] + rows[:, _COLUMN["mlp"]]
+                dense = tokens * (attention + costs.mlp).sum(1)
+                self.drafts = self.drafts + [own.sum(), dense.sum()]
             rows[:] = 0.0
             rows[:, _COLUMN["draft"]] = spent
-            tokens = np.zeros(batch)
+            tokens = dense_block = np.zeros(batch)
+        elif forward.rejected is not None:
+            later = _later(forward, part)
+            scores = later * costs.score[layers].sum()
+            rows[:, _COLUMN["attention"]] -= scores
+            rows[:, _COLUMN["draft"]] += scores
+            dense_block = dense_block - later * costs.score.sum()
         rows[:, _COLUMN["tokens"]] = tokens
-        dense_block = tokens * (attention + costs.mlp).sum(1)
         rows[:, _COLUMN["dense_block"]] = dense_block
         rows[:, _COLUMN["dense_total"]] = dense_block + rows[:, _COLUMN["lm_head"]]
         if forward.shared is not None:
@@ -440,21 +461,35 @@ def _parts(forward: Forward) -> list[tuple[str, Tensor | None, bool]]:
     prompt, generation = ~forward.generation, forward.generation
     if forward.valid is not None:
         prompt, generation = prompt & forward.valid, generation & forward.valid
-    return [("prompt", prompt, False), *_standing(forward, "generation", generation)]
+    return [
+        *_standing(forward, "prompt", prompt),
+        *_standing(forward, "generation", generation),
+    ]
 
 
 def _standing(
     forward: Forward, phase: str, part: Tensor | None
 ) -> list[tuple[str, Tensor | None, bool]]:
     """What stands of a phase's tokens, and what does not, if there is any."""
-    if not forward.draft or forward.draft is True:
-        return [(phase, part, bool(forward.draft))]
+    if not forward.rejected:
+        return [(phase, part, forward.draft)]
     device = None if part is None else part.device
-    stands = torch.arange(forward.width, device=device) < forward.width - forward.draft
+    stands = torch.arange(forward.width, device=device) < forward.width - forward.rejected
     stands = stands.expand(forward.batch, -1)
     if part is None:
         return [(phase, stands, False), (phase, ~stands, True)]
     return [(phase, part & stands, False), (phase, part & ~stands, True)]
+
+
+def _later(forward: Forward, part: Tensor | None) -> np.ndarray:
+    """Tokens of a forward that come after those of ``part``, summed over these: ``[batch]``."""
+    if forward.valid is None:
+        later = torch.arange(forward.width - 1, -1, -1).expand(forward.batch, -1)
+    else:
+        valid = forward.valid.long().cpu()
+        later = valid.sum(1, keepdim=True) - valid.cumsum(1)
+    counted: np.ndarray = (later if part is None else later * part.cpu()).sum(1).double().numpy()
+    return counted
 
 
 def _count(tokens: Tensor, part: Tensor | None) -> np.ndarray:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache as once
 from inspect import signature
-from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import Draft, DynamicDepthMethod, Verified
+from dyndepth.models.blocks import causal_lm
 from dyndepth.models.caches import cache_argument
 from dyndepth.models.rotary import one_table, steady
 from dyndepth.runtime.acceptance import Round
@@ -60,15 +60,17 @@ def speculate(
     was written but for the last token, and no draft is under way.
 
     Raises UserError for a cache that cannot be cropped, or holds all of the prompt;
-    FloatingPointError where logits are not numbers.
+    FloatingPointError where the whole model's logits are not numbers.
     """
     loop = _Loop(model, trace, method, list(prompt), choice or Choice(), cache, clock)
     written = loop.written
+    if limit < 1:
+        return
     with loop.whole():
         yield loop.begin()
         while len(written) < limit and not ends(written):
-            drafted, shares = loop.draft(limit - len(written) - 1)
-            yield loop.verify(drafted, shares, ends)
+            loop.draft(limit - len(written) - 1)
+            yield loop.verify(ends)
 
 
 class _Loop:
@@ -92,7 +94,7 @@ class _Loop:
         self.model, self.trace, self.method, self.choice = model, trace, method, choice
         self.clock, self.prompt = clock, prompt
         self.cache = DynamicCache() if cache is None else cache
-        _check_croppable(self.cache)
+        check_croppable(self.cache)
         self.written: list[int] = []
         self.held = int(self.cache.get_seq_length())
         if self.held >= len(prompt):
@@ -102,8 +104,8 @@ class _Loop:
             )
         self._device = model.get_input_embeddings().weight.device
         self._cache = {cache_argument(model): self.cache}
+        self._keeps_logits = _keeps_logits(type(causal_lm(model)).forward)
         self._steady = steady(model)
-        self._started = clock()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -126,86 +128,99 @@ class _Loop:
         self.written.append(token)
         return (token,)
 
-    def draft(self, most: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Up to ``most`` tokens, each int64 ``[]``, and the distributions that they were drawn
-        from; off the cache again."""
+    def draft(self, most: int) -> None:
+        """Up to ``most`` tokens, each int64 ``[]``, with the distributions that they were drawn
+        from and the logits behind them; off the cache again."""
         self._started = self.clock()
-        most = self._within_one_table(most)
-        drafted: list[Tensor] = []
-        shares: list[Tensor | None] = []
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._drafted: list[Tensor] = []
+        self._shares: list[Tensor | None] = []
+        self._logits: list[Tensor] = []
         self._read: list[float] = []
-        fed = torch.tensor([[self.written[-1]]], device=self._device)
+        drafted = self._drafted
+        so_far = list(self.written) if self.choice.rules is not None else []
+        self._last = fed = torch.tensor([[self.written[-1]]], device=self._device)
         self.trace.drafting = True
-        while len(drafted) < most and self.method.more(
-            Draft(len(drafted), self._probabilities, self._memory())
-        ):
+        while len(drafted) < most and self._one_table(len(drafted) + 1) and self._more():
             logits = self._run(fed, 1)[0]
-            so_far: list[int] = []
-            if self.choice.rules is not None:
-                so_far = [*self.written, *(int(each) for each in drafted)]
             token, share = self.choice.draw(so_far, logits)
+            if self.choice.rules is not None:
+                so_far.append(int(token))
             drafted.append(token)
-            shares.append(share)
-            self._seen.append((token, logits))
-            fed = token[None, None]
+            self._shares.append(share)
+            self._logits.append(logits)
+            fed = token[None, None].to(self._device)
         self.trace.drafting = False
         if drafted:
             self.cache.crop(-len(drafted))
-        return drafted, shares
 
-    def verify(
-        self, drafted: Sequence[Tensor], shares: Sequence[Tensor | None], ends: Ends
-    ) -> tuple[int, ...]:
-        """What is written of a draft; the method is told."""
-        between = self.clock()
-        last = torch.tensor([self.written[-1]], device=self._device)
-        fed = torch.cat((last, *(each[None] for each in drafted)))[None]
-        logits = self._run(fed, len(drafted) + 1)
-        tokens, accepted, own = self.choice.judge(self.written, drafted, shares, logits)
-        new: list[int] = []
-        for token in (*tokens[:accepted], own):
-            new.append(token)
-            self.written.append(token)
-            if ends(self.written):
-                break
-        wrong = len(drafted) + 1 - len(new)
-        if wrong:
+    def verify(self, ends: Ends) -> tuple[int, ...]:
+        """What is written of the draft; the method is told.
+
+        Where this fails, nothing of the round stands.
+        """
+        between, before = self.clock(), len(self.written)
+        drafted = self._drafted
+        fed = self._last
+        if drafted:
+            fed = torch.cat((fed, torch.stack(drafted)[None].to(self._device)), 1)
+        replay = self.trace.replay if drafted else None
+        with nullcontext() if replay is None else replay.watching():
+            logits = self._run(fed, len(drafted) + 1)
+        try:
+            tokens, accepted, own = self.choice.judge(self.written, drafted, self._shares, logits)
+            for token in (*tokens[:accepted], own):
+                self.written.append(token)
+                if ends(self.written):
+                    break
+            new = tuple(self.written[before:])
+            wrong = len(drafted) + 1 - len(new)
             self.trace.reject(wrong)
-            self.cache.crop(-wrong)
+            if wrong:
+                self.cache.crop(-wrong)
+            verified = self.clock()
+            if drafted:
+                at = () if replay is None else replay.at(self.cache, len(new) - 1)
+                self.method.verified(Verified(len(drafted), accepted, self._memory(), *at))
+        except BaseException:
+            self.trace.reject(len(drafted) + 1)
+            del self.written[before:]
+            raise
+        finally:
+            if replay is not None:
+                replay.forget()
         self.held += len(new)
-        finished = self.clock()
         self.trace.speculation.rounds.append(
             Round(
                 drafted=tuple(tokens),
                 accepted=accepted,
-                tokens=tuple(new),
+                tokens=new,
                 probabilities=tuple(self._read),
-                draft_s=between - self._started,
-                verify_s=finished - between,
+                draft_s=between - self._started + self.clock() - verified,
+                verify_s=verified - between,
             )
         )
-        if drafted:
-            self.method.verified(Verified(len(drafted), accepted, self._memory()))
-        return tuple(new)
+        return new
 
     def _run(self, ids: Tensor, rows: int) -> Tensor:
         """Logits ``[rows, vocabulary]`` after the last of ``ids``, int64 ``[1, tokens]``."""
-        last_only = {"logits_to_keep": rows} if _keeps_logits(type(self.model).forward) else {}
+        last_only = {"logits_to_keep": rows} if self._keeps_logits else {}
         out = self.model(ids, **self._cache, use_cache=True, **last_only)
         found: Tensor = out.logits[0, -rows:]
         return found
 
-    def _within_one_table(self, most: int) -> int:
-        """As many of ``most`` tokens as are read by the same rotary tables as the next one."""
-        if self._steady:
-            return most
+    def _one_table(self, drafted: int) -> bool:
+        """Whether so many tokens are read by the same rotary tables as the one before them."""
         read = len(self.prompt) + len(self.written)
-        return next(n for n in count(most, -1) if n <= 0 or one_table(self.model, read, read + n))
+        return self._steady or one_table(self.model, read, read + drafted)
+
+    def _more(self) -> bool:
+        return self.method.more(Draft(len(self._drafted), self._probabilities, self._memory()))
 
     def _probabilities(self) -> list[float]:
-        for token, logits in self._seen[len(self._read) :]:
-            self._read.append(float(logits.float().softmax(-1)[token]))
+        for place in range(len(self._read), len(self._drafted)):
+            share = self._logits[place].float().softmax(-1)[self._drafted[place]]
+            # A draft may overflow: what is not a number is nothing to go on with.
+            self._read.append(float(share.nan_to_num(0.0)))
         return list(self._read)
 
     def _memory(self) -> dict[str, Tensor]:
@@ -213,10 +228,12 @@ class _Loop:
         return {} if kept is None else kept.memory
 
 
-def _check_croppable(cache: Any) -> None:
+def check_croppable(cache: Any) -> None:
     """Raises UserError for a cache whose last tokens cannot be taken off again."""
-    for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or layer.is_sliding:
+    for layer in getattr(cache, "layers", [cache]):
+        # One that keeps tokens in a way of its own (a window, quantised) does not give them back.
+        kept = isinstance(layer, DynamicLayer) and type(layer).update is DynamicLayer.update
+        if not kept:
             raise UserError(
                 f"a {type(layer).__name__} of the cache cannot give up drafted tokens; leave the "
                 "cache out, or give a DynamicCache() that was made without a configuration, which "

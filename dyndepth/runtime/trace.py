@@ -12,6 +12,7 @@ from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext, Phase
 from dyndepth.runtime.acceptance import Speculation
 from dyndepth.runtime.flops import Ledger
+from dyndepth.runtime.replay import Replay
 
 
 def phase_of_tokens(context: ForwardContext, length: int | Tensor) -> tuple[Phase, Tensor | None]:
@@ -60,7 +61,7 @@ class _Uncounted:
     def reject_last(self, tokens: int) -> None:
         """There is nothing to bill."""
 
-    by_document = bill_last = executed = computed_for_all = totals
+    by_document = bill_last = executed = computed_for_all = drafts = totals
     last = property(totals)
 
 
@@ -79,6 +80,7 @@ class Trace:
         reading: whether ``readout`` is at work, whose rows are billed already.
         drafting: whether the next forwards are drafts of a method that speculates.
         speculation: what its drafts came to, since the last ``reset``.
+        replay: what has verifications watched, for a method that ``reads_states``; else None.
     """
 
     def __init__(self, ledger: Ledger | None, head: Callable[[Tensor], Tensor]) -> None:
@@ -87,6 +89,7 @@ class Trace:
         self.reading = False
         self.drafting = False
         self.speculation = Speculation()
+        self.replay: Replay | None = None
         self._ledger: Any = _Uncounted() if ledger is None else ledger
         self._head = head
         self.totals: Callable[..., dict[str, Any]] = self._ledger.totals
@@ -99,8 +102,8 @@ class Trace:
         self.speculation = Speculation()
 
     def reject(self, tokens: int) -> None:
-        """Of the last forward, a verification, the last ``tokens`` of each sequence do not stand:
-        what they cost is billed as ``draft``."""
+        """Say that the last forward was a verification, of which the last ``tokens`` of each
+        sequence do not stand: what they cost is billed as ``draft``."""
         self._ledger.reject_last(tokens)
 
     @property
@@ -121,6 +124,10 @@ class Trace:
         (but for ``padding``), the clock does not.
         """
         return self._ledger.computed_for_all()
+
+    def drafts(self) -> tuple[float, float]:
+        """Block FLOPs of all drafted tokens: as they were drafted, and at full depth."""
+        return self._ledger.drafts()
 
     def gates(self) -> Tensor:
         """What the last forward executed: bool ``[batch, tokens, layers, 2]``, False on padding.

@@ -79,10 +79,10 @@ def work_through(study: Study, flags: dict[str, Any], only_report: bool = False)
         raise UserError(f"the study {study.name} makes no claims, so there is no report of its own")
     # numpy and scipy come late: --help must be instant.
     from dyndepth.cells.store import Store
-    from dyndepth.studies import similarity
+    from dyndepth.studies import acceptance, similarity
     from dyndepth.studies.recordings import position_table, record
     from dyndepth.studies.report import show, write
-    from dyndepth.studies.verdicts import comparable, failures, likened, report, traced
+    from dyndepth.studies.verdicts import comparable, drafting, failures, likened, report, traced
 
     store = Store(sweeps[0].output_path)
     store.check_model(sweeps[0].model)
@@ -92,9 +92,15 @@ def work_through(study: Study, flags: dict[str, Any], only_report: bool = False)
     if not only_report:
         record(needed, sweeps[0], store.path)
         similarity.record(likened(study, cells, phases), sweeps[0], store.path)
+        asked = drafting(study, cells, phases, "acceptance", "transfer", "identical")
+        acceptance.record(asked, sweeps[0], store.path)
+        asked = drafting(study, cells, phases, "transfer")
+        acceptance.record_transfer(asked, sweeps[0], store.path)
     failed = failures(study, cells, phases)
     rows = report(study, cells, phases, store.path)
-    paths = write(study, rows, cells, position_table(needed, store.path), store.path)
+    accepted = acceptance.table(drafting(study, cells, phases, "acceptance"), store.path)
+    positions = position_table(needed, store.path)
+    paths = write(study, rows, cells, positions, accepted, store.path)
     show(study, rows)
     for cell in failed:
         print(f"failed: {cell.identity['method']} {cell.key}: {cell.error}", file=sys.stderr)

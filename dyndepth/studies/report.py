@@ -12,6 +12,7 @@ from dyndepth.common.files import write_atomically
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.statistics.differences import RESAMPLES
 from dyndepth.results.tables import csv_text
+from dyndepth.studies import acceptance, predictions
 from dyndepth.studies.study import Claim, Study
 from dyndepth.studies.verdicts import COLUMNS, VERDICTS, label
 
@@ -46,12 +47,19 @@ still be."""
 
 
 def write(
-    study: Study, rows: Sequence[Row], cells: Sequence[Cell], positions: Sequence[Row], path: Path
+    study: Study,
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    positions: Sequence[Row],
+    accepted: Sequence[Row],
+    path: Path,
 ) -> list[Path]:
     """Write the files under ``path`` and return where; equal rows give equal bytes.
 
     ``claims.csv`` holds ``rows``; ``claims.md`` the same for people; ``positions.csv``, if routes
-    were recorded, the executed fraction by range of positions.
+    were recorded, the executed fraction by range of positions; ``acceptance.csv`` and
+    ``predictions.csv``, if drafts were, what of them is accepted (``accepted``), and what that
+    should come to on other models.
     """
     written = {
         path / "claims.csv": csv_text(rows, COLUMNS),
@@ -59,6 +67,10 @@ def write(
     }
     if positions:
         written[path / "positions.csv"] = csv_text(positions, tuple(positions[0]))
+    if accepted:
+        predicted = list(predictions.predictions(accepted))
+        written[path / "acceptance.csv"] = csv_text(accepted, acceptance.COLUMNS)
+        written[path / "predictions.csv"] = csv_text(predicted, predictions.COLUMNS)
     for file, text in written.items():
         write_atomically(file, text)
     return list(written)

@@ -58,6 +58,9 @@ Kind = Literal[
     "reach",
     "sublayers",
     "position",
+    "acceptance",
+    "transfer",
+    "identical",
 ]
 
 
@@ -79,7 +82,11 @@ class Claim:
             block FLOPs at which A, and each B, is as good as dense. ``sublayers``: A's attention
             with A's MLPs, by executed fraction; ``position``: the second half of each document
             with its first, by executed fraction. The last two use no B, and like ``similarity``
-            no metrics.
+            no metrics. Of methods that draft: ``acceptance``: the accepted share of drafted tokens
+            after prompts of each task, with B interpolated to the share of block FLOPs that A's
+            drafts execute. ``transfer``: the same of A as fitted on texts of each task against A as
+            it is, fitted on the corpus. ``identical``: the share of texts, of A and each B, that
+            are token by token what dense writes. Their metrics are tasks, see ``acceptance.of``.
         metrics: pairs of task and metric.
         published: the number that the source gives, in a few words.
     """

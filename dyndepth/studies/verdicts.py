@@ -30,7 +30,7 @@ from dyndepth.results.statistics.curves import (
 from dyndepth.results.statistics.differences import Difference, difference, reach
 from dyndepth.results.statistics.intervals import LEAST
 from dyndepth.results.statistics.verdicts import direction, holm
-from dyndepth.studies import recordings, similarity
+from dyndepth.studies import acceptance, recordings, similarity
 from dyndepth.studies.study import Claim, Pick, Study
 from dyndepth.sweep.grid import limits
 from dyndepth.sweep.settings import Settings, chat_of, limit_text
@@ -53,11 +53,23 @@ that was looked for, and ``low`` to ``high`` its interval."""
 
 VERDICTS = ("better", "worse", "no difference shown", "not comparable")
 
-INTERPOLATED = ("equal_flops", "equal_total_flops", "equal_modules", "similarity")
+INTERPOLATED = ("equal_flops", "equal_total_flops", "equal_modules", "similarity", "acceptance")
 """Kinds of claims whose B is interpolated to A's budget."""
 
-COUNTED = {"equal_modules": "sublayers", "equal_total_flops": "FLOPs"}
+COUNTED = {
+    "equal_modules": "sublayers",
+    "equal_total_flops": "FLOPs",
+    "acceptance": "block FLOPs, in its drafts,",
+}
 """What a budget counts, where that is not the FLOPs of the blocks."""
+
+RECORDED = {
+    "similarity": "similarity",
+    "acceptance": "acceptance",
+    "transfer": "acceptance",
+    "identical": "acceptance",
+}
+"""Kinds of claims that compare what was recorded of the cells, and what that is."""
 
 ROUTED = ("sublayers", "position")
 """Kinds of claims that compare executed fractions within one method."""
@@ -139,6 +151,8 @@ def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> li
         about = {"study": study.name, "source": claim.source, "published": claim.published}
         if claim.kind == "reach":
             found = list(_reached(claim, cells, phases))
+        elif claim.kind == "identical":
+            found = list(_identical(claim, cells, phases, folder))
         elif claim.kind in ROUTED:
             found = list(_judged(claim, list(_routed(claim, cells, phases, folder))))
         else:
@@ -166,6 +180,14 @@ def likened(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     return [cell for cell in found.values() if cell.evaluated]
 
 
+def drafting(study: Study, cells: Sequence[Cell], phases: str, *kinds: str) -> list[Cell]:
+    """The cells whose drafts claims of these ``kinds`` need."""
+    claims = [claim for claim in study.claims if claim.kind in kinds]
+    picks = dict.fromkeys(pick for claim in claims for pick in (claim.a, *claim.b))
+    found = {cell.key: cell for pick in picks for cell in chosen(pick, cells, phases)}
+    return [cell for cell in found.values() if cell.evaluated]
+
+
 def failures(study: Study, cells: Sequence[Cell], phases: str) -> list[Cell]:
     """Failed cells that a claim of the study needs."""
     picks = {pick for claim in study.claims for pick in (claim.a, *claim.b)}
@@ -181,18 +203,31 @@ def _methods(
     for b, (task, metric) in product(claim.b, metrics):
         row: Row = {"task": task, "metric": metric, "b": label(b), "unit": "documents"}
 
-        def points(pick: Pick, task: str = task, metric: str = metric) -> dict[float, Point]:
-            return _points(claim, pick, cells, phases, task, metric, folder)
+        def points(
+            pick: Pick, task: str = task, metric: str = metric, kind: str = claim.kind
+        ) -> dict[float, Point]:
+            return _points(claim, pick, cells, phases, task, metric, folder, kind)
 
         own, other = points(claim.a), points(b)
+        if claim.kind == "transfer":
+            other = points(b, kind="acceptance")
+            own = {target: point for target, point in own.items() if target in other}
         missing = [p.label for p, found in ((claim.a, own), (b, other)) if not found]
         if missing:
-            what = "similarity recorded" if similar else "finished cell"
+            what = "finished cell"
+            if claim.kind in RECORDED:
+                what = f"{RECORDED[claim.kind]} recorded"
             yield row, f"no {what} of {' and of '.join(missing)}"
             continue
-        row |= {"higher_is_better": True} if similar else _of_task(cells, task, metric)
+        recorded = claim.kind in RECORDED
+        row |= {"higher_is_better": True} if recorded else _of_task(cells, task, metric)
+        if claim.kind == "transfer":
+            # The same cells, fitted on other text.
+            for target, point in own.items():
+                yield _against(claim, row, target, point, [other[target]])
+            continue
         against = curve(list(other.values()))
-        if claim.kind in INTERPOLATED:
+        if claim.kind in INTERPOLATED and claim.kind != "acceptance":
             dense = points(Pick(DENSE, b.recovery)).values()
             against = curve([*other.values(), *dense])
         for target, point in own.items():
@@ -222,6 +257,23 @@ def _reached(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[Row]:
         shown = found.high < 1 - SAME
         reason = "at the least budget measured" if found.open and shown else ""
         yield row | {"verdict": "reached" if shown else "not shown", "reason": reason}
+
+
+def _identical(claim: Claim, cells: Sequence[Cell], phases: str, folder: Path) -> Iterator[Row]:
+    """Rows of a claim on texts, of A and each B, that are what dense writes."""
+    for pick, (task, metric) in product((claim.a, *claim.b), claim.metrics):
+        row: Row = {"claim": claim.name, "kind": claim.kind, "a": label(pick), "b": DENSE}
+        row |= {"task": task, "metric": metric, "unit": "documents", "higher_is_better": True}
+        found = _points(claim, pick, cells, phases, task, metric, folder, claim.kind)
+        if not found:
+            reason = f"no acceptance recorded of {pick.label}"
+            yield row | {"verdict": "not comparable", "reason": reason}
+        for target, point in found.items():
+            about: Row = {"target_speedup": target, "fraction_a": point.fraction}
+            about |= {"value_a": point.value, "value_b": 1.0, "n": len(point.documents)}
+            about |= {"seeds_a": point.seeds, "cells_a": " ".join(point.cells)}
+            same = point.value == 1.0
+            yield row | about | {"verdict": "identical" if same else "differs", "reason": ""}
 
 
 def _against(
@@ -302,8 +354,19 @@ def _points(
     task: str,
     metric: str,
     folder: Path,
+    kind: str,
 ) -> dict[float, Point]:
-    """The points of one method by target, on the scale on which the claim compares."""
+    """The points of one method by target, on the scale on which the claim compares; ``kind`` is
+    the claim's, but where two kinds of recordings are compared."""
+    if kind in ("acceptance", "transfer", "identical"):
+        groups = _by_target(chosen(pick, cells, phases))
+        each = {
+            target: acceptance.point(
+                group, folder, task, metric, "transfer" if kind == "transfer" else "acceptance"
+            )
+            for target, group in groups.items()
+        }
+        return {target: point for target, point in each.items() if point is not None}
     if claim.kind == "similarity":
         groups = _by_target(chosen(pick, cells, phases))
         found = {target: similarity.point(group, folder) for target, group in groups.items()}

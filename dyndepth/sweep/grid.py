@@ -100,13 +100,25 @@ def asked_level(settings: Settings, device: str, shapes: Sequence[Shape] = ()) -
 
 def wanted(settings: Settings, cell: Cell) -> Wanted:
     """The times that ``cell`` is to have. What is added to times that it has, shapes or compiled
-    dense, is so in their modes, unless one was asked for by name."""
+    dense, is so in their modes, unless one was asked for by name; see also ``timeable``."""
     possible = modes(settings, str(cell.identity["device"]))
     added = settings.timing_shapes or settings.compiled_dense
     if settings.mode is None and added and cell.timing:
         known = set(map(mode_of, cell.timing))
         possible = tuple(mode for mode in possible if mode in known) or possible
-    return Wanted(settings.timing, possible, settings.timing_shapes, settings.compiled_dense)
+    shapes = settings.timing_shapes
+    possible_shapes = timeable(shapes, cell.identity.get("method")) or shapes
+    return Wanted(settings.timing, possible, possible_shapes, settings.compiled_dense)
+
+
+def timeable(shapes: Sequence[Shape], method: str | None) -> tuple[Shape, ...]:
+    """Those of the ``shapes`` that the method of that name can be timed on: of one sequence, if it
+    speculates."""
+    from dyndepth.common.registry import method_class, methods
+
+    several = any(shape.batch > 1 for shape in shapes)
+    alone = several and method in methods() and method_class(str(method)).speculates
+    return tuple(shape for shape in shapes if shape.batch == 1 or not alone)
 
 
 def plans(settings: Settings, layers: int, longest: int | None = None) -> list[CellSpec]:

@@ -17,7 +17,7 @@ from dyndepth.common.digests import harness_code, task_content, task_files
 from dyndepth.common.errors import UserError
 from dyndepth.common.provenance import conditions, git_commit, versions
 from dyndepth.models.loading import SPREAD, resolve_device
-from dyndepth.sweep.grid import asked_level, modes
+from dyndepth.sweep.grid import asked_level, modes, timeable
 from dyndepth.sweep.settings import Settings, chat_of
 
 if TYPE_CHECKING:
@@ -182,13 +182,15 @@ class Workbench:
         """Time the plan's method against dense in one ``mode``, both on the weights that were
         scored, on the ``shapes``; if there are none on those that were asked for, or the level's.
         ``samples`` are its scored documents, of which the timed run has to reproduce some. A method
-        that foresees has no rows: the clock would see it look ahead."""
+        that foresees has no rows: the clock would see it look ahead; nor has one that speculates,
+        if none of the shapes that were asked for is of one sequence."""
         from dyndepth.evaluation.evaluate import let_choose, scored_documents
         from dyndepth.evaluation.language_model import DyndepthLM
         from dyndepth.timing.measure import measure
 
         with self.fitted(plan) as method:
-            if method.foresees:
+            asked = shapes or self.settings.timing_shapes
+            if method.foresees or (asked and not timeable(asked, method.name)):
                 return []
             if self._scored is not method:  # a bound that was scored earlier has yet to choose
                 for tasks, how in self._tasks_by_limit():

@@ -28,8 +28,10 @@ class CompiledDense(Side):
         fault: why it has no times, in one line; empty if it has.
     """
 
-    def __init__(self, model: nn.Module, texts: Sequence[Tensor], new_tokens: int) -> None:
-        super().__init__(model, None, texts, new_tokens)
+    def __init__(
+        self, model: nn.Module, texts: Sequence[Tensor], new_tokens: int, sample: bool = False
+    ) -> None:
+        super().__init__(model, None, texts, new_tokens, sample=sample)
         self.fault = ""
         try:
             self._call: Any = torch.compile(model, backend=BACKEND)

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dyndepth.cells.times import temperature_of
 from dyndepth.common.modes import EAGER
 from dyndepth.common.printing import Column, print_columns
 from dyndepth.results.noise import legend, loaded, told
@@ -31,15 +32,50 @@ def show_timing(title: str, rows: Sequence[Row]) -> None:
         of(WALL, _told),
         of("pairs", lambda row: str(row["repeats"]), 2),
         of("FLOPs speedup", lambda row: f"{row['total_speedup']:.3f}", 1),
-        of("efficiency", lambda row: f"{row['wall_efficiency']:.2f}", 3),
+        of("efficiency", lambda row: _known(row["wall_efficiency"], "{:.2f}"), 3),
     ]
+    if any(map(temperature_of, rows)):
+        columns.insert(3, of("T", lambda row: f"{temperature_of(row):g}", name=True))
     if any(row["busy_speedup"] is not None for row in rows):
         columns.append(of("busy speedup", lambda row: _known(row["busy_speedup"], "{:.3f}"), 5))
         columns.append(of("host share", _host_shares, 5))
     one = rows[0]
     about = f"{_conditions(one)}; decode: time of one step"
     print_columns(columns, title, _with_legend(about, columns))
+    _show_drafts(rows)
     _show_serving(rows)
+
+
+def _show_drafts(rows: Sequence[Row]) -> None:
+    """What became of drafts, and what was to be expected of them, beside the measured speedup."""
+    drafts = [row for row in rows if row.get("tokens_per_verify") is not None]
+    if not drafts:
+        return
+
+    def of(heading: str, form: Callable[[Row], str], rank: int = 0, name: bool = False) -> Column:
+        return Column(heading, [form(row) for row in drafts], name=name, rank=rank)
+
+    columns = [
+        of("shape", lambda row: f"{row['batch']}x{row['length']}+{row['new_tokens']}", name=True),
+        of("T", lambda row: f"{temperature_of(row):g}", name=True),
+        of("accepted", lambda row: _known(row["acceptance"], "{:.0%}")),
+        of("tokens a round", lambda row: f"{row['tokens_per_verify']:.2f}"),
+        of("draft ms", lambda row: _known(row["draft_ms"], "{:.2f}")),
+        of("verify ms", lambda row: f"{row['verify_ms']:.2f}"),
+        of("speedup", _told),
+        of("by bytes", lambda row: _known(row["predicted_speedup"], "{:.3f}")),
+        of("by times", lambda row: _known(row["predicted_by_times"], "{:.3f}"), 1),
+    ]
+    if len({row["mode"] for row in drafts}) > 1:
+        columns.insert(1, of("mode", lambda row: row["mode"], name=True))
+    searched = drafts[0]["search_s"]
+    more = "" if searched is None else f"; the fit searched for {searched:.0f} s"
+    caption = (
+        "accepted: of the drafted tokens; round: a draft and its verification; draft ms: of one "
+        "token; by bytes, by times: the speedup predicted from the weights that are read, and from "
+        f"the two times{more}"
+    )
+    print_columns(columns, "Drafts, verified by the whole model", caption)
 
 
 def _show_serving(rows: Sequence[Row]) -> None:
@@ -47,6 +83,7 @@ def _show_serving(rows: Sequence[Row]) -> None:
     shapes: dict[str, list[Row]] = {}
     for row in rows:
         mode = f" {row['mode']}" if row["mode"] != EAGER else ""
+        mode += f" T={temperature:g}" if (temperature := temperature_of(row)) else ""
         shapes.setdefault(f"{row['batch']}x{row['length']}{mode}", []).append(row)
     lines = [
         (shape, *line) for shape, own in shapes.items() for line in (*_times(own), *_memory(own))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import RunFailed, UserError
 from dyndepth.common.modes import EAGER, GRAPHS, MODES
-from dyndepth.timing.levels import Level, Shape, what_fits
+from dyndepth.data.capacity import longest
+from dyndepth.timing.levels import STEPS, Level, Shape, what_fits
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +83,20 @@ def measure(
         ``*_cache_bytes`` the keys and values kept at the end of the phase.
         ``speedup_over_compiled`` is compiled dense's time over the method's, paired as the other;
         None unless asked for, and then ``compiled_error`` says why.
+        Of a method that speculates there is one more row of decode: ``temperature`` 1, at which
+        dense draws its tokens as well. Its ``acceptance`` is accepted / drafted tokens,
+        ``tokens_per_verify`` the tokens written for each verification, ``draft_ms`` and
+        ``verify_ms`` a drafted token's and a verification's time, ``predicted_speedup`` and
+        ``predicted_by_times`` what the cost model makes of the acceptance, by bytes and by those
+        times, ``search_s`` what its fit says that it searched. Shapes of several sequences are
+        left out, with a warning, and those of a named level take at least ``levels.STEPS`` steps.
         ``wall_speedup`` is the median over ``repeats`` pairs, with its 95% interval
         ``wall_speedup_low`` to ``wall_speedup_high``. ``block_speedup`` and ``total_speedup`` are
         FLOPs ratios, medians over the same passes, and ``wall_efficiency`` is ``wall_speedup /
-        total_speedup``. ``suspect`` marks a wall speedup above ``total_speedup`` by more than 5%:
-        the measurement is at fault, or work was saved that the ledger does not count (the reading
-        of cached keys in a large batch). ``attach_s`` is what attaching costs, outside of the
+        total_speedup`` (None for drafts). ``suspect`` marks a wall speedup above ``total_speedup``
+        by more than 5%: the measurement is at fault, or work was saved that the ledger does not
+        count (the reading of cached keys in a large batch); for drafts, one above
+        ``tokens_per_verify``. ``attach_s`` is what attaching costs, outside of the
         clock. ``reproduces_scores`` says whether ``check`` came out the same (None: nothing to
         check), ``score_gap`` the largest difference in nats, ``check_error`` why there is none.
         The rest are conditions; see dyndepth.common.machine.
@@ -95,7 +104,8 @@ def measure(
     Raises:
         UserError: an unknown level or mode, too little text, a model that has a method attached, or
             in mode ``graphs`` shapes without steps, a model that cannot be recorded, or a method
-            some of whose steps cannot be.
+            some of whose steps cannot be; shapes of several sequences alone for a method that
+            speculates.
         RunFailed: the device has no room for any of the shapes. Those that it has no room for, if
             others fit, are left out with a warning.
     """
@@ -115,6 +125,8 @@ def measure(
     if device == "cpu":
         steady_allocator()
     shapes = [shape for shape in chosen.shapes if shape.new_tokens or mode != GRAPHS]
+    if shapes and method.speculates:
+        shapes = _one_sequence(shapes, method, longest(model), named=isinstance(level, str))
     if not shapes:
         raise UserError("graphs hold decode steps, and no shape has any; take --mode eager")
     texts = {shape: _texts(text, shape, chosen.texts, seed, model) for shape in shapes}
@@ -183,6 +195,29 @@ def check_recordable(model: torch.nn.Module, asked: str | None) -> None:
     reason = obstacle(Decoder.of(model))
     if reason is not None:
         raise UserError(f"graphs cannot be recorded: {reason}; take --mode eager")
+
+
+def _one_sequence(
+    shapes: Sequence[Shape], method: DynamicDepthMethod, most: int | None, named: bool
+) -> list[Shape]:
+    """Those of one sequence, which is all that speculation writes at a time, with a warning for the
+    others. Shapes of a ``named`` level get steps enough for a few drafts, within ``most`` tokens.
+    Raises UserError if none is left.
+    """
+    alone = [shape for shape in shapes if shape.batch == 1]
+    why = f"{method.name} drafts for one sequence after another"
+    if not alone:
+        raise UserError(f"{why}, and no shape has a batch of 1; add one, such as 1x512")
+    if len(alone) < len(shapes):
+        others = ", ".join(str(shape) for shape in shapes if shape.batch > 1)
+        warnings.warn(f"timing {others} is left out: {why}", stacklevel=3)
+    if not named:
+        return alone
+    room = [STEPS if most is None else min(STEPS, most - shape.length) for shape in alone]
+    return [
+        shape._replace(new_tokens=max(shape.new_tokens, steps)) if shape.new_tokens else shape
+        for shape, steps in zip(alone, room, strict=True)
+    ]
 
 
 def _texts(

@@ -1,4 +1,4 @@
-"""The passes that are timed: a prefill and greedy steps over its cache, dense or with a method.
+"""The passes that are timed: a prefill and steps over its cache, dense or with a method.
 
 In eager mode dense is the stock model. Where decoding is replayed from CUDA graphs, dense is so as
 well: a method that executes everything (``jobs.whole``) is attached in the same way.
@@ -54,6 +54,18 @@ def running(mode: str) -> Iterator[How]:
 
 Call = Callable[..., Any]
 """What is called in the place of a model, with the same words: the model itself, or compiled."""
+Choose = Callable[[Tensor], Tensor]
+"""``logits [batch, vocabulary] -> ids [batch, 1]``."""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each sequence, ids ``[batch, 1]``."""
+    return logits.argmax(-1, keepdim=True)
+
+
+def drawn(generator: torch.Generator) -> Choose:
+    """Draws each sequence's token at temperature 1."""
+    return lambda logits: torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
 
 
 def prefill(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple[Tensor, Any]:
@@ -66,10 +78,12 @@ def prefill(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple
     return out.logits[:, -1], cache_of(out)
 
 
-def first_token(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple[Tensor, Any]:
-    """The likeliest token after ``tokens``, ids ``[batch, 1]``, and the cache; see ``prefill``."""
+def first_token(
+    model: nn.Module, tokens: Tensor, call: Call | None = None, choose: Choose = likeliest
+) -> tuple[Tensor, Any]:
+    """The token after ``tokens``, ids ``[batch, 1]``, and the cache; see ``prefill``."""
     logits, past = prefill(model, tokens, call)
-    return logits.argmax(-1, keepdim=True), past
+    return choose(logits), past
 
 
 def step(model: nn.Module, cache: Any, token: Tensor, call: Call | None = None) -> Tensor:
@@ -79,14 +93,19 @@ def step(model: nn.Module, cache: Any, token: Tensor, call: Call | None = None) 
 
 
 def decode(
-    model: nn.Module, cache: Any, token: Tensor, steps: int, call: Call | None = None
+    model: nn.Module,
+    cache: Any,
+    token: Tensor,
+    steps: int,
+    call: Call | None = None,
+    choose: Choose = likeliest,
 ) -> Tensor:
-    """Feed ``token`` and then what is likeliest, ``steps`` times; returns the next token.
+    """Feed ``token`` and then what is chosen, ``steps`` times; returns the next token.
 
     An end of sequence changes nothing: a method must not win by stopping early.
     """
     for _ in range(steps):
-        token = step(model, cache, token, call).argmax(-1, keepdim=True)
+        token = choose(step(model, cache, token, call))
     return token
 
 
@@ -122,7 +141,8 @@ class Side:
     ``around`` attaches and reads the ledger, outside of the clock; ``run`` is what is timed,
     ``busy`` the same under a profiler, and ``peaks`` the same for its memory. Each call takes the
     next text: two sides that are called in turn get the same ones. ``how`` is what ``attach`` is
-    told of the mode; ``call`` is called in the place of the stock model.
+    told of the mode; ``call`` is called in the place of the stock model; with ``sample`` tokens are
+    drawn at temperature 1, of a text always the same way.
 
     Attributes:
         phases: that a pass has, of ``PHASES``.
@@ -140,6 +160,7 @@ class Side:
         new_tokens: int,
         how: How = AS_EVER,
         call: Call | None = None,
+        sample: bool = False,
     ) -> None:
         self.model, self.method, self.new_tokens, self.how = model, method, new_tokens, how
         self.phases = tuple(PHASES) if new_tokens else ("prefill",)
@@ -147,7 +168,8 @@ class Side:
         self.watch = Stopwatch(self.place)
         self.totals: list[dict[str, dict[str, Any]]] = []
         self.kept: list[dict[str, int | None]] = []
-        self.texts, self._call = texts, call
+        self.texts, self.sample, self._call = texts, sample, call
+        self._choose: Choose = likeliest
         self.restart()
 
     def restart(self) -> None:
@@ -158,24 +180,36 @@ class Side:
     def around(self) -> Iterator[None]:
         """Chooses the text; the method is attached inside."""
         number, self.tokens = next(self._next)
+        if self.sample:
+            self.generator = torch.Generator(self.place).manual_seed(number)
+            self._choose = drawn(self.generator)
         if self.method is None:
             yield
             return
         documents = [f"text {number}, row {row}" for row in range(len(self.tokens))]
         with attach(self.model, self.method, documents=documents, warn=False, **self.how) as trace:
+            self.trace = trace
             yield
             self.totals.append({lap: trace.totals(phase) for lap, phase in PHASES.items()})
 
     def run(self) -> None:
         """A prompt with the first token's choice, and ``new_tokens`` steps, a lap each."""
         with self.watch.lap("prefill"):
-            first, past = first_token(self.model, self.tokens, self._call)
+            first, past = self._begin()
         kept = {"prefill": cache_bytes(past)}
         if self.new_tokens:
             with self.watch.lap("decode"):
-                decode(self.model, past, first, self.new_tokens, self._call)
+                self._go_on(first, past)
             kept["decode"] = cache_bytes(past)
         self.kept.append(kept)
+
+    def _begin(self) -> tuple[Any, Any]:
+        """What a prefill leaves: what the steps begin with, and the cache."""
+        return first_token(self.model, self.tokens, self._call, self._choose)
+
+    def _go_on(self, first: Any, past: Any) -> None:
+        """The steps."""
+        decode(self.model, past, first, self.new_tokens, self._call, self._choose)
 
     def busy(self) -> dict[str, float | None]:
         """Seconds that the device works in each phase of one pass more; see ``busy.busy_of``."""
@@ -189,16 +223,9 @@ class Side:
 
     def _parts(self) -> dict[str, Callable[[], Any]]:
         """The phases of a pass, to be run in this order."""
-        begun: list[tuple[Tensor, Any]] = []
-
-        def steps() -> None:
-            first, past = begun.pop()
-            decode(self.model, past, first, self.new_tokens, self._call)
-
-        parts: dict[str, Callable[[], Any]] = {
-            "prefill": lambda: begun.append(first_token(self.model, self.tokens, self._call))
-        }
-        return parts | ({"decode": steps} if self.new_tokens else {})
+        begun: list[tuple[Any, Any]] = []
+        parts: dict[str, Callable[[], Any]] = {"prefill": lambda: begun.append(self._begin())}
+        return parts | ({"decode": lambda: self._go_on(*begun.pop())} if self.new_tokens else {})
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from dyndepth.common.errors import UserError
 from dyndepth.method import DynamicDepthMethod
-from dyndepth.timing import pairing, passes
+from dyndepth.runtime.draft_costs import DraftCosts
+from dyndepth.timing import drafted, pairing, passes
 from dyndepth.timing.compiled import CompiledDense, compiling
 from dyndepth.timing.jobs import whole
 from dyndepth.timing.latency import held, kept, no_speeds, over_compiled, speeds
@@ -41,31 +43,92 @@ def measured(
     seed: int,
     progress: bool,
 ) -> list[Row]:
-    """The rows of one shape: the columns of ``measure.measure`` that are of a phase.
+    """The rows of one shape: the columns of ``measure.measure`` that are of a phase; decode at each
+    of ``drafted.TEMPERATURES`` of a method that speculates.
 
     Raises UserError as ``check_repeated``."""
-    dense = passes.Side(model, whole(model) if how else None, texts, shape.new_tokens, how)
-    own = passes.Side(model, method, texts, shape.new_tokens, how)
-    # In graphs, too, a prompt runs eagerly: its time says nothing of them.
-    phases = ("decode",) if how else own.phases
+    timed = (model, method, shape, texts)
+    more = (how, compiled_dense, seed, progress)
+    if not (method.speculates and shape.new_tokens):
+        return _measured(*timed, level, *more)
+    costs = drafted.read_costs(model, method, texts[0][0].tolist(), shape.new_tokens)
+    each = replace(level, seconds=level.seconds / len(drafted.TEMPERATURES))
+    rows = []
+    for temperature in drafted.TEMPERATURES:
+        rows += _measured(*timed, each, *more, costs, temperature)
+    return rows
+
+
+def _measured(
+    model: nn.Module,
+    method: DynamicDepthMethod,
+    shape: Shape,
+    texts: Sequence[Tensor],
+    level: Level,
+    how: How,
+    compiled_dense: bool,
+    seed: int,
+    progress: bool,
+    costs: DraftCosts | None = None,
+    temperature: float = 0.0,
+) -> list[Row]:
+    """Rows of one shape at one temperature; ``costs`` of the drafts, if there are any."""
+    sample = temperature > 0
+    stock = whole(model) if how else None
+    dense = passes.Side(model, stock, texts, shape.new_tokens, how, sample=sample)
+    side: type[Side] = passes.Side if costs is None else drafted.Drafted
+    own = side(model, method, texts, shape.new_tokens, how, sample=sample)
+    # In graphs, too, a prompt runs eagerly: its time says nothing of them. And a prompt is read
+    # alike, however its first token is chosen.
+    phases = ("decode",) if how or sample else own.phases
+    unrepeated = how["mode"].others if how else 0  # by those that were timed before
     third = None
     with ExitStack() as stack:
         if compiled_dense:
             stack.enter_context(compiling())
-            third = CompiledDense(model, texts, shape.new_tokens)
+            third = CompiledDense(model, texts, shape.new_tokens, sample)
             third.settle()
             stack.enter_context(third.watched())
         pairs = _rounds(dense, own, third, phases, shape, level, how, seed, progress)
-    check_repeated(method, how, steps=bool(shape.new_tokens))
+    check_repeated(method, how, bool(shape.new_tokens), unrepeated + _verified(own))
     rows = [_row(phase, shape, dense, own, third, pairs) for phase in phases]
+    if isinstance(own, drafted.Drafted) and costs is not None:
+        _add_drafts(rows[-1], own, costs, temperature, pairs)
     if dense.place.type == "cuda":
         add_busy(rows, dense, own)
-    for name, side in (("dense", dense), ("method", own)):
+    for name, each in (("dense", dense), ("method", own)):
         # By graphs memory lies ready, from the warm-up on.
-        found = {} if how else side.peaks()
+        found = {} if how else each.peaks()
         for row in rows:
             row |= held(name, found.get(row["phase"]))
     return rows
+
+
+def _add_drafts(
+    row: Row, own: drafted.Drafted, costs: DraftCosts, temperature: float, pairs: int
+) -> None:
+    """What drafts came to into a row of decode. No FLOPs are saved, so that no efficiency is; what
+    it may save at the most is a step a token but for each verification, which is one or more."""
+    rounds = [each for one in own.rounds[-pairs:] for each in one]
+    assert own.method is not None
+    row |= drafted.columns(
+        rounds, own.laps(pairs), costs, row["dense_median_s"], temperature, search_s(own.method)
+    )
+    row["wall_efficiency"] = None
+    row["suspect"] = row["wall_speedup"] > row["tokens_per_verify"] * (1 + EXCESS)
+
+
+def search_s(method: DynamicDepthMethod) -> float | None:
+    """Seconds that the fit says it searched; None if it says nothing."""
+    found = method.facts.get("search_s")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _verified(own: Side) -> int:
+    """Forwards of several tokens over a cache, which no recording holds."""
+    if not isinstance(own, drafted.Drafted):
+        return 0
+    return sum(bool(each.drafted) for one in own.rounds for each in one)
 
 
 def _rounds(
@@ -173,6 +236,7 @@ def _row(
         **kept("dense", phase, dense.kept[-pairs:]),
         **kept("method", phase, own.kept[-pairs:]),
         **_of_compiled(phase, shape, third, second),
+        **drafted.no_columns(),
         "dense_busy_s": None,
         "method_busy_s": None,
         "busy_speedup": None,
@@ -191,15 +255,19 @@ def _of_compiled(
     return speeds("compiled", phase, shape, seconds) | over_compiled(ratio(seconds, own), "")
 
 
-def check_repeated(method: DynamicDepthMethod, how: How, steps: bool = False) -> None:
+def check_repeated(
+    method: DynamicDepthMethod, how: How, steps: bool = False, verified: int = 0
+) -> None:
     """Raises UserError if what ran by recordings did so in part only, or, where there were
-    ``steps``, not at all: the time would be that of eager steps under another name."""
+    ``steps``, not at all: the time would be that of eager steps under another name. ``verified``
+    forwards over a cache read several tokens, and are no steps."""
     graphs = how.get("mode")
     if graphs is None:
         return
-    if graphs.others:
+    if graphs.others > verified:
+        others = graphs.others - verified
         raise UserError(
-            f"{method.name}: {graphs.others} decode steps could not be repeated from recordings; "
+            f"{method.name}: {others} decode steps could not be repeated from recordings; "
             "take --mode eager"
         )
     if steps and not graphs.steps:

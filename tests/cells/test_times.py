@@ -163,3 +163,13 @@ def test_of_several_times_of_a_shape_tables_show_the_one_that_tells_most():
     for most, *less in ((compiled, full), (full, quick, asked), (quick, longer), (longer, asked)):
         assert one_each([most, *less]) == one_each([*less, most]) == [most]
     assert one_each([quick, other := decode()])[0] is other
+    drawn = decode(level="full", temperature=1.0)
+    assert one_each([drawn, quick]) == one_each([quick, drawn]) == [quick]
+    assert one_each([drawn]) == [drawn]
+
+
+def test_times_of_drawn_tokens_stand_beside_those_of_the_likeliest():
+    both = [*rows(ONE), rows(ONE, temperature=1.0)[1]]
+    assert renewed(both, "eager", both, "quick") == both
+    assert renewed(both, "eager", rows(ONE), "quick") == [both[2], *rows(ONE)]
+    assert not missing(both, "quick", Wanted("quick", ["eager"]))

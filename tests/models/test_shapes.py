@@ -30,6 +30,8 @@ from dyndepth.sweep import __main__ as sweep
 
 PARAMETERS = {
     "llama-3-8b": 8_030_261_248,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_248_023_552,
     "qwen2.5-7b": 7_615_616_512,
