@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dyndepth.runtime.acceptance import Round
     from dyndepth.runtime.trace import Trace
 
-_SHOWN = 16
+_SHOWN = 24
 """Tokens of the prompt's end that ``Generated.prompt`` has in words."""
 
 
@@ -119,7 +119,7 @@ def write(
         tokens=tuple(tokens),
         pieces=pieces(tokenizer, prompt, tokens),
         finish=finish,
-        prompt=tokenizer.decode(list(prompt[-_SHOWN:])),
+        prompt="…" * (len(prompt) > _SHOWN) + tokenizer.decode(list(prompt[-_SHOWN:])),
         prompt_tokens=len(prompt),
         method=spec_of(method),
         seconds=seconds,

@@ -130,6 +130,9 @@ class TestShares:
         assert "word\nstart\n34 judged" in labels
         entries = [each.get_text() for each in figure.legends[0].get_texts()]
         assert entries == ["a", "b", "a: pays from here on"]
+        figure = plots.acceptance(drafts, needed={"a": 0.75, "b": 0.7500001})
+        entries = [each.get_text() for each in figure.legends[0].get_texts()]
+        assert entries == ["a", "b", "a, b: pays from here on"]
 
     def test_one_text_has_its_methods_name(self):
         figure = plots.acceptance(make_text())
