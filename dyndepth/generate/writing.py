@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dyndepth.runtime.acceptance import Round
     from dyndepth.runtime.trace import Trace
 
-_SHOWN = 16
+_SHOWN = 24
 """Tokens of the prompt's end that ``Generated.prompt`` has in words."""
 
 
@@ -119,7 +119,7 @@ def write(
         tokens=tuple(tokens),
         pieces=pieces(tokenizer, prompt, tokens),
         finish=finish,
-        prompt=tokenizer.decode(list(prompt[-_SHOWN:])),
+        prompt="…" * (len(prompt) > _SHOWN) + tokenizer.decode(list(prompt[-_SHOWN:])),
         prompt_tokens=len(prompt),
         method=spec_of(method),
         seconds=seconds,
@@ -186,9 +186,10 @@ def _proposals(
     found = []
     before = [*prompt, *tokens[:1]]
     for each in rounds:
-        last = each.tokens[each.accepted :]
+        accepted = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
+        last = each.tokens[accepted:]
         drafted = pieces(tokenizer, before, each.drafted)
-        own = pieces(tokenizer, [*before, *each.tokens[: each.accepted]], last)
-        found.append(Proposal(drafted, each.accepted, own[0] if own else None, each.probabilities))
+        own = pieces(tokenizer, [*before, *each.tokens[:accepted]], last)
+        found.append(Proposal(drafted, accepted, own[0] if own else None, each.probabilities))
         before += each.tokens
     return tuple(found)

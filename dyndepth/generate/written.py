@@ -16,7 +16,7 @@ class Proposal:
 
     Attributes:
         drafted: the text of each drafted token.
-        accepted: how many of them, from the first, are what the whole model writes.
+        accepted: how many of them, from the first, were written.
         own: the text of the token that the whole model added; None where the text ended before.
         probabilities: what the draft gave to each token, where it was asked; else empty.
     """
@@ -28,9 +28,10 @@ class Proposal:
 
     @property
     def judged(self) -> int:
-        """Drafted tokens that were compared with the whole model's: those that stand, and the first
-        that does not. What follows that one was drafted after a text that was never written."""
-        return min(self.accepted + 1, len(self.drafted))
+        """Drafted tokens of which it is known whether they stand: those that do, and the first that
+        does not. The others follow a text that was never written, or its end."""
+        ended = self.own is None
+        return self.accepted if ended else min(self.accepted + 1, len(self.drafted))
 
 
 @dataclass(frozen=True)

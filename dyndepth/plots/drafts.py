@@ -64,7 +64,9 @@ class _Look:
 
 _ACCEPTED = _Look("drafted, stands", BLUE, BLUE, "white")
 _REJECTED = _Look("drafted, taken back", "white", VERMILION, INK, crossed=True)
-_UNJUDGED = _Look("drafted after that, not judged", "white", "#7A7A7A", "#6A6A6A", dotted=True)
+_UNJUDGED = _Look(
+    "drafted after that, or after the end", "white", "#7A7A7A", "#6A6A6A", dotted=True
+)
 _OWN = _Look("the whole model's own", ORANGE, ORANGE, INK)
 _LOOKS = (_ACCEPTED, _REJECTED, _UNJUDGED, _OWN)
 
@@ -153,12 +155,11 @@ def acceptance(
             right, [shown.index(kind) + aside for kind in table["kind"]], table,
             look | {"linestyle": "none"}, name,
         )  # fmt: skip
-        if needed is not None and name in needed:
-            for axis in (left, right):
-                axis.axhline(
-                    needed[name], color=look["color"], linestyle=":", linewidth=1.2,
-                    label=name + _NEEDED, zorder=1,
-                )  # fmt: skip
+    for label, value, colour in _lines_needed(list(found), needed or {}):
+        for axis in (left, right):
+            axis.axhline(
+                value, color=colour, linestyle=":", linewidth=1.2, label=label, zorder=1
+            )  # fmt: skip
     left.set_ylabel("share that stands, of those judged", fontsize=8)
     left.set_xlabel("place in the draft", fontsize=8)
     left.set_ylim(-0.03, 1.03)
@@ -183,6 +184,24 @@ def _points(axis: Axes, x: Any, table: Any, look: dict[str, Any], name: str) -> 
 
 def _judged(table: Any, kind: str) -> int:
     return int(table.loc[table["kind"] == kind, "judged"].sum())
+
+
+def _lines_needed(
+    names: Sequence[str], needed: Mapping[str, float]
+) -> list[tuple[str, float, str]]:
+    """Label, value and colour of each acceptance that is needed, those that are the same as one."""
+    shared: dict[float, list[int]] = {}
+    for number, name in enumerate(names):
+        if name in needed:
+            shared.setdefault(round(needed[name], 3), []).append(number)
+    return [
+        (
+            ", ".join(names[number] for number in own) + _NEEDED,
+            value,
+            INK if len(own) > 1 else style(own[0])["color"],
+        )
+        for value, own in shared.items()
+    ]
 
 
 def _is_line(label: str) -> bool:
@@ -256,8 +275,8 @@ def _patch(look: _Look) -> dict[str, Any]:
 
 def _words(text: Generated, title: str, first: int, last: int, rounds: int) -> list[str]:
     """The lines over a picture."""
-    assert text.speculation is not None
-    drafted, accepted = text.speculation.drafted, text.speculation.accepted
+    drafted = sum(len(each.drafted) for each in text.proposals)
+    accepted = sum(each.accepted for each in text.proposals)
     share = f" ({accepted / drafted:.0%})" if drafted else ""
     each = text.tokens_per_verification or 0.0
     part = "" if (first, last) == (0, rounds) else f"; rounds {first} to {last} of {rounds}"

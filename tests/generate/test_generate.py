@@ -270,15 +270,16 @@ def test_shares_count_what_was_judged(model, tokenizer):
         Proposal((" a", "b", "1", "."), 2, " x"),  # judged: " a", "b", "1"
         Proposal((" a", "b"), 2, "."),
         Proposal((), 0, "."),
-        Proposal(("2",), 0, None),
+        Proposal(("2",), 0, "."),
+        Proposal(("3", "x"), 1, None),  # the text ended there
     )
     text = replace(text, proposals=told)
     table = by_position([text]).set_index("position")
-    assert table["judged"].to_dict() == {1: 3, 2: 2, 3: 1}
-    assert table["accepted"].to_dict() == {1: 2, 2: 2, 3: 0}
+    assert table["judged"].to_dict() == {1: 4, 2: 2, 3: 1}
+    assert table["accepted"].to_dict() == {1: 3, 2: 2, 3: 0}
     table = by_kind(text).set_index("kind")
-    assert table["judged"].to_dict() == {"word start": 2, "word inside": 2, "number": 2}
-    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 2, "number": 0}
+    assert table["judged"].to_dict() == {"word start": 2, "word inside": 2, "number": 3}
+    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 2, "number": 1}
     # Wilson's interval by its own formula, 2 of 2.
     z2 = 1.959964**2
     assert table.loc["word start", "low"] == pytest.approx(2 / (2 + z2), abs=1e-6)
