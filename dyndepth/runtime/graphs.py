@@ -284,12 +284,13 @@ class Stepper:
         forward, project = now.forward, self._runtime.project
         pattern = tuple((_known(attention), _known(mlp)) for attention, mlp in now.plan)
         key: tuple[Any, ...] = ("plan", pattern, project, forward.batch, keys)
-        if self._updates is not None:
+        updates = None if now.overruled else self._updates
+        if updates is not None:
             key += (self._known_as(),)
         billed = len(forward.bills)
 
         def make() -> Whole:
-            told = self._told(place, forward)
+            told = None if updates is None else self._told(place, forward)
             unit = by_plan(place, pattern, project, told)
             return Whole(place, stock, keys, unit, told=told)
 
