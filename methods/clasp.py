@@ -16,12 +16,12 @@ Granularity: sequence. Phases: generation, and there in drafts alone: everywhere
 runs. KV policy: prompt_only; what a draft kept is taken back.
 Costs: no FLOPs are saved: drafts, refused tokens and programmes are billed as ``draft``. Each new
 set of blocks is recorded anew under ``--mode graphs``.
-Deviations: of two equal cosines the paper's code is not known to us; here the block is left out.
-h_L is taken before the final norm. The paper reports a good interval (128), a good probability to
-stop at (0.7, the default here) and 44 of 80 blocks left out for one model of 70 billion weights;
-here the target says how many, ``length`` bounds a draft, and ``every`` is 1 by default, which is
-the paper's algorithm before it saves time. The paper has no ``adaptive``; by ``bytes``, it counts a
-programme as reading the weights of all blocks.
+Deviations: h_L is taken before the final norm. For a model of 70 billion weights the paper finds
+44 of 80 blocks best, an interval of 128 and, to stop at, a probability of 0.7, the default here;
+the target says how many blocks here, and ``length`` bounds a draft. ``every`` is 8 by default: on
+the embedded model a programme costs some 0.8 of a verification, and one after each verification has
+0.04 more of the drafted tokens stand. The set of the first draft is ours. The paper has no
+``adaptive``; by ``bytes``, a programme is counted as reading the weights of all blocks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class CLaSp(Drafting):
     reads_states: ClassVar[bool] = True
 
     stop: float = 0.7
-    every: int = 1
+    every: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,9 +10,10 @@ published references do. ``--check`` compares with the goals of ``dyndepth.bench
 
 The part ``routes`` is in ``dyndepth.bench.plans``: many static plans scored together and one by
 one; the part ``evaluation`` in ``dyndepth.bench.evaluation``: the dense model against lm-eval's own
-model class; the part ``sweep`` in ``dyndepth.bench.sweep``: what a sweep costs beside its model.
-Of a model with random weights (``--model shape:NAME``) there is the part ``shapes`` alone, on
-random tokens. The last line of output is one JSON object.
+model class; the part ``sweep`` in ``dyndepth.bench.sweep``: what a sweep costs beside its model;
+the part ``lossless`` in ``dyndepth.bench.lossless``: drafts that the whole model verifies. Of a
+model with random weights (``--model shape:NAME``) there are the parts ``shapes`` and ``lossless``
+alone, on random tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dyndepth.bench.goals import GOALS, GPU_GOALS, Goal
+from dyndepth.bench.goals import GOALS, GPU_GOALS, LOSSLESS_GOALS, Goal
 from dyndepth.bench.lines import MORE_WORKS, WORKS, Lines
 from dyndepth.bench.shapes import PHASES, passes, shapes
 from dyndepth.cells.identity import plain
@@ -32,7 +33,9 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, check_file, path_of
 from dyndepth.models.shapes import is_shape, shape_for
 
-PARTS = ("shapes", "routes", "evaluation", "sweep")
+PARTS = ("shapes", "routes", "evaluation", "sweep", "lossless")
+UNSCORED = ("shapes", "lossless")
+"""Parts that need no text."""
 DTYPES = ("float32", "bfloat16")
 SKIPPING = ("both", "generation")
 
@@ -74,6 +77,12 @@ def _parser() -> Parser:
             help=f"of {', '.join(choices)} (default: {said})",
         )
     parser.add_argument(
+        "--drafts",
+        metavar="METHODS",
+        help="methods that speculate, for the part lossless, such as one,other(length=4) (default: "
+        "all that are registered and need no training)",
+    )
+    parser.add_argument(
         "--mode",
         choices=CHOICES["mode"],
         help=f"{HELP['mode']} (default: both on a GPU, else eager)",
@@ -85,9 +94,9 @@ def _parser() -> Parser:
         nargs="?",
         const="print",
         choices=("print", "fail"),
-        help="say which goals of the part shapes are met, set for the embedded model on one "
-        f"thread of a CPU, and for {shape_for('bench')} in bfloat16 on one GPU; 'fail': exit "
-        "status 1 if one is missed by more than noise",
+        help="say which goals of the parts shapes and lossless are met, set for the embedded model "
+        f"on one thread of a CPU, and for {shape_for('bench')} in bfloat16 on one GPU; 'fail': "
+        "exit status 1 if one is missed by more than noise",
     )
     return parser
 
@@ -115,8 +124,14 @@ def bench(options: argparse.Namespace) -> bool:
         passes(options)
     if options.output_path is not None:
         options.output_path = check_file("output_path", options.output_path, "JSON")
-    if options.check and "shapes" not in options.parts:
-        raise UserError("--check compares the part shapes; add it to --parts")
+    if options.check and not set(UNSCORED) & set(options.parts):
+        raise UserError(f"--check compares {' and '.join(UNSCORED)}; add it to --parts")
+    if options.drafts:
+        from dyndepth.bench.rivals import speculating
+
+        if "lossless" not in options.parts:
+            raise UserError("--drafts is for the part lossless; add it to --parts")
+        speculating(options.drafts)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
@@ -145,8 +160,15 @@ def bench(options: argparse.Namespace) -> bool:
         from dyndepth.bench.sweep import sweep
 
         found["sweep"] = sweep(options)
+    if "lossless" in options.parts:
+        from dyndepth.bench.lossless import lossless
+
+        found["lossless"] = lossless(corpus, options)
     goals = GOALS if options.device == "cpu" else GPU_GOALS
-    reached = not options.check or _reached(found["bench"], goals)
+    reached = True
+    for lines, own in ((found.get("bench"), goals), (found.get("lossless"), LOSSLESS_GOALS)):
+        if options.check and lines:
+            reached = _reached(lines, own) and reached
     print(json.dumps(plain(found), allow_nan=False))
     return reached
 
@@ -157,12 +179,14 @@ def _parts(options: argparse.Namespace) -> list[str]:
     if not is_shape(options.model):
         return list(options.parts or PARTS)
     parts = list(options.parts or PARTS[:1])
-    scoring = [part for part in parts if part != "shapes"]
+    scoring = [part for part in parts if part not in UNSCORED]
     if scoring:
         raise UserError(
             f"{options.model} has random weights and no tokenizer, and to measure "
-            f"{' and '.join(scoring)} is to score text; give --parts shapes"
+            f"{' and '.join(scoring)} is to score text; give --parts {' '.join(UNSCORED)}"
         )
+    if options.drafts:
+        raise UserError(f"{options.model} has no text for --drafts to be compared on; leave it out")
     if options.check and options.device == "cpu":
         raise UserError(
             "the goals of --check on a CPU are set for the embedded model, not for "

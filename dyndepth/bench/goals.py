@@ -1,4 +1,5 @@
-"""What the part ``shapes`` of ``python -m dyndepth.bench`` is to reach, and whether it does."""
+"""What the parts ``shapes`` and ``lossless`` of ``python -m dyndepth.bench`` are to reach, and
+whether they do."""
 
 from __future__ import annotations
 
@@ -62,6 +63,9 @@ GPU_GOALS = (
 """For the reference shape (``dyndepth.models.shapes.shape_for``) in bfloat16 on an H100 or H200.
 Efficiency in decode is of the FLOP ideal."""
 
+LOSSLESS_GOALS = (Goal("overhead/*", "ratio", 1.05, at_most=True),)
+"""Of the part ``lossless``."""
+
 MET, UNCERTAIN, MISSED = "met", "missed within noise", "missed"
 
 
@@ -86,8 +90,7 @@ def check(lines: Lines, goals: Sequence[Goal] = GOALS) -> Iterator[Check]:
     quantity is NaN, which was not measured."""
     for name, line in lines.items():
         for goal in goals:
-            value = line[goal.quantity]
-            if fnmatchcase(name, goal.lines) and not isnan(value):
+            if fnmatchcase(name, goal.lines) and not isnan(value := line[goal.quantity]):
                 yield Check(name, goal, value, _verdict(goal, value, line))
 
 
@@ -95,5 +98,7 @@ def _verdict(goal: Goal, value: float, line: Line) -> str:
     if value <= goal.bound if goal.at_most else value >= goal.bound:
         return MET
     # Peak memory has no noise; an interval that is missing is NaN and compares as False.
-    scale = {"speedup": 1.0, "efficiency": line["flop_ideal"]}.get(goal.quantity)
+    if goal.quantity == "ratio":
+        return UNCERTAIN if line["low"] <= goal.bound else MISSED
+    scale = {"speedup": 1.0, "efficiency": line.get("flop_ideal")}.get(goal.quantity)
     return UNCERTAIN if scale and line["high"] / scale >= goal.bound else MISSED

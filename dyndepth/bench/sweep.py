@@ -187,6 +187,7 @@ def _sweep(options: argparse.Namespace, executor: str, folder: Path) -> Row:
         if name != DENSE
         and not method_class(name).needs_training
         and not method_class(name).uses_labels
+        and not method_class(name).speculates
     ]
     command = [sys.executable, "-m", "dyndepth.sweep", "--methods", ",".join(chosen)]
     command += ["--model", options.model, "--device", options.device, "--timing", "off"]

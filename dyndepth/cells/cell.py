@@ -104,8 +104,15 @@ def identity_columns(cell: Cell) -> Row:
         "cell": cell.key,
         **own,
         "bound": bound,
+        "lossless": is_lossless(cell),
         "remote_code": cell.provenance.get("remote_code"),
     }
+
+
+def is_lossless(cell: Cell) -> bool:
+    """True if the cell's method speculates: it drafts what the whole model verifies, so it writes
+    what dense writes, saves no FLOPs and competes with nobody on them."""
+    return bool(cell.provenance.get("speculates", False))
 
 
 def readable_name(identity: Row) -> str:

@@ -50,10 +50,11 @@ IDENTITY = (
 )
 """Keys of an identity, in the order in which they lead every table's columns."""
 
-LEADING = ("cell", *IDENTITY, "bound", "remote_code")
+LEADING = ("cell", *IDENTITY, "bound", "lossless", "remote_code")
 """The columns that lead every table: the cell's hash, its identity, ``bound``, True where the
-method sees labels: a bound, no competitor, and ``remote_code``, True where code that came with the
-model had been loaded, None where nobody looked."""
+method sees labels: a bound, no competitor, ``lossless``, True where it drafts what the whole model
+verifies: no competitor either, for it saves no FLOPs, and ``remote_code``, True where code that
+came with the model had been loaded, None where nobody looked."""
 
 UNHASHED = frozenset({"model", "git_commit"})
 """Part of every row, but not of the hash: where the weights lie is no matter of their values

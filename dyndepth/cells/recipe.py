@@ -230,3 +230,13 @@ def _written(value: Any) -> str:
         brief = f"{value:g}"
         return brief if float(brief) == value else repr(value)
     return str(value)
+
+
+def refuse_drafts(method: Any, recipe: Recipe) -> None:
+    """Raises UserError for the recovery of a method that speculates: adapters would make another
+    model of the one that verifies."""
+    if method.speculates:
+        raise UserError(
+            f"recovery {recipe.kind!r} trains weights, and {method.name} writes what the model as "
+            "it is verifies; leave the method or the recovery out"
+        )

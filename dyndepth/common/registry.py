@@ -115,9 +115,11 @@ def load_method(spec: str, **parameters: Any) -> DynamicDepthMethod:
 
 def phases_given(name: str, parameters: dict[str, Any], asked: str) -> dict[str, str]:
     """What ``--phases asked`` adds to the ``parameters`` of a method: nothing where it has no
-    choice or the user made one."""
+    choice, as a method that speculates, or the user made one."""
     cls = method_class(name)
     if "phases" in parameters or not any(f.name == "phases" for f in fields(cls)):
+        return {}
+    if cls.speculates:  # drafts are of what is generated, whatever the others do
         return {}
     wanted = cls.published_phases if asked == "published" else asked
     return {} if wanted is None else {"phases": wanted}

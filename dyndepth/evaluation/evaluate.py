@@ -53,7 +53,8 @@ class Evaluation:
             ``block_flops_per_token``, ``total_flops_per_token``, the achieved ``block_speedup``
             and ``total_speedup``, and the FLOPs a token by cause. ``padding`` (computed for nobody)
             and ``reused`` (billed to several documents, computed once: negative) are known over all
-            phases only. A phase without tokens has no row.
+            phases only. A phase without tokens has no row. Where drafts were verified, the row of
+            the generation has ``drafted``, ``accepted``, ``verifications`` and ``written``.
         routing: one row a phase, layer and sublayer over all tasks: ``task`` (``all``), ``phase``,
             ``layer`` (from 0), ``sublayer``, ``executed`` (fraction of tokens).
         samples: one row a task and document: ``task``, ``doc_id`` (index in the task's file),

@@ -1,6 +1,7 @@
 """Generates with an attached model, greedily, and nothing of lm-eval: see
 ``dyndepth.evaluation.scoring``.
 
+A method that speculates writes by drafts, one prompt after another; all others write in batches.
 The cache is kept as long as the model's rotary tables are the same. Where a text grows so long that
 they become others, all of it is read anew: each token is that of one forward over all before it.
 """
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 
 from dyndepth.evaluation.forwards import budget_of, forward, padded, parts, rows_of
+from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.rotary import one_table, tables
+from dyndepth.runtime.choosing import Choice
+from dyndepth.runtime.speculation import speculate
 from dyndepth.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,6 +52,20 @@ _BROKEN = -1
 """In place of a token where the logits are not numbers."""
 
 
+def completed(
+    model: PreTrainedModel,
+    trace: Trace,
+    method: DynamicDepthMethod,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy completions under ``method``, which is attached, in the way that its declared facts
+    allow: (index of the prompt, generated token ids)."""
+    if method.speculates:
+        return generate_drafted(model, trace, method, prompts)
+    return generate(model, trace, prompts, 1 if method.pooled else batch_size)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, trace: Trace, prompts: Sequence[Prompt], batch_size: int
@@ -71,6 +89,40 @@ def generate(
             batch = [prompts[index] for index in indices[part]]
             texts = finish(model, trace, batch, begin(model, trace, batch))
             yield from zip(indices[part], texts, strict=True)
+
+
+def generate_drafted(
+    model: PreTrainedModel, trace: Trace, method: DynamicDepthMethod, prompts: Sequence[Prompt]
+) -> Iterator[tuple[int, list[int]]]:
+    """What ``generate`` gives without a method, by drafts of ``method``, which speculates and is
+    attached: (index of the prompt, generated token ids), in the order of ``prompts``.
+
+    A text whose rotary tables change as it grows is written without drafts: what was cached before
+    is read anew there, which a draft would have to be, too. Raises as ``finish``.
+    """
+    for index, prompt in enumerate(prompts):
+        length = len(prompt.tokens)
+        if one_table(model, length, length + prompt.limit - 1):
+            yield index, _drafted(model, trace, method, prompt)
+        else:
+            (text,) = finish(model, trace, [prompt], begin(model, trace, [prompt]))
+            yield index, text
+
+
+def _drafted(
+    model: PreTrainedModel, trace: Trace, method: DynamicDepthMethod, prompt: Prompt
+) -> list[int]:
+    trace.documents = [prompt.document]
+    rounds = speculate(
+        model,
+        trace,
+        method,
+        prompt.tokens,
+        limit=prompt.limit,
+        ends=lambda written: prompt.stop(list(written)),
+        choice=Choice(prompt.rules),
+    )
+    return [token for tokens in rounds for token in tokens]
 
 
 @dataclass(frozen=True)

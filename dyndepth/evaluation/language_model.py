@@ -194,8 +194,8 @@ class DyndepthLM(HFLM):
             for task, places in self._by_task(requests).items():
                 chosen = [prompts[place] for place in places]
                 with self._attached(task) as trace:
-                    rows = 1 if self.method.pooled else self.batch_size
-                    for index, tokens in generation.generate(self.model, trace, chosen, rows):
+                    how = (self.model, trace, self.method, chosen, self.batch_size)
+                    for index, tokens in generation.completed(*how):
                         results[places[index]] = self.completion(tokens, stops[places[index]])
                         bar.update()
         return results
@@ -388,18 +388,20 @@ class DyndepthLM(HFLM):
                         bar.update(len(results))
 
     def _results(self, trace: Trace, groups: Sequence[Group]) -> Iterator[tuple[int, Scored]]:
-        """Score groups in the way that the method's declared facts allow; see ``scoring.score``."""
-        if self.method.pooled:
+        """Score groups in the way that the method's declared facts allow; see ``scoring.score``.
+        Without a draft the whole model runs: what speculates is scored as dense is, bit by bit."""
+        drafts = self.method.speculates
+        if self.method.pooled and not drafts:
             for index, group in enumerate(groups):
                 yield index, scoring.score_alone(self.model, trace, group)
             return
         # Whose keys a shared beginning will have seen at the end is each document's own.
-        sharing = not self.method.by_document and self.method.kv_policy != "evict"
+        sharing = drafts or (not self.method.by_document and self.method.kv_policy != "evict")
         yield from scoring.score(self.model, trace, groups, self.batch_size, sharing=sharing)
 
     def _check(self, task: str, groups: Sequence[Group]) -> None:
         """Refuse to score ``task`` if batches do not give what documents give alone."""
-        if self.method.pooled:
+        if self.method.pooled and not self.method.speculates:
             return
 
         def run(score: Callable[[Trace], Iterable[Scored]]) -> list[Scored]:

@@ -13,6 +13,7 @@ from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
 
 from dyndepth.method import SUBLAYERS
+from dyndepth.runtime.acceptance import Speculation
 from dyndepth.runtime.flops import CAUSES
 from dyndepth.runtime.trace import Trace
 
@@ -35,11 +36,13 @@ class Cost:
         totals: by phase (``all``, ``prompt``, ``generation``), as ``Trace.totals`` gives them.
         executed: by phase, tokens that each sublayer executed, float64 ``[layers, 2]``.
         documents: by document id ``task/index``, as ``Trace.by_document`` gives them.
+        drafts: what ``drafts_of`` gives, if there were drafts.
     """
 
     totals: dict[str, dict[str, Any]] = field(default_factory=dict)
     executed: dict[str, np.ndarray] = field(default_factory=dict)
     documents: dict[str, dict[str, float]] = field(default_factory=dict)
+    drafts: dict[str, int] = field(default_factory=dict)
 
     def add(self, trace: Trace) -> None:
         """Add everything that ``trace`` recorded."""
@@ -52,6 +55,19 @@ class Cost:
                 self.executed[phase] = self.executed.get(phase, 0.0) + executed
         for document, totals in trace.by_document().items():
             self.documents[document] = _added(self.documents.get(document, {}), totals)
+        if trace.speculation.rounds:
+            self.drafts = _added(self.drafts, drafts_of(trace.speculation))
+
+
+def drafts_of(speculation: Speculation) -> dict[str, int]:
+    """Of all rounds: tokens that were ``drafted``, those of them that were ``accepted``,
+    ``verifications``, and tokens that these have ``written``."""
+    return {
+        "drafted": speculation.drafted,
+        "accepted": speculation.accepted,
+        "verifications": len(speculation.rounds),
+        "written": sum(len(each.tokens) for each in speculation.rounds),
+    }
 
 
 def compute_rows(task: str, cost: Cost) -> Iterator[Row]:
@@ -74,6 +90,7 @@ def compute_rows(task: str, cost: Cost) -> Iterator[Row]:
                 cause: float(totals["by_cause"][cause]) / tokens if phase == "all" else None
                 for cause in ("padding", "reused")
             },
+            **(cost.drafts if phase == "generation" else {}),
         }
 
 

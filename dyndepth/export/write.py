@@ -62,6 +62,12 @@ def export(
             f"{method.name} is a bound: it chooses by what no model in use can see, so there is "
             "nothing to export; export a method"
         )
+    if method.speculates:
+        raise UserError(
+            f"{method.name} drafts what the whole model verifies: what it writes is that model's, "
+            "and a checkpoint of it would be that model; keep what it fitted by method.save, or "
+            "export its draft as a method"
+        )
     plain.check_exportable(model)
     started, base = time.monotonic(), fingerprint(model)
     # Not the calibration text: too little of it for a short corpus.

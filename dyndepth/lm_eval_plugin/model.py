@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -113,14 +113,16 @@ class NamedLM(DyndepthLM):
             print(
                 f"dyndepth: {self.method.name} at target {self.method.target_speedup:g}x, "
                 f"phases={ran['phases']}: achieved {ran['block_speedup']:.2f}x of dense's block "
-                f"FLOPs, {ran['total_speedup']:.2f}x of its total FLOPs",
+                f"FLOPs, {ran['total_speedup']:.2f}x of its total FLOPs{_drafts(ran)}",
                 file=sys.stderr,
             )
         return found | ran
 
 
 def achieved(costs: Iterable[Cost]) -> dict[str, float]:
-    """``block_speedup`` and ``total_speedup`` over all that was run, where anything was."""
+    """``block_speedup`` and ``total_speedup`` over all that was run, where anything was; and, of
+    drafts, ``acceptance`` and ``tokens_per_verify``."""
+    costs = list(costs)
     totals = [cost.totals["all"] for cost in costs if "all" in cost.totals]
     found: dict[str, float] = {}
     for kind in ("block", "total"):
@@ -129,7 +131,23 @@ def achieved(costs: Iterable[Cost]) -> dict[str, float]:
         )
         if own:
             found[f"{kind}_speedup"] = dense / own
+    drafts = [cost.drafts for cost in costs if cost.drafts]
+    if drafts:
+        drafted, accepted, passes, written = (
+            sum(each[key] for each in drafts)
+            for key in ("drafted", "accepted", "verifications", "written")
+        )
+        found["tokens_per_verify"] = written / passes
+        found |= {"acceptance": accepted / drafted} if drafted else {}
     return found
+
+
+def _drafts(ran: Mapping[str, Any]) -> str:
+    """What became of drafts, as the end of a sentence; empty where there were none."""
+    if "tokens_per_verify" not in ran:
+        return ""
+    share = f"{ran['acceptance']:.0%} of its drafts accepted, " if "acceptance" in ran else ""
+    return f"; lossless: {share}{ran['tokens_per_verify']:.2f} tokens a verification"
 
 
 SETTINGS = (

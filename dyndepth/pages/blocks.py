@@ -64,7 +64,7 @@ def methods(source: Source, options: Options) -> str:
     return table(("method", "rule", "decides", "source"), lines)
 
 
-_KINDS = ("method", "control", "bound")
+_KINDS = ("method", "lossless", "control", "bound")
 
 
 def method_classes() -> list[Any]:
@@ -100,7 +100,8 @@ def run(source: Source, options: Options) -> str:
 
 
 def leaderboard(source: Source, options: Options) -> str:
-    """Rows of the main run's leaderboard at one target: dense, then by bits per byte, then bounds.
+    """Rows of the main run's leaderboard at one target: dense, then by bits per byte, then bounds;
+    nothing of what is lossless, which saves no FLOPs.
 
     Options: ``target``; ``phases`` (default: both); ``recovered`` (default: false). Seeds are
     averaged; an interval then reaches from the lowest end of any seed's to the highest.
@@ -115,6 +116,7 @@ def leaderboard(source: Source, options: Options) -> str:
     for row in rows:
         fits = row["method"] == DENSE or float(row["target_speedup"]) == target
         fits = fits and (row["phases"] == phases or row["method"] == DENSE)
+        fits = fits and row.get("lossless") != "TRUE"
         plain = row["recovery"] == NONE
         if fits and row["status"] == "done" and (plain or options.get("recovered")):
             chosen.setdefault(label(row), []).append(row)

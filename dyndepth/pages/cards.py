@@ -46,9 +46,11 @@ _KV = {
 
 
 def kind(cls: type[DynamicDepthMethod]) -> str:
-    """``bound``, ``control`` or ``method``."""
+    """``bound``, ``lossless``, ``control`` or ``method``."""
     if cls.uses_labels:
         return "bound"
+    if cls.speculates:
+        return "lossless"
     return "control" if cls.paper == "control" else "method"
 
 
@@ -272,6 +274,8 @@ def status(
             f" The published values are of {joined(sorted(theirs))}: they stand beside ours and do "
             "not compare with them row by row."
         )
+    if cls.speculates:
+        text += " Lossless, and no competitor: it writes what dense writes and saves no FLOPs."
     return text + (" A bound, not a competitor." if cls.uses_labels else "")
 
 

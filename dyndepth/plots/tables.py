@@ -91,8 +91,11 @@ def read_tables(
     of_cell = pd.Series(pd.Categorical(ordered, _in_order(ordered)), board["cell"])
     for table in found.values():
         if "cell" in table:
-            if "bound" not in table:
-                table["bound"] = table["cell"].map(board.set_index("cell")["bound"])
+            for column in ("bound", "lossless"):
+                if column not in board:
+                    board[column] = False
+                if column not in table:
+                    table[column] = table["cell"].map(board.set_index("cell")[column])
             known = table["cell"].map(of_cell.astype(str).to_dict())
             table["label"] = pd.Categorical(known, of_cell.cat.categories)
     name_tasks(found)
@@ -190,7 +193,8 @@ def main_metric(accuracy: pd.DataFrame, task: str) -> str:
 
 
 def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
-    """One row a curve and target, averaged over seeds, without dense; curves in their order.
+    """One row a curve and target, averaged over seeds, without dense and what is lossless, which
+    saves no FLOPs; curves in their order.
 
     Columns: ``label``, ``number`` (of the curve, from 0), ``bound``, ``recovery``,
     ``target_speedup``, ``x``, ``x_low``, ``x_high`` (the column ``across`` and its interval),
@@ -206,7 +210,7 @@ def points(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
     others = (name for name in names if name != DENSE and not name.startswith(f"{DENSE} ("))
     numbers = {name: n for n, name in enumerate(others)}
     table = usable(table, metric, across)
-    table = table[~reference(table)]
+    table = table[~reference(table) & ~drafted(table)]
     rows = []
     for (label, target), group in table.groupby(["label", "target_speedup"], observed=True):
         if group["seed"].duplicated().any():
@@ -263,6 +267,14 @@ def usable(table: pd.DataFrame, metric: str, across: str) -> pd.DataFrame:
 def reference(table: pd.DataFrame) -> pd.Series:
     """True for rows of dense without recovery: what all others are measured against."""
     return (table["method"] == DENSE) & (table["recovery"] == NONE)
+
+
+def drafted(table: pd.DataFrame) -> pd.Series:
+    """True for rows of methods that draft what the whole model verifies; tables that do not tell
+    have none."""
+    if "lossless" not in table:
+        return table["method"] != table["method"]
+    return table["lossless"].fillna(False).astype(bool)
 
 
 def check_one_setting(table: pd.DataFrame) -> None:

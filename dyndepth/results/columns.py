@@ -54,7 +54,7 @@ class Table:
 
     def may_lack(self, column: str) -> bool:
         """Whether a file may be without ``column``: an optional one, or one that is new."""
-        return column in self.optional or column in ADDED or column in self.defaults
+        return column in self.optional or column in {*ADDED, *SINCE, *self.defaults}
 
     def today(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row, perhaps from before, as it is today: without ``former`` columns, and with what
@@ -172,6 +172,11 @@ IDENTITY = {
         nullable=True,
     ),
     "bound": _boolean("True if the method chooses by the answers: a bound, no competitor."),
+    "lossless": _boolean(
+        "True if the method drafts what the whole model verifies: it writes what dense writes, "
+        "saves no FLOPs, and is no competitor; its target speedup is that of the draft. False in "
+        "files from before there was such a column."
+    ),
     "remote_code": _boolean(
         "True if code that came with the model had been loaded (`--trust_remote_code`); empty in "
         "cells from before this was recorded.",
@@ -179,6 +184,9 @@ IDENTITY = {
     ),
 }
 """The columns that lead every table: ``identity.LEADING``."""
+
+SINCE: Mapping[str, str] = {"lossless": "FALSE"}
+"""Those of them that files from before lack, and what they are read as there."""
 
 _TASK = _text("Name of the task.")
 _PHASE = _text(
@@ -217,6 +225,24 @@ ACCURACY = Table(
     optional=frozenset({"chance"}),
 )
 
+_ELSE = "in phase `generation` only; empty where nothing was drafted."
+_COUNTED_DRAFTS = {
+    "drafted": _integer(f"Tokens that the method drafted, {_ELSE}", nullable=True),
+    "accepted": _integer(
+        f"Drafted tokens that are what the whole model writes there, {_ELSE}", nullable=True
+    ),
+    "verifications": _integer(
+        f"Passes of the whole model that verified drafts, the prompts' left out, {_ELSE}",
+        nullable=True,
+    ),
+    "written": _integer(
+        "Tokens that these passes have written: the accepted ones and one more each, fewer at the "
+        f"end of a text, {_ELSE}",
+        nullable=True,
+    ),
+}
+"""What became of drafts, of compute.csv."""
+
 COMPUTE = Table(
     "cell x task x phase",
     IDENTITY
@@ -248,6 +274,10 @@ COMPUTE = Table(
             "FLOPs per token for reading the residual stream out before the last block."
         ),
         "lm_head": _flops("FLOPs per token in the final LM head, at the scored positions only."),
+        "draft": _flops(
+            "FLOPs per token in drafts, and in verifying drafted tokens that do not stand; 0 for "
+            "methods that do not speculate, empty in cells from before there were drafts."
+        ),
         "padding": _flops(
             "FLOPs per token that no document needed, in no total: padding tokens, sublayers "
             "computed for all tokens because that was faster, a bound's look-ahead; filled in "
@@ -258,9 +288,10 @@ COMPUTE = Table(
             "in no total; filled in phase `all` only.",
             le=0,
         ),
+        **_COUNTED_DRAFTS,
     },
     key=("cell", "task", "phase"),
-    optional=frozenset({"padding", "reused"}),
+    optional=frozenset({"padding", "reused", "draft", *_COUNTED_DRAFTS}),
 )
 
 ROUTING = Table(
@@ -575,6 +606,29 @@ for _phase in ("prefill", "decode"):
         of="from order statistics of the pairs",
     )
 
+_IF_DRAFTED = "empty where nothing was drafted"
+_BOARD_DRAFTS = {
+    "acceptance": _fraction(f"Accepted / drafted tokens over all tasks; {_IF_DRAFTED}."),
+    "acceptance_by_task": _text(
+        f"The same task by task, as `task=share,task=share`; {_IF_DRAFTED}.", nullable=True
+    ),
+    "tokens_per_verify": _number(
+        "Tokens written for each pass of the whole model over all tasks, its own token among them; "
+        f"{_IF_DRAFTED}.",
+        ge=0,
+    ),
+    "wall_drawn_speedup": _speedup(
+        "As `wall_decode_speedup`, of drafts whose tokens are drawn (temperature above 0), not the "
+        "likeliest; empty if not timed so."
+    ),
+    "wall_drawn_low": _number(f"Decode speedup of drawn tokens, lower {_END}", ge=0),
+    "wall_drawn_high": _speedup(f"Decode speedup of drawn tokens, upper {_END}"),
+    "predicted_speedup": _speedup(
+        "As `predicted_speedup` of timing.csv, beside `wall_decode_speedup`; empty if not timed."
+    ),
+}
+"""What drafts came to, of leaderboard.csv."""
+
 _OF_TIMES = ("wall_loaded", "wall_repeats", "wall_load")
 
 LEADERBOARD = Table(
@@ -654,6 +708,7 @@ LEADERBOARD = Table(
             nullable=True,
             least=1,
         ),
+        **_BOARD_DRAFTS,
         **_BOARD_SERVING,
         "paper": _text("Source of the method's rule, as the method states it.", nullable=True),
         "needs_training": _boolean("True if the method has trained parts.", nullable=True),
@@ -670,9 +725,12 @@ LEADERBOARD = Table(
         ("wall_prefill_low", "wall_prefill_speedup", "wall_prefill_high"),
         ("wall_decode_low", "wall_decode_speedup", "wall_decode_high"),
         ("wall_decode_graphs_low", "wall_decode_graphs_speedup", "wall_decode_graphs_high"),
+        ("wall_drawn_low", "wall_drawn_speedup", "wall_drawn_high"),
         *_ordered(_BOARD_SERVING),
     ),
-    optional=frozenset({"chance", *_GRAPHS, "wall_suspect", *_OF_TIMES, *_BOARD_SERVING}),
+    optional=frozenset(
+        {"chance", *_GRAPHS, "wall_suspect", *_OF_TIMES, *_BOARD_DRAFTS, *_BOARD_SERVING}
+    ),
     # Prompts are not repeated from graphs: those were times of eager prompts.
     former=frozenset(f"wall_prefill_graphs_{what}" for what in ("speedup", "low", "high")),
 )

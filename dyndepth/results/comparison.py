@@ -8,11 +8,12 @@ tables are a pure function of the cells, whatever their order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import numpy as np
 
-from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.cell import Cell, identity_columns, is_lossless
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.errors import UserError
 from dyndepth.results.comparison_columns import COMPARISON, CURVES, EQUAL_FLOPS
@@ -55,7 +56,13 @@ def against_dense(cells: Iterable[Cell], tasks: Sequence[str] | None = None) -> 
     for row in rows:
         if row.get("p_holm") is not None:
             row["verdict"] = verdict(row, "difference", "low", "high")
+        if row["lossless"] and row.get("difference") is not None:
+            row["verdict"] = LOSSLESS
     return rows
+
+
+LOSSLESS = "lossless"
+"""Verdict of a cell that writes what dense writes: there is nothing to test."""
 
 
 def _scored(each: Peers, score: Score) -> dict[str, Row]:
@@ -77,7 +84,7 @@ def _scored(each: Peers, score: Score) -> dict[str, Row]:
         for key in points:
             rows[key]["reason"] = NO_DENSE
     else:
-        _compare(rows, points, dense)
+        _compare(rows, points, dense, {cell.key for cell in each.cells if is_lossless(cell)})
     _mark_pareto(each, score, rows)
     return rows
 
@@ -92,8 +99,11 @@ def _described(score: Score) -> Row:
     }
 
 
-def _compare(rows: dict[str, Row], points: dict[str, Point], dense: Point) -> None:
-    """Fill what sets each cell's ``rows`` against dense."""
+def _compare(
+    rows: dict[str, Row], points: dict[str, Point], dense: Point, exact: AbstractSet[str]
+) -> None:
+    """Fill what sets each cell's ``rows`` against dense. Those of ``exact`` are lossless: a test
+    of them would only weaken the others', whose correction counts it."""
     pending = Pending(dense.weights)
     kept: list[tuple[Row, Vector]] = []
     for key, own in points.items():
@@ -109,6 +119,9 @@ def _compare(rows: dict[str, Row], points: dict[str, Point], dense: Point) -> No
         if dense.value > 0:
             row["retained"] = own.value / dense.value
         if own.cells == dense.cells:
+            continue
+        if key in exact:
+            row["difference"] = own.value - dense.value
             continue
         enough = len(own.documents) >= LEAST
         binary = is_binary(own.outcomes) and is_binary(dense.outcomes)
@@ -133,7 +146,7 @@ def _mark_pareto(each: Peers, score: Score, rows: dict[str, Row]) -> None:
     """Fill ``pareto``: among the competitors of one recovery, seeds averaged."""
     groups: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in each.cells:
-        if "value" in rows.get(cell.key, {}) and not is_bound(cell):
+        if "value" in rows.get(cell.key, {}) and not (is_bound(cell) or is_lossless(cell)):
             own = cell.identity
             target = str(own["recovery"]), curve_key(cell), float(own["target_speedup"])
             groups.setdefault(target, []).append(cell)

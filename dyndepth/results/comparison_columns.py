@@ -30,11 +30,13 @@ COMPARISON = {name: IDENTITY[name].description for name in LEADING} | {
     "n": "Documents, paired with dense.",
     "verdict": (
         "`better`, `worse` or `no difference shown`: the interval excludes 0 and `p_holm`"
-        " is at most 0.05; `reference`: dense itself; `not comparable`: see reason."
+        " is at most 0.05; `reference`: dense itself; `lossless`: dense's by construction, not "
+        "tested; `not comparable`: see reason."
     ),
     "pareto": (
         "True where no competitor (same setting and recovery, no bound; seeds averaged) "
-        "is as good at as few block FLOPs and better in either; empty for bounds."
+        "is as good at as few block FLOPs and better in either; empty for bounds and for what is "
+        "lossless."
     ),
     "reason": "Why values are missing.",
 }

@@ -9,6 +9,8 @@ from typing import Any
 from dyndepth.cells.identity import CHAT, Row
 from dyndepth.cells.naming import label, lettered
 from dyndepth.common.printing import Column, print_columns
+from dyndepth.results.lossless import apart
+from dyndepth.results.lossless import show as show_drafts
 from dyndepth.results.serving import show_serving
 from dyndepth.results.shown import about, board_rows, by_chance, chosen, headings
 
@@ -17,6 +19,7 @@ MARKS = {
     "worse": "worse",
     "no difference shown": "not shown",
     "reference": "dense",
+    "lossless": "lossless",
     "not comparable": "-",
 }
 
@@ -174,10 +177,12 @@ def show_leaderboard(
     keys: Sequence[str] | None = None,
 ) -> None:
     """Print leaderboard rows as a table, seeds averaged, in the order of the page. A row of a
-    bound, a control or a failure says so by its name; rows of several settings have letters, which
+    bound, a control or a failure says so by its name; those of lossless methods have a table of
+    their own; rows of several settings have letters, which
     stand below with where they were read (``runs``: cell -> paths). A narrow terminal leaves out
     what matters least; ``keys`` are the columns to show (default: what the rows need)."""
     found, stand_for = board_rows(rows, runs)
+    found, drafted = apart(found)
     shown = chosen(found, keys)
     columns = [
         Column(
@@ -194,7 +199,9 @@ def show_leaderboard(
     def caption(kept: Sequence[Column]) -> str:
         return about(found, [text for each in kept for text in each.texts])
 
-    print_columns(columns, title, caption, groups)
+    if found or not drafted:
+        print_columns(columns, title, caption, groups)
+    show_drafts(drafted)
     for text in stand_for:
         print(text)
     show_serving(rows, lettered(rows, runs)[0])

@@ -18,6 +18,7 @@ from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
 from dyndepth.cells.times import one_each
 from dyndepth.common.modes import EAGER
+from dyndepth.results.lossless import drafts
 from dyndepth.results.noise import LOADED, SUSPECT, WALLS, loaded
 
 METRIC = "acc"
@@ -101,6 +102,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         **wall_speedups(cell),
         **_doubts(cell),
         **_timed_shape(cell),
+        **drafts(cell),
         **serving(cell),
         "paper": cell.provenance.get("paper"),
         "needs_training": cell.provenance.get("needs_training"),

@@ -20,16 +20,20 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.files import write_atomically
 from dyndepth.common.markup import markdown_table, plain
 from dyndepth.results.conditions import conditions
+from dyndepth.results.lossless import apart, as_html
+from dyndepth.results.lossless import as_markdown as drafts_as_markdown
+from dyndepth.results.lossless import on_page as on_drafts
 from dyndepth.results.noise import LOADED, SUSPECT, headed, legend, named, noise, told
 from dyndepth.results.published import HANDED, HANDS, known_well, nearest, published
 from dyndepth.results.schema import TABLES, validate
 from dyndepth.results.seeds import together
 from dyndepth.results.serving import as_markdown, on_page
-from dyndepth.results.shown import FEW, folders, holds, interval, without_interval
+from dyndepth.results.shown import FEW, board_rows, folders, holds, interval, without_interval
 from dyndepth.results.tables import as_csv
 
 TEMPLATE = "leaderboard.html"
 _PLACE = "__BOARD__"
+_APART = "<!-- lossless -->\n"
 
 SCORES = (
     ("mean_acc", "mean accuracy", 1, 3, True),
@@ -64,7 +68,8 @@ def board(
     cells: Sequence[Cell], rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None = None
 ) -> Board:
     """Plain data (JSON types only) of the page: ``scores``, ``entries``, ``failed``,
-    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``runs``, ``texts``.
+    ``walls``, ``published``, ``serving``, ``conditions``, ``chance``, ``runs``, ``texts``; of
+    lossless methods, which are no entries, a table ``lossless``, if there are any.
 
     ``rows`` are those of ``leaderboard(cells)``, in the same order. An interval is ``[value, low,
     high]``, its ends None where there is none; an entry's ``noise`` is what ``noise.noise`` says of
@@ -77,7 +82,7 @@ def board(
     letters, stand_for = lettered(rows, folders(runs))
     words = {row["cell"]: found for row, found in zip(rows, letters, strict=True)}
     for cell, row in zip(cells, rows, strict=True):
-        if cell.evaluated:
+        if cell.evaluated and not row.get("lossless"):
             key = tuple(row[name] for name in LEADING if name not in _BY_SEED)
             groups.setdefault(key, []).append((cell, row))
     scores = _scores(cells, rows)
@@ -93,6 +98,7 @@ def board(
         if row["status"] == "error"
     ]
     guesses = dict.fromkeys((e["setting"], e["chance"]) for e in entries if e["chance"] is not None)
+    drafted = on_drafts(apart(board_rows(rows, folders(runs))[0])[1])
     return {
         "scores": list(scores.values()),
         "walls": [{"key": key, "label": text} for key, text in headed(rows).items()],
@@ -106,6 +112,7 @@ def board(
         "runs": stand_for,
         "texts": {"seeds": SEEDS, "bounds": BOUNDS, "controls": CONTROLS, "papers": PAPERS}
         | {"walls": f"Beside wall-clock: {legend()}."},
+        **({"lossless": drafted} if drafted else {}),
     }
 
 
@@ -167,6 +174,7 @@ def html(found: Board) -> str:
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     template = resources.files("dyndepth.results").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    template = template.replace(_APART, as_html(found.get("lossless", {})), 1)
     return template.replace(_PLACE, text, 1)
 
 
@@ -331,7 +339,8 @@ def markdown(found: Board) -> str:
     competitors = [entry for entry in found["entries"] if not entry["bound"]]
     bounds = [entry for entry in found["entries"] if entry["bound"]]
     lines = ["# Leaderboard", ""]
-    lines += [_sentence(competitors, bounds, found["failed"]), ""]
+    drafted = len(found.get("lossless", {}).get("rows", ()))
+    lines += [_sentence(competitors, bounds, found["failed"], drafted), ""]
     lines += _entries(competitors, fixed, found["walls"])
     if found["runs"]:
         lines += ["", "Settings:", "", *(f"- {plain(text)}" for text in found["runs"])]
@@ -347,6 +356,7 @@ def markdown(found: Board) -> str:
         lines += ["", CONTROLS]
     if bounds:
         lines += ["", "## Bounds", "", BOUNDS, "", *_entries(bounds, fixed, found["walls"])]
+    lines += drafts_as_markdown(found.get("lossless", {}))
     lines += as_markdown(found["serving"])
     if found["failed"]:
         failed = [
@@ -414,14 +424,17 @@ def _papers(rows: Sequence[Row]) -> list[str]:
     return [markdown_table(heads, lines)]
 
 
-def _sentence(competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row]) -> str:
+def _sentence(
+    competitors: Sequence[Row], bounds: Sequence[Row], failed: Sequence[Row], drafted: int
+) -> str:
     controls = [entry for entry in competitors if entry["control"]]
+    exact = f"{drafted} of lossless methods, " if drafted else ""
     methods = len({entry["method"] for entry in competitors if not entry["control"]})
     return (
         f"{methods} methods in {len(competitors) - len(controls)} settings, {len(controls)} "
-        f"settings of controls, {len(bounds)} of bounds, {len(failed)} failed cells. Intervals "
-        "are 95%; speedups are ratios to dense: achieved block and total FLOPs, and measured time "
-        "in prefill and decode."
+        f"settings of controls, {len(bounds)} of bounds, {exact}{len(failed)} failed cells. "
+        "Intervals are 95%; speedups are ratios to dense: achieved block and total FLOPs, and "
+        "measured time in prefill and decode."
     )
 
 

@@ -29,8 +29,9 @@ COLUMNS = {
     "recovery": "how the weights were adapted for the method: empty or none for not at all, lora, "
     "joint, or full (all weights trained, which no recovery of this suite does)",
     "model": "model of the paper",
-    "speedup": "budget of the row as a ratio to dense, at least 1",
-    "unit_of_speedup": "what the ratio counts: layers, nominal (the paper's own), or wall ...",
+    "speedup": "budget of the row as a ratio to dense, at least 1; exactly 1 where it is lossless",
+    "unit_of_speedup": "what the ratio counts: layers, nominal (the paper's own), or wall ...; "
+    "lossless where the method writes what dense writes, so that its value is a speedup",
     "task": "task or benchmark",
     "metric": "metric and its unit",
     "dense_value": "the paper's dense value, or empty",
@@ -52,6 +53,10 @@ HANDED = (
     "another paper, whose authors ran the method themselves or quote its value."
 )
 """What that means."""
+
+LOSSLESS = "lossless"
+"""The unit of rows whose value is a speedup: the method drafts, and the whole model verifies. Such
+a value may be below 1."""
 
 NUMBERS = {"speedup": False, "dense_value": True, "value": False}
 """Columns that hold numbers, and whether they may be empty."""
@@ -97,6 +102,11 @@ def parse(text: str, origin: str) -> list[Row]:
         numbers = {key: _number(row[key], key, place) for key in NUMBERS}
         if numbers["speedup"] is not None and numbers["speedup"] < 1:
             raise UserError(f"{place}: speedup must be at least 1, not {row['speedup']}")
+        if row["unit_of_speedup"] == LOSSLESS and numbers["speedup"] != 1:
+            raise UserError(
+                f"{place}: what is lossless has the budget 1, not {row['speedup']}; the speedup "
+                "that was measured is its value"
+            )
         found.append({**row, **numbers})
     return found
 
@@ -104,11 +114,15 @@ def parse(text: str, origin: str) -> list[Row]:
 def nearest(row: Row, measured: Iterable[Row]) -> Row | None:
     """The measured leaderboard row that a paper's row is set beside; None if none fits.
 
-    It is of the same method, recovered in the same way or not at all, and has the parameters that
-    the paper's row names. What that leaves unsaid means the method's default: rows with other
-    settings stand back where there is one without. Of those left, the achieved block FLOPs speedup
+    A lossless row has none beside it: the paper's value is a speedup, and ours has no score to
+    compare with it. Another's is of the same method, recovered in the same way or not at all, and
+    has the parameters that the paper's row names. What that leaves unsaid means the method's
+    default: rows with other settings stand back where there is one without. Of those left, the
+    achieved block FLOPs speedup
     that is nearest (as a ratio) to the paper's budget, then the fewest settings off the default.
     """
+    if row.get("unit_of_speedup") == LOSSLESS:
+        return None
     wanted = set(settings(row["parameters"]))
     named = {entry.partition("=")[0].strip() for entry in wanted}
     found = []

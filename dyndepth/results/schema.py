@@ -22,6 +22,7 @@ from dyndepth.results.columns import (
     LEADERBOARD,
     ROUTING,
     SAMPLES,
+    SINCE,
     TIMING,
     Column,
     Table,
@@ -86,7 +87,8 @@ def validate(name: str, table: Sequence[Row] | pandas.DataFrame) -> pandas.DataF
     if isinstance(table, pandas.DataFrame):
         frame = _today(described, table.reset_index(drop=True))
     else:
-        table = [described.today(row) for row in table]
+        since = {key: text for key, text in SINCE.items() if key in described.columns}
+        table = [since | described.today(row) for row in table]
         # Every column that a row may lack is there, empty.
         extra = {key for row in table for key in row} - set(described.columns)
         frame = pandas.DataFrame(list(table), columns=[*described.columns, *sorted(extra)])
@@ -141,7 +143,9 @@ def _today(described: Table, frame: pandas.DataFrame) -> pandas.DataFrame:
     """A file from before with the columns of today."""
     frame = frame.drop(columns=[column for column in frame if column in described.former])
     names = list(described.columns)
-    for key, text in described.defaults.items():
+    for key, text in {**SINCE, **described.defaults}.items():
+        if key not in described.columns:
+            continue
         before = [name for name in names[: names.index(key)] if name in frame]
         if key not in frame and before:
             frame.insert(list(frame).index(before[-1]) + 1, key, text)

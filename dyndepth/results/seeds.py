@@ -8,6 +8,7 @@ from typing import Any
 
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.results.columns import LEADERBOARD
+from dyndepth.results.lossless import together as by_task
 from dyndepth.results.noise import LOADED, SUSPECT, named
 
 _ENDS: Mapping[str, Callable[..., Any]] = {"_low": min, "_high": max}
@@ -43,6 +44,8 @@ def _one(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
     known = [row[key] for row in rows if row.get(key) is not None]
     if not known:
         return None
+    if key == "acceptance_by_task":
+        return by_task(known)
     if key in _FIXED:
         return _FIXED[key](known)
     for end, widest in _ENDS.items():

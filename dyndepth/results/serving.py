@@ -59,9 +59,11 @@ class Serving(NamedTuple):
 
 def names(rows: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> list[str]:
     """What tells the rows apart: method, its setting's letter if there are several
-    (``naming.lettered``), target, and seed where others differ from it in nothing else."""
+    (``naming.lettered``), target, whether it is lossless, and seed where others differ from it in
+    nothing else."""
     found = [
         f"{', '.join(filter(None, (titled(row), letter)))} {row['target_speedup']:g}x"
+        f"{' (lossless)' if row.get('lossless') else ''}"
         for row, letter in zip(rows, letters, strict=True)
     ]
     seeds: dict[str, set[Any]] = {}

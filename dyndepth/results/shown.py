@@ -188,7 +188,8 @@ def board_rows(
     letters stand for (``naming.lettered``; ``runs``: cell -> where it was read).
 
     The order: by target, then the best first (bits per byte where there are any, else the mean
-    accuracy); bounds after all others, what failed last. ``seeds`` and ``cells`` are lists.
+    accuracy); bounds after all others, then what is lossless, what failed last. ``seeds`` and
+    ``cells`` are lists.
     """
     letters, stand_for = lettered(rows, runs)
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -203,7 +204,7 @@ def board_rows(
         quality = 0.0 if value is None else value if best == "bits_per_byte" else -value
         dense = row["method"] == DENSE and row["recovery"] == NONE
         return (
-            *(row["status"] == "error", bool(row["bound"])),
+            *(row["status"] == "error", bool(row.get("lossless")), bool(row["bound"])),
             *(row["target_speedup"], row["run"] or "", not dense, value is None, quality),
         )
 

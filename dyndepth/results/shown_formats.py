@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dyndepth.cells.identity import Row
 from dyndepth.common.markup import latex_table, markdown_table
+from dyndepth.results import lossless
 from dyndepth.results.shown import about, board_rows, chosen, folders, headings
 from dyndepth.results.tables import csv_text
 
@@ -25,9 +26,10 @@ def _latex(
     rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
 ) -> str:
     found, stand_for = board_rows(rows, folders(runs))
+    found, drafted = lossless.apart(found)
     columns = chosen(found, keys)
     texts = [[each.text(row) for each in columns] for row in found]
-    return latex_table(
+    made = latex_table(
         headings(columns, found),
         texts,
         [each.name for each in columns],
@@ -35,16 +37,25 @@ def _latex(
         "tab:leaderboard",
         [(row["bound"], row["target_speedup"]) for row in found],
     )
+    if not drafted:
+        return made
+    heads, lines = lossless.table(drafted)
+    left = [not place for place in range(len(heads))]
+    return f"{made}\n\n{latex_table(heads, lines, left, _DRAFTED, 'tab:lossless')}"
 
 
 def _markdown(
     rows: Sequence[Row], runs: Mapping[str, Sequence[str]] | None, keys: Sequence[str] | None
 ) -> str:
     found, stand_for = board_rows(rows, folders(runs))
+    found, drafted = lossless.apart(found)
     columns = chosen(found, keys)
     texts = [[each.text(row) for each in columns] for row in found]
     table = markdown_table(headings(columns, found), texts)
-    return f"{table}\n\n{_caption(found, texts, stand_for)}"
+    made = f"{table}\n\n{_caption(found, texts, stand_for)}"
+    if not drafted:
+        return made
+    return f"{made}\n\n{markdown_table(*lossless.table(drafted))}\n\n{_DRAFTED}"
 
 
 def _csv(
@@ -53,9 +64,15 @@ def _csv(
     """Numbers as leaderboard.csv has them, of the columns that those shown tell."""
     found, _ = board_rows(rows, runs)
     names = dict.fromkeys(name for each in chosen(found, keys) for name in each.reads)
+    if keys is None and lossless.apart(found)[1]:
+        names |= dict.fromkeys(("lossless", *_DRAFTS))
     plain = [row | {"seeds": len(row["seeds"])} for row in found]
     return csv_text(plain, list(names)).rstrip("\n")
 
+
+_DRAFTS = ("acceptance", "acceptance_by_task", "tokens_per_verify", "predicted_speedup")
+"""What a CSV of rows with lossless methods among them has in addition."""
+_DRAFTED = f"{lossless.TITLE}. {lossless.CAPTION}."
 
 Form = Callable[
     [Sequence[Row], Mapping[str, Sequence[str]] | None, Sequence[str] | None],

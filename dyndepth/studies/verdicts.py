@@ -6,7 +6,7 @@ Which cells may stand against each other is decided here; the statistics are in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -135,10 +135,25 @@ def chosen(pick: Pick, cells: Sequence[Cell], phases: str) -> list[Cell]:
 
 
 def label(pick: Pick) -> str:
-    """How rows call a pick: a bound says that it is one."""
+    """How rows call a pick: a bound says that it is one, and what is lossless."""
     from dyndepth.common.registry import load_method
 
-    return pick.label + (" (bound)" if load_method(pick.method).uses_labels else "")
+    method = load_method(pick.method)
+    kind = " (bound)" if method.uses_labels else " (lossless)" if method.speculates else ""
+    return pick.label + kind
+
+
+def _saves_nothing(claim: Claim, picks: Iterable[Pick]) -> str:
+    """Why a claim about FLOPs cannot be judged: which of its picks save none; empty if it can, and
+    of claims about drafts themselves."""
+    from dyndepth.common.registry import load_method
+
+    if RECORDED.get(claim.kind) == "acceptance":
+        return ""
+    names = [pick.label for pick in picks if load_method(pick.method).speculates]
+    if not names:
+        return ""
+    return f"{' and '.join(names)} drafts what the whole model verifies and saves no FLOPs"
 
 
 def report(study: Study, cells: Sequence[Cell], phases: str, folder: Path) -> list[Row]:
@@ -208,6 +223,9 @@ def _methods(
         ) -> dict[float, Point]:
             return _points(claim, pick, cells, phases, task, metric, folder, kind)
 
+        if saved := _saves_nothing(claim, (claim.a, b)):
+            yield row, saved
+            continue
         own, other = points(claim.a), points(b)
         if claim.kind == "transfer":
             other = points(b, kind="acceptance")
@@ -241,6 +259,9 @@ def _reached(claim: Claim, cells: Sequence[Cell], phases: str) -> Iterator[Row]:
         row |= {"task": task, "metric": metric, "unit": "documents"}
         # The source's number is about A.
         row |= {} if pick == claim.a else {"published": ""}
+        if saved := _saves_nothing(claim, (pick,)):
+            yield row | {"verdict": "not comparable", "reason": saved}
+            continue
         full = Pick(DENSE, pick.recovery)
         own, dense = (_measured(p, cells, phases, task, metric) for p in (pick, full))
         missing = [p.label for p, found in ((pick, own), (full, dense)) if not found]

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from itertools import count
 
-from dyndepth.cells.cell import Cell, CellSpec
+from dyndepth.cells.cell import Cell, CellSpec, is_lossless
 from dyndepth.cells.identity import Row
 from dyndepth.cells.merging import check_rows
 from dyndepth.cells.store import Store
@@ -229,7 +229,8 @@ def skipped_nothing(cell: Cell) -> str:
         row["task"]: row.get("block_speedup") for row in cell.compute if row.get("phase") == "all"
     }
     whole = [task for task, speedup in reached.items() if speedup == 1.0]
-    if cell.identity["target_speedup"] <= 1.0 or not whole:
+    # Of drafts the target is theirs: outside of them every block is meant to run.
+    if cell.identity["target_speedup"] <= 1.0 or not whole or is_lossless(cell):
         return ""
     if len(whole) == len(reached):
         return "every token of every task executed every block, so its scores and times are dense's"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dyndepth.cells.cell import DENSE, Cell, CellSpec
-from dyndepth.cells.recipe import NONE, parse_recovery
+from dyndepth.cells.recipe import NONE, parse_recovery, refuse_drafts
 from dyndepth.cells.times import Shape, Wanted, mode_of
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER, GRAPHS
@@ -131,8 +131,8 @@ def plans(settings: Settings, layers: int, longest: int | None = None) -> list[C
 
     Raises:
         UserError: an unknown method or parameter, a speedup beyond what a method can reach, windows
-            of text that are longer than the model takes, or ``joint`` for a method that trains
-            nothing.
+            of text that are longer than the model takes, ``joint`` for a method that trains
+            nothing, or a recovery for one that speculates.
     """
     from dyndepth.common.registry import parse_methods, phases_given
 
@@ -168,9 +168,11 @@ def _above_one(speedups: Sequence[float]) -> Sequence[float]:
 
 
 def _recoverable(plan: CellSpec, recovery: str, longest: int | None) -> bool:
-    """False for dense with ``joint``. Raises UserError for another method that trains nothing, and
-    for windows that do not fit."""
+    """False for dense with ``joint``. Raises UserError for another method that trains nothing, for
+    one that speculates, and for windows that do not fit."""
     recipe = parse_recovery(recovery)
+    if recipe is not None:
+        refuse_drafts(plan.build(), recipe)
     if recipe is not None and recipe.kind == "lora":
         check_length(longest, recipe.length, f"recovery {recipe.kind!r}")
     if recipe is None or recipe.kind != "joint" or plan.build().needs_training:

@@ -108,6 +108,7 @@ class Workbench:
             "paper": method.paper,
             "granularity": method.granularity,
             "uses_labels": method.uses_labels,
+            "speculates": method.speculates,
             "needs_training": method.needs_training,
             "adapter_sha256": card.get("sha256"),
             "recovery_tokens": card.get("tokens"),

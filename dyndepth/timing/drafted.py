@@ -63,7 +63,6 @@ class Drafted(Side):
     def _begin(self) -> tuple[Any, Any]:
         assert self.method is not None
         past = DynamicCache()
-        choice = Choice(sample=True, generator=self.generator) if self.sample else Choice()
         (prompt,) = self.tokens.tolist()
         writing = speculate(
             self.model,
@@ -71,12 +70,15 @@ class Drafted(Side):
             self.method,
             prompt,
             limit=self.new_tokens + 1,
-            choice=choice,
+            choice=self._chosen(),
             cache=past,
             clock=self._clock,
         )
         next(writing)
         return writing, past
+
+    def _chosen(self) -> Choice:
+        return Choice(sample=True, generator=self.generator) if self.sample else Choice()
 
     def _go_on(self, first: Any, past: Any) -> None:
         deque(first, maxlen=0)

@@ -179,14 +179,14 @@ class Side:
     @contextmanager
     def around(self) -> Iterator[None]:
         """Chooses the text; the method is attached inside."""
-        number, self.tokens = next(self._next)
+        self.number, self.tokens = next(self._next)
         if self.sample:
-            self.generator = torch.Generator(self.place).manual_seed(number)
+            self.generator = torch.Generator(self.place).manual_seed(self.number)
             self._choose = drawn(self.generator)
         if self.method is None:
             yield
             return
-        documents = [f"text {number}, row {row}" for row in range(len(self.tokens))]
+        documents = [f"text {self.number}, row {row}" for row in range(len(self.tokens))]
         with attach(self.model, self.method, documents=documents, warn=False, **self.how) as trace:
             self.trace = trace
             yield

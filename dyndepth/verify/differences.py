@@ -139,12 +139,16 @@ PLAIN = (
     "filter",
 )
 """Columns that no rounding changes."""
+LATER = ("draft",)
+"""Columns that older cells lack, which then had nothing of it."""
 
 
 def _columns(old: Row, new: Row, tolerance: Tolerance) -> Iterator[tuple[str, Any, Any]]:
     """Columns of a row that differ by more than the tolerance: name, stored, computed again."""
     for column in new:
         one, other = old.get(column), new[column]
+        if column in LATER and column not in old and not other:
+            continue
         if column == "loglikelihoods" and one and other:
             yield from _likelihoods(json.loads(one), json.loads(other), tolerance)
         elif column == "outcomes" and one and other:

@@ -47,7 +47,7 @@ def _checked(cell: Cell) -> list[Finding]:
     try:
         return [
             Finding(cell.key, what, text_of(stored), text_of(found))
-            for part in (_finite, _documents, _flops, _shares)
+            for part in (_finite, _documents, _flops, _drafts, _shares)
             for what, stored, found in part(cell)
         ]
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as fault:
@@ -145,11 +145,30 @@ def _flops(cell: Cell) -> Iterator[Told]:
             causes += ["kv_projection", "router", "readout", "lm_head"] if kind == "total" else []
             if all(cause in row for cause in causes):
                 whole = sum(row[cause] for cause in causes)
+                # Of cells from before there were drafts, none was billed.
+                whole += (row.get("draft") or 0.0) if kind == "total" else 0.0
                 if not math.isclose(row[spent], whole, rel_tol=SAME):
                     yield f"compute: {spent} of {task} against its causes", row[spent], whole
         for key, value in found.items():
             if not math.isclose(row[key], value, rel_tol=SAME):
                 yield f"compute: {key} of {task} against its documents", row[key], value
+
+
+def _drafts(cell: Cell) -> Iterator[Told]:
+    """What was drafted against what was accepted and written."""
+    for row in cell.compute:
+        if row.get("drafted") is None:
+            continue
+        names = ("drafted", "accepted", "verifications", "written")
+        drafted, accepted, passes, written = (row[key] for key in names)
+        place = f"of {row['task']}"
+        if not 0 <= accepted <= drafted:
+            yield f"compute: accepted {place} against what was drafted", accepted, drafted
+        if not passes <= written <= accepted + passes:
+            most = f"{passes} to {accepted + passes}"
+            yield f"compute: written {place} against what was accepted", written, most
+        if written > row["tokens"]:
+            yield f"compute: written {place} against its tokens", written, row["tokens"]
 
 
 def _shares(cell: Cell) -> Iterator[Told]:

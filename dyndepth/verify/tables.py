@@ -16,9 +16,10 @@ from typing import Any
 
 from dyndepth.cells.cell import Cell
 from dyndepth.common.errors import UserError
+from dyndepth.results.columns import SINCE
 from dyndepth.results.leaderboard_pages import PAGES
 from dyndepth.results.schema import COMPARED, TABLES
-from dyndepth.results.tables import CHECKED, NAMES, write_tables
+from dyndepth.results.tables import CHECKED, NAMES, entry, write_tables
 from dyndepth.verify.findings import Finding
 
 _UNFIT = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
@@ -103,6 +104,7 @@ def _added(name: str, stored: bytes, made: bytes) -> list[str]:
     empty, or as files from before are read; columns that there were before count for nothing."""
     table = TABLES.get(name)
     former, defaults = (table.former, table.defaults) if table else (frozenset(), {})
+    defaults = {**SINCE, **defaults}
     try:
         old, new = (_rows(name, content) for content in (stored, made))
     except (ValueError, OSError, csv.Error):  # pyarrow's are of the first two
@@ -129,7 +131,10 @@ def _rows(name: str, content: bytes) -> list[list[Any]]:
     from pyarrow.parquet import read_table
 
     found = read_table(io.BytesIO(content))
-    columns = [["" if v is None else v for v in each.to_pylist()] for each in found.columns]
+    columns = [
+        [entry(v) if isinstance(v, bool) or v is None else v for v in each.to_pylist()]
+        for each in found.columns
+    ]
     return [found.column_names, *map(list, zip(*columns, strict=True))]
 
 

@@ -268,6 +268,10 @@ def test_no_goal_speaks_of_what_was_not_measured():
         (Goal("*", "speedup", 0.98), line(0.97, high=0.99), UNCERTAIN),
         (Goal("*", "peak_ratio", 1.05, at_most=True), line(peak_ratio=1.05), MET),
         (Goal("*", "peak_ratio", 1.05, at_most=True), line(peak_ratio=1.06), MISSED),
+        (Goal("*", "ratio", 1.05, at_most=True), {"ratio": 1.04, "low": 1.0}, MET),
+        (Goal("*", "ratio", 1.05, at_most=True), {"ratio": 1.08, "low": 1.04}, UNCERTAIN),
+        (Goal("*", "ratio", 1.05, at_most=True), {"ratio": 1.08, "low": 1.06}, MISSED),
+        (Goal("*", "ratio", 1.05, at_most=True), {"ratio": 1.08, "low": math.nan}, MISSED),
     ],
 )
 def test_a_goal_is_met_missed_or_uncertain(goal, measured, verdict):
@@ -328,6 +332,8 @@ def test_a_shape_is_measured_on_random_tokens(tiny, tmp_path, monkeypatch, capsy
         (["--mode", "both"], "graphs need a CUDA device; take --mode eager"),
         (["--output_path", "/proc/x/y.json"], "'/proc/x' cannot be written: "),
         (["--output_path", "/"], "'/' is a folder; name the JSON to write"),
+        (["--drafts", "dense"], "--drafts takes methods that speculate, and dense does not"),
+        (["--parts", "routes", "--drafts", "dense"], "--drafts is for the part lossless"),
         (["--output_path", "/etc/passwd/y.json"], "'/etc/passwd' is a file"),
     ],
 )
@@ -357,6 +363,7 @@ def test_graphs_without_a_decode_step_are_refused():
         (["--check"], "set for the embedded model, not for shape:mistral-7b"),
         (["--parts", "shapes", "routes", "sweep"], "routes and sweep is to score text"),
         (["--parts", "evaluation"], "evaluation is to score text; give --parts shapes"),
+        (["--parts", "lossless", "--drafts", "dense"], "has no text for --drafts"),
     ],
 )
 def test_what_needs_text_or_goals_takes_no_shape(words, told, capsys):

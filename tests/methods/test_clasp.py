@@ -84,7 +84,7 @@ class Watched(CLaSp):
 @pytest.mark.parametrize("target", [4 / 3, 2.0, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_programme_equals_the_recursion_on_single_blocks(tiny, family, target):
-    model, method = tiny(family), Watched(target_speedup=target, length=2, stop=0.0)
+    model, method = tiny(family), Watched(target_speedup=target, length=2, stop=0.0, every=1)
     text, _ = written(model, method, limit=5, cache=method.cache, length=12)
     held = 12
     assert method.seen
@@ -136,7 +136,7 @@ class Context:
 
 
 def test_each_text_has_its_own_plan_and_the_first_draft_the_spaced_one(tiny):
-    model, method = tiny(), CLaSp(target_speedup=4 / 3, stop=0.0)
+    model, method = tiny(), CLaSp(target_speedup=4 / 3, stop=0.0, every=1)
     plans = []
 
     def start(context, stock=method.start):

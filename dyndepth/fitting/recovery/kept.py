@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dyndepth.cells.identity import today
-from dyndepth.cells.recipe import Recipe, parse_recovery
+from dyndepth.cells.recipe import Recipe, parse_recovery, refuse_drafts
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import build_once, cache_root
 from dyndepth.common.paths import file_part
@@ -137,6 +137,7 @@ def fit_and_recover(
     recipe = parse_recovery(recovery)
     if recipe is None:
         return fit_cached(method, model, corpus), None
+    refuse_drafts(method, recipe)
     return recover_cached(method, model, corpus, recipe)
 
 

@@ -3,6 +3,7 @@
 Cells of one setting (model, data, documents, versions, precision) were scored alike. Among them, a
 curve is all cells that differ only in target speedup and seed. Competitors are the cells of one
 setting and one recovery that are no bounds: what was trained is measured against what was trained.
+What drafts and verifies (``cell.is_lossless``) saves no FLOPs and has no curve over them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from dyndepth.cells.cell import DENSE, Cell, is_dense, order
+from dyndepth.cells.cell import DENSE, Cell, is_dense, is_lossless, order
 from dyndepth.cells.identity import METHOD_KEYS, Row, flat, plain, setting
 from dyndepth.cells.merging import check_comparable
 from dyndepth.cells.recipe import NONE
@@ -144,10 +145,11 @@ class Peers:
             return str(fault)
 
     def series(self) -> list[Series]:
-        """The curves of the setting; dense is a point of all of them and no curve of its own."""
+        """The curves of the setting; dense is a point of all of them and no curve of its own, and
+        a lossless method has none."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells:
-            if cell.identity["method"] != DENSE:
+            if cell.identity["method"] != DENSE and not is_lossless(cell):
                 groups.setdefault(curve_key(cell), []).append(cell)
         return [
             Series(

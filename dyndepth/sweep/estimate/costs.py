@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import CellSpec
 from dyndepth.cells.recipe import RANKED, Recipe
 from dyndepth.sweep.estimate.machines import Machine
 from dyndepth.sweep.estimate.models import Shape
-from dyndepth.sweep.estimate.passes import Pass
+from dyndepth.sweep.estimate.passes import Pass, verified
 
 if TYPE_CHECKING:
     from dyndepth.method import DynamicDepthMethod, Reading
@@ -38,18 +38,22 @@ class Depth:
         prompt: whether it skips there, too.
         readouts: LM heads a token where it skips.
         ahead: whether everything runs once more, with a head after each block (``foresees``).
+        drafts: whether it is so in drafts alone, which the whole model verifies.
     """
 
     share: float = 1.0
     prompt: bool = True
     readouts: float = 0.0
     ahead: bool = False
+    drafts: bool = False
 
     @classmethod
     def of(cls, method: DynamicDepthMethod, readouts: float) -> Depth:
         """That of a method at its target."""
         share = 1 / method.target_speedup
-        return cls(share, method.phases == "both", readouts if share < 1 else 0.0, method.foresees)
+        readouts = readouts if share < 1 else 0.0
+        both = method.phases == "both"
+        return cls(share, both, readouts, method.foresees, method.speculates)
 
 
 DENSE = Depth()
@@ -71,6 +75,11 @@ class Work:
 
 def run(machine: Machine, shape: Shape, passes: Iterable[Pass], depth: Depth = DENSE) -> Work:
     """What forwards take at that depth."""
+    if depth.drafts:
+        whole, drafts = verified(list(passes))
+        return run(machine, shape, whole) + run(
+            machine, shape, drafts, replace(depth, drafts=False)
+        )
     total = Work()
     head = shape.costs.lm_head
     for one in passes:
@@ -99,14 +108,14 @@ def scoring(
 ) -> Work:
     """Scoring all texts under a method."""
     budget = budget_of(machine.kind)
-    sharing = not method.by_document and method.kv_policy != "evict"
-    return sum(
-        (
-            run(machine, shape, text.passes(rows, budget, sharing, method.pooled), depth)
-            for text in texts
-        ),
-        Work(),
-    )
+    sharing = depth.drafts or (not method.by_document and method.kv_policy != "evict")
+    total = Work()
+    for text in texts:
+        # Texts are drafted one after another; what is read, is read as dense reads it.
+        most = 1 if depth.drafts and text.prompts else rows
+        pooled = method.pooled and not depth.drafts
+        total += run(machine, shape, text.passes(most, budget, sharing, pooled), depth)
+    return total
 
 
 def budget_of(kind: str) -> int:
@@ -182,7 +191,8 @@ def timing(
             passes = [Pass(each.batch, each.length, each.length, each.batch, False)]
             if each.new_tokens:
                 keys = each.length + each.new_tokens
-                passes.append(Pass(each.batch, 1, keys, each.batch, True, each.new_tokens))
+                decode = Pass(each.batch, 1, keys, each.batch, True, each.new_tokens, writes=True)
+                passes.append(decode)
             dense = run(machine, shape, passes)
             pair = dense + run(machine, shape, passes, depth)
             turn = pair + dense * compiled

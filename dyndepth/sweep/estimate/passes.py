@@ -22,7 +22,8 @@ WRITTEN = 0.75
 class Pass:
     """A forward of ``rows`` sequences of ``width`` tokens, padding included, over ``keys`` tokens.
 
-    ``heads`` tokens go through the LM head; ``generation`` tells the phase; it is run ``times``.
+    ``heads`` tokens go through the LM head; ``generation`` tells the phase; it is run ``times``;
+    ``writes``: its tokens are those of texts that are written, not read.
     """
 
     rows: float
@@ -31,6 +32,7 @@ class Pass:
     heads: float
     generation: bool
     times: float = 1.0
+    writes: bool = False
 
     @property
     def tokens(self) -> float:
@@ -122,7 +124,8 @@ def written(
         if limit > 1:
             last = float(limit - 1)
             kept = rows * steps / last
-            passes.append(Pass(kept, 1, width + steps / 2, kept, True, last * times))
+            keys = width + steps / 2
+            passes.append(Pass(kept, 1, keys, kept, True, last * times, writes=True))
     return passes
 
 
@@ -130,6 +133,26 @@ def _parts(lengths: Sequence[int], most: int, budget: int) -> list[slice]:
     from dyndepth.evaluation.forwards import parts
 
     return list(parts(lengths, most, budget))
+
+
+DRAFTED, ACCEPTED = 4, 0.6
+"""Assumed tokens of a draft, and the assumed chance that one of them stands if those before do."""
+
+
+def verified(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """The forwards of the whole model, and those of drafts, where texts are written by drafts, one
+    after another; what is read stays as it is."""
+    # The accepted ones, of which each needs all before it, and one of the model's own.
+    a_round = sum(ACCEPTED**place for place in range(DRAFTED + 1))
+    whole, drafts = [], []
+    for one in passes:
+        if not one.writes:
+            whole.append(one)
+            continue
+        rounds, most = one.rows * one.times / a_round, DRAFTED + 1
+        whole.append(Pass(1, most, one.keys, most, True, rounds))
+        drafts.append(Pass(1, 1, one.keys, 1, True, rounds * DRAFTED))
+    return whole, drafts
 
 
 def repeated(passes: Sequence[Pass], times: float) -> list[Pass]:

@@ -9,7 +9,7 @@ from dyndepth.common import commands
 from dyndepth.common.printing import Column, narrow, print_columns
 from dyndepth.sweep.estimate import costs
 from dyndepth.sweep.estimate.machines import GIB
-from dyndepth.sweep.estimate.passes import WRITTEN
+from dyndepth.sweep.estimate.passes import ACCEPTED, DRAFTED, WRITTEN
 from dyndepth.sweep.estimate.plan import Estimate, Planned, estimate
 from dyndepth.sweep.estimate.texts import TOKENS_A_WORD, UNKNOWN, Text
 
@@ -221,6 +221,11 @@ def assumptions(whole: Estimate, settings: Settings) -> list[str]:
     lines.append(f"{costs.CELL:g} s a cell for requests, metrics and tables")
     if any(text.prompts for text in whole.texts):
         lines.append(f"texts end after {WRITTEN:.0%} of a task's limit")
+    if any(one.cell.build().speculates for one in whole.cells):
+        lines.append(
+            f"drafts have {DRAFTED} tokens, of which each stands in {ACCEPTED:.0%} of cases where "
+            "those before it do; their target is that of the draft alone"
+        )
     if any(one.timing.seconds for one in whole.cells):
         lines.append(f"at most {costs.PAIRS} pairs of a timed shape, none beyond its time")
         if settings.compiled_dense:
