@@ -54,12 +54,14 @@ def recover_cached(
     the order of the text. A folder that the method ships is taken if it was made for this model,
     corpus, recipe, method and seed. The cache lies under ``cache_root()/recovery/<name>/<key>``; a
     training that was killed goes on; ``refresh`` trains again, whatever is kept or shipped. Raises
-    UserError as ``training.recover`` does, and where several processes train.
+    UserError as ``training.recover`` does, for a method that speculates, and where several
+    processes train.
     """
     from accelerate import PartialState
 
     from dyndepth.fitting.recovery.adapters import adaptable
 
+    refuse_drafts(method, recipe)
     if PartialState().num_processes > 1:
         raise UserError("recovery trains in one process; start it without `accelerate launch`")
     targets = adaptable(model, recipe)  # said before minutes of training
@@ -137,7 +139,6 @@ def fit_and_recover(
     recipe = parse_recovery(recovery)
     if recipe is None:
         return fit_cached(method, model, corpus), None
-    refuse_drafts(method, recipe)
     return recover_cached(method, model, corpus, recipe)
 
 
