@@ -35,7 +35,7 @@ EXIT = draft("early_exit(confidence=fixed)")
 ROUTERS = draft("skipgpt")
 SEARCHED = Pick(f"swift({ALL_ALIKE}, tries=200, misses=100)")
 """Fewer tries than by default: on two slow cores one takes a second or two."""
-IN_CONTEXT = Pick(f"clasp({ALL_ALIKE})")
+IN_CONTEXT = Pick(f"clasp({ALL_ALIKE}, every=1)")
 
 
 def claim(
