@@ -101,7 +101,7 @@ def test_documents_and_prompt_lengths_are_each_rows(model):
 def test_sampling_repeats_by_its_seed_and_follows_the_models_defaults(tiny):
     model = tiny()
     model.generation_config.update(
-        do_sample=True, temperature=0.7, top_p=0.8, num_return_sequences=4
+        do_sample=True, temperature=0.7, top_p=0.8, num_return_sequences=2
     )
     found = []
     with attach(model, Drafting(), documents=["a", "b", "c"]) as trace:
