@@ -64,18 +64,20 @@ def speculating(model: Any, trace: Trace, method: DynamicDepthMethod) -> Iterato
             raise UserError("speculation does not wait for other processes; leave out synced_gpus")
         if streamer is not None and batch > 1:
             raise UserError("speculation writes one sequence after another; stream one at a time")
+        cache = _cache(batch, config, given)
         prompts = _prompts(input_ids, config, given)
         documents = per_row(trace.documents, batch, "document ids")
         lengths = trace.prompt_length
         rows = per_row(lengths, batch, "prompt lengths") if isinstance(lengths, Tensor) else None
-        cache, texts = None, []
+        texts = []
         try:
             for row, prompt in enumerate(prompts):
                 if documents is not None:
                     trace.documents = [documents[row]]
                 if rows is not None:
                     trace.prompt_length = rows[row : row + 1]
-                cache = _cache(batch, config, given)
+                if row:
+                    cache = _cache(batch, config, given)
                 text = _Text(input_ids, row, logits_processor, stopping_criteria)
                 rounds = speculate(
                     module,
