@@ -231,7 +231,10 @@ class Expenses:
     shipped: bool = False
 
 
-_TAKEN = {"tensors", "facts", "curve", "anew", "bound", "context", "save", "instead", "weights"}
+_TAKEN = {
+    *("tensors", "facts", "curve", "fit_seconds", "anew", "bound", "context", "save"),
+    *("instead", "weights"),
+}
 """What every method has beside its fields: a field of such a name would be overwritten."""
 
 
@@ -382,6 +385,8 @@ class DynamicDepthMethod:
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
         self.curve: list[dict[str, float]] = []
+        # Seconds that ``fit`` took when it was made, be it elsewhere; None: not known.
+        self.fit_seconds: float | None = None
         # Set by who fits: take nothing that comes with the method.
         self.anew = False
         # Set by who loads a saved method: the model that it belongs to; see runtime/binding.py.

@@ -145,6 +145,7 @@ class SelfSpeculation(Drafting):
         """Fit the draft, and find its cost where that is asked for. Raises UserError as it does."""
         found = fit_cached(self._drafting_method(), model, corpus, refresh=self.anew)
         self.tensors, self.curve = dict(found.tensors), list(found.curve)
+        self.fit_seconds = found.fit_seconds
         self.facts = found.facts | {"draft": repr(found)}
         self.price(model, corpus, self.drafter)
         return self

@@ -170,7 +170,7 @@ def forced(model: Any, texts: Tensor, length: int, options: Any, how: How) -> di
             **_spread("speedup", ratio(steps, own.watch.host["decode"][-pairs:])),
             "forced": acceptance,
             "chance": chance(rounds),
-            **{key: value for key, value in more.items() if key not in ("temperature", "search_s")},
+            **{key: value for key, value in more.items() if key not in ("temperature", "fit_s")},
             "dense_step_ms": 1000 * step,
         }
     lines["break_even"] = {

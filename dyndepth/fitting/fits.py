@@ -18,6 +18,7 @@ import io
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,9 +87,12 @@ def _fit(
     from dyndepth.fitting.loop import checkpoints
     from dyndepth.models.seeding import seeded
 
-    method.anew, method.bound = refresh, None
+    method.anew, method.bound, method.fit_seconds = refresh, None, None
+    started = time.monotonic()
     with seeded(method.seed, next(model.parameters()).device), checkpoints(unfinished):
         method.fit(model, corpus)
+    # Of another's fit that this one took from the cache, the method has said the seconds.
+    method.fit_seconds = max(time.monotonic() - started, method.fit_seconds or 0.0)
 
 
 def _fit_together(
@@ -185,7 +189,7 @@ def load_fit(method: Method, model: torch.nn.Module, path: str | Path) -> Method
         name: tensor.to(device) if name in record["on_model_device"] else tensor
         for name, tensor in tensors.items()
     }
-    method.facts = record["facts"]
+    method.facts, method.fit_seconds = record["facts"], record.get("seconds")
     method.curve = read_curve(path_of(path) / CURVE)
     method.bound = None
     return method
@@ -218,6 +222,7 @@ def _write(method: DynamicDepthMethod, model: torch.nn.Module, folder: Path) -> 
             name for name, tensor in method.tensors.items() if tensor.device == device
         ),
         "facts": method.facts,
+        "seconds": method.fit_seconds,
     }
     (folder / FACTS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

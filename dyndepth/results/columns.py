@@ -412,8 +412,10 @@ _DRAFTS = {
     "predicted_by_times": _speedup(
         f"The same by `draft_ms` and `verify_ms` in the place of bytes; {_NO_DRAFTS}."
     ),
-    "search_s": _number(
-        f"Seconds that the fit says that it searched for its draft; {_NO_DRAFTS}.", ge=0
+    "fit_s": _number(
+        "Seconds that the fit took when it was made, a search for the draft included, and where "
+        f"it was not interrupted; {_NO_DRAFTS}.",
+        ge=0,
     ),
 }
 """What drafts came to, of timing.csv."""

@@ -68,8 +68,8 @@ def _show_drafts(rows: Sequence[Row]) -> None:
     ]
     if len({row["mode"] for row in drafts}) > 1:
         columns.insert(1, of("mode", lambda row: row["mode"], name=True))
-    searched = drafts[0]["search_s"]
-    more = "" if searched is None else f"; the fit searched for {searched:.0f} s"
+    fitted = drafts[0]["fit_s"]
+    more = "" if fitted is None else f"; the fit took {fitted:.0f} s"
     caption = (
         "accepted: of the drafted tokens; round: a draft and its verification; draft ms: of one "
         "token; by bytes, by times: the speedup predicted from the weights that are read, and from "

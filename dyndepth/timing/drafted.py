@@ -110,7 +110,7 @@ def columns(
     costs: DraftCosts,
     dense_s: float,
     temperature: float,
-    search_s: float | None,
+    fit_s: float | None,
 ) -> Row:
     """What is said of drafts in a row of ``decode``.
 
@@ -132,7 +132,7 @@ def columns(
         "predicted_by_times": predicted(
             rounds, DraftCosts((draft or 0.0) / dense_s, verify / dense_s)
         ),
-        "search_s": search_s,
+        "fit_s": fit_s,
     }
     return found
 
@@ -140,7 +140,7 @@ def columns(
 def no_columns() -> Row:
     """The columns of ``columns`` of what does not draft."""
     rounds = ("acceptance", "tokens_per_verify", "draft_ms", "verify_ms")
-    costs = ("predicted_speedup", "predicted_by_times", "search_s")
+    costs = ("predicted_speedup", "predicted_by_times", "fit_s")
     return {"temperature": 0.0, **dict.fromkeys((*rounds, *costs))}
 
 

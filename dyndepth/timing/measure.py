@@ -88,7 +88,7 @@ def measure(
         ``tokens_per_verify`` the tokens written for each verification, ``draft_ms`` and
         ``verify_ms`` a drafted token's and a verification's time, ``predicted_speedup`` and
         ``predicted_by_times`` what the cost model makes of the acceptance, by bytes and by those
-        times, ``search_s`` what its fit says that it searched. Shapes of several sequences are
+        times, ``fit_s`` the seconds of its fit. Shapes of several sequences are
         left out, with a warning, and those of a named level take at least ``levels.STEPS`` steps.
         ``wall_speedup`` is the median over ``repeats`` pairs, with its 95% interval
         ``wall_speedup_low`` to ``wall_speedup_high``. ``block_speedup`` and ``total_speedup`` are

@@ -112,16 +112,10 @@ def _add_drafts(
     rounds = [each for one in own.rounds[-pairs:] for each in one]
     assert own.method is not None
     row |= drafted.columns(
-        rounds, own.laps(pairs), costs, row["dense_median_s"], temperature, search_s(own.method)
+        rounds, own.laps(pairs), costs, row["dense_median_s"], temperature, own.method.fit_seconds
     )
     row["wall_efficiency"] = None
     row["suspect"] = row["wall_speedup"] > row["tokens_per_verify"] * (1 + EXCESS)
-
-
-def search_s(method: DynamicDepthMethod) -> float | None:
-    """Seconds that the fit says it searched; None if it says nothing."""
-    found = method.facts.get("search_s")
-    return float(found) if isinstance(found, int | float) else None
 
 
 def _verified(own: Side) -> int:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toys import Toy
 
 from dyndepth.common.errors import UserError
+from dyndepth.fitting import fits
 from dyndepth.fitting.fits import fit_cached, fit_key, load_fit, save_fit
 
 
@@ -219,3 +221,11 @@ def test_the_key_is_the_same_in_another_process(tiny, tmp_path):
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == fit_key(Toy(), model, None)
+
+
+def test_a_kept_fit_says_how_long_it_took(tiny, monkeypatch):
+    model, clock = tiny(), SimpleNamespace(monotonic=iter([10.0, 13.0]).__next__)
+    monkeypatch.setattr(fits, "time", clock)
+    assert fit_cached(Toy(), model, None).fit_seconds == 3.0
+    assert fit_cached(Toy(), model, None).fit_seconds == 3.0  # kept, not made again
+    assert Toy().fit_seconds is None
