@@ -104,7 +104,7 @@ class _Loop:
             )
         self._device = model.get_input_embeddings().weight.device
         self._cache = {cache_argument(model): self.cache}
-        self._keeps_logits = _keeps_logits(type(causal_lm(model)).forward)
+        self._keeps_logits = keeps_logits(type(causal_lm(model)).forward)
         self._steady = steady(model)
 
     @contextmanager
@@ -242,5 +242,6 @@ def check_croppable(cache: Any) -> None:
 
 
 @once
-def _keeps_logits(forward: Callable[..., Any]) -> bool:
+def keeps_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a model's ``forward`` can be asked for the logits of its last tokens alone."""
     return "logits_to_keep" in signature(forward).parameters

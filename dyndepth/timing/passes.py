@@ -13,8 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from inspect import signature
 from itertools import cycle
 from typing import Any
 
@@ -25,6 +23,7 @@ from dyndepth.common.modes import EAGER
 from dyndepth.method import DynamicDepthMethod
 from dyndepth.models.caches import cache_argument, cache_of
 from dyndepth.runtime.attach import attach
+from dyndepth.runtime.speculation import keeps_logits
 from dyndepth.timing.busy import busy_of
 from dyndepth.timing.memory import Peak, cache_bytes, peaks
 from dyndepth.timing.pairing import draining
@@ -73,7 +72,7 @@ def prefill(model: nn.Module, tokens: Tensor, call: Call | None = None) -> tuple
 
     ``tokens`` are ids, int64 ``[batch, length]``.
     """
-    last_only = {"logits_to_keep": 1} if _keeps_logits(type(model).forward) else {}
+    last_only = {"logits_to_keep": 1} if keeps_logits(type(model).forward) else {}
     out = (model if call is None else call)(tokens, use_cache=True, **last_only)
     return out.logits[:, -1], cache_of(out)
 
@@ -107,11 +106,6 @@ def decode(
     for _ in range(steps):
         token = choose(step(model, cache, token, call))
     return token
-
-
-@cache
-def _keeps_logits(forward: Callable[..., Any]) -> bool:
-    return "logits_to_keep" in signature(forward).parameters
 
 
 class Stopwatch:
