@@ -17,7 +17,7 @@ BUDGETS = (1.1, 1.25, 1.5)
 AROUND = (*BUDGETS, 1.75)
 """Of opponents: what a draft executes follows from its sublayers, and may lie beyond the last
 budget."""
-LIMIT = {"wikipedia_bpb": 12, "socialiqa": 12, "title_generation": 12}
+LIMIT = {"wikipedia_bpb": 12, "socialiqa": 12, "quartz": 12}
 SHARES = of(LIMIT)
 ALL_ALIKE = "length=4, stop=0"
 """Every draft has as many tokens, but for the last of a text."""
