@@ -34,14 +34,15 @@ TEXTS = 400
 COLUMNS = (
     *("cell", "method", "parameters", "target_speedup", "seed", "task", "documents", "drafted"),
     *("accepted", "refused", "verifications", "written", "draft_share", "accepted_share", "chance"),
-    *("tokens_per_verify", "identical"),
+    *("tokens_per_verify", "identical", "reran"),
 )
 """Columns of acceptance.csv: one row a cell and task, and one over ``all`` tasks. Of ``documents``
 that were continued, tokens ``drafted``, ``accepted`` and ``written``, ``verifications`` and those
 of them that ``refused`` a token. ``draft_share``: of full depth's block FLOPs that the drafts
 executed. ``accepted_share``: of drafted tokens; ``chance``: of those that were judged.
 ``tokens_per_verify``: written for each verification; the first token of a text comes with its
-prompt and is not among them. ``identical``: the share of texts that are what dense writes."""
+prompt and is not among them. ``identical``: the share of texts that are what dense writes.
+``reran``: passes over all blocks that those come to which the method ran again, one by one."""
 
 Prompts = dict[str, dict[str, list[int]]]
 """Task -> document -> token ids."""
@@ -165,14 +166,15 @@ def drafted(
     dense: dict[str, list[int]],
 ) -> dict[str, dict[str, float]]:
     """By document: tokens ``drafted``, ``accepted`` and ``written``, ``verifications``, and those
-    of them that ``refused`` a token; block FLOPs
-    of the drafts, ``flops``, and what they had been at full depth, ``dense_flops``; and whether the
-    text is what the dense model writes, ``identical``. What that writes is taken from ``dense`` by
-    document and put there."""
+    of them that ``refused`` a token; the passes over all blocks, ``reran``, that those come to
+    which the method ran again; block FLOPs of the drafts, ``flops``, and what they had been at full
+    depth, ``dense_flops``; and whether the text is what the dense model writes, ``identical``. What
+    that writes is taken from ``dense`` by document and put there."""
+    from dyndepth.models.blocks import Decoder
     from dyndepth.runtime.attach import attach
     from dyndepth.runtime.speculation import speculate
 
-    ends = _ends(model)
+    ends, layers = _ends(model), len(Decoder.of(model).blocks)
     found = {}
     for name, ids in texts.items():
         if name not in dense:
@@ -192,6 +194,7 @@ def drafted(
             "refused": sum(each.accepted < len(each.drafted) for each in came.rounds),
             "verifications": len(came.rounds),
             "written": len(written),
+            "reran": sum(each.reran for each in came.rounds) / layers,
             "flops": flops,
             "dense_flops": dense_flops,
             "identical": float(written == dense[name]),
@@ -278,7 +281,8 @@ def table(cells: Sequence[Cell], folder: Path) -> list[Row]:
 
 def _summed(rows: Sequence[Mapping[str, float]]) -> Row:
     counts = ("drafted", "accepted", "refused", "verifications", "written")
-    total = {key: sum(row[key] for row in rows) for key in (*counts, "flops", "dense_flops")}
+    sums = (*counts, "reran", "flops", "dense_flops")
+    total = {key: sum(row[key] for row in rows) for key in sums}
     judged = total["accepted"] + total["refused"]
     later = total["written"] - len(rows)
 
@@ -293,4 +297,5 @@ def _summed(rows: Sequence[Mapping[str, float]]) -> Row:
         "chance": share(total["accepted"], judged),
         "tokens_per_verify": share(later, total["verifications"]),
         "identical": share(sum(row["identical"] for row in rows), len(rows)),
+        "reran": total["reran"],
     }

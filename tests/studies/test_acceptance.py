@@ -33,7 +33,7 @@ def row(drafted: int, accepted: int, refused: int, **changes: float) -> dict[str
     """What is recorded of a document, by hand."""
     found = {"drafted": drafted, "accepted": accepted, "refused": refused, "written": 9}
     found |= {"verifications": 4, "flops": 60.0, "dense_flops": 80.0, "identical": 1.0}
-    return found | changes
+    return found | {"reran": 0.0} | changes
 
 
 def keep(folder, cells, kind=acceptance.METRIC, **tasks) -> None:
@@ -57,6 +57,22 @@ def test_the_whole_model_as_its_own_draft_is_accepted_throughout(tiny):
         assert each["accepted"] == each["drafted"] > 0
         assert (each["refused"], each["identical"]) == (0, 1.0)
         assert each["flops"] == each["dense_flops"] > 0
+        assert each["reran"] == 0
+
+
+def test_blocks_that_are_run_again_are_recorded_as_passes(tiny):
+    class Trying(Drafting):
+        reads_states = True
+
+        def verified(self, verdict):
+            for layer in (0, 2, 2):
+                verdict.rerun(layer, verdict.states[:3])
+
+    found = acceptance.drafted(tiny(), Trying(without=None, length=4), PROMPTS, {})
+    for each in found.values():
+        # Of four blocks; after the first token two drafts of four, and one token drafted or none.
+        assert each["verifications"] == 3
+        assert each["reran"] == 3 / 4 * (3 if each["drafted"] > 8 else 2)
 
 
 def test_a_thinned_draft_counts_its_share_and_writes_what_dense_writes(tiny):
@@ -254,7 +270,8 @@ def test_texts_of_one_token_are_left_out(tmp_path):
 
 
 def test_the_table_sums_documents_by_task_and_over_all(tmp_path):
-    one, other = row(8, 6, 1, written=11), row(8, 2, 3, written=7, identical=0.0)
+    one = row(8, 6, 1, written=11, reran=1.75)
+    other = row(8, 2, 3, written=7, identical=0.0, reran=0.5)
     keep(tmp_path, [cell()], first=[one], second=[other])
     first, second, whole = acceptance.table([cell(), cell(seed=5)], tmp_path)
     assert [each["task"] for each in (first, second, whole)] == ["first", "second", "all"]
@@ -262,6 +279,7 @@ def test_the_table_sums_documents_by_task_and_over_all(tmp_path):
     assert (whole["drafted"], whole["accepted_share"], whole["chance"]) == (16, 0.5, 8 / 12)
     assert whole["tokens_per_verify"] == (11 + 7 - 2) / 8  # the first of each is the prompt's
     assert (whole["identical"], whole["draft_share"], whole["documents"]) == (0.5, 0.75, 2)
+    assert [each["reran"] for each in (first, second, whole)] == [1.75, 0.5, 2.25]
     assert set(whole) == set(acceptance.COLUMNS)
 
 
