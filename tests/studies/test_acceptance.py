@@ -299,8 +299,34 @@ def test_predictions_are_the_cost_models_on_public_shapes(tmp_path, monkeypatch)
     assert found["length"] == 2
     assert found["predicted_speedup"] == pytest.approx(predicted_speedup(8 / 12, 2, costs))
     assert found["best_predicted_speedup"] >= found["predicted_speedup"]
+    assert found["verify_cost"] == 1
     assert found["size"] == 134_515_008
     assert set(found) == set(COLUMNS)
+
+
+def test_what_is_run_again_is_read_in_predictions(tmp_path, monkeypatch):
+    """Half a pass after each verification, and one after each, after which no draft pays."""
+    from dyndepth.models import shapes as known
+
+    kept = {name: known.shapes()[name] for name in ("smollm2-135m", "tiny")}
+    monkeypatch.setattr(known, "shapes", lambda: kept)
+    found = []
+    for passes in (0.0, 2.0, 4.0):
+        keep(tmp_path, [cell()], one=[row(16, 12, 1, reran=passes, flops=16.0)])
+        found += predictions(acceptance.table([cell()], tmp_path))
+    none, half, one = found
+    layers, head = 30 * 3_540_096, 49_152 * 576 + 576
+    assert half["verify_cost"] == pytest.approx(1 + 0.5 * layers / (layers + head))
+    assert one["verify_cost"] == pytest.approx(1 + layers / (layers + head))
+    tokens = sum((12 / 13) ** place for place in range(5))
+    draft = (0.2 * layers + head) / (layers + head)
+    for each in found:
+        cost = 4 * draft + each["verify_cost"]
+        assert each["predicted_speedup"] == pytest.approx(tokens / cost)
+    assert none["best_predicted_speedup"] > half["best_predicted_speedup"] > 1
+    keep(tmp_path, [cell()], one=[row(16, 4, 4, reran=4.0, flops=16.0)])
+    (found,) = predictions(acceptance.table([cell()], tmp_path))
+    assert (found["best_length"], found["best_predicted_speedup"]) == (0, 1.0)
 
 
 def test_pages_show_what_was_accepted_and_what_it_would_come_to(tmp_path):
