@@ -145,18 +145,25 @@ def _prompt(task: Any, document: Any, tokenizer: Any) -> list[int]:
 
 
 def _other_texts(name: str, settings: Settings, continued: set[str]) -> list[str]:
-    """Prompt and answer of documents that are not continued; the first option of a choice."""
+    """Prompt and right answer of documents that are not continued; the prompt alone where several
+    answers are right."""
     task = _load(name, settings)
     texts: list[str] = []
     for index, document in enumerate(task.eval_docs):
         if f"{name}/{index}" in continued:
             continue
-        target = task.doc_to_target(document)
-        target = target if isinstance(target, str) else ""
-        texts.append(f"{task.doc_to_text(document)} {target}".strip())
+        both = (task.doc_to_text(document), _answer(task, document))
+        texts.append(" ".join(part.strip() for part in both).strip())
         if len(texts) == TEXTS:
             break
     return texts
+
+
+def _answer(task: Any, document: Any) -> str:
+    target = task.doc_to_target(document)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(document)[target]  # the place of the right option
+    return "" if isinstance(target, list) else str(target)
 
 
 def drafted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,19 +147,32 @@ def test_a_method_is_fitted_anew_on_each_tasks_own_texts(tiny, tmp_path, monkeyp
     assert acceptance.point([cell()], tmp_path, "two", kind="transfer").fraction < 1
 
 
-def test_texts_to_fit_on_are_of_other_documents(monkeypatch):
+def test_texts_to_fit_on_are_prompts_and_right_answers_of_other_documents(monkeypatch):
     class Task:
-        eval_docs = range(6)
+        eval_docs, config = range(6), SimpleNamespace(doc_to_choice="choices")
 
         def doc_to_text(self, document):
             return f"question {document}:"
 
+        def doc_to_choice(self, document):
+            return ["none", "one", "the second"]
+
         def doc_to_target(self, document):
-            return f"answer {document}" if document % 2 else document
+            return {2: 2, 4: ["four", "4"]}.get(document, f" answer {document}")
 
     monkeypatch.setattr(acceptance, "_load", lambda *_: Task())
     found = acceptance._other_texts("one", settings({}), {"one/0", "one/3"})
-    assert found == ["question 1: answer 1", "question 2:", "question 4:", "question 5: answer 5"]
+    wanted = ["question 1: answer 1", "question 2: the second", "question 4:"]
+    assert found == [*wanted, "question 5: answer 5"]
+    monkeypatch.setattr(Task, "config", SimpleNamespace(doc_to_choice=None))
+    assert acceptance._other_texts("one", settings({}), {"one/0"})[1] == "question 2: 2"
+
+
+def test_a_choice_of_the_harness_brings_its_right_option(monkeypatch):
+    asked = settings({"tasks": ["socialiqa"]})
+    text, *_ = acceptance._other_texts("socialiqa", asked, set())
+    assert text.startswith("Q: ")
+    assert text.endswith("\nA: be saved")
 
 
 def test_prompts_are_those_of_the_documents_that_are_scored(embedded_tokenizer):
