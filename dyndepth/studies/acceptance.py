@@ -39,7 +39,8 @@ COLUMNS = (
 """Columns of acceptance.csv: one row a cell and task, and one over ``all`` tasks. Of ``documents``
 that were continued, tokens ``drafted``, ``accepted`` and ``written``, ``verifications`` and those
 of them that ``refused`` a token. ``draft_share``: of full depth's block FLOPs that the drafts
-executed. ``accepted_share``: of drafted tokens; ``chance``: of those that were judged.
+executed. ``accepted_share``: of drafted tokens, those of all documents together, where a claim
+takes the mean of the documents' shares; ``chance``: of those that were judged, again together.
 ``tokens_per_verify``: written for each verification; the first token of a text comes with its
 prompt and is not among them. ``identical``: the share of texts that are what dense writes.
 ``reran``: passes over all blocks that those come to which the method ran again, one by one."""
@@ -237,8 +238,9 @@ def point(
     cells: Sequence[Cell], folder: Path, task: str, metric: str = METRIC, kind: str = METRIC
 ) -> Point | None:
     """``metric`` of one method at one target after prompts of ``task``, ``cells`` differing in
-    their seed alone; it stands at the drafts' share of block FLOPs. None where a cell has no file,
-    or drafted nothing."""
+    their seed alone: by document, each weighing the same whatever was drafted in it, so that
+    methods are paired. It stands at the drafts' share of block FLOPs. None where a cell has no
+    file, or drafted nothing."""
     from dyndepth.results.statistics.curves import averaged, by_document
 
     files = [file_of(cell, folder, kind) for cell in cells]

@@ -276,6 +276,12 @@ def test_texts_that_are_not_densest_differ(by_hand):
     assert (found["verdict"], found["value_a"]) == ("differs", pytest.approx(1 - 1 / COUNT))
 
 
+def test_claims_take_the_mean_over_documents_and_tables_the_ratio_of_sums(tmp_path):
+    keep(tmp_path, [cell()], one=[row(1, 1, 0), row(16, 4, 4)])
+    assert acceptance.point([cell()], tmp_path, "one").value == (1 + 4 / 16) / 2
+    assert acceptance.table([cell()], tmp_path)[0]["accepted_share"] == 5 / 17
+
+
 def test_texts_of_one_token_are_left_out(tmp_path):
     keep(tmp_path, [cell()], one=[row(0, 0, 0, written=1), row(4, 2, 1)])
     assert acceptance.point([cell()], tmp_path, "one").value == 0.5
