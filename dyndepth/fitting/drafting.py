@@ -6,7 +6,8 @@ at least that much. And, where a method is ``adaptive``, cost: another token is 
     S * a > r * c
 
 with c the cost of drafting one, a the probability that the next one stands, S that all drafted
-ones do, and r the most tokens for each unit of cost that can be had (``draft_costs.best_rate``).
+ones do, and r the most tokens for each unit of cost that can be had (``draft_costs.best_rate``);
+none is where steps bring as many.
 The probabilities are learnt of each text from what became of its drafts: kept of judged, older
 rounds fading, over a few imagined ones to begin with. With a ``stop``, tokens on either side of it
 are two kinds, each with its own. Costs are relative to a step of the whole model, ``bytes`` of
@@ -134,7 +135,7 @@ class Drafting(DynamicDepthMethod):
             rate = best_rate(kinds, costs, self.length)
             memory[_RATE] = torch.tensor([[rate]], dtype=torch.float64)
             memory[_SURE] = torch.zeros(1, 0, dtype=torch.bool)
-            goes_on = self.length > 0 and pays(1.0, ahead, rate, costs)
+            goes_on = self.length > 0 and rate > 1
             if not goes_on and _JUDGED in memory:
                 # Nothing is learnt where nothing is drafted: in time it is tried again.
                 memory[_JUDGED] = _FADES * memory[_JUDGED]

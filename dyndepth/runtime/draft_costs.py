@@ -8,8 +8,9 @@ probability ``acceptance`` a drafted token stands if those before it do, each li
     tau = 1 + a + a^2 + ... + a^length = (1 - a^(length + 1)) / (1 - a)
 
 tokens, the one of the whole model's own among them, and is tau / (length * draft + verify) times as
-fast as steps. That probability is not the share of all drafted tokens that stand: those after a
-refused one were never judged. ``chance`` gives it.
+fast as steps. Where nothing is drafted there is nothing to verify: that is a step. That probability
+is not the share of all drafted tokens that stand: those after a refused one were never judged.
+``chance`` gives it.
 
 A step over few tokens waits for weights. ``by_bytes`` so counts the bytes of those that it reads:
 its sublayers, the last norm and the LM head, which a draft needs, too. Left out: keys and values
@@ -40,7 +41,8 @@ class DraftCosts:
 
     Attributes:
         draft: of one drafted token.
-        verify: of one forward over the last token and all drafted ones.
+        verify: of one forward over the last token and all drafted ones, and of what a method does
+            after it.
     """
 
     draft: float
@@ -117,7 +119,10 @@ def tokens_a_round(acceptance: float, length: int) -> float:
 
 
 def predicted_speedup(acceptance: float, length: int, costs: DraftCosts) -> float:
-    """How many times as fast as steps of the whole model such rounds are."""
+    """How many times as fast as steps of the whole model such rounds are; 1 for a length of 0."""
+    if length == 0:
+        _check(acceptance, length)
+        return 1.0
     return tokens_a_round(acceptance, length) / (length * costs.draft + costs.verify)
 
 
@@ -157,14 +162,16 @@ def pays(stands: float, ahead: float, rate: float, costs: DraftCosts) -> bool:
     ``stands`` is the probability that all tokens of the draft do, ``ahead`` that with which the
     next one stands then, ``rate`` what all rounds bring, in tokens for each unit of cost. What
     another token brings falls with every token, as both probabilities are at most 1, so the first
-    that does not pay ends the draft: the rule is optimal for the ``rate`` of ``best_rate``.
+    that does not pay ends the draft: the rule is optimal for the ``rate`` of ``best_rate``, if
+    that is above 1. Else no draft pays, whatever its first token.
     """
     return stands * ahead > rate * costs.draft
 
 
 def best_rate(kinds: tuple[Kind, Kind], costs: DraftCosts, most: int) -> float:
     """The most tokens for each unit of cost that drafts of at most ``most`` tokens can bring, if
-    it may be seen of which kind each token is before another is drafted.
+    it may be seen of which kind each token is before another is drafted; 1, which steps bring,
+    where no drafts bring more.
 
     Rounds follow each other, so it is the root of: tokens - rate * cost, at its best, is 0; found
     by taking the rate of the policy that is best at the last one (Dinkelbach's iteration).
@@ -173,7 +180,7 @@ def best_rate(kinds: tuple[Kind, Kind], costs: DraftCosts, most: int) -> float:
     while True:
         tokens, cost = _round_at(rate, kinds, costs, most)
         if tokens <= rate * cost * (1 + 1e-12):
-            return rate
+            return max(1.0, rate)
         rate = tokens / cost
 
 

@@ -28,7 +28,7 @@ COLUMNS = (
 FLOPs, in the cell's drafts; ``accepted_share``: of all drafted tokens; ``chance``: of those that
 were judged (``draft_costs.chance``); ``length``: mean tokens of a draft. ``draft_cost`` is that of
 a drafted token in steps of the whole model, by bytes, ``verify_cost`` that of a verification and of
-what follows it. ``best_length``: 0 where no draft pays, which then are steps. ``break_even``: the
+what follows it. ``best_length``: 0 where no draft pays. ``break_even``: the
 chance from which the best length is no slower than steps."""
 
 
@@ -49,8 +49,6 @@ def predictions(accepted: Sequence[Row]) -> Iterator[Row]:
             whole = max(1, round(length))
             best = best_length(row["chance"], costs)
             fastest = predicted_speedup(row["chance"], best, costs)
-            if fastest < 1:  # than by steps, after which nothing is run again
-                best, fastest = 0, 1.0
             yield (
                 shape
                 | about

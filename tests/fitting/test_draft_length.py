@@ -128,3 +128,10 @@ def test_a_text_on_which_drafts_failed_is_tried_again_and_others_are_not_touched
 def test_it_never_drafts_where_a_token_costs_a_step():
     assert drafted(priced(1.0, stop=0.0, length=4), {}) == 0
     assert drafted(priced(1.0, length=4), {}, [1.0] * 4) == 0
+
+
+def test_it_drafts_only_what_is_faster_than_steps_with_all_that_a_verification_costs():
+    """(8 + .6) / (10 + 10) tokens are held to stand: worth .3 each, but not .3 for a round, too."""
+    memory = learnt(priced(0.3, stop=0.0), 0.1)
+    assert drafted(priced(0.3, stop=0.0), dict(memory)) == 1
+    assert drafted(priced(0.3, verify=1.3, stop=0.0), dict(memory)) == 0
