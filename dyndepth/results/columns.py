@@ -229,7 +229,9 @@ _ELSE = "in phase `generation` only; empty where nothing was drafted."
 _COUNTED_DRAFTS = {
     "drafted": _integer(f"Tokens that the method drafted, {_ELSE}", nullable=True),
     "accepted": _integer(
-        f"Drafted tokens that are what the whole model writes there, {_ELSE}", nullable=True
+        "Drafted tokens that the whole model takes, those after the end of a text among them, "
+        f"{_ELSE}",
+        nullable=True,
     ),
     "verifications": _integer(
         f"Passes of the whole model that verified drafts, the prompts' left out, {_ELSE}",
@@ -610,7 +612,10 @@ for _phase in ("prefill", "decode"):
 
 _IF_DRAFTED = "empty where nothing was drafted"
 _BOARD_DRAFTS = {
-    "acceptance": _fraction(f"Accepted / drafted tokens over all tasks; {_IF_DRAFTED}."),
+    "acceptance": _fraction(
+        "Accepted / drafted tokens over all tasks, wherever texts ended: it is the draft's; "
+        f"{_IF_DRAFTED}."
+    ),
     "acceptance_by_task": _text(
         f"The same task by task, as `task=share,task=share`; {_IF_DRAFTED}.", nullable=True
     ),

@@ -23,7 +23,8 @@ TITLE = "Lossless: drafted and verified"
 CAPTION = (
     "These methods write what the whole model writes: part of it drafts tokens, all of it verifies "
     "them. They save no FLOPs and compete with nobody on them; what they may save is time. Draft: "
-    "the speedup asked of the draft alone. Accepted: share of drafted tokens that stand. Tokens a "
+    "the speedup asked of the draft alone. Accepted: share of drafted tokens that the whole "
+    "model takes, wherever the text ended. Tokens a "
     "pass: written for each pass of the whole model. Total FLOPs: dense's over all, drafts "
     "included. Decode: measured against dense, of the likeliest tokens and of drawn ones"
 )
