@@ -120,6 +120,42 @@ def test_times_of_drawn_tokens_and_what_was_predicted_stand_beside():
     assert row["predicted_speedup"] == 1.1
 
 
+def test_all_times_of_a_row_are_of_one_shape():
+    """Of that which was timed in most modes, though it is shorter; none of draws alone."""
+    own = drafting()
+    base = {"phase": "decode", "batch": 1, "length": 512, "mode": "eager", "temperature": 0.0}
+    of_draws = {"temperature": 1.0, "suspect": True, "load_average": 9.0, "cores": 2, "threads": 1}
+    own.timing = [
+        base | {"wall_speedup": 0.7, "predicted_speedup": 1.1},
+        base | {"wall_speedup": 0.6, "mode": "graphs"},
+        base | {"wall_speedup": 0.5, "repeats": 3} | of_draws,
+        base | {"wall_speedup": 0.8, "predicted_speedup": 1.2, "length": 2048},
+        base | {"wall_speedup": 0.9, "length": 2048} | of_draws,
+        base | {"wall_speedup": 0.4, "length": 4096} | of_draws,
+    ]
+    (row,) = rows_of(own)
+    assert (row["wall_batch"], row["wall_length"]) == (1, 512)
+    assert (row["wall_decode_speedup"], row["predicted_speedup"]) == (0.7, 1.1)
+    assert row["wall_drawn_speedup"] == 0.5
+    # What is doubtful of drawn tokens says so, there alone.
+    assert (row["wall_suspect"], row["wall_loaded"], row["wall_repeats"]) == ("drawn", "drawn", 3)
+    schema.validate("leaderboard.csv", [row])
+    headings, (line,) = lossless.table(shown.board_rows([row])[0])
+    told = dict(zip(headings, line, strict=True))
+    assert told["decode, drawn"] == "0.50x suspect, no interval, loaded"
+    assert "suspect" not in told["decode (eager)"]
+
+
+def test_the_caption_tells_of_what_stands_there():
+    headings, lines = lossless.table(shown.board_rows(rows_of(drafting()))[0])
+    assert "Decode" not in lossless.caption(headings, lines)
+    told = lossless.caption(["decode", "decode, drawn"], [["0.5x suspect", ""]])
+    assert "Decode: " in told
+    assert "Drawn: against dense that draws" in told
+    assert "suspect: faster" in told
+    assert "noisy" not in told
+
+
 def test_seeds_are_averaged_by_task():
     one = drafting(seed=0)
     other = drafting(seed=1, counts=COUNTS | {"accepted": 15})
