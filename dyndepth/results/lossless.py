@@ -93,8 +93,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         by_task = shares(_of(row, "by_task"))
         failed = " FAILED" if row["status"] == "error" else ""
-        # Drafts are of what is generated: none has other phases.
-        name = titled({**row, "phases": None}) + failed
+        name = titled(row) + failed
         line = [", ".join(filter(None, (name, str(row["run"] or ""))))]
         line += [f"{row['target_speedup']:g}x"]
         line += [str(len(row["seeds"]))] if seeds else []

@@ -10,8 +10,10 @@ from cells import cell, identity
 from test_comparison import DOCUMENTS, bits, made
 from test_curves import make_cells
 
-from dyndepth import plots
+from dyndepth import compare, plots
+from dyndepth.cells import naming
 from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.plots import retention
 from dyndepth.plots.tables import points
@@ -74,6 +76,32 @@ def test_no_comparison_knows_it():
     cells[-1].provenance["speculates"] = False
     (own,) = [row for row in against_dense(cells) if row["method"] == "sketch"]
     assert own["pareto"] is True
+
+
+def test_a_comparison_says_what_it_leaves_out(tmp_path, capsys):
+    cells = competing()
+    for name, own in (("all", cells), ("alone", [cells[0], cells[-1]])):
+        for each in own:
+            Store(tmp_path / name).write(each)
+    left_out = "left out, as lossless: sketch: they write what dense writes"
+    assert compare.main([str(tmp_path / "all")]) == 0
+    told = capsys.readouterr().out
+    assert left_out in told
+    assert "nothing to compare" not in told
+    assert compare.main([str(tmp_path / "alone")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing to compare: all methods but dense are lossless\n" + left_out in told
+    assert compare.main([str(tmp_path / "all"), "--methods", "sketch"]) == 2
+    assert "sketch is lossless, and such are not compared" in capsys.readouterr().err
+
+
+def test_its_phases_are_no_part_of_its_name(tmp_path):
+    """In tables and figures: it has no others."""
+    cells = [cell([1] * 12, phases="both"), drafting()]
+    write_tables(cells, tmp_path)
+    tables = plots.read_tables(tmp_path)
+    assert list(tables["leaderboard"]["label"]) == ["dense", "sketch"]
+    assert naming.label(identity_columns(cells[1])) == "sketch"
 
 
 def test_figures_leave_it_out(tmp_path):
