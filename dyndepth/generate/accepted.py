@@ -1,7 +1,8 @@
 """Which drafted tokens the whole model took: by their place in the draft, and by kind of token.
 
 A token counts where it was judged: the whole model said what stands in its place. Those that follow
-the first wrong one of a draft were not; they continue a text that was never written.
+the first wrong one of a draft were not; they continue a text that was never written. Where a text
+ended inside of a draft, the rest of that was judged all the same.
 """
 
 from __future__ import annotations

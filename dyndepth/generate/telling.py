@@ -34,7 +34,7 @@ def told(text: Generated) -> list[str]:
     share = f" ({text.acceptance:.0%})" if text.acceptance is not None else ""
     each = text.tokens_per_verification
     lines.append(
-        f"drafts: {found.drafted} tokens, of which {found.accepted} stand{share}; "
+        f"drafts: {found.drafted} tokens, of which {found.accepted} accepted{share}; "
         f"{len(text.rounds)} verifications"
         + (f", {each:.2f} tokens each" if each is not None else "")
     )

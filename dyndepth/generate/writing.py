@@ -186,10 +186,17 @@ def _proposals(
     found = []
     before = [*prompt, *tokens[:1]]
     for each in rounds:
-        accepted = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
-        last = each.tokens[accepted:]
+        stay = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
         drafted = pieces(tokenizer, before, each.drafted)
-        own = pieces(tokenizer, [*before, *each.tokens[:accepted]], last)
-        found.append(Proposal(drafted, accepted, own[0] if own else None, each.probabilities))
+        own = pieces(tokenizer, [*before, *each.tokens[:stay]], each.tokens[stay:])
+        found.append(
+            Proposal(
+                drafted,
+                each.accepted,
+                own[0] if own else None,
+                each.probabilities,
+                each.accepted - stay,
+            )
+        )
         before += each.tokens
     return tuple(found)

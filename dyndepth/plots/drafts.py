@@ -225,8 +225,10 @@ def _boxes(proposal: Proposal) -> list[tuple[str, _Look]]:
     """The tokens of one round with how each is drawn."""
     found = []
     for place, piece in enumerate(proposal.drafted):
-        look = _ACCEPTED if place < proposal.accepted else _REJECTED
-        found.append((piece, look if place < proposal.judged else _UNJUDGED))
+        look = _ACCEPTED if place < proposal.written else _REJECTED
+        # What was judged after the text's end is in no text.
+        last = proposal.written if proposal.own is None else proposal.judged
+        found.append((piece, look if place < last else _UNJUDGED))
     return found if proposal.own is None else [*found, (proposal.own, _OWN)]
 
 
@@ -280,9 +282,8 @@ def _words(text: Generated, title: str, first: int, last: int, rounds: int) -> l
     share = f" ({accepted / drafted:.0%})" if drafted else ""
     each = text.tokens_per_verification or 0.0
     part = "" if (first, last) == (0, rounds) else f"; rounds {first} to {last} of {rounds}"
-    counts = (
-        f"{drafted} tokens drafted, {accepted} stand{share}; {each:.2f} tokens a verification{part}"
-    )
+    taken = f"{drafted} tokens drafted, {accepted} accepted{share}"
+    counts = f"{taken}; {each:.2f} tokens a verification{part}"
     heading = textwrap.wrap(title or text.method, int(_TITLE_LETTERS * PAGE))
     prompt = " ".join(text.prompt.split())
     after = prompt if len(prompt) <= _PROMPT else f"…{prompt[1 - _PROMPT :]}"

@@ -96,11 +96,25 @@ def test_drafts_are_told_in_words(model, tokenizer):
     pieces_of = [found.pieces[0]]
     for told, each in zip(found.proposals, found.rounds, strict=True):
         assert len(told.drafted) == len(each.drafted)
-        pieces_of += [*told.drafted[: told.accepted], told.own]
+        pieces_of += [*told.drafted[: told.written], told.own]
     # A letter in several tokens has its text at the last, so the pieces are compared, not the text.
     assert tuple(each for each in pieces_of if each is not None) == found.pieces
     assert 0 < found.acceptance < 1
     assert found.tokens_per_verification == pytest.approx(19 / len(found.rounds))
+
+
+def test_accepted_is_one_count_wherever_a_text_ends(model, tokenizer, monkeypatch):
+    """The whole model takes all of its own draft; the text ends by the draft's first token."""
+    tokens = generate(model, tokenizer, PROMPT, max_new_tokens=8).tokens
+    assert tokens[1] != tokens[0]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokens[1])
+    method = Drafting(length=5, without=None)
+    found = generate(model, tokenizer, PROMPT, method=method, max_new_tokens=20)
+    assert (found.tokens, found.finish) == (tokens[:2], "end")
+    ((told,), (each,)) = found.proposals, found.rounds
+    assert told.accepted == each.accepted == found.speculation.accepted == 5
+    assert (told.written, told.judged, told.own) == (1, 5, None)
+    assert found.acceptance == 1
 
 
 def test_several_texts_are_those_of_each(model, tokenizer):
@@ -271,15 +285,15 @@ def test_shares_count_what_was_judged(model, tokenizer):
         Proposal((" a", "b"), 2, "."),
         Proposal((), 0, "."),
         Proposal(("2",), 0, "."),
-        Proposal(("3", "x"), 1, None),  # the text ended there
+        Proposal(("3", "x"), 2, None, unwritten=1),  # the text ended after "3"
     )
     text = replace(text, proposals=told)
     table = by_position([text]).set_index("position")
-    assert table["judged"].to_dict() == {1: 4, 2: 2, 3: 1}
-    assert table["accepted"].to_dict() == {1: 3, 2: 2, 3: 0}
+    assert table["judged"].to_dict() == {1: 4, 2: 3, 3: 1}
+    assert table["accepted"].to_dict() == {1: 3, 2: 3, 3: 0}
     table = by_kind(text).set_index("kind")
-    assert table["judged"].to_dict() == {"word start": 2, "word inside": 2, "number": 3}
-    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 2, "number": 1}
+    assert table["judged"].to_dict() == {"word start": 2, "word inside": 3, "number": 3}
+    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 3, "number": 1}
     # Wilson's interval by its own formula, 2 of 2.
     z2 = 1.959964**2
     assert table.loc["word start", "low"] == pytest.approx(2 / (2 + z2), abs=1e-6)
