@@ -21,13 +21,14 @@ Deviations: h_L is taken before the final norm. For a model of 70 billion weight
 the target says how many blocks here, and ``length`` bounds a draft. ``every`` is 8 by default: on
 the embedded model a programme costs some 0.8 of a verification, and one after each verification has
 0.04 more of the drafted tokens stand. The set of the first draft is ours. The paper has no
-``adaptive``; by ``bytes``, a programme is counted as reading the weights of all blocks.
+``adaptive``; each verification bears its part of a programme, which by ``bytes`` is counted as
+reading the weights of all blocks, and is ``measured`` as what one after each round adds to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
 
 _PLAN, _ROUNDS = "clasp.plan", "clasp.rounds"
+_NEVER = 10**9
 
 
 @dataclass(kw_only=True)
@@ -97,9 +99,22 @@ class CLaSp(Drafting):
             return
         weights = step_bytes(model)
         plan = self._first(len(weights.blocks))
-        self.price(model, corpus, plan=plan)
-        if self.adaptive == "bytes" and not plan.all():
-            self.facts[COST]["verify"] += float(weights.blocks.sum()) / weights.step / self.every
+        # Without a programme among the rounds that are measured, whatever the interval.
+        seldom, often = (self._priced(model, corpus, plan, every) for every in (_NEVER, 1))
+        programme = float(weights.blocks.sum()) / weights.step
+        if self.adaptive == "measured":
+            programme = max(0.0, often["draft"] - seldom["draft"]) * max(1, self.length)
+        if not plan.all():
+            seldom["verify"] += programme / self.every
+        self.facts[COST] = seldom
+
+    def _priced(
+        self, model: torch.nn.Module, corpus: Corpus | None, plan: Tensor, every: int
+    ) -> dict[str, float]:
+        method = replace(self, every=every)
+        method.price(model, corpus, plan=plan)
+        found: dict[str, float] = method.facts[COST]
+        return found
 
     def start(self, context: ForwardContext) -> Tensor:
         """The last programme's plan, ``[1, layers, 2]``, or the first one's, ``[layers, 2]``."""

@@ -16,6 +16,7 @@ class Round:
         tokens: what was written: those, and one of the whole model's own. Fewer where the text
             came to its end.
         draft_s, verify_s: seconds, by the clock of the loop.
+        reran: calls of ``Verified.rerun`` after it, each of which runs one block.
     """
 
     drafted: tuple[int, ...]
@@ -24,6 +25,7 @@ class Round:
     probabilities: tuple[float, ...] = ()
     draft_s: float = 0.0
     verify_s: float = 0.0
+    reran: int = 0
 
 
 @dataclass

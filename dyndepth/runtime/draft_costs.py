@@ -9,7 +9,7 @@ probability ``acceptance`` a drafted token stands if those before it do, each li
 
 tokens, the one of the whole model's own among them, and is tau / (length * draft + verify) times as
 fast as steps. That probability is not the share of all drafted tokens that stand: those after a
-refused one were never judged. ``chance`` and ``chance_from_share`` give it.
+refused one were never judged. ``chance`` gives it.
 
 A step over few tokens waits for weights. ``by_bytes`` so counts the bytes of those that it reads:
 its sublayers, the last norm and the LM head, which a draft needs, too. Left out: keys and values
@@ -213,16 +213,6 @@ def chance(rounds: Iterable[Round]) -> float | None:
         kept += each.accepted
         refused += each.accepted < len(each.drafted)
     return kept / (kept + refused) if kept + refused else None
-
-
-def chance_from_share(share: float, length: int) -> float:
-    """The acceptance at which, in drafts of ``length`` >= 1, this share of all drafted tokens
-    stands: (tau - 1) / length solved for it."""
-    _check(share, length)
-    if length < 1:
-        raise ValueError("drafts without a token have no share that stands")
-    found = _lowest(lambda chance: tokens_a_round(chance, length) - 1 >= share * length)
-    return 1.0 if found is None else found
 
 
 def _lowest(holds: Any) -> float | None:

@@ -30,6 +30,9 @@ class Replay:
 
     ``run`` is what each block does, watched or not; ``ledger`` is billed, if there is one. Raises
     UserError for a model whose attention takes no mask of the kind that is needed.
+
+    Attributes:
+        reran: blocks that were run once more since the last verification began.
     """
 
     def __init__(self, parts: Decoder, run: Run, ledger: Ledger | None) -> None:
@@ -40,6 +43,7 @@ class Replay:
                 f"{kernel!r} does not take; load the model with attn_implementation='sdpa'"
             )
         self._blocks, self._run, self._ledger = parts.blocks, run, ledger
+        self.reran = 0
         self._watching = False
         self._seen: list[tuple[Tensor, dict[str, Any]]] = []
         self._last: Tensor | None = None
@@ -49,6 +53,7 @@ class Replay:
         """Around a verification of one sequence without padding: what blocks are given is kept
         until ``forget``."""
         self.forget()
+        self.reran = 0
         self._watching = True
         try:
             yield
@@ -97,6 +102,7 @@ class Replay:
         given = _at(block, arguments, cache.layers[block.index], token, before, rows)
         if self._ledger is not None:
             self._bill(self._ledger, layer, token, rows.shape[1], before)
+        self.reran += 1
         return block.states(rows, given)[1][0].to(device)
 
     @staticmethod

@@ -199,6 +199,7 @@ class _Loop:
                 probabilities=tuple(self._read),
                 draft_s=between - self._started + self.clock() - verified,
                 verify_s=verified - between,
+                reran=0 if replay is None else replay.reran,
             )
         )
         return new

@@ -34,14 +34,16 @@ TEXTS = 400
 COLUMNS = (
     *("cell", "method", "parameters", "target_speedup", "seed", "task", "documents", "drafted"),
     *("accepted", "refused", "verifications", "written", "draft_share", "accepted_share", "chance"),
-    *("tokens_per_verify", "identical"),
+    *("tokens_per_verify", "identical", "reran"),
 )
 """Columns of acceptance.csv: one row a cell and task, and one over ``all`` tasks. Of ``documents``
 that were continued, tokens ``drafted``, ``accepted`` and ``written``, ``verifications`` and those
 of them that ``refused`` a token. ``draft_share``: of full depth's block FLOPs that the drafts
-executed. ``accepted_share``: of drafted tokens; ``chance``: of those that were judged.
+executed. ``accepted_share``: of drafted tokens, those of all documents together, where a claim
+takes the mean of the documents' shares; ``chance``: of those that were judged, again together.
 ``tokens_per_verify``: written for each verification; the first token of a text comes with its
-prompt and is not among them. ``identical``: the share of texts that are what dense writes."""
+prompt and is not among them. ``identical``: the share of texts that are what dense writes.
+``reran``: passes over all blocks that those come to which the method ran again, one by one."""
 
 Prompts = dict[str, dict[str, list[int]]]
 """Task -> document -> token ids."""
@@ -144,18 +146,25 @@ def _prompt(task: Any, document: Any, tokenizer: Any) -> list[int]:
 
 
 def _other_texts(name: str, settings: Settings, continued: set[str]) -> list[str]:
-    """Prompt and answer of documents that are not continued; the first option of a choice."""
+    """Prompt and right answer of documents that are not continued; the prompt alone where several
+    answers are right."""
     task = _load(name, settings)
     texts: list[str] = []
     for index, document in enumerate(task.eval_docs):
         if f"{name}/{index}" in continued:
             continue
-        target = task.doc_to_target(document)
-        target = target if isinstance(target, str) else ""
-        texts.append(f"{task.doc_to_text(document)} {target}".strip())
+        both = (task.doc_to_text(document), _answer(task, document))
+        texts.append(" ".join(part.strip() for part in both).strip())
         if len(texts) == TEXTS:
             break
     return texts
+
+
+def _answer(task: Any, document: Any) -> str:
+    target = task.doc_to_target(document)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(document)[target]  # the place of the right option
+    return "" if isinstance(target, list) else str(target)
 
 
 def drafted(
@@ -165,14 +174,15 @@ def drafted(
     dense: dict[str, list[int]],
 ) -> dict[str, dict[str, float]]:
     """By document: tokens ``drafted``, ``accepted`` and ``written``, ``verifications``, and those
-    of them that ``refused`` a token; block FLOPs
-    of the drafts, ``flops``, and what they had been at full depth, ``dense_flops``; and whether the
-    text is what the dense model writes, ``identical``. What that writes is taken from ``dense`` by
-    document and put there."""
+    of them that ``refused`` a token; the passes over all blocks, ``reran``, that those come to
+    which the method ran again; block FLOPs of the drafts, ``flops``, and what they had been at full
+    depth, ``dense_flops``; and whether the text is what the dense model writes, ``identical``. What
+    that writes is taken from ``dense`` by document and put there."""
+    from dyndepth.models.blocks import Decoder
     from dyndepth.runtime.attach import attach
     from dyndepth.runtime.speculation import speculate
 
-    ends = _ends(model)
+    ends, layers = _ends(model), len(Decoder.of(model).blocks)
     found = {}
     for name, ids in texts.items():
         if name not in dense:
@@ -192,6 +202,7 @@ def drafted(
             "refused": sum(each.accepted < len(each.drafted) for each in came.rounds),
             "verifications": len(came.rounds),
             "written": len(written),
+            "reran": sum(each.reran for each in came.rounds) / layers,
             "flops": flops,
             "dense_flops": dense_flops,
             "identical": float(written == dense[name]),
@@ -227,8 +238,9 @@ def point(
     cells: Sequence[Cell], folder: Path, task: str, metric: str = METRIC, kind: str = METRIC
 ) -> Point | None:
     """``metric`` of one method at one target after prompts of ``task``, ``cells`` differing in
-    their seed alone; it stands at the drafts' share of block FLOPs. None where a cell has no file,
-    or drafted nothing."""
+    their seed alone: by document, each weighing the same whatever was drafted in it, so that
+    methods are paired. It stands at the drafts' share of block FLOPs. None where a cell has no
+    file, or drafted nothing."""
     from dyndepth.results.statistics.curves import averaged, by_document
 
     files = [file_of(cell, folder, kind) for cell in cells]
@@ -278,7 +290,8 @@ def table(cells: Sequence[Cell], folder: Path) -> list[Row]:
 
 def _summed(rows: Sequence[Mapping[str, float]]) -> Row:
     counts = ("drafted", "accepted", "refused", "verifications", "written")
-    total = {key: sum(row[key] for row in rows) for key in (*counts, "flops", "dense_flops")}
+    sums = (*counts, "reran", "flops", "dense_flops")
+    total = {key: sum(row[key] for row in rows) for key in sums}
     judged = total["accepted"] + total["refused"]
     later = total["written"] - len(rows)
 
@@ -293,4 +306,5 @@ def _summed(rows: Sequence[Mapping[str, float]]) -> Row:
         "chance": share(total["accepted"], judged),
         "tokens_per_verify": share(later, total["verifications"]),
         "identical": share(sum(row["identical"] for row in rows), len(rows)),
+        "reran": total["reran"],
     }

@@ -158,8 +158,9 @@ def predicted(rounds: Sequence[Round], costs: DraftCosts) -> float | None:
 def read_costs(
     model: nn.Module, method: DynamicDepthMethod, prompt: Sequence[int], new_tokens: int
 ) -> DraftCosts:
-    """What drafts cost by bytes, as counted: the weights of every module that a pass of eager mode
-    calls in them, over those that its verifications do.
+    """What drafts and verifications cost by bytes, as counted: the weights of every module that a
+    pass of eager mode calls in them, over those that one forward of the whole model does, the
+    prompt's. What a method runs again after a verification is part of it.
 
     Embeddings are left out, of which a row is read. ``prompt`` are ids. A draft that drafts nothing
     costs nothing.
@@ -174,7 +175,7 @@ def read_costs(
         try:
             writing = speculate(model, trace, method, prompt, limit=new_tokens + 1)
             next(writing)
-            read[False] = 0  # the prompt's
+            step, read[False] = read[False], 0
             deque(writing, maxlen=0)
         finally:
             for handle in handles:
@@ -183,7 +184,7 @@ def read_costs(
     drafted = sum(len(each.drafted) for each in rounds)
     if not drafted:
         return DraftCosts(0.0)
-    return DraftCosts(read[True] / drafted / (read[False] / len(rounds)))
+    return DraftCosts(read[True] / drafted / step, read[False] / len(rounds) / step)
 
 
 def _counting(read: dict[bool, int], trace: Any, own: int) -> Callable[..., None]:

@@ -209,3 +209,21 @@ def test_by_bytes_a_programme_costs_the_weights_of_all_blocks(tiny):
     assert one.facts[COST]["draft"] == pytest.approx((size / 2 + rest) / (size + rest))
     assert CLaSp(adaptive="bytes").fit(model).facts[COST]["verify"] == 1
     assert written(model, one)
+
+
+@pytest.mark.parametrize("every", [1, 2, 8])
+def test_a_measured_cost_has_each_verification_bear_its_part_of_a_programme(
+    tiny, monkeypatch, every
+):
+    """By a clock of blocks that have run: a programme runs all but one of them."""
+    model, ran = tiny(), []
+    for layer in Decoder.of(model).layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: ran.append(None))
+    timed = functools.partial(speculate, clock=lambda: float(len(ran)))
+    monkeypatch.setattr("dyndepth.fitting.drafting.speculate", timed)
+    given = {"adaptive": "measured", "length": 3, "every": every}
+    cost = CLaSp(target_speedup=2.0, **given).fit(model).facts[COST]
+    assert cost["draft"] == pytest.approx(1 / 2)
+    assert cost["verify"] == pytest.approx(1 + 3 / 4 / every)
+    whole = CLaSp(target_speedup=1.0, **given).fit(model).facts[COST]
+    assert whole == {"draft": 1.0, "verify": 1.0}

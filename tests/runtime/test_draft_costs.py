@@ -19,7 +19,6 @@ from dyndepth.runtime.draft_costs import (
     break_even,
     by_bytes,
     chance,
-    chance_from_share,
     pays,
     predicted_speedup,
     step_bytes,
@@ -58,15 +57,12 @@ def test_tokens_a_round_have_a_closed_form():
     assert tokens_a_round(0.0, 4) == 1
 
 
-def test_the_acceptance_is_found_again_in_rounds_and_in_their_share():
+def test_the_acceptance_is_found_again_in_rounds():
     thrown = rounds(0.8, 4, 20_000)
     share = sum(each.accepted for each in thrown) / sum(len(each.drafted) for each in thrown)
     assert chance(thrown) == pytest.approx(0.8, abs=0.01)
-    assert chance_from_share(share, 4) == pytest.approx(0.8, abs=0.01)
     assert share < 0.65  # and is not the acceptance
     assert chance([Round((), 0, (7,))]) is None
-    assert chance_from_share(1.0, 3) == chance_from_share(1.0, 1) == 1.0
-    assert chance_from_share(0.3, 1) == pytest.approx(0.3)
 
 
 def test_a_speedup_is_tokens_over_what_they_cost():
@@ -205,5 +201,3 @@ def test_what_makes_no_sense_is_refused(tiny):
         predicted_speedup(0.5, -1, DraftCosts(0.5))
     with pytest.raises(ValueError, match="costs are 0 or more"):
         DraftCosts(0.5, 0.0)
-    with pytest.raises(ValueError, match="without a token"):
-        chance_from_share(0.5, 0)

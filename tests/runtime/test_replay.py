@@ -182,6 +182,13 @@ def test_however_the_method_is_attached(tiny, how):
         torch.testing.assert_close(tried, want, atol=TOLERANCE, rtol=0)
 
 
+def test_each_round_tells_how_many_blocks_were_run_again(tiny):
+    text, trace = write(tiny(), Trying(length=3, right=3), limit=6)
+    # The first token is the prompt's, four are a round's; then nothing is left to draft and to try.
+    told = [(len(each.drafted), each.reran) for each in trace.speculation.rounds]
+    assert told == [(3, 4), (0, 0)]  # of four blocks
+
+
 def test_it_holds_until_verified_returns(tiny):
     method = Trying()
     write(tiny(), method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def row(drafted: int, accepted: int, refused: int, **changes: float) -> dict[str
     """What is recorded of a document, by hand."""
     found = {"drafted": drafted, "accepted": accepted, "refused": refused, "written": 9}
     found |= {"verifications": 4, "flops": 60.0, "dense_flops": 80.0, "identical": 1.0}
-    return found | changes
+    return found | {"reran": 0.0} | changes
 
 
 def keep(folder, cells, kind=acceptance.METRIC, **tasks) -> None:
@@ -57,6 +58,22 @@ def test_the_whole_model_as_its_own_draft_is_accepted_throughout(tiny):
         assert each["accepted"] == each["drafted"] > 0
         assert (each["refused"], each["identical"]) == (0, 1.0)
         assert each["flops"] == each["dense_flops"] > 0
+        assert each["reran"] == 0
+
+
+def test_blocks_that_are_run_again_are_recorded_as_passes(tiny):
+    class Trying(Drafting):
+        reads_states = True
+
+        def verified(self, verdict):
+            for layer in (0, 2, 2):
+                verdict.rerun(layer, verdict.states[:3])
+
+    found = acceptance.drafted(tiny(), Trying(without=None, length=4), PROMPTS, {})
+    for each in found.values():
+        # Of four blocks; after the first token two drafts of four, and one token drafted or none.
+        assert each["verifications"] == 3
+        assert each["reran"] == 3 / 4 * (3 if each["drafted"] > 8 else 2)
 
 
 def test_a_thinned_draft_counts_its_share_and_writes_what_dense_writes(tiny):
@@ -130,19 +147,32 @@ def test_a_method_is_fitted_anew_on_each_tasks_own_texts(tiny, tmp_path, monkeyp
     assert acceptance.point([cell()], tmp_path, "two", kind="transfer").fraction < 1
 
 
-def test_texts_to_fit_on_are_of_other_documents(monkeypatch):
+def test_texts_to_fit_on_are_prompts_and_right_answers_of_other_documents(monkeypatch):
     class Task:
-        eval_docs = range(6)
+        eval_docs, config = range(6), SimpleNamespace(doc_to_choice="choices")
 
         def doc_to_text(self, document):
             return f"question {document}:"
 
+        def doc_to_choice(self, document):
+            return ["none", "one", "the second"]
+
         def doc_to_target(self, document):
-            return f"answer {document}" if document % 2 else document
+            return {2: 2, 4: ["four", "4"]}.get(document, f" answer {document}")
 
     monkeypatch.setattr(acceptance, "_load", lambda *_: Task())
     found = acceptance._other_texts("one", settings({}), {"one/0", "one/3"})
-    assert found == ["question 1: answer 1", "question 2:", "question 4:", "question 5: answer 5"]
+    wanted = ["question 1: answer 1", "question 2: the second", "question 4:"]
+    assert found == [*wanted, "question 5: answer 5"]
+    monkeypatch.setattr(Task, "config", SimpleNamespace(doc_to_choice=None))
+    assert acceptance._other_texts("one", settings({}), {"one/0"})[1] == "question 2: 2"
+
+
+def test_a_choice_of_the_harness_brings_its_right_option(monkeypatch):
+    asked = settings({"tasks": ["socialiqa"]})
+    text, *_ = acceptance._other_texts("socialiqa", asked, set())
+    assert text.startswith("Q: ")
+    assert text.endswith("\nA: be saved")
 
 
 def test_prompts_are_those_of_the_documents_that_are_scored(embedded_tokenizer):
@@ -246,6 +276,12 @@ def test_texts_that_are_not_densest_differ(by_hand):
     assert (found["verdict"], found["value_a"]) == ("differs", pytest.approx(1 - 1 / COUNT))
 
 
+def test_claims_take_the_mean_over_documents_and_tables_the_ratio_of_sums(tmp_path):
+    keep(tmp_path, [cell()], one=[row(1, 1, 0), row(16, 4, 4)])
+    assert acceptance.point([cell()], tmp_path, "one").value == (1 + 4 / 16) / 2
+    assert acceptance.table([cell()], tmp_path)[0]["accepted_share"] == 5 / 17
+
+
 def test_texts_of_one_token_are_left_out(tmp_path):
     keep(tmp_path, [cell()], one=[row(0, 0, 0, written=1), row(4, 2, 1)])
     assert acceptance.point([cell()], tmp_path, "one").value == 0.5
@@ -254,7 +290,8 @@ def test_texts_of_one_token_are_left_out(tmp_path):
 
 
 def test_the_table_sums_documents_by_task_and_over_all(tmp_path):
-    one, other = row(8, 6, 1, written=11), row(8, 2, 3, written=7, identical=0.0)
+    one = row(8, 6, 1, written=11, reran=1.75)
+    other = row(8, 2, 3, written=7, identical=0.0, reran=0.5)
     keep(tmp_path, [cell()], first=[one], second=[other])
     first, second, whole = acceptance.table([cell(), cell(seed=5)], tmp_path)
     assert [each["task"] for each in (first, second, whole)] == ["first", "second", "all"]
@@ -262,6 +299,7 @@ def test_the_table_sums_documents_by_task_and_over_all(tmp_path):
     assert (whole["drafted"], whole["accepted_share"], whole["chance"]) == (16, 0.5, 8 / 12)
     assert whole["tokens_per_verify"] == (11 + 7 - 2) / 8  # the first of each is the prompt's
     assert (whole["identical"], whole["draft_share"], whole["documents"]) == (0.5, 0.75, 2)
+    assert [each["reran"] for each in (first, second, whole)] == [1.75, 0.5, 2.25]
     assert set(whole) == set(acceptance.COLUMNS)
 
 
@@ -281,8 +319,34 @@ def test_predictions_are_the_cost_models_on_public_shapes(tmp_path, monkeypatch)
     assert found["length"] == 2
     assert found["predicted_speedup"] == pytest.approx(predicted_speedup(8 / 12, 2, costs))
     assert found["best_predicted_speedup"] >= found["predicted_speedup"]
+    assert found["verify_cost"] == 1
     assert found["size"] == 134_515_008
     assert set(found) == set(COLUMNS)
+
+
+def test_what_is_run_again_is_read_in_predictions(tmp_path, monkeypatch):
+    """Half a pass after each verification, and one after each, after which no draft pays."""
+    from dyndepth.models import shapes as known
+
+    kept = {name: known.shapes()[name] for name in ("smollm2-135m", "tiny")}
+    monkeypatch.setattr(known, "shapes", lambda: kept)
+    found = []
+    for passes in (0.0, 2.0, 4.0):
+        keep(tmp_path, [cell()], one=[row(16, 12, 1, reran=passes, flops=16.0)])
+        found += predictions(acceptance.table([cell()], tmp_path))
+    none, half, one = found
+    layers, head = 30 * 3_540_096, 49_152 * 576 + 576
+    assert half["verify_cost"] == pytest.approx(1 + 0.5 * layers / (layers + head))
+    assert one["verify_cost"] == pytest.approx(1 + layers / (layers + head))
+    tokens = sum((12 / 13) ** place for place in range(5))
+    draft = (0.2 * layers + head) / (layers + head)
+    for each in found:
+        cost = 4 * draft + each["verify_cost"]
+        assert each["predicted_speedup"] == pytest.approx(tokens / cost)
+    assert none["best_predicted_speedup"] > half["best_predicted_speedup"] > 1
+    keep(tmp_path, [cell()], one=[row(16, 4, 4, reran=4.0, flops=16.0)])
+    (found,) = predictions(acceptance.table([cell()], tmp_path))
+    assert (found["best_length"], found["best_predicted_speedup"]) == (0, 1.0)
 
 
 def test_pages_show_what_was_accepted_and_what_it_would_come_to(tmp_path):

@@ -24,7 +24,7 @@ from dyndepth.results.schema import validate
 from dyndepth.runtime import graphs as recordings
 from dyndepth.runtime.acceptance import Round
 from dyndepth.runtime.attach import attach
-from dyndepth.runtime.draft_costs import DraftCosts, by_bytes, predicted_speedup
+from dyndepth.runtime.draft_costs import DraftCosts, by_bytes, predicted_speedup, step_bytes
 from dyndepth.sweep.grid import timeable, wanted
 from dyndepth.sweep.settings import Settings
 from dyndepth.timing import drafted as module
@@ -167,6 +167,25 @@ def test_bytes_that_are_read_are_those_of_the_plan(family):
     assert found.draft < 1
     assert read_costs(model, Drafting(length=0), [5, 6, 7], 4).draft == 0.0
     assert not any(each._forward_pre_hooks for each in model.modules())
+
+
+def test_blocks_that_are_run_again_are_read_by_verifications(tiny):
+    class Trying(Drafting):
+        reads_states = True
+
+        def verified(self, verdict):
+            for layer in (0, 2):
+                verdict.rerun(layer, verdict.states[:3])
+
+    model, plan = tiny(), torch.ones(4, 2, dtype=torch.bool)
+    plan[1] = False
+    # Rounds of the whole model's own drafts: 4, 4 and 0 tokens; after the last nothing is run.
+    again = float(step_bytes(model).blocks[[0, 2]].sum()) / step_bytes(model).step
+    found = read_costs(model, Trying(without=None), [5, 6, 7], 11)
+    assert found.draft == 1.0
+    assert found.verify == pytest.approx(1 + 2 / 3 * again, rel=0.005)
+    thinned = read_costs(model, Trying(), [5, 6, 7], 11)
+    assert thinned.draft == pytest.approx(by_bytes(model, plan).draft, rel=0.005)
 
 
 def test_a_prediction_is_the_cost_model_s():
