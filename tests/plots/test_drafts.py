@@ -11,10 +11,10 @@ from matplotlib.patches import Rectangle
 
 from dyndepth import plots
 from dyndepth.common.errors import UserError
-from dyndepth.generate.accepted import by_kind, by_position
-from dyndepth.generate.written import Generated, Proposal
+from dyndepth.plots.shares import by_kind, by_position
 from dyndepth.plots.style import BLUE, ORANGE, PAGE, VERMILION
 from dyndepth.runtime.acceptance import Round, Speculation
+from dyndepth.writing.result import Generated, Proposal
 
 PROPOSALS = (
     Proposal((" a", "$b$", "\n", "語"), 2, " own"),

@@ -6,8 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dyndepth.generate.comparing import Comparison
-    from dyndepth.generate.written import Generated
+    from dyndepth.writing.comparison import Comparison
+    from dyndepth.writing.result import Generated
 
 _COLUMNS = 80
 _ENDS = {
@@ -17,7 +17,7 @@ _ENDS = {
 }
 
 
-def told(text: Generated) -> list[str]:
+def text_report(text: Generated) -> list[str]:
     """Method, tokens, time and FLOPs, and of drafts what became of them."""
     lines = [
         text.method,
@@ -46,7 +46,7 @@ def told(text: Generated) -> list[str]:
     return _wrapped(lines)
 
 
-def told_beside(found: Comparison, lossless: bool, drawn: bool) -> list[str]:
+def comparison_report(found: Comparison, lossless: bool, drawn: bool) -> list[str]:
     """Whether the text is dense's, and which of them came sooner."""
     if found.equal:
         lines = ["dense writes the same text, to the last token"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import json
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -13,12 +16,12 @@ from toys import Drafting
 import dyndepth
 from dyndepth import attach, load_method, load_model, load_tokenizer
 from dyndepth.common.errors import UserError
-from dyndepth.generate import __main__ as door
-from dyndepth.generate.accepted import by_kind, by_position
-from dyndepth.generate.pieces import kind, pieces
-from dyndepth.generate.prepared import spec_of
-from dyndepth.generate.writing import generate
-from dyndepth.generate.written import Proposal
+from dyndepth.plots.shares import by_kind, by_position, kind
+from dyndepth.writing import __main__ as door
+from dyndepth.writing.generate import generate
+from dyndepth.writing.pieces import pieces
+from dyndepth.writing.preparation import spec_of
+from dyndepth.writing.result import Proposal
 
 PROMPT = "to be or not"
 TEMPLATE = (
@@ -232,13 +235,37 @@ def test_what_cannot_be_is_told_in_a_sentence(model, tokenizer, prompt, how, say
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_is_the_function_before_and_after_its_room_is_there(model, tokenizer):
-    room = inspect.getmodule(Proposal).__name__.rpartition(".")[0]
-    assert room == "dyndepth.generate"
-    import sys
+NAMES = """
+import inspect, sys
+import dyndepth
+from dyndepth.__main__ import main
+if sys.argv[1] == "function":
+    assert callable(dyndepth.generate)
+assert main(["generate"]) == 2  # there is no prompt
+from dyndepth import generate
+import dyndepth.writing.result as result
+try:
+    import dyndepth.generate
+except ImportError as error:
+    assert "from dyndepth import generate" in str(error)
+from dyndepth import generate as again
+assert generate is again is dyndepth.generate
+assert "method" in inspect.signature(generate).parameters
+"""
 
-    assert sys.modules[room](model, tokenizer, PROMPT, max_new_tokens=2).finish == "limit"
-    assert dyndepth.generate(model, tokenizer, PROMPT, max_new_tokens=2).finish == "limit"
+
+@pytest.mark.parametrize("first", ["function", "door"])
+def test_the_name_is_the_function_whatever_came_first(first):
+    command = [sys.executable, "-c", NAMES, first]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_function_and_texts_can_be_copied(model, tokenizer):
+    found = generate(model, tokenizer, PROMPT, method=Drafting(), max_new_tokens=3)
+    assert ForkingPickler.loads(ForkingPickler.dumps(found)) == found
+    assert ForkingPickler.loads(ForkingPickler.dumps(dyndepth.generate)) is generate
+    assert copy.deepcopy(found) == found
 
 
 class TestPieces:
@@ -347,6 +374,11 @@ class TestCommand:
         monkeypatch.setattr(door, "_method", lambda options: load_method("uls", target_speedup=2))
         _, _, err = command("question", "--compare")
         assert "dense writes another text, after" in err
+
+    def test_refuses_what_python_refuses(self, command):
+        status, out, err = command(PROMPT, "--methods", "oracle")
+        assert (status, out) == (2, "")
+        assert "oracle chooses plans by the outcomes" in err
 
     def test_reads_standard_input_and_streams_to_a_terminal(self, command, monkeypatch):
         import io
