@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from dyndepth.data.corpus import load_corpus
     from dyndepth.evaluation.evaluate import evaluate
     from dyndepth.fitting.saved import load_method
-    from dyndepth.generate.writing import generate
     from dyndepth.method import DynamicDepthMethod
     from dyndepth.models.loading import load_model, load_tokenizer
     from dyndepth.runtime.attach import attach
+    from dyndepth.writing.generate import generate
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ _HOMES = {
     "DynamicDepthMethod": "dyndepth.method",
     "attach": "dyndepth.runtime.attach",
     "evaluate": "dyndepth.evaluation.evaluate",
-    "generate": "dyndepth.generate.writing",
+    "generate": "dyndepth.writing.generate",
     "load_corpus": "dyndepth.data.corpus",
     "load_method": "dyndepth.fitting.saved",
     "load_model": "dyndepth.models.loading",

@@ -53,6 +53,9 @@ COMPLETION = "completion"
 
 SHELLS = ("bash", "zsh", "fish")
 
+ROOMS = {"generate": "writing"}
+"""Commands whose room has another name: ``dyndepth.generate`` is a function."""
+
 FORMER = {"comparison": "compare"}
 """Names that commands had, and still obey."""
 
@@ -81,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = f"there is no command {name!r}; {near}--help lists them"
         print(f"dyndepth: {sentence}", file=sys.stderr)
         return 2
-    door = import_module(f"dyndepth.{name}")
+    place = f"dyndepth.{ROOMS.get(name, name)}"
+    door = import_module(place)
     if hasattr(door, "__path__"):
-        door = import_module(f"dyndepth.{name}.__main__")
+        door = import_module(f"{place}.__main__")
     return int(door.main(rest))
 
 

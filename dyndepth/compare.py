@@ -51,7 +51,7 @@ def _comparison(given: list[str]) -> None:
 
     # numpy and scipy come late: --help must be instant.
     from dyndepth.cells.cell import identity_columns
-    from dyndepth.cells.naming import apart, lettered
+    from dyndepth.cells.naming import apart, label, lettered
     from dyndepth.results.comparison import compared, left_out, texts
     from dyndepth.results.console import show_comparison
     from dyndepth.results.curve_tables import BUDGETS
@@ -63,20 +63,21 @@ def _comparison(given: list[str]) -> None:
     cells = merged(options.runs)
     check_rows(cells, compared=True)
     tables = compared(cells, options.tasks, options.at or BUDGETS)
-    names = asked(tables["equal_flops"], options.methods)
+    columns = [identity_columns(cell) for cell in cells]
+    lossless = list(dict.fromkeys(label(row) for row in columns if row["lossless"]))
+    names = asked(tables["equal_flops"], options.methods, lossless)
     if options.output_path:
         # Before anything is printed: a pipe may end early.
         for name, text in texts(tables).items():
             write_atomically(options.output_path / name, text)
     runs = origins(options.runs) if len(options.runs) > 1 else None
-    columns = [identity_columns(cell) for cell in cells]
     settings, stand_for = lettered(columns, runs)
     letters = {cell.key: letter for cell, letter in zip(cells, settings, strict=True)}
     controls = {
         str(cell.identity["method"]) for cell in cells if cell.provenance.get("paper") == CONTROL
     }
     words = {cell.key: said for cell, said in zip(cells, apart(columns), strict=True)}
-    show_standing(tables["equal_flops"], names, frozenset(controls), letters, words)
+    show_standing(tables["equal_flops"], names, frozenset(controls), letters, words, lossless)
     for text in stand_for:
         print(text)
     if options.all:

@@ -57,8 +57,8 @@ def label(row: Mapping[str, Any]) -> str:
 
 def changed(row: Mapping[str, Any]) -> list[str]:
     """Those of a row's parameters that differ from the method's defaults, as ``name=value``; all
-    of them if the method is not installed. Phases count as a parameter; a text that cannot be read
-    stands as it is."""
+    of them if the method is not installed. Phases count as a parameter, but of lossless methods:
+    they draft what is generated and have no others. A text that cannot be read stands as it is."""
     name, written = str(row["method"]), str(row["parameters"] or "")
     try:
         given = parameters_of(f"{name}({written})", "method") if written else {}
@@ -71,7 +71,16 @@ def changed(row: Mapping[str, Any]) -> list[str]:
         if key not in defaults or defaults[key] != value
     ]
     phases = row.get("phases") or "both"
-    return found if phases == "both" else [*found, f"phases={phases}"]
+    return found if phases == "both" or _lossless(row) else [*found, f"phases={phases}"]
+
+
+def _lossless(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a method that drafts, by its column ``lossless``; where it has none, by
+    the installed method."""
+    told, name = row.get("lossless"), str(row["method"])
+    if told is None or told == "":
+        return name in methods() and method_class(name).speculates
+    return str(told).lower() == "true"
 
 
 def remark(row: Mapping[str, Any]) -> str:

@@ -5,9 +5,9 @@ is given (PNG, PDF or SVG, by its ending). ``python -m dyndepth.plots RUN`` writ
 a run's tables allow. Doors and notebooks may import it: nothing is measured here.
 """
 
-from dyndepth.plots.drafts import acceptance, drafts
 from dyndepth.plots.fits import importance, training_curve
 from dyndepth.plots.retention import bound_gap, gaps, retained, retained_by_task
+from dyndepth.plots.rounds import drafts
 from dyndepth.plots.routes import (
     executed_by_layer,
     executed_by_position,
@@ -16,6 +16,7 @@ from dyndepth.plots.routes import (
 )
 from dyndepth.plots.runs import read_runs
 from dyndepth.plots.scores import accuracy_vs_flops, accuracy_vs_wallclock, flops_vs_wallclock
+from dyndepth.plots.shares import acceptance
 from dyndepth.plots.style import readable, written
 from dyndepth.plots.tables import (
     main_metric,

@@ -139,6 +139,7 @@ def _check_fields(path: Path) -> None:
 def labels(table: pd.DataFrame) -> list[str]:
     """The short name of each row (dyndepth.cells.naming)."""
     keys = ["method", "parameters", "phases", "recovery"]
+    keys += ["lossless"] if "lossless" in table else []
     rows = table[keys].fillna("").itertuples(index=False, name=None)
     return [naming.label(dict(zip(keys, row, strict=True))) for row in rows]
 

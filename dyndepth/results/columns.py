@@ -229,7 +229,9 @@ _ELSE = "in phase `generation` only; empty where nothing was drafted."
 _COUNTED_DRAFTS = {
     "drafted": _integer(f"Tokens that the method drafted, {_ELSE}", nullable=True),
     "accepted": _integer(
-        f"Drafted tokens that are what the whole model writes there, {_ELSE}", nullable=True
+        "Drafted tokens that the whole model takes, those after the end of a text among them, "
+        f"{_ELSE}",
+        nullable=True,
     ),
     "verifications": _integer(
         f"Passes of the whole model that verified drafts, the prompts' left out, {_ELSE}",
@@ -433,8 +435,8 @@ _TIMING = {
         isin=MODES,
     ),
     "temperature": _number(
-        "At which both sides drew their tokens; 0: the likeliest, as files from before there was a "
-        "choice are read.",
+        "At which both sides drew their tokens, so that a speedup compares drawing with drawing; "
+        "0: the likeliest, as files from before there was a choice are read.",
         ge=0,
     ),
     "new_tokens": _integer("Steps decoded after each prompt; 0 in `prefill`.", nullable=True),
@@ -610,7 +612,10 @@ for _phase in ("prefill", "decode"):
 
 _IF_DRAFTED = "empty where nothing was drafted"
 _BOARD_DRAFTS = {
-    "acceptance": _fraction(f"Accepted / drafted tokens over all tasks; {_IF_DRAFTED}."),
+    "acceptance": _fraction(
+        "Accepted / drafted tokens over all tasks, wherever texts ended: it is the draft's; "
+        f"{_IF_DRAFTED}."
+    ),
     "acceptance_by_task": _text(
         f"The same task by task, as `task=share,task=share`; {_IF_DRAFTED}.", nullable=True
     ),
@@ -620,8 +625,9 @@ _BOARD_DRAFTS = {
         ge=0,
     ),
     "wall_drawn_speedup": _speedup(
-        "As `wall_decode_speedup`, of drafts whose tokens are drawn (temperature above 0), not the "
-        "likeliest; empty if not timed so."
+        "As `wall_decode_speedup` and of its shape, of drafts whose tokens are drawn (temperature "
+        "above 0), not the likeliest: against dense that draws its tokens, too; empty if not timed "
+        "so."
     ),
     "wall_drawn_low": _number(f"Decode speedup of drawn tokens, lower {_END}", ge=0),
     "wall_drawn_high": _speedup(f"Decode speedup of drawn tokens, upper {_END}"),
@@ -682,7 +688,7 @@ LEADERBOARD = Table(
         **_GRAPHS,
         "wall_suspect": _text(
             "Those of the wall speedups that are faster than the FLOPs allow by more than 5%, "
-            "such as `decode`; empty if none is.",
+            "such as `decode`, or `drawn`; empty if none is.",
             nullable=True,
         ),
         "wall_loaded": _text(

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from dyndepth.cells.cell import Cell, identity_columns, is_dense
 from dyndepth.cells.identity import Row, setting
-from dyndepth.cells.times import one_each
+from dyndepth.cells.times import mode_of, one_each, temperature_of
 from dyndepth.common.modes import EAGER
 from dyndepth.results.lossless import drafts
 from dyndepth.results.noise import LOADED, SUSPECT, WALLS, loaded
@@ -103,6 +103,7 @@ def _row(cell: Cell, dense: dict[str, dict[str, float]] | None) -> Row:
         **_doubts(cell),
         **_timed_shape(cell),
         **drafts(cell),
+        **_predicted(cell),
         **serving(cell),
         "paper": cell.provenance.get("paper"),
         "needs_training": cell.provenance.get("needs_training"),
@@ -170,7 +171,8 @@ def speedups(cell: Cell) -> Row:
 
 
 def wall_speedups(cell: Cell) -> Row:
-    """Wall speedups by phase and mode (``noise.WALLS``), all of one shape; see ``_timed``."""
+    """Wall speedups by phase and mode (``noise.WALLS``), and of drawn tokens, all of one shape; see
+    ``_timed``."""
     found: Row = {}
     for key, row in _timed(cell).items():
         found[f"wall_{key}_speedup"] = row["wall_speedup"]
@@ -196,17 +198,36 @@ def _doubts(cell: Cell) -> Row:
 def _timed(cell: Cell) -> dict[str, Row]:
     """Rows of timing.csv by key of ``noise.WALLS``, of one shape: the smallest batch, there the
     longest prompts of those that were timed in most of the phases and modes; of several of one
-    shape that which ``times.one_each`` chooses."""
+    shape that which ``times.one_each`` chooses. ``drawn``: eager decode of drawn tokens there, of
+    which no other key is."""
     keys = {(wall.phase, wall.mode): wall.key for wall in WALLS}
     shapes: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
-    for row in one_each(cell.timing):
+    drawn = {(row["batch"], row["length"]): row for row in one_each(_drawn(cell))}
+    for row in one_each([row for row in cell.timing if not temperature_of(row)]):
         key = keys.get((row["phase"], row.get("mode", EAGER)))
         if key is not None and row.get("wall_speedup") is not None:
             shapes[row["batch"], row["length"]][key] = row
     if not shapes:
         return {}
-    found = shapes[min(shapes, key=lambda shape: (shape[0], -len(shapes[shape]), -shape[1]))]
-    return {wall.key: found[wall.key] for wall in WALLS if wall.key in found}
+    chosen = min(shapes, key=lambda shape: (shape[0], -len(shapes[shape]), -shape[1]))
+    found = {wall.key: shapes[chosen][wall.key] for wall in WALLS if wall.key in shapes[chosen]}
+    return found | ({"drawn": drawn[chosen]} if chosen in drawn else {})
+
+
+def _drawn(cell: Cell) -> list[Row]:
+    """Times of eager decode whose tokens were drawn, of both sides."""
+    return [
+        row
+        for row in cell.timing
+        if temperature_of(row) and (row["phase"], mode_of(row)) == ("decode", EAGER)
+        if row.get("wall_speedup") is not None
+    ]
+
+
+def _predicted(cell: Cell) -> Row:
+    """What was predicted of the drafts of the wall speedup of decode."""
+    found = _timed(cell).get("decode", {}).get("predicted_speedup")
+    return {} if found is None else {"predicted_speedup": found}
 
 
 def serving(cell: Cell) -> Row:

@@ -13,20 +13,24 @@ from typing import Any
 from dyndepth.cells.cell import Cell
 from dyndepth.cells.identity import Row
 from dyndepth.cells.naming import titled
-from dyndepth.cells.times import one_each
 from dyndepth.common.markup import markdown_table
-from dyndepth.common.modes import EAGER
 from dyndepth.common.printing import Column, print_columns
-from dyndepth.results.noise import headed, told, told_of
+from dyndepth.results.noise import headed, legend, told_of
+
+DRAWN = "decode, drawn"
 
 TITLE = "Lossless: drafted and verified"
-CAPTION = (
+_MEANT = (
     "These methods write what the whole model writes: part of it drafts tokens, all of it verifies "
     "them. They save no FLOPs and compete with nobody on them; what they may save is time. Draft: "
-    "the speedup asked of the draft alone. Accepted: share of drafted tokens that stand. Tokens a "
-    "pass: written for each pass of the whole model. Total FLOPs: dense's over all, drafts "
-    "included. Decode: measured against dense, of the likeliest tokens and of drawn ones"
+    "the speedup asked of the draft alone. Accepted: share of drafted tokens that the whole model "
+    "takes, wherever the text ended. Tokens a pass: written for each pass of the whole model. "
+    "Total FLOPs: dense's over all, drafts included"
 )
+_TIMED = {
+    "decode": "Decode: measured against dense, of the likeliest tokens",
+    DRAWN: "Drawn: against dense that draws its tokens, too",
+}
 
 
 def drafts(cell: Cell) -> Row:
@@ -43,30 +47,7 @@ def drafts(cell: Cell) -> Row:
         "acceptance": accepted / drafted if drafted else None,
         "acceptance_by_task": _text(by_task) or None,
         "tokens_per_verify": written / passes if passes else None,
-        **_times(cell),
     }
-
-
-def _times(cell: Cell) -> Row:
-    """Of the shape of the wall speedups: decode of drawn tokens, and what was predicted of the
-    likeliest ones."""
-    rows = [row for row in cell.timing if row["phase"] == "decode"]
-    rows = [row for row in rows if row.get("mode", EAGER) == EAGER]
-    if not rows:
-        return {}
-    batch = min(row["batch"] for row in rows)
-    length = max(row["length"] for row in rows if row["batch"] == batch)
-    own = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
-    found: Row = {}
-    drawn = one_each([row for row in own if row.get("temperature")])
-    if drawn:
-        found["wall_drawn_speedup"] = drawn[0]["wall_speedup"]
-        found["wall_drawn_low"] = drawn[0].get("wall_speedup_low")
-        found["wall_drawn_high"] = drawn[0].get("wall_speedup_high")
-    likeliest = one_each([row for row in own if not row.get("temperature")])
-    if likeliest:
-        found["predicted_speedup"] = likeliest[0].get("predicted_speedup")
-    return found
 
 
 def _text(by_task: Mapping[str, float]) -> str:
@@ -107,13 +88,12 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     headings += ["total FLOPs", *timed.values()]
     drawn = _any(rows, "wall_drawn_speedup")
     predicted = _any(rows, "predicted_speedup")
-    headings += ["decode, drawn"] * drawn + ["decode predicted"] * predicted
+    headings += [DRAWN] * drawn + ["decode predicted"] * predicted
     lines = []
     for row in rows:
         by_task = shares(_of(row, "by_task"))
         failed = " FAILED" if row["status"] == "error" else ""
-        # Drafts are of what is generated: none has other phases.
-        name = titled({**row, "phases": None}) + failed
+        name = titled(row) + failed
         line = [", ".join(filter(None, (name, str(row["run"] or ""))))]
         line += [f"{row['target_speedup']:g}x"]
         line += [str(len(row["seeds"]))] if seeds else []
@@ -121,11 +101,17 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         line += [_share(by_task.get(task)) for task in tasks if len(tasks) > 1]
         line += [_number(row.get("tokens_per_verify")), _number(row.get("total_speedup"), "x")]
         line += [told_of(row, key) for key in timed]
-        ends = (row.get(f"wall_drawn_{end}") for end in ("speedup", "low", "high"))
-        line += [told(*ends)] if drawn else []
+        line += [told_of(row, "drawn")] if drawn else []
         line += [_number(row.get("predicted_speedup"), "x")] if predicted else []
         lines.append(line)
     return headings, lines
+
+
+def caption(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """What the columns of ``table`` mean, and the words in them; only of those that are there."""
+    timed = [said for key, said in _TIMED.items() if any(own.startswith(key) for own in headings)]
+    words = legend(text for row in rows for text in row)
+    return ". ".join((_MEANT, *timed)) + (f"; {words}" if words else "")
 
 
 def _of(row: Mapping[str, Any], what: str) -> str | None:
@@ -153,7 +139,11 @@ def show(rows: Sequence[Row]) -> None:
         Column(heading, texts, name=not place, rank=0 if place < 4 else 1)
         for place, (heading, *texts) in enumerate(zip(headings, *lines, strict=True))
     ]
-    print_columns(columns, TITLE, CAPTION)
+
+    def said(kept: Sequence[Column]) -> str:
+        return caption([each.heading for each in kept], [each.texts for each in kept])
+
+    print_columns(columns, TITLE, said)
 
 
 def on_page(rows: Sequence[Row]) -> dict[str, Any]:
@@ -167,7 +157,8 @@ def as_markdown(page: Mapping[str, Any]) -> list[str]:
     """Lines of a section of what ``on_page`` gives; none where it is nothing."""
     if not page:
         return []
-    return ["", f"## {TITLE}", "", f"{CAPTION}.", "", markdown_table(*page.values())]
+    told = caption(**page)
+    return ["", f"## {TITLE}", "", f"{told}.", "", markdown_table(*page.values())]
 
 
 def as_html(page: Mapping[str, Any]) -> str:
@@ -185,7 +176,7 @@ def as_html(page: Mapping[str, Any]) -> str:
     return (
         '<section aria-labelledby="lossless-title">\n'
         f'  <h2 id="lossless-title">{escape(TITLE)}</h2>\n'
-        f'  <p class="note">{escape(CAPTION)}.</p>\n'
+        f'  <p class="note">{escape(caption(**page))}.</p>\n'
         '  <div class="box" tabindex="0" role="region" aria-labelledby="lossless-title">\n'
         f'    <table id="lossless"><thead><tr>{head}</tr></thead><tbody>\n{body}\n'
         "    </tbody></table>\n  </div>\n</section>\n\n"

@@ -41,7 +41,7 @@ def _latex(
         return made
     heads, lines = lossless.table(drafted)
     left = [not place for place in range(len(heads))]
-    return f"{made}\n\n{latex_table(heads, lines, left, _DRAFTED, 'tab:lossless')}"
+    return f"{made}\n\n{latex_table(heads, lines, left, _drafted(heads, lines), 'tab:lossless')}"
 
 
 def _markdown(
@@ -55,7 +55,12 @@ def _markdown(
     made = f"{table}\n\n{_caption(found, texts, stand_for)}"
     if not drafted:
         return made
-    return f"{made}\n\n{markdown_table(*lossless.table(drafted))}\n\n{_DRAFTED}"
+    heads, lines = lossless.table(drafted)
+    return f"{made}\n\n{markdown_table(heads, lines)}\n\n{_drafted(heads, lines)}"
+
+
+def _drafted(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return f"{lossless.TITLE}. {lossless.caption(heads, lines)}."
 
 
 def _csv(
@@ -72,7 +77,6 @@ def _csv(
 
 _DRAFTS = ("acceptance", "acceptance_by_task", "tokens_per_verify", "predicted_speedup")
 """What a CSV of rows with lossless methods among them has in addition."""
-_DRAFTED = f"{lossless.TITLE}. {lossless.CAPTION}."
 
 Form = Callable[
     [Sequence[Row], Mapping[str, Sequence[str]] | None, Sequence[str] | None],

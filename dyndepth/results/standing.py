@@ -22,10 +22,14 @@ UNSURE = "not shown: the interval holds 0, or p is above 0.05 after Holm's corre
 VERDICTS = {"better": "better", "worse": "worse", "no difference shown": "not shown"}
 
 
-def asked(rows: Sequence[Row], methods: str | None) -> list[str]:
+NOTHING = "nothing to compare: no task has scores on single documents of a method and dense"
+LISTED = "they write what dense writes and save no FLOPs; `dyndepth leaderboard RUN` lists them"
+
+
+def asked(rows: Sequence[Row], methods: str | None, lossless: Sequence[str] = ()) -> list[str]:
     """Names (``naming.label``) of the curves in equal_flops' ``rows`` that ``methods`` names, as
     ``one,other(layer=3)``: a method's name alone means its curve by default, or else all of its
-    curves.
+    curves. ``lossless``: names of the lossless methods, which have none.
 
     Raises:
         UserError: there is none of that name.
@@ -35,6 +39,8 @@ def asked(rows: Sequence[Row], methods: str | None) -> list[str]:
     for name in split(methods or ""):
         fits = [one for one in there if one == name.strip()]
         fits = fits or [one for one, method in there.items() if method == name.strip()]
+        if not fits and any(name.strip() in (one, one.partition("(")[0]) for one in lossless):
+            raise UserError(f"{name.strip()} is lossless, and such are not compared: {LISTED}")
         if not fits:
             raise UserError(
                 f"there is no curve of {name.strip()!r}; --methods takes {', '.join(there)}"
@@ -49,10 +55,12 @@ def show_standing(
     controls: frozenset[str] = frozenset(),
     letters: Mapping[str, str] | None = None,
     apart: Mapping[str, Sequence[str]] | None = None,
+    lossless: Sequence[str] = (),
 ) -> None:
     """Print the page. For each of ``names`` every task; without names one task each: first the
     user's own methods (those that do not come with the suite), then the best of the others, none
-    of ``controls`` (names of methods), no bound, and nothing that failed.
+    of ``controls`` (names of methods), no bound, and nothing that failed. ``lossless``: names of
+    methods that are left out, which the last line tells.
 
     ``rows`` are those of equal_flops.csv; ``letters``: cell -> letter of its setting; ``apart``:
     cell -> what its setting has apart (``naming.apart``).
@@ -66,8 +74,22 @@ def show_standing(
     # What failed has its own line, below the page.
     curves = {key: own for key, own in curves.items() if own[0]["cells"]}
     if not curves:
-        print("nothing to compare: no task has scores on single documents of a method and dense")
-        return
+        print(NOTHING if not lossless else "nothing to compare: all methods but dense are lossless")
+    else:
+        _show(of_blocks, curves, scores, names, controls, letters, apart)
+    if lossless:
+        print(f"left out, as lossless: {', '.join(lossless)}: {LISTED}")
+
+
+def _show(
+    of_blocks: Sequence[Row],
+    curves: Mapping[Key, list[Row]],
+    scores: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    controls: frozenset[str],
+    letters: Mapping[str, str] | None,
+    apart: Mapping[str, Sequence[str]] | None,
+) -> None:
     known = _labels(of_blocks)
     if names:
         chosen = {key: own for key, own in curves.items() if key[1] in names}

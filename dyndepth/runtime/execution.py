@@ -169,8 +169,8 @@ class Runtime:
             cached=False,  # until a block is seen to get one
             masked=self.masked,
             attended=None if mask is None or self.evict is None else mask.bool(),
-            draft=self.trace.drafting,
         )
+        self.trace.opened(forward)
         if self.foresight is not None:
             self.foresight.begin(forward, args, kwargs, cache)
         past_real = None if mask is None else mask[:, :-width].sum(1)
@@ -191,7 +191,7 @@ class Runtime:
             generation=None,
             documents=forward.documents,
             head=lambda hidden: self.readout(self.norm(hidden)),
-            bill=partial(_bill, forward),
+            bill=partial(_bill, forward, "draft" if self.method.speculates else None),
             readout_flops=float(self.ledger.costs.lm_head),
             past_real=past_real,
             foresight=self.foresight,
@@ -436,7 +436,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _bill(forward: Forward, cause: str, flops_per_token: float, tokens: Tensor | None) -> None:
-    """A method bills; what a backward pass computes again was billed before."""
+def _bill(forward: Forward, own: str | None, cause: str, each: float, tokens: Any) -> None:
+    """A method bills, one that drafts as its ``own`` cause whatever it computes, in a prompt, too.
+    What a backward pass computes again was billed before."""
     if not _in_backward():
-        forward.bills.append(Bill(cause, flops_per_token, tokens))
+        forward.bills.append(Bill(own or cause, each, tokens))

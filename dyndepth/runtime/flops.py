@@ -179,11 +179,6 @@ class Ledger:
         """The forward that completed last; None before the first."""
         return self._pending[-1] if self._pending else None
 
-    def reject_last(self, tokens: int) -> None:
-        """The forward that completed last is a verification, whose last ``tokens`` do not stand."""
-        if self.last is not None:
-            self.last.rejected = tokens
-
     def bill_last(self, shared: Sequence[Sequence[tuple[str, int]]]) -> None:
         """Bill each row of the forward that completed last to several documents; see ``Forward``.
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -37,6 +38,8 @@ _CACHE = next(
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _GIVEN = {"attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
 _GIVEN |= set(CACHE_ARGUMENTS)
+_GIVEN |= {"tokenizer", "assistant_tokenizer"}
+"""What ``generate`` hands to ``_sample``; of a tokenizer, the criteria know already."""
 _REMEMBERING = (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -62,8 +65,8 @@ def speculating(model: Any, trace: Trace, method: DynamicDepthMethod) -> Iterato
         _refuse(module, config, given, logits_processor)
         if synced_gpus:
             raise UserError("speculation does not wait for other processes; leave out synced_gpus")
-        if streamer is not None and batch > 1:
-            raise UserError("speculation writes one sequence after another; stream one at a time")
+        if batch > 1:
+            _refuse_several(stopping_criteria, streamer)
         cache = _cache(batch, config, given)
         prompts = _prompts(input_ids, config, given)
         documents = per_row(trace.documents, batch, "document ids")
@@ -157,6 +160,10 @@ def _prompts(input_ids: Tensor, config: Any, given: Any) -> list[list[int]]:
     if mask is None:
         mask = torch.ones(batch, before + width, dtype=torch.bool, device=input_ids.device)
     mask = mask.bool()
+    if not bool(mask[:, -1].all()):
+        raise UserError(
+            "speculation goes on from the last token, which is padding; pad on the left"
+        )
     if past and not bool(mask.all()):
         raise UserError("speculation reads no padding out of a cache; leave out one of the two")
     real = mask[:, before:]
@@ -185,6 +192,22 @@ def _cache(batch: int, config: Any, given: Any) -> Any:
             "out, or give one sequence"
         )
     return cache
+
+
+def _refuse_several(criteria: Any, streamer: Any) -> None:
+    """Raises UserError for what goes by all sequences of a batch at once."""
+    if streamer is not None:
+        raise UserError("speculation writes one sequence after another; stream one at a time")
+    # Without an end of text, transformers writes sequences on until the last has come to its end.
+    if any(hasattr(each, "eos_token_id") for each in criteria):
+        return
+    other = next((each for each in criteria if not isinstance(each, MaxLengthCriteria)), None)
+    if other is not None:
+        raise UserError(
+            f"without an eos_token_id, where a {type(other).__name__} ends one sequence is for the "
+            "others to say, and speculation writes one after another; give an eos_token_id, or one "
+            "sequence"
+        )
 
 
 def _refuse(module: Any, config: Any, given: Any, processors: Any) -> None:

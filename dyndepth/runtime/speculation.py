@@ -113,7 +113,7 @@ class _Loop:
         try:
             yield
         finally:
-            self.trace.drafting = False
+            self.trace.drafting = self.trace.verifying = False
             layers: Any = self.cache.layers
             for layer in layers:
                 over = layer.get_seq_length() - self.held
@@ -164,8 +164,10 @@ class _Loop:
         if drafted:
             fed = torch.cat((fed, torch.stack(drafted)[None].to(self._device)), 1)
         replay = self.trace.replay if drafted else None
+        self.trace.verifying = True
         with nullcontext() if replay is None else replay.watching():
             logits = self._run(fed, len(drafted) + 1)
+        self.trace.verifying = False
         try:
             tokens, accepted, own = self.choice.judge(self.written, drafted, self._shares, logits)
             for token in (*tokens[:accepted], own):

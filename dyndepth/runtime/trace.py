@@ -11,7 +11,7 @@ from torch import Tensor
 from dyndepth.common.errors import UserError
 from dyndepth.method import ForwardContext, Phase
 from dyndepth.runtime.acceptance import Speculation
-from dyndepth.runtime.flops import Ledger
+from dyndepth.runtime.flops import Forward, Ledger
 from dyndepth.runtime.replay import Replay
 
 
@@ -58,9 +58,6 @@ class _Uncounted:
         """Whatever is asked for: it is not known."""
         raise RuntimeError("nothing is counted: attached with count=False")
 
-    def reject_last(self, tokens: int) -> None:
-        """There is nothing to bill."""
-
     by_document = bill_last = executed = computed_for_all = drafts = totals
     last = property(totals)
 
@@ -78,7 +75,8 @@ class Trace:
             ``[batch]``. None: a forward without a past is prompt, one that extends a cache is
             generation.
         reading: whether ``readout`` is at work, whose rows are billed already.
-        drafting: whether the next forwards are drafts of a method that speculates.
+        drafting, verifying: whether the next forwards are drafts of a method that speculates, or
+            verify one.
         speculation: what its drafts came to, since the last ``reset``.
         replay: what has verifications watched, for a method that ``reads_states``; else None.
     """
@@ -87,7 +85,8 @@ class Trace:
         self.documents: Sequence[str] | None = None
         self.prompt_length: int | Tensor | None = None
         self.reading = False
-        self.drafting = False
+        self.drafting = self.verifying = False
+        self._verification: Forward | None = None
         self.speculation = Speculation()
         self.replay: Replay | None = None
         self._ledger: Any = _Uncounted() if ledger is None else ledger
@@ -101,10 +100,17 @@ class Trace:
         self._ledger.reset()
         self.speculation = Speculation()
 
+    def opened(self, forward: Forward) -> None:
+        """A forward begins: say what it is. Of a verification nothing stands before ``reject``."""
+        forward.draft = self.drafting
+        if self.verifying:
+            forward.rejected, self._verification = forward.width, forward
+
     def reject(self, tokens: int) -> None:
-        """Say that the last forward was a verification, of which the last ``tokens`` of each
-        sequence do not stand: what they cost is billed as ``draft``."""
-        self._ledger.reject_last(tokens)
+        """Say that of the last verification the last ``tokens`` of each sequence do not stand, and
+        the others do: what those cost is billed as ``draft``."""
+        if self._verification is not None:
+            self._verification.rejected = tokens
 
     @property
     def flops(self) -> dict[str, float]:

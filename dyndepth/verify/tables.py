@@ -113,7 +113,8 @@ def _added(name: str, stored: bytes, made: bytes) -> list[str]:
     known = old[0] if old else header
     kept = [place for place, column in enumerate(header) if column in known]
     added = [place for place, column in enumerate(header) if column not in known]
-    blank = {place: ("", defaults.get(header[place], "")) for place in added}
+    read_as = {place: defaults.get(header[place], "") for place in added}
+    blank = {place: ("", value, entry(value)) for place, value in read_as.items()}
     empty = all(row[place] in blank[place] for row in new[1:] for place in added)
     left = [place for place, column in enumerate(known) if column not in former]
     try:

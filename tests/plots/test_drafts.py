@@ -11,23 +11,23 @@ from matplotlib.patches import Rectangle
 
 from dyndepth import plots
 from dyndepth.common.errors import UserError
-from dyndepth.generate.accepted import by_kind, by_position
-from dyndepth.generate.written import Generated, Proposal
+from dyndepth.plots.shares import by_kind, by_position
 from dyndepth.plots.style import BLUE, ORANGE, PAGE, VERMILION
 from dyndepth.runtime.acceptance import Round, Speculation
+from dyndepth.writing.result import Generated, Proposal
 
 PROPOSALS = (
     Proposal((" a", "$b$", "\n", "語"), 2, " own"),
     Proposal((), 0, "1"),
     Proposal(tuple(f" word{n}" for n in range(30)), 30, "."),
-    Proposal((" end", " after"), 1, None),
+    Proposal((" end", " after"), 2, None, unwritten=1),
 )
 
 
 def make_text(proposals=PROPOSALS, prompt: str = "of\nFrance is", method: str = "one") -> Generated:
     """A text of these rounds; token ids and FLOPs do not matter."""
     rounds = [
-        Round((0,) * len(each.drafted), each.accepted, (0,) * (each.accepted + bool(each.own)))
+        Round((0,) * len(each.drafted), each.accepted, (0,) * (each.written + bool(each.own)))
         for each in proposals
     ]
     totals = {"dense_block_flops": 1, "block_flops": 1, "by_cause": {}}
@@ -89,7 +89,7 @@ class TestTokens:
 
     def test_the_heading_counts(self):
         shown = "\n".join(texts(plots.drafts(make_text(), title="a draft")))
-        assert "a draft\nAfter “of France is”\n36 tokens drafted, 33 stand (92%)" in shown
+        assert "a draft\nAfter “of France is”\n36 tokens drafted, 34 accepted (94%)" in shown
         assert "tokens a verification" in shown
         for part in ("drafted, stands", "drafted, taken back", "the whole model's own"):
             assert part in shown
@@ -127,7 +127,7 @@ class TestShares:
             (wanted,) = [each for each in axis.lines if each.get_label().startswith("a: pays")]
             assert set(wanted.get_ydata()) == {0.75}
         labels = [label.get_text() for label in right.get_xticklabels()]
-        assert "word\nstart\n34 judged" in labels
+        assert "word\nstart\n35 judged" in labels
         entries = [each.get_text() for each in figure.legends[0].get_texts()]
         assert entries == ["a", "b", "a: pays from here on"]
         figure = plots.acceptance(drafts, needed={"a": 0.75, "b": 0.7500001})

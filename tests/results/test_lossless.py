@@ -10,8 +10,10 @@ from cells import cell, identity
 from test_comparison import DOCUMENTS, bits, made
 from test_curves import make_cells
 
-from dyndepth import plots
+from dyndepth import compare, plots
+from dyndepth.cells import naming
 from dyndepth.cells.cell import Cell, identity_columns
+from dyndepth.cells.store import Store
 from dyndepth.common.errors import UserError
 from dyndepth.plots import retention
 from dyndepth.plots.tables import points
@@ -76,6 +78,32 @@ def test_no_comparison_knows_it():
     assert own["pareto"] is True
 
 
+def test_a_comparison_says_what_it_leaves_out(tmp_path, capsys):
+    cells = competing()
+    for name, own in (("all", cells), ("alone", [cells[0], cells[-1]])):
+        for each in own:
+            Store(tmp_path / name).write(each)
+    left_out = "left out, as lossless: sketch: they write what dense writes"
+    assert compare.main([str(tmp_path / "all")]) == 0
+    told = capsys.readouterr().out
+    assert left_out in told
+    assert "nothing to compare" not in told
+    assert compare.main([str(tmp_path / "alone")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing to compare: all methods but dense are lossless\n" + left_out in told
+    assert compare.main([str(tmp_path / "all"), "--methods", "sketch"]) == 2
+    assert "sketch is lossless, and such are not compared" in capsys.readouterr().err
+
+
+def test_its_phases_are_no_part_of_its_name(tmp_path):
+    """In tables and figures: it has no others."""
+    cells = [cell([1] * 12, phases="both"), drafting()]
+    write_tables(cells, tmp_path)
+    tables = plots.read_tables(tmp_path)
+    assert list(tables["leaderboard"]["label"]) == ["dense", "sketch"]
+    assert naming.label(identity_columns(cells[1])) == "sketch"
+
+
 def test_figures_leave_it_out(tmp_path):
     cells = make_cells()
     own = make_cells(methods=1, bounds=0)[1]
@@ -118,6 +146,42 @@ def test_times_of_drawn_tokens_and_what_was_predicted_stand_beside():
     assert row["wall_drawn_speedup"] == 0.7
     assert (row["wall_drawn_low"], row["wall_drawn_high"]) == (0.6, 0.8)
     assert row["predicted_speedup"] == 1.1
+
+
+def test_all_times_of_a_row_are_of_one_shape():
+    """Of that which was timed in most modes, though it is shorter; none of draws alone."""
+    own = drafting()
+    base = {"phase": "decode", "batch": 1, "length": 512, "mode": "eager", "temperature": 0.0}
+    of_draws = {"temperature": 1.0, "suspect": True, "load_average": 9.0, "cores": 2, "threads": 1}
+    own.timing = [
+        base | {"wall_speedup": 0.7, "predicted_speedup": 1.1},
+        base | {"wall_speedup": 0.6, "mode": "graphs"},
+        base | {"wall_speedup": 0.5, "repeats": 3} | of_draws,
+        base | {"wall_speedup": 0.8, "predicted_speedup": 1.2, "length": 2048},
+        base | {"wall_speedup": 0.9, "length": 2048} | of_draws,
+        base | {"wall_speedup": 0.4, "length": 4096} | of_draws,
+    ]
+    (row,) = rows_of(own)
+    assert (row["wall_batch"], row["wall_length"]) == (1, 512)
+    assert (row["wall_decode_speedup"], row["predicted_speedup"]) == (0.7, 1.1)
+    assert row["wall_drawn_speedup"] == 0.5
+    # What is doubtful of drawn tokens says so, there alone.
+    assert (row["wall_suspect"], row["wall_loaded"], row["wall_repeats"]) == ("drawn", "drawn", 3)
+    schema.validate("leaderboard.csv", [row])
+    headings, (line,) = lossless.table(shown.board_rows([row])[0])
+    told = dict(zip(headings, line, strict=True))
+    assert told["decode, drawn"] == "0.50x suspect, no interval, loaded"
+    assert "suspect" not in told["decode (eager)"]
+
+
+def test_the_caption_tells_of_what_stands_there():
+    headings, lines = lossless.table(shown.board_rows(rows_of(drafting()))[0])
+    assert "Decode" not in lossless.caption(headings, lines)
+    told = lossless.caption(["decode", "decode, drawn"], [["0.5x suspect", ""]])
+    assert "Decode: " in told
+    assert "Drawn: against dense that draws" in told
+    assert "suspect: faster" in told
+    assert "noisy" not in told
 
 
 def test_seeds_are_averaged_by_task():

@@ -32,7 +32,8 @@ class Model:
     config = SimpleNamespace()
 
     def __init__(self):
-        self.drafting = False
+        self.drafting = self.verifying = False
+        self.replay = None
         self.speculation = Speculation()
         self.own = numbers(WORDS, WORDS, WORDS)
         self.other = 0.2 * self.own + numbers(WORDS, WORDS, WORDS, seed=1)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from toys import Drafting
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 from transformers.generation import BaseStreamer, MaxTimeCriteria, StoppingCriteria
 
 from dyndepth.common.errors import UserError
@@ -142,6 +146,36 @@ def test_criteria_stop_each_row(model):
         assert model.generate(**padded(), **GREEDY, max_time=1e-9).shape[1] == 10
 
 
+def letters():
+    """A tokenizer of the tiny models: a letter for each token."""
+    alphabet = sorted(ByteLevel.alphabet())[:96]
+    inner = Tokenizer(BPE({letter: token for token, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_stop_strings_and_what_else_generate_hands_on(model):
+    tokenizer = letters()
+    row = model.generate(**single(), **GREEDY, eos_token_id=None)[0]
+    given = {"stop_strings": [tokenizer.decode(row[12:14])], "tokenizer": tokenizer}
+    found, _ = equal(model, single(), **given, eos_token_id=None)
+    assert 12 < found.shape[1] < 25
+    end = int(row[-1])
+    equal(model, **given, eos_token_id=end)
+    equal(model, **given, assistant_tokenizer=tokenizer, eos_token_id=end)
+
+
+def test_rows_that_others_ends_decide_on_are_refused(model):
+    """Without an end of text transformers writes a row on until the last has ended."""
+    given = GREEDY | {"stopping_criteria": [Stopping()], "eos_token_id": None}
+    want = model.generate(**padded(), **given)
+    assert want.shape[1] == 19
+    assert bool(want[0, 15:].any())
+    equal(model, single(), stopping_criteria=[Stopping()], eos_token_id=None)
+    with attach(model, Drafting()), pytest.raises(UserError, match="Stopping ends one sequence"):
+        model.generate(**padded(), **given)
+
+
 class Stream(BaseStreamer):
     def __init__(self):
         self.seen = []
@@ -246,6 +280,8 @@ def test_what_cannot_be_is_refused(model, tiny):
     model(ids[:, :4], **{name: half})
     hole = torch.ones_like(ids)
     hole[0, :2] = 0
+    right = torch.ones_like(ids)
+    right[0, -2:] = 0
     cases = [
         ({"num_beams": 2}, "leave out num_beams"),
         ({"prompt_lookup_num_tokens": 3}, "prompt lookup"),
@@ -255,6 +291,7 @@ def test_what_cannot_be_is_refused(model, tiny):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({name: static}, "cannot give up drafted tokens"),
         ({name: half, "attention_mask": hole}, "no padding out of a cache"),
+        ({"attention_mask": right}, "pad on the left"),
         ({"position_ids": torch.arange(9)[None] + 2}, "leave out position_ids"),
     ]
     for given, said in cases:

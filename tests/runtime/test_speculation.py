@@ -391,6 +391,57 @@ def test_a_draft_costs_what_its_blocks_do(tiny):
     assert cause == spent - standing
 
 
+def test_what_is_asked_of_a_prompt_is_a_drafts_cost(tiny):
+    """A draft that reads its prompt by a router: nothing of that is the whole model's work."""
+
+    @dataclass(kw_only=True)
+    class Routed(Remembering):
+        speculates = True
+
+        def start(self, context):
+            self.context = context
+            return super().start(context)
+
+        def gates(self, layer, hidden):
+            self.context.bill("router", 100.0, None)
+            return super().gates(layer, hidden)
+
+    model, ids = tiny(), torch.tensor([prompts(1)[0]], device=DEVICE)
+    with attach(model, Routed(phases="generation"), warn=False) as trace:
+        model(ids)
+    assert (trace.flops["router"], trace.flops["draft"]) == (0.0, LAYERS * 100.0 * ids.shape[1])
+
+
+@pytest.mark.parametrize("what", ["the head fails", "a rule runs the model"])
+def test_what_stands_is_said_of_the_verification_itself(tiny, what):
+    model, prompt, method = tiny(), prompts(1)[0], Drafting(without=None, length=3)
+    again = torch.tensor([[5, 6]], device=DEVICE)
+    failing = [what == "the head fails"]
+
+    def head(module, args, output):
+        if failing[0] and args[0].shape[1] > 1:
+            raise Interrupted
+
+    def rule(tokens, logits):
+        if what == "a rule runs the model":
+            model(again)
+        return logits.clone()
+
+    with attach(model, method) as trace:
+        rounds = speculate(model, trace, method, prompt, limit=9, choice=Choice(rule))
+        next(rounds)
+        handle = model.lm_head.register_forward_hook(head)
+        try:
+            next(rounds)
+        except Interrupted:
+            assert failing[0]
+        finally:
+            handle.remove()
+        tokens = trace.totals("generation")["tokens"]
+    # A rule's own forwards are of prompts.
+    assert tokens == (0 if failing[0] else 4)
+
+
 def test_uncounted_texts_are_the_same(tiny):
     model = tiny()
     prompt = prompts(1)[0]

@@ -339,13 +339,15 @@ def test_a_column_that_there_was_not_yet_is_a_note(run):
 
 
 def test_times_with_columns_of_before_are_a_note(tmp_path):
-    """Columns that there are no more say nothing, and what lacks a mode was eager."""
+    """Columns that there are no more say nothing; what lacks a mode was eager, and what lacks a
+    temperature of the likeliest tokens."""
     one = made_by_hand(phases="both")
     one.timing = [{"phase": "decode", "batch": 1, "length": 8, "wall_speedup": 1.1}]
     write_tables([one], tmp_path)
     path = tmp_path / "timing.csv"
     (row,) = csv.DictReader(path.read_text().splitlines())
     assert row.pop("mode") == "eager"
+    assert row.pop("temperature") == "0"
 
     def written(row: dict[str, str]) -> list[tuple[str, str, bool]]:
         path.write_text("\n".join([",".join(row), ",".join(map(_quoted, row.values())), ""]))
@@ -353,7 +355,8 @@ def test_times_with_columns_of_before_are_a_note(tmp_path):
         return [(each.cell, each.what, each.failure) for each in found]
 
     old = row | {"device_speedup": "1.5"}
-    assert written(old) == [("timing.csv", "was written before there was mode", False)]
+    note = "was written before there was mode, temperature"
+    assert written(old) == [("timing.csv", note, False)]
     ((_, what, failure),) = written(old | {"wall_speedup": "1.2"})
     assert (what.split(":")[0], failure) == ("is not the function of the cells", True)
 

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dyndepth.generate.settings import Settings
-from dyndepth.generate.writing import tokens_after
 from dyndepth.runtime.attach import attach
 from dyndepth.timing.pairing import interleave
+from dyndepth.writing.generate import tokens_after
+from dyndepth.writing.settings import Settings
 
 if TYPE_CHECKING:
-    from dyndepth.generate.written import Generated
     from dyndepth.method import DynamicDepthMethod
+    from dyndepth.writing.result import Generated
 
 PAIRS = 3
 """Few enough to wait for, and too few for an interval: ``python -m dyndepth.timing`` has one."""
@@ -66,7 +66,7 @@ def compared(
     method: DynamicDepthMethod,
     tokenizer: Any,
     prompt: Sequence[int],
-    wanted: Settings,
+    settings: Settings,
     text: Generated,
     dense: Generated,
     *,
@@ -76,7 +76,7 @@ def compared(
     written again in turns, ``pairs`` times each, without counting FLOPs."""
 
     def again() -> None:
-        tokens_after(model, tokenizer, prompt, wanted)
+        tokens_after(model, tokenizer, prompt, settings)
 
     def under() -> AbstractContextManager[Any]:
         return attach(model, method, count=False, warn=False)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dyndepth.generate.pieces import pieces, text_after
-from dyndepth.generate.prepared import prepared, spec_of
-from dyndepth.generate.prompts import Message, check_room, several, tokens_of
-from dyndepth.generate.settings import Settings, settings
-from dyndepth.generate.written import Finish, Generated, Proposal
 from dyndepth.models.seeding import seeded
 from dyndepth.runtime.attach import attach
 from dyndepth.timing.pairing import draining
+from dyndepth.writing.pieces import pieces, text_after
+from dyndepth.writing.preparation import prepared, spec_of
+from dyndepth.writing.prompts import Message, Prompt, check_room, several, tokens_of
+from dyndepth.writing.result import Finish, Generated, Proposal
+from dyndepth.writing.settings import Settings, checked
 
 if TYPE_CHECKING:
     from dyndepth.data.corpus import Corpus
@@ -48,7 +49,7 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
-    corpus: Corpus | None = None,
+    corpus: Corpus | str | Path | None = None,
     streamer: Any = None,
 ) -> Generated | list[Generated]:
     """What ``model`` writes after ``prompt`` under ``method``, and what it came to.
@@ -57,8 +58,8 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
     by the tokenizer's chat template), or a list of such: these are written one after another, and a
     list comes back. ``method`` is any method, or its spec
     (``"self_speculation(draft=static_pruning, target_speedup=1.25)"``); one that speculates writes
-    what dense does. It is fitted where it needs to be, on ``corpus`` or the embedded text; the fit
-    is kept and found again.
+    what dense does. It is fitted where it needs to be, on ``corpus``, the name of
+    one, or the embedded text; the fit is kept and found again.
 
     At ``temperature`` 0 the likeliest token is taken. Above it tokens are drawn, among the
     ``top_k`` likeliest or those that make up ``top_p``, from ``seed`` on (text i of a list: from
@@ -69,7 +70,7 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
     Raises UserError for a prompt without tokens or too long, for settings that are none, and for a
     method that is unknown, has yet to be trained, or does not fit the model.
     """
-    wanted = settings(
+    settings = checked(
         stop,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -78,39 +79,54 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
         seed=seed,
     )
     prompts, is_list = several(prompt)
+    found, _ = texts_by(
+        method, model, tokenizer, prompts, settings, corpus=corpus, streamer=streamer
+    )
+    return found if is_list else found[0]
+
+
+def texts_by(
+    method: DynamicDepthMethod | str,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    *,
+    corpus: Corpus | str | Path | None = None,
+    streamer: Any = None,
+) -> tuple[list[Generated], DynamicDepthMethod]:
+    """What ``generate`` writes after each prompt, and the method, fitted where it had to be."""
     read = []
     for number, each in enumerate(prompts):
         where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         ids = tokens_of(tokenizer, each, where)
-        check_room(model, ids, wanted.max_new_tokens, where)
+        check_room(model, ids, settings.max_new_tokens, where)
         read.append(ids)
     method = prepared(method, model, tokenizer, corpus)
     with attach(model, method) as trace:
         found = [
-            write(model, tokenizer, ids, wanted, number, method=method, trace=trace,
-                  streamer=streamer)
+            _written(model, tokenizer, ids, settings, number, method, trace, streamer)
             for number, ids in enumerate(read)
-        ]  # fmt: skip
-    return found if is_list else found[0]
+        ]
+    return found, method
 
 
-def write(
+def _written(
     model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
-    wanted: Settings,
-    number: int = 0,
-    *,
+    settings: Settings,
+    number: int,
     method: DynamicDepthMethod,
     trace: Trace,
-    streamer: Any = None,
+    streamer: Any,
 ) -> Generated:
     """The text after ``prompt``, token ids, by ``method``, which is attached to ``model`` with
     ``trace``; it is the one of that ``number``."""
     trace.reset()
     trace.documents = [f"prompt/{number}"]
-    tokens, seconds = tokens_after(model, tokenizer, prompt, wanted, number, streamer)
-    text, stopped = wanted.cut(text_after(tokenizer, prompt, tokens, skip_special_tokens=True))
+    tokens, seconds = tokens_after(model, tokenizer, prompt, settings, number, streamer)
+    text, stopped = settings.cut(text_after(tokenizer, prompt, tokens, skip_special_tokens=True))
     ends = _ends(model, tokenizer)
     finish: Finish = "stop" if stopped else "end" if tokens[-1] in ends else "limit"
     rounds = trace.speculation.rounds if method.speculates else []
@@ -133,7 +149,7 @@ def tokens_after(
     model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
-    wanted: Settings,
+    settings: Settings,
     number: int = 0,
     streamer: Any = None,
 ) -> tuple[list[int], float]:
@@ -141,12 +157,12 @@ def tokens_after(
     device = model.get_input_embeddings().weight.device
     asked = torch.tensor([list(prompt)], device=device)
     more: dict[str, Any] = {} if streamer is None else {"streamer": streamer}
-    if wanted.stop:
-        said = _Said(tokenizer, list(prompt), wanted)
+    if settings.stop:
+        said = _Said(tokenizer, list(prompt), settings)
         more["stopping_criteria"] = StoppingCriteriaList([said])
-    config = wanted.config(model, tokenizer)
+    config = settings.config(model, tokenizer)
     wait = draining(device)
-    with torch.no_grad(), seeded(wanted.seed + number, device):
+    with torch.no_grad(), seeded(settings.seed + number, device):
         wait()
         started = time.perf_counter()
         written = model.generate(
@@ -159,8 +175,8 @@ def tokens_after(
 class _Said(StoppingCriteria):
     """Ends a text in which one of those to stop at was said."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int], wanted: Settings) -> None:
-        self.tokenizer, self.prompt, self.wanted = tokenizer, prompt, wanted
+    def __init__(self, tokenizer: Any, prompt: list[int], settings: Settings) -> None:
+        self.tokenizer, self.prompt, self.settings = tokenizer, prompt, settings
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         written = input_ids[:, len(self.prompt) :].tolist()
@@ -168,7 +184,7 @@ class _Said(StoppingCriteria):
             text_after(self.tokenizer, self.prompt, row, skip_special_tokens=True)
             for row in written
         ]
-        ended = [self.wanted.cut(text)[1] for text in texts]
+        ended = [self.settings.cut(text)[1] for text in texts]
         return torch.tensor(ended, device=input_ids.device)
 
 
@@ -186,10 +202,17 @@ def _proposals(
     found = []
     before = [*prompt, *tokens[:1]]
     for each in rounds:
-        accepted = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
-        last = each.tokens[accepted:]
+        stay = min(each.accepted, len(each.tokens))  # a text may end inside of a draft
         drafted = pieces(tokenizer, before, each.drafted)
-        own = pieces(tokenizer, [*before, *each.tokens[:accepted]], last)
-        found.append(Proposal(drafted, accepted, own[0] if own else None, each.probabilities))
+        own = pieces(tokenizer, [*before, *each.tokens[:stay]], each.tokens[stay:])
+        found.append(
+            Proposal(
+                drafted,
+                each.accepted,
+                own[0] if own else None,
+                each.probabilities,
+                each.accepted - stay,
+            )
+        )
         before += each.tokens
     return tuple(found)

@@ -16,22 +16,29 @@ class Proposal:
 
     Attributes:
         drafted: the text of each drafted token.
-        accepted: how many of them, from the first, were written.
+        accepted: how many of them, from the first, the whole model takes; as everywhere a property
+            of the draft, wherever the text ends.
         own: the text of the token that the whole model added; None where the text ended before.
         probabilities: what the draft gave to each token, where it was asked; else empty.
+        unwritten: how many of the accepted ones the text left out, as it had ended.
     """
 
     drafted: tuple[str, ...]
     accepted: int
     own: str | None
     probabilities: tuple[float, ...] = ()
+    unwritten: int = 0
+
+    @property
+    def written(self) -> int:
+        """Drafted tokens that are in the text."""
+        return self.accepted - self.unwritten
 
     @property
     def judged(self) -> int:
-        """Drafted tokens of which it is known whether they stand: those that do, and the first that
-        does not. The others follow a text that was never written, or its end."""
-        ended = self.own is None
-        return self.accepted if ended else min(self.accepted + 1, len(self.drafted))
+        """Drafted tokens of which it is known whether the whole model takes them: the accepted
+        ones, and the first that is not. The others follow tokens that it does not take."""
+        return min(self.accepted + 1, len(self.drafted))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class Generated:
 
     @property
     def acceptance(self) -> float | None:
-        """Accepted of drafted tokens; None where none was drafted."""
+        """Accepted of drafted tokens, those after a text's end among both; None where none was
+        drafted."""
         return None if self.speculation is None else self.speculation.acceptance
 
     @property

@@ -6,8 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dyndepth.generate.comparing import Comparison
-    from dyndepth.generate.written import Generated
+    from dyndepth.writing.comparison import Comparison
+    from dyndepth.writing.result import Generated
 
 _COLUMNS = 80
 _ENDS = {
@@ -17,7 +17,7 @@ _ENDS = {
 }
 
 
-def told(text: Generated) -> list[str]:
+def text_report(text: Generated) -> list[str]:
     """Method, tokens, time and FLOPs, and of drafts what became of them."""
     lines = [
         text.method,
@@ -34,7 +34,7 @@ def told(text: Generated) -> list[str]:
     share = f" ({text.acceptance:.0%})" if text.acceptance is not None else ""
     each = text.tokens_per_verification
     lines.append(
-        f"drafts: {found.drafted} tokens, of which {found.accepted} stand{share}; "
+        f"drafts: {found.drafted} tokens, of which {found.accepted} accepted{share}; "
         f"{len(text.rounds)} verifications"
         + (f", {each:.2f} tokens each" if each is not None else "")
     )
@@ -46,7 +46,7 @@ def told(text: Generated) -> list[str]:
     return _wrapped(lines)
 
 
-def told_beside(found: Comparison, lossless: bool, drawn: bool) -> list[str]:
+def comparison_report(found: Comparison, lossless: bool, drawn: bool) -> list[str]:
     """Whether the text is dense's, and which of them came sooner."""
     if found.equal:
         lines = ["dense writes the same text, to the last token"]

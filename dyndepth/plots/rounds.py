@@ -1,17 +1,15 @@
-"""What drafts propose and the whole model takes back: token by token, and how often."""
+"""What drafts propose and the whole model takes back, token by token."""
 
 from __future__ import annotations
 
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
-from dyndepth.generate.accepted import by_kind, by_position
-from dyndepth.generate.pieces import KINDS
 from dyndepth.plots.style import (
     BLUE,
     INK,
@@ -19,12 +17,8 @@ from dyndepth.plots.style import (
     PAGE,
     SKIPPED,
     VERMILION,
-    entries_of,
     figure_of,
-    legend_below,
     readable,
-    style,
-    whole_numbers,
     written,
 )
 
@@ -32,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dyndepth.generate.written import Generated, Proposal
+    from dyndepth.writing.result import Generated, Proposal
 
 ROUNDS = 24
 """Rounds in a picture, unless told."""
@@ -45,7 +39,6 @@ _LEFT, _RIGHT, _HIGH, _LINE = 0.5, 0.1, 0.21, 0.29
 _GAP, _PAD = 0.045, 0.05
 _TITLE_LETTERS = 16.5
 """Letters of the title that an inch holds."""
-_NEEDED = ": pays from here on"
 _PROMPT = 90
 """Letters of the prompt's end that are shown."""
 
@@ -124,109 +117,14 @@ def drafts(
     return written(figure, path)
 
 
-def acceptance(
-    texts: Generated | Sequence[Generated] | Mapping[str, Generated | Sequence[Generated]],
-    path: str | Path | None = None,
-    *,
-    needed: Mapping[str, float] | None = None,
-) -> Figure:
-    """How often drafted tokens stand: by their place in the draft, and by kind of token.
-
-    ``texts`` are one text, several of one draft, or such by name; ``needed``, by the same names, is
-    the acceptance from which each draft pays, drawn as a line. Only judged tokens count: those
-    whose draft stood up to them. Bars: Wilson's 95% intervals, as if tokens were independent.
-    Raises UserError where nothing was drafted.
-    """
-    found = _named(texts)
-    places = {name: by_position(own) for name, own in found.items()}
-    kinds = {name: by_kind(own) for name, own in found.items()}
-    if all(table.empty for table in places.values()):
-        raise UserError("nothing was drafted in these texts, so there is nothing to draw")
-    figure = figure_of(PAGE, 3.3)
-    left, right = figure.subplots(1, 2, sharey=True)
-    shown = [kind for kind in KINDS if any(kind in set(each["kind"]) for each in kinds.values())]
-    for number, name in enumerate(found):
-        look = style(number) | {"markersize": 4.5, "linewidth": 1.2}
-        aside = 0.14 * (number - (len(found) - 1) / 2)
-        table = places[name]
-        _points(left, table["position"] + aside / 2, table, look, name)
-        table = kinds[name]
-        _points(
-            right, [shown.index(kind) + aside for kind in table["kind"]], table,
-            look | {"linestyle": "none"}, name,
-        )  # fmt: skip
-    for label, value, colour in _lines_needed(list(found), needed or {}):
-        for axis in (left, right):
-            axis.axhline(
-                value, color=colour, linestyle=":", linewidth=1.2, label=label, zorder=1
-            )  # fmt: skip
-    left.set_ylabel("share that stands, of those judged", fontsize=8)
-    left.set_xlabel("place in the draft", fontsize=8)
-    left.set_ylim(-0.03, 1.03)
-    whole_numbers(left.xaxis)
-    counts = {kind: sum(_judged(table, kind) for table in kinds.values()) for kind in shown}
-    labels = ["\n".join((*kind.split(), f"{count} judged")) for kind, count in counts.items()]
-    right.set_xticks(range(len(shown)), labels)
-    right.set_xlim(-0.6, len(shown) - 0.4)
-    for axis, heading in ((left, "By place in the draft"), (right, "By kind of token")):
-        axis.set_title(heading, fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3, axis="y")
-    entries = entries_of(left)
-    legend_below(figure, {name: entries[name] for name in sorted(entries, key=_is_line)})
-    return written(figure, path)
-
-
-def _points(axis: Axes, x: Any, table: Any, look: dict[str, Any], name: str) -> None:
-    errors = [(table["value"] - table["low"]).clip(0), (table["high"] - table["value"]).clip(0)]
-    axis.errorbar(x, table["value"], yerr=errors, capsize=2, label=name, elinewidth=0.8, **look)
-
-
-def _judged(table: Any, kind: str) -> int:
-    return int(table.loc[table["kind"] == kind, "judged"].sum())
-
-
-def _lines_needed(
-    names: Sequence[str], needed: Mapping[str, float]
-) -> list[tuple[str, float, str]]:
-    """Label, value and colour of each acceptance that is needed, those that are the same as one."""
-    shared: dict[float, list[int]] = {}
-    for number, name in enumerate(names):
-        if name in needed:
-            shared.setdefault(round(needed[name], 3), []).append(number)
-    return [
-        (
-            ", ".join(names[number] for number in own) + _NEEDED,
-            value,
-            INK if len(own) > 1 else style(own[0])["color"],
-        )
-        for value, own in shared.items()
-    ]
-
-
-def _is_line(label: str) -> bool:
-    """Whether a legend entry is that of an acceptance that is needed; these come last."""
-    return label.endswith(_NEEDED)
-
-
-def _named(texts: Any) -> dict[str, list[Generated]]:
-    """Texts by name: their method's where they have none."""
-    if isinstance(texts, Mapping):
-        return {name: _several(each) for name, each in texts.items()}
-    own = _several(texts)
-    return {own[0].method: own} if own else {}
-
-
-def _several(texts: Any) -> list[Generated]:
-    return list(texts) if isinstance(texts, Iterable) else [texts]
-
-
 def _boxes(proposal: Proposal) -> list[tuple[str, _Look]]:
     """The tokens of one round with how each is drawn."""
     found = []
     for place, piece in enumerate(proposal.drafted):
-        look = _ACCEPTED if place < proposal.accepted else _REJECTED
-        found.append((piece, look if place < proposal.judged else _UNJUDGED))
+        look = _ACCEPTED if place < proposal.written else _REJECTED
+        # What was judged after the text's end is in no text.
+        last = proposal.written if proposal.own is None else proposal.judged
+        found.append((piece, look if place < last else _UNJUDGED))
     return found if proposal.own is None else [*found, (proposal.own, _OWN)]
 
 
@@ -280,9 +178,8 @@ def _words(text: Generated, title: str, first: int, last: int, rounds: int) -> l
     share = f" ({accepted / drafted:.0%})" if drafted else ""
     each = text.tokens_per_verification or 0.0
     part = "" if (first, last) == (0, rounds) else f"; rounds {first} to {last} of {rounds}"
-    counts = (
-        f"{drafted} tokens drafted, {accepted} stand{share}; {each:.2f} tokens a verification{part}"
-    )
+    taken = f"{drafted} tokens drafted, {accepted} accepted{share}"
+    counts = f"{taken}; {each:.2f} tokens a verification{part}"
     heading = textwrap.wrap(title or text.method, int(_TITLE_LETTERS * PAGE))
     prompt = " ".join(text.prompt.split())
     after = prompt if len(prompt) <= _PROMPT else f"…{prompt[1 - _PROMPT :]}"

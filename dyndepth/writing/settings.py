@@ -81,7 +81,7 @@ class Settings:
         return (text[: min(ends)], True) if ends else (text, False)
 
 
-def settings(stop: str | Sequence[str] = (), **given: Any) -> Settings:
+def checked(stop: str | Sequence[str] = (), **given: Any) -> Settings:
     """``Settings`` with one text to stop at, or several."""
     if not isinstance(stop, str | Sequence):
         raise UserError(f"stop takes a text or several, not {stop!r}")

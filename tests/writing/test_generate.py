@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import json
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -13,12 +16,12 @@ from toys import Drafting
 import dyndepth
 from dyndepth import attach, load_method, load_model, load_tokenizer
 from dyndepth.common.errors import UserError
-from dyndepth.generate import __main__ as door
-from dyndepth.generate.accepted import by_kind, by_position
-from dyndepth.generate.pieces import kind, pieces
-from dyndepth.generate.prepared import spec_of
-from dyndepth.generate.writing import generate
-from dyndepth.generate.written import Proposal
+from dyndepth.plots.shares import by_kind, by_position, kind
+from dyndepth.writing import __main__ as door
+from dyndepth.writing.generate import generate
+from dyndepth.writing.pieces import pieces
+from dyndepth.writing.preparation import spec_of
+from dyndepth.writing.result import Proposal
 
 PROMPT = "to be or not"
 TEMPLATE = (
@@ -96,11 +99,25 @@ def test_drafts_are_told_in_words(model, tokenizer):
     pieces_of = [found.pieces[0]]
     for told, each in zip(found.proposals, found.rounds, strict=True):
         assert len(told.drafted) == len(each.drafted)
-        pieces_of += [*told.drafted[: told.accepted], told.own]
+        pieces_of += [*told.drafted[: told.written], told.own]
     # A letter in several tokens has its text at the last, so the pieces are compared, not the text.
     assert tuple(each for each in pieces_of if each is not None) == found.pieces
     assert 0 < found.acceptance < 1
     assert found.tokens_per_verification == pytest.approx(19 / len(found.rounds))
+
+
+def test_accepted_is_one_count_wherever_a_text_ends(model, tokenizer, monkeypatch):
+    """The whole model takes all of its own draft; the text ends by the draft's first token."""
+    tokens = generate(model, tokenizer, PROMPT, max_new_tokens=8).tokens
+    assert tokens[1] != tokens[0]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokens[1])
+    method = Drafting(length=5, without=None)
+    found = generate(model, tokenizer, PROMPT, method=method, max_new_tokens=20)
+    assert (found.tokens, found.finish) == (tokens[:2], "end")
+    ((told,), (each,)) = found.proposals, found.rounds
+    assert told.accepted == each.accepted == found.speculation.accepted == 5
+    assert (told.written, told.judged, told.own) == (1, 5, None)
+    assert found.acceptance == 1
 
 
 def test_several_texts_are_those_of_each(model, tokenizer):
@@ -218,13 +235,37 @@ def test_what_cannot_be_is_told_in_a_sentence(model, tokenizer, prompt, how, say
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_is_the_function_before_and_after_its_room_is_there(model, tokenizer):
-    room = inspect.getmodule(Proposal).__name__.rpartition(".")[0]
-    assert room == "dyndepth.generate"
-    import sys
+NAMES = """
+import inspect, sys
+import dyndepth
+from dyndepth.__main__ import main
+if sys.argv[1] == "function":
+    assert callable(dyndepth.generate)
+assert main(["generate"]) == 2  # there is no prompt
+from dyndepth import generate
+import dyndepth.writing.result as result
+try:
+    import dyndepth.generate
+except ImportError as error:
+    assert "from dyndepth import generate" in str(error)
+from dyndepth import generate as again
+assert generate is again is dyndepth.generate
+assert "method" in inspect.signature(generate).parameters
+"""
 
-    assert sys.modules[room](model, tokenizer, PROMPT, max_new_tokens=2).finish == "limit"
-    assert dyndepth.generate(model, tokenizer, PROMPT, max_new_tokens=2).finish == "limit"
+
+@pytest.mark.parametrize("first", ["function", "door"])
+def test_the_name_is_the_function_whatever_came_first(first):
+    command = [sys.executable, "-c", NAMES, first]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_function_and_texts_can_be_copied(model, tokenizer):
+    found = generate(model, tokenizer, PROMPT, method=Drafting(), max_new_tokens=3)
+    assert ForkingPickler.loads(ForkingPickler.dumps(found)) == found
+    assert ForkingPickler.loads(ForkingPickler.dumps(dyndepth.generate)) is generate
+    assert copy.deepcopy(found) == found
 
 
 class TestPieces:
@@ -271,15 +312,15 @@ def test_shares_count_what_was_judged(model, tokenizer):
         Proposal((" a", "b"), 2, "."),
         Proposal((), 0, "."),
         Proposal(("2",), 0, "."),
-        Proposal(("3", "x"), 1, None),  # the text ended there
+        Proposal(("3", "x"), 2, None, unwritten=1),  # the text ended after "3"
     )
     text = replace(text, proposals=told)
     table = by_position([text]).set_index("position")
-    assert table["judged"].to_dict() == {1: 4, 2: 2, 3: 1}
-    assert table["accepted"].to_dict() == {1: 3, 2: 2, 3: 0}
+    assert table["judged"].to_dict() == {1: 4, 2: 3, 3: 1}
+    assert table["accepted"].to_dict() == {1: 3, 2: 3, 3: 0}
     table = by_kind(text).set_index("kind")
-    assert table["judged"].to_dict() == {"word start": 2, "word inside": 2, "number": 3}
-    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 2, "number": 1}
+    assert table["judged"].to_dict() == {"word start": 2, "word inside": 3, "number": 3}
+    assert table["accepted"].to_dict() == {"word start": 2, "word inside": 3, "number": 1}
     # Wilson's interval by its own formula, 2 of 2.
     z2 = 1.959964**2
     assert table.loc["word start", "low"] == pytest.approx(2 / (2 + z2), abs=1e-6)
@@ -333,6 +374,11 @@ class TestCommand:
         monkeypatch.setattr(door, "_method", lambda options: load_method("uls", target_speedup=2))
         _, _, err = command("question", "--compare")
         assert "dense writes another text, after" in err
+
+    def test_refuses_what_python_refuses(self, command):
+        status, out, err = command(PROMPT, "--methods", "oracle")
+        assert (status, out) == (2, "")
+        assert "oracle chooses plans by the outcomes" in err
 
     def test_reads_standard_input_and_streams_to_a_terminal(self, command, monkeypatch):
         import io

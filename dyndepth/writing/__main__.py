@@ -17,8 +17,8 @@ from dyndepth.common.errors import UserError
 from dyndepth.common.paths import EMBEDDED, check_folder, path_of
 
 if TYPE_CHECKING:
-    from dyndepth.generate.written import Generated
     from dyndepth.method import DynamicDepthMethod
+    from dyndepth.writing.result import Generated
 
 PICTURES = (".png", ".svg", ".pdf")
 STDIN = "-"
@@ -85,35 +85,32 @@ def _generate(given: list[str]) -> None:
     if picture and not method.speculates:
         raise UserError(f"--plot draws drafts, and {method.name} makes none; leave it out")
 
-    from dyndepth.data.corpus import load_corpus
-    from dyndepth.generate.prepared import prepared
-    from dyndepth.generate.prompts import check_room, tokens_of
-    from dyndepth.generate.settings import settings
-    from dyndepth.generate.writing import write
     from dyndepth.models.loading import load_tokenizer, loaded, named
-    from dyndepth.runtime.attach import attach
+    from dyndepth.writing.generate import texts_by
+    from dyndepth.writing.prompts import tokens_of
+    from dyndepth.writing.settings import checked
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    wanted = settings(options["stop"] or (), **{name: options[name] for name in names})
+    settings = checked(options["stop"] or (), **{name: options[name] for name in names})
     tokenizer = load_tokenizer(*named(options))
     ids = tokens_of(tokenizer, prompt, "the prompt")
     model = loaded(options)
-    check_room(model, ids, wanted.max_new_tokens, "the prompt")
-    if not method.fitted:
-        corpus = load_corpus(options["corpus"], tokenizer)
-        method = prepared(method, model, tokenizer, corpus)
     streamer = _streamer(tokenizer) if _streams(options) else None
-    with attach(model, method) as trace:
-        text = write(model, tokenizer, ids, wanted, method=method, trace=trace, streamer=streamer)
+    (text,), method = texts_by(
+        method, model, tokenizer, [prompt], settings, corpus=options["corpus"], streamer=streamer
+    )
     found: dict[str, Any] = {"text": text.text, "tokens": list(text.tokens)} | text.statistics()
     if not options["json"]:
         if streamer is None:
             print(text.text, flush=True)
         _say(*_told(text))
     if options["compare"]:
-        found["compared"] = _compare(model, method, tokenizer, ids, wanted, text, options["json"])
+        (dense,), _ = texts_by(DENSE, model, tokenizer, [prompt], settings)
+        found["compared"] = _compare(
+            model, method, tokenizer, ids, settings, text, dense, options["json"]
+        )
     if picture:
-        from dyndepth.plots.drafts import drafts
+        from dyndepth.plots.rounds import drafts
 
         drafts(text, picture, count=len(text.proposals) + 1)
         found["plot"] = str(picture)
@@ -157,31 +154,26 @@ def _compare(
     method: DynamicDepthMethod,
     tokenizer: Any,
     ids: list[int],
-    wanted: Any,
+    settings: Any,
     text: Generated,
+    dense: Generated,
     quiet: bool,
 ) -> dict[str, Any]:
     """Dense's text beside the method's, told unless ``quiet``, and as JSON."""
-    from dyndepth.common.registry import load_method
-    from dyndepth.generate.comparing import compared
-    from dyndepth.generate.telling import told_beside
-    from dyndepth.generate.writing import write
-    from dyndepth.runtime.attach import attach
+    from dyndepth.writing.comparison import compared
+    from dyndepth.writing.report import comparison_report
 
-    stock = load_method(DENSE)
-    with attach(model, stock) as trace:
-        dense = write(model, tokenizer, ids, wanted, method=stock, trace=trace)
-    found = compared(model, method, tokenizer, ids, wanted, text, dense)
+    found = compared(model, method, tokenizer, ids, settings, text, dense)
     if not quiet:
-        lines = told_beside(found, method.speculates, wanted.temperature > 0)
+        lines = comparison_report(found, method.speculates, settings.temperature > 0)
         _say("", *lines, *([] if found.equal else ["", dense.text]))
     return found.statistics()
 
 
 def _told(text: Generated) -> list[str]:
-    from dyndepth.generate.telling import told
+    from dyndepth.writing.report import text_report
 
-    return ["", *told(text)]
+    return ["", *text_report(text)]
 
 
 def _say(*lines: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.paths import EMBEDDED
 from dyndepth.common.spec import parameters_of
 
 if TYPE_CHECKING:
@@ -14,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def prepared(
-    method: DynamicDepthMethod | str, model: Any, tokenizer: Any, corpus: Corpus | None = None
+    method: DynamicDepthMethod | str,
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus | str | Path | None = None,
 ) -> DynamicDepthMethod:
     """``method``, or the one that a spec names, fitted to ``model``: by itself, from the cache of
-    fits, or now on ``corpus`` (by default the embedded text), and kept there.
+    fits, or now on ``corpus``, or the one of that name (by default the embedded text), and kept.
 
     Raises UserError for a method that has yet to be trained, which takes longer than somebody waits
     for a text, and for one that chooses by outcomes that a text yet to be written has not.
@@ -36,10 +41,13 @@ def prepared(
         )
     if method.fitted:
         return method
-    from dyndepth.data.corpus import load_corpus
+    from dyndepth.data.corpus import Corpus, load_corpus
     from dyndepth.fitting.fits import fit_cached
 
-    corpus = load_corpus("embedded", tokenizer) if corpus is None else corpus
+    if corpus is None or isinstance(corpus, str | Path):
+        corpus = load_corpus(corpus or EMBEDDED, tokenizer)
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"corpus takes what load_corpus gives, or a name for it, not {corpus!r}")
     if _has_to_train(method, model, corpus):
         raise UserError(
             f"{method.name} has not been trained on this model yet; train it by `python -m "
