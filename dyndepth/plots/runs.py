@@ -50,11 +50,9 @@ def read_runs(runs: Sequence[str | Path]) -> dict[str, pd.DataFrame]:
     )
     for table in tables.values():
         if "cell" in table:
-            # A hash that looks like a number is led by an apostrophe in a CSV file.
-            keys = table["cell"].str.lstrip("'")
-            table["run"] = keys.map(own)
+            table["run"] = table["cell"].map(own)
             table["run_told"] = table["run"].map(told)
-            table["label"] = pd.Categorical(keys.map(named), order)
+            table["label"] = pd.Categorical(table["cell"].map(named), order)
     return tables
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from dyndepth.cells.recipe import NONE
 from dyndepth.common.errors import UserError
 from dyndepth.common.paths import path_of
 from dyndepth.results.columns import TIMING
+from dyndepth.results.fields import unquoted
 from dyndepth.results.leaderboard import METRIC, OF_ACCURACY
 from dyndepth.results.schema import validate
 from dyndepth.results.statistics.intervals import LEAST
@@ -113,6 +114,8 @@ def _table(path: Path) -> pd.DataFrame:
         else:
             _check_fields(path)
             table = pd.read_csv(path, dtype=_TEXT, low_memory=False)
+            for column in table.select_dtypes(["object", "string"]):
+                table[column] = table[column].map(_unquoted).astype(table[column].dtype)
     except (OSError, ValueError, csv.Error) as fault:
         reason = " ".join(str(fault).split())
         raise UserError(f"{path} can't be read as a table ({reason}); {remedy}") from fault
@@ -122,6 +125,10 @@ def _table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path.parent}: {fault}; {remedy}") from fault
     # In one piece: columns that a file of before lacks were put in one by one.
     return table.copy()
+
+
+def _unquoted(value: Any) -> Any:
+    return unquoted(value) if isinstance(value, str) else value
 
 
 def _check_fields(path: Path) -> None:

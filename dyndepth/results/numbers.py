@@ -17,6 +17,7 @@ from typing import Any
 from dyndepth.cells.naming import label
 from dyndepth.common.errors import UserError
 from dyndepth.common.files import read_text
+from dyndepth.results.fields import unquoted
 from dyndepth.results.noise import loaded, told, told_of
 
 Record = dict[str, str]
@@ -46,7 +47,10 @@ def _shared(path: Path) -> list[Record]:
 @lru_cache(maxsize=16)
 def _parsed(text: str) -> list[Record]:
     """The rows of a CSV text; sentences quote a number each, of the same few tables."""
-    return list(csv.DictReader(io.StringIO(text)))
+    return [
+        {key: unquoted(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in csv.DictReader(io.StringIO(text))
+    ]
 
 
 def number(text: str | None, form: str = "{:.3f}") -> str:

@@ -28,6 +28,7 @@ from dyndepth.results.columns import (
     Table,
 )
 from dyndepth.results.comparison_columns import ALWAYS, COMPARISON, CURVES, EQUAL_FLOPS, TYPES
+from dyndepth.results.fields import unquoted
 
 if TYPE_CHECKING:
     import pandas
@@ -125,6 +126,8 @@ def read(path: str | Path) -> pandas.DataFrame:
             }
             # Only the empty field is missing: "none" and "NA" are texts.
             frame = pandas.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+            for key in set(text) & set(frame):
+                frame[key] = frame[key].map(unquoted, na_action="ignore").astype("string")
     except (OSError, ValueError) as fault:
         raise UserError(f"{path} cannot be read as a table: {fault}") from fault
     return validate(path.name, frame)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,9 @@ from dyndepth.cells.cell import Cell, identity_columns
 from dyndepth.cells.identity import LEADING, Row
 from dyndepth.common.files import write_atomically
 from dyndepth.results.columns import TIMING
+from dyndepth.results.fields import harmless
 from dyndepth.results.leaderboard import OF_ACCURACY, by_task, leaderboard
 from dyndepth.results.schema import TABLES, validate
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Beginnings of a text that a spreadsheet would run as a formula."""
-
-NUMBER = re.compile(r"\.?\d[\d.,:/ -]*([eE][+-]?\d+)?|inf(inity)?|nan|true|false", re.IGNORECASE)
-"""A text that some reader would take for a number, a date, a time or a truth value."""
 
 
 def csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -53,13 +47,6 @@ def entry(value: Any) -> str:
 def number(value: Any) -> str:
     """A number with 10 significant digits; anything else as Python writes it."""
     return format(value, ".10g") if isinstance(value, float) else str(value)
-
-
-def harmless(text: str) -> str:
-    """``text``; after ``'`` if a reader would not take it for a text. A bare carriage return in it,
-    which ends a row for some readers, is a space."""
-    taken = text.startswith(FORMULA) or NUMBER.fullmatch(text.strip())
-    return (f"'{text}" if taken else text).replace("\r", " ")
 
 
 NAMES = tuple(TABLES)

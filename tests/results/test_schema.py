@@ -10,11 +10,12 @@ import pandas
 import pytest
 from cells import cell, identity
 
+from dyndepth import plots
 from dyndepth.cells.cell import Cell
-from dyndepth.cells.identity import LEADING
+from dyndepth.cells.identity import LEADING, cell_hash
 from dyndepth.common.errors import UserError
 from dyndepth.evaluation.evaluate import Evaluation
-from dyndepth.results import schema
+from dyndepth.results import numbers, schema
 from dyndepth.results.leaderboard import leaderboard
 from dyndepth.results.schema import TABLES, read, validate, validate_folder
 from dyndepth.results.tables import NAMES, as_csv, write_tables
@@ -239,6 +240,23 @@ def test_a_text_that_looks_like_a_number_or_a_date_stays_a_text(text):
         f"'{text}",
         "b779a8c7124b0a85",
     ]
+
+
+def test_a_hash_of_digits_alone_is_one_hash_in_every_table(tmp_path):
+    """Some readers would take it for a number; those of the suite know what was put before it."""
+    one = cell(method="cut", target_speedup=2.0)
+    seed = next(n for n in range(10_000) if cell_hash(one.identity | {"seed": n}).isdigit())
+    one.identity["seed"] = seed
+    write_tables([cell(), one], tmp_path)
+    assert f"'{one.key}" in (tmp_path / "leaderboard.csv").read_text()
+    for name, table in plots.read_tables(tmp_path).items():
+        if not table.empty:
+            assert one.key in set(table["cell"]), name
+            assert table["label"].notna().all(), name
+    for name in NAMES:
+        if name not in ("timing.csv", "samples.parquet"):
+            assert one.key in set(read(tmp_path / name)["cell"]), name
+    assert one.key in {row["cell"] for row in numbers.read(tmp_path / "leaderboard.csv")}
 
 
 def test_truth_values_are_those_that_r_knows_too():

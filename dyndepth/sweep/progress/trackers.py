@@ -142,7 +142,10 @@ class Trackers(Listener):
         if hasattr(tracker, "log_table"):
             import pandas
 
-            tracker.log_table("leaderboard", dataframe=pandas.read_csv(path), step=self.steps)
+            from dyndepth.results.fields import unquoted
+
+            frame = pandas.read_csv(path).map(lambda x: unquoted(x) if isinstance(x, str) else x)
+            tracker.log_table("leaderboard", dataframe=frame, step=self.steps)
         elif hasattr(tracker, "log_artifact"):
             tracker.log_artifact(str(path))
 
