@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dyndepth.sweep.settings import Settings
 
 METRIC, IDENTICAL = "acceptance", "identical"
-WRITTEN = 24
+WRITTEN = 16
 """Tokens that are written after each prompt; an end of text ends it."""
 PROMPT = 128
 """Most tokens of a prompt: the last ones. Of a text that has no prompt, half as many of the first
