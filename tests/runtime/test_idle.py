@@ -10,6 +10,7 @@ import torch
 from gating import GivenPlan, RandomMask, plan_without
 from recording import StandIn
 from test_attach import ids, incremental
+from toys import Drafting
 
 from dyndepth.common.errors import NothingSkipped, UserError
 from dyndepth.common.registry import load_method, method_class, methods
@@ -106,6 +107,43 @@ def test_gates_closed_on_padding_alone_skip_nothing(tiny, backend, phases, more,
             assert trace.computed_for_all() == (gated * (backend == "masked"), gated)
             assert (trace.executed() < 1).all() == bool(gated)
     assert [each.category for each in said] == [NothingSkipped] * (not gated)
+
+
+@pytest.mark.parametrize("without", [1, None])
+@pytest.mark.parametrize("target", [1.0, 1.5])
+def test_of_a_method_that_speculates_drafts_are_watched(tiny, without, target):
+    """One of the whole model costs, whatever its target is."""
+    model, method = tiny(), Drafting(without=without, target_speedup=target)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with attach(model, method):
+            model(ids(1, 5))
+        assert not said
+        with attach(model, method):
+            model.generate(ids(1, 5), max_new_tokens=6, do_sample=False)
+    remedy = "target speedup above 1" if target == 1.0 else "name one"
+    assert [remedy in str(each.message) for each in said] == [True] * (without is None)
+
+
+@dataclass(kw_only=True)
+class DraftedMask(RandomMask):
+    """A mask whose tokens nobody has counted when the forward ends."""
+
+    speculates = True
+    phases: str = "generation"
+
+    def more(self, draft):
+        return draft.length < 3
+
+
+def test_drafts_by_tokens_are_watched_too(tiny):
+    model = tiny()
+    for rate, count in ((0.5, 0), (1.0, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with attach(model, DraftedMask(rate=rate), limits=ALWAYS):
+                model.generate(ids(1, 5), max_new_tokens=9, do_sample=False)
+        assert len(said) == count, [str(each.message) for each in said]
 
 
 def failing(model, method, backend):

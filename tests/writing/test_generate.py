@@ -361,6 +361,13 @@ class TestCommand:
         _, _, err = command("question", "--compare")
         assert "dense writes another text, after" in err
 
+    def test_a_draft_of_the_whole_model_is_told(self, command):
+        status, out, err = command(PROMPT, "--methods", "self_speculation(draft=uls)")
+        assert status == 0
+        told = [line for line in err.splitlines() if line.startswith("dyndepth.generate: ")]
+        assert len(told) == 1
+        assert "target speedup above 1" in told[0]
+
     def test_refuses_what_python_refuses(self, command):
         status, out, err = command(PROMPT, "--methods", "oracle")
         assert (status, out) == (2, "")
