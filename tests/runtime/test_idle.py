@@ -192,10 +192,11 @@ def test_unfitted_is_refused_before_anything_runs(tiny):
 
 @pytest.mark.parametrize("phases", ["both", "generation"])
 @pytest.mark.parametrize("name", methods())
-def test_an_unfitted_method_skips_by_rule_or_refuses(tiny, name, phases):
+@pytest.mark.parametrize("target", [1.0, 1.5])
+def test_an_unfitted_method_skips_by_rule_or_refuses(tiny, name, phases, target):
     cls, model = method_class(name), tiny()
     given = {"phases": phases} if "phases" in {f.name for f in fields(cls)} else {}
-    method = load_method(name, target_speedup=min(1.5, cls().max_speedup(4)), **given)
+    method = load_method(name, target_speedup=min(target, cls().max_speedup(4)), **given)
     if not method.fitted:
         says = r"is not fitted.*\.fit\(model, corpus\)"
         with pytest.raises(UserError, match=says), attach(model, method):
