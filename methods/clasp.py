@@ -83,7 +83,7 @@ class CLaSp(Drafting):
         if self.target_speedup > layers:
             raise UserError(
                 f"clasp keeps one block at least, so {layers} blocks allow a draft of a speedup "
-                f"of at most {layers}, not {self.target_speedup:g}"
+                f"of at most {layers}, not {self.target_speedup:g}; ask for less"
             )
         # The small addend undoes rounding.
         return int(layers * (1 - 1 / self.target_speedup) + 1e-9)

@@ -183,8 +183,9 @@ def _unfit(method: DynamicDepthMethod) -> str | None:
     if method.pooled:
         return "decides over the sequences of a batch, and a draft is of one; name another method"
     if method.kv_policy == "evict":
+        own = "kv" in type(method).__dataclass_fields__
         return (
             "evicts, and what is taken back of a draft must leave the cache as it was; "
-            "give it kv=project, or name another method"
+            f"{'give it kv=project, or ' if own else ''}name another method"
         )
     return None

@@ -25,8 +25,9 @@ def cache_argument(module: Any) -> str:
 
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache among a forward's keyword arguments, or in its output; None if there is none."""
-    for name in CACHE_ARGUMENTS:  # in an output, asking for the second is deprecated
-        found = values.get(name)
+    for name in CACHE_ARGUMENTS:
+        # An output that lacks an old name warns of it when it is asked.
+        found = values[name] if name in values.keys() else None  # noqa: SIM118
         if found is not None:
             return found
     return None

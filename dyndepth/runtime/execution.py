@@ -95,7 +95,7 @@ class Runtime:
         self.repeated = {each[0]: each for each in places(self.blocks).values() if len(each) > 1}
         self.passes: list[_Pass] = []
         self.warned = False
-        self.idle = Idle(method) if count and not method.speculates else None
+        self.idle = Idle(method) if count else None
         self.foresight = Foresight(parts, self.block) if method.foresees else None
         self.run = self.block if self.foresight is None else self.foresight.block
 

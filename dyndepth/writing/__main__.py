@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dyndepth.cells.cell import DENSE
 from dyndepth.common.commands import Parser, run
-from dyndepth.common.errors import UserError
+from dyndepth.common.errors import NothingSkipped, UserError
 from dyndepth.common.paths import EMBEDDED, check_folder, path_of
 
 if TYPE_CHECKING:
@@ -96,9 +98,11 @@ def _generate(given: list[str]) -> None:
     ids = tokens_of(tokenizer, prompt, "the prompt")
     model = loaded(options)
     streamer = _streamer(tokenizer) if _streams(options) else None
-    (text,), method = texts_by(
-        method, model, tokenizer, [prompt], settings, corpus=options["corpus"], streamer=streamer
-    )
+    with _told_if_nothing_is_skipped():
+        (text,), method = texts_by(
+            method, model, tokenizer, [prompt], settings, corpus=options["corpus"],
+            streamer=streamer,
+        )  # fmt: skip
     found: dict[str, Any] = {"text": text.text, "tokens": list(text.tokens)} | text.statistics()
     if not options["json"]:
         if streamer is None:
@@ -174,6 +178,19 @@ def _told(text: Generated) -> list[str]:
     from dyndepth.writing.report import text_report
 
     return ["", *text_report(text)]
+
+
+@contextmanager
+def _told_if_nothing_is_skipped() -> Iterator[None]:
+    """Afterwards it is said in a line; other warnings are as ever."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", NothingSkipped)
+        yield
+    for each in said:
+        if issubclass(each.category, NothingSkipped):
+            _say(f"dyndepth.generate: {each.message}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _say(*lines: str) -> None:

@@ -19,12 +19,19 @@ def several(prompt: Any) -> tuple[list[Prompt], bool]:
         return [prompt], False
     if not isinstance(prompt, Sequence) or not prompt:
         raise UserError(
-            f"a prompt is a text, a list of messages with role and content, or a list of these, "
+            "a prompt is a text, a list of messages with role and content, or a list of these, "
             f"not {prompt!r}"
         )
     if all(isinstance(each, Mapping) for each in prompt):
         return [prompt], False
-    return [one for each in prompt for one in several(each)[0]], True
+    for number, each in enumerate(prompt):
+        nested, is_list = several(each)
+        if is_list:
+            raise UserError(
+                f"prompt {number} is a list of {len(nested)} prompts; give a text or the messages "
+                "of one conversation in each place"
+            )
+    return list(prompt), True
 
 
 def tokens_of(tokenizer: Any, prompt: Prompt, where: str) -> list[int]:

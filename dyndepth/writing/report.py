@@ -21,7 +21,7 @@ def text_report(text: Generated) -> list[str]:
     """Method, tokens, time and FLOPs, and of drafts what became of them."""
     lines = [
         text.method,
-        f"{len(text.tokens)} tokens after {text.prompt_tokens}, in {text.seconds:.2f} s "
+        f"{_tokens(len(text.tokens))} after {text.prompt_tokens}, in {text.seconds:.2f} s "
         f"({text.tokens_per_s:.1f} a second); {_ENDS[text.finish]}",
     ]
     if text.speculation is None:
@@ -53,10 +53,11 @@ def comparison_report(found: Comparison, lossless: bool, drawn: bool) -> list[st
     else:
         why = ""
         if lossless and drawn:
-            why = "; tokens were drawn: the two agree in distribution, not in their draws"
+            why = " (tokens were drawn, so the two agree in distribution, not in their draws)"
         elif lossless:
-            why = "; by rounding, where two tokens are as good as equally likely"
-        lines = [f"dense writes another text, after {found.same} tokens that are the same{why}:"]
+            why = " (by rounding, where two tokens are as good as equally likely)"
+        alike = _tokens(found.same) + (" that is" if found.same == 1 else " that are")
+        lines = [f"dense writes another text, after {alike} the same{why}; it is:"]
     faster = "faster" if found.speedup > 1 else "no faster"
     lines.append(
         f"rough time, {len(found.ratios)} interleaved pairs: dense {found.dense_s:.2f} s, "
@@ -65,6 +66,10 @@ def comparison_report(found: Comparison, lossless: bool, drawn: bool) -> list[st
         "`dyndepth timing` measures it"
     )
     return _wrapped(lines)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _wrapped(lines: list[str]) -> list[str]:

@@ -37,6 +37,8 @@ class Settings:
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, 1)
         _whole("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed takes a whole number below 2**63, not {self.seed}")
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise UserError(
                 f"temperature takes a number of at least 0 (0: the likeliest token is taken), not "

@@ -61,10 +61,24 @@ class ExitRule(DynamicDepthMethod):
             )
         return found
 
+    @property
+    def budgeted(self) -> bool:
+        """A ``layer`` is the whole setting, whatever the target."""
+        return self.layer is None
+
+    def _layer(self, layers: int) -> int | None:
+        """``layer``; UserError if nothing is left to skip there."""
+        if self.layer is not None and self.layer >= layers:
+            raise UserError(
+                f"early_exit: layer={self.layer} is beyond the {layers} blocks of this model; give "
+                f"at most {layers - 1}"
+            )
+        return self.layer
+
     def fixed_depth(self, layers: int) -> int | None:
         """Blocks that every token executes, where that needs no confidence; else None."""
-        if self.layer is not None:
-            return min(self.layer, layers)
+        if (layer := self._layer(layers)) is not None:
+            return layer
         if self.confidence == "fixed":
             return max(1, int(layers / self.target_speedup + 1e-9))
         return layers if self.target_speedup == 1.0 else None
@@ -72,7 +86,7 @@ class ExitRule(DynamicDepthMethod):
     def max_speedup(self, layers: int) -> float:
         """Every token leaves at the first chance."""
         if self.granularity == "static":
-            return layers / min(self.layer or 1, layers)
+            return layers / (self._layer(layers) or 1)
         return layers / self.exits(layers)[0]
 
     def start(self, context: ForwardContext) -> Tensor | None:

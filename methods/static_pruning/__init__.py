@@ -143,6 +143,8 @@ class StaticPruning(Scaling, DynamicDepthMethod):
     def start(self, context: ForwardContext) -> Tensor:
         """The plan that ``fit`` found. Raises UserError before ``fit`` and on another depth."""
         plan = self.tensors.get("plan")
+        if plan is None and self.target_speedup == 1.0:
+            return torch.ones(context.layers, 2, dtype=torch.bool)
         if plan is None:
             raise UserError("static_pruning has no plan yet; call fit(model, corpus) first")
         if len(plan) != context.layers:

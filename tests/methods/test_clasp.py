@@ -12,7 +12,7 @@ from test_attach import ids
 from test_replay import reference
 from transformers import DynamicCache
 
-from dyndepth.common.errors import UserError
+from dyndepth.common.errors import NothingSkipped, UserError
 from dyndepth.fitting.drafting import COST
 from dyndepth.methods.clasp import CLaSp, least_missed
 from dyndepth.models.blocks import Decoder
@@ -182,13 +182,14 @@ def test_how_many_blocks_are_left_out(target, count):
 
 
 def test_a_target_of_one_drafts_with_all_blocks(tiny):
-    _, rounds = written(tiny(), CLaSp(stop=0.0))
+    with pytest.warns(NothingSkipped, match="target speedup above 1"):
+        _, rounds = written(tiny(), CLaSp(stop=0.0))
     assert all(each.accepted == len(each.drafted) for each in rounds)
 
 
 def test_more_than_all_blocks_is_refused(tiny):
     method = CLaSp(target_speedup=5.0)
-    with pytest.raises(UserError, match="at most 4, not 5"):
+    with pytest.raises(UserError, match="at most 4, not 5; ask for less"):
         written(tiny(), method)
     assert method.max_speedup(4) == 4
     assert CLaSp(target_speedup=4.0).skipped(4) == 3

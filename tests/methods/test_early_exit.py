@@ -7,6 +7,7 @@ import torch
 from conftest import DEVICE
 
 from dyndepth.common.errors import UserError
+from dyndepth.common.registry import load_method
 from dyndepth.fitting.calibration import block_speedup
 from dyndepth.methods.early_exit import EarlyExit
 from dyndepth.runtime.attach import attach
@@ -96,6 +97,14 @@ def test_fixed_layer_is_a_plan(model, tokens):
     assert EarlyExit(layer=3, phases="generation").kv_policy == "prompt_only"
     assert EarlyExit().kv_policy == "project"
     assert EarlyExit(layer=4).max_speedup(LAYERS) == 2.0
+    assert EarlyExit().budgeted
+    assert not EarlyExit(layer=4).budgeted
+    assert not load_method("self_speculation", draft="early_exit(layer=4)").budgeted
+    for method in (EarlyExit(layer=LAYERS), load_method("early_exit", layer=99)):
+        with pytest.raises(UserError, match=f"beyond the {LAYERS} blocks.*at most {LAYERS - 1}"):
+            method.max_speedup(LAYERS)
+        with pytest.raises(UserError, match="give at most"):
+            method.fixed_depth(LAYERS)
 
 
 def test_wrong_use_is_refused(model, tiny_corpus):

@@ -229,6 +229,18 @@ def test_a_callers_empty_cache_is_filled(model):
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
+def test_an_output_is_not_asked_for_names_that_it_lacks():
+    """That of transformers warns of the old ones."""
+
+    class Output(dict):
+        def get(self, name, default=None):
+            assert name in self
+            return super().get(name, default)
+
+    assert cache_of(Output(logits=1)) is None
+    assert cache_of(Output(past_key_values=1)) == 1
+
+
 def test_only_what_follows_a_cache_may_be_given(model):
     """The mask then says how long all of it is."""
     name, ids = cache_argument(model), single()["input_ids"]

@@ -10,6 +10,7 @@ import torch
 from gating import GivenPlan, RandomMask, plan_without
 from recording import StandIn
 from test_attach import ids, incremental
+from toys import Drafting
 
 from dyndepth.common.errors import NothingSkipped, UserError
 from dyndepth.common.registry import load_method, method_class, methods
@@ -108,6 +109,43 @@ def test_gates_closed_on_padding_alone_skip_nothing(tiny, backend, phases, more,
     assert [each.category for each in said] == [NothingSkipped] * (not gated)
 
 
+@pytest.mark.parametrize("without", [1, None])
+@pytest.mark.parametrize("target", [1.0, 1.5])
+def test_of_a_method_that_speculates_drafts_are_watched(tiny, without, target):
+    """One of the whole model costs, whatever its target is."""
+    model, method = tiny(), Drafting(without=without, target_speedup=target)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with attach(model, method):
+            model(ids(1, 5))
+        assert not said
+        with attach(model, method):
+            model.generate(ids(1, 5), max_new_tokens=6, do_sample=False)
+    remedy = "target speedup above 1" if target == 1.0 else "name one"
+    assert [remedy in str(each.message) for each in said] == [True] * (without is None)
+
+
+@dataclass(kw_only=True)
+class DraftedMask(RandomMask):
+    """A mask whose tokens nobody has counted when the forward ends."""
+
+    speculates = True
+    phases: str = "generation"
+
+    def more(self, draft):
+        return draft.length < 3
+
+
+def test_drafts_by_tokens_are_watched_too(tiny):
+    model = tiny()
+    for rate, count in ((0.5, 0), (1.0, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with attach(model, DraftedMask(rate=rate), limits=ALWAYS):
+                model.generate(ids(1, 5), max_new_tokens=9, do_sample=False)
+        assert len(said) == count, [str(each.message) for each in said]
+
+
 def failing(model, method, backend):
     with attach(model, method, backend=backend):
         model(ids(1, 3))
@@ -154,10 +192,11 @@ def test_unfitted_is_refused_before_anything_runs(tiny):
 
 @pytest.mark.parametrize("phases", ["both", "generation"])
 @pytest.mark.parametrize("name", methods())
-def test_an_unfitted_method_skips_by_rule_or_refuses(tiny, name, phases):
+@pytest.mark.parametrize("target", [1.0, 1.5])
+def test_an_unfitted_method_skips_by_rule_or_refuses(tiny, name, phases, target):
     cls, model = method_class(name), tiny()
     given = {"phases": phases} if "phases" in {f.name for f in fields(cls)} else {}
-    method = load_method(name, target_speedup=min(1.5, cls().max_speedup(4)), **given)
+    method = load_method(name, target_speedup=min(target, cls().max_speedup(4)), **given)
     if not method.fitted:
         says = r"is not fitted.*\.fit\(model, corpus\)"
         with pytest.raises(UserError, match=says), attach(model, method):

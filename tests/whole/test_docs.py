@@ -221,6 +221,15 @@ def test_python_runs(
             model(torch.tensor([[5, 6, 7]]))
         layers = len(trace.executed())
         assert trace.executed().tolist() == [[float(2 * i < layers)] * 2 for i in range(layers)]
+    if "FirstBlocks" in vars(module):
+        model, asked = tiny(), torch.tensor([[5, 6, 7]])
+        given: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(asked, **given)
+        with attach(model, module.FirstBlocks(target_speedup=2.0)) as trace:
+            assert torch.equal(model.generate(asked, **given), text)
+        lengths = [len(each.drafted) for each in trace.speculation.rounds]
+        for before, length in zip(trace.speculation.rounds, lengths[1:-1], strict=False):
+            assert length == (1 if before.accepted < len(before.drafted) else 4)
     if "LongStreams" in vars(module):
         model = tiny()
         method = module.LongStreams(target_speedup=1.5).fit(model, tiny_corpus)

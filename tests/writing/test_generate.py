@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -213,6 +214,11 @@ def test_a_method_is_fitted_where_it_needs_to_be(model, tokenizer, folder, tmp_p
         (["a", ""], {}, "prompt 1 has no tokens"),
         ([], {}, "a prompt is a text, a list of messages"),
         (7, {}, "a prompt is a text"),
+        ([["a", "b"], ["c"]], {}, "prompt 0 is a list of 2 prompts"),
+        (["a", 7], {}, "a prompt is a text"),
+        ("a", {"seed": 2**64}, "seed takes a whole number below"),
+        ("a", {"corpus": 3, "method": "adaskip(target_speedup=1.5)"}, "corpus takes what load"),
+        ("a", {"corpus": "no/such", "method": "adaskip(target_speedup=1.5)"}, "no/such"),
         ("a", {"max_new_tokens": 2048}, "1 tokens, which leaves no room for 2048 more in the 2048"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens takes a whole number of at least 1, not 0"),
         ("a", {"temperature": -1}, "temperature takes a number of at least 0"),
@@ -374,6 +380,14 @@ class TestCommand:
         monkeypatch.setattr(door, "_method", lambda options: load_method("uls", target_speedup=2))
         _, _, err = command("question", "--compare")
         assert "dense writes another text, after" in err
+        assert re.search(r"after (1 token that is|\d+ tokens that are) the same; it is:\n", err)
+
+    def test_a_draft_of_the_whole_model_is_told(self, command):
+        status, out, err = command(PROMPT, "--methods", "self_speculation(draft=uls)")
+        assert status == 0
+        told = [line for line in err.splitlines() if line.startswith("dyndepth.generate: ")]
+        assert len(told) == 1
+        assert "target speedup above 1" in told[0]
 
     def test_refuses_what_python_refuses(self, command):
         status, out, err = command(PROMPT, "--methods", "oracle")
