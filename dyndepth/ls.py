@@ -41,9 +41,10 @@ def list_methods() -> None:
             for f in fields(cls)
             if f.init and f.name not in ("target_speedup", "seed")
         )
-        facts = [name, cls.granularity, "yes" if cls.needs_training else "", parameters, cls.paper]
-        rows.append(facts)
-    _print(("method", "granularity", "trains", "parameters", "paper"), rows)
+        kind = "lossless" if cls.speculates else "bound" if cls.uses_labels else ""
+        trains = "yes" if cls.needs_training else ""
+        rows.append([name, kind, cls.granularity, trains, parameters, cls.paper])
+    _print(("method", "kind", "granularity", "trains", "parameters", "paper"), rows)
 
 
 def list_models() -> None:

@@ -23,7 +23,7 @@ from dyndepth.plots.style import (
     wrapped,
     written,
 )
-from dyndepth.plots.tables import check_one_setting, labelled, reference
+from dyndepth.plots.tables import check_one_setting, drafted, labelled, reference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,8 +130,9 @@ def executed_in_run(
     """A run's executed fractions at one target: heatmaps of methods by blocks, attention and MLP.
 
     ``routing`` is routing.parquet; all phases together, over all tasks, seeds averaged. The mean
-    over blocks stands at the end of each row. Raises UserError where nothing was run at that
-    target.
+    over blocks stands at the end of each row. Lossless methods are left out: their target is the
+    draft's, and where nothing is drafted every block runs. Raises UserError where nothing else was
+    run at that target.
     """
     import seaborn
 
@@ -139,6 +140,14 @@ def executed_in_run(
     table = labelled(routing)
     table = table[(table["phase"] == "all") & (table["task"] == "all") & ~reference(table)]
     table = table[table["target_speedup"] == target_speedup]
+    exact = drafted(table)
+    if not table.empty and exact.all():
+        who = ", ".join(dict.fromkeys(map(str, table["label"])))
+        raise UserError(
+            f"lossless methods alone have the target speedup {target_speedup:g} ({who}): it is "
+            "that of their drafts, and routing.parquet holds none"
+        )
+    table = table[~exact]
     if table.empty:
         raise UserError(f"routing.parquet has no method at the target speedup {target_speedup:g}")
     names = [name for name in table["label"].cat.categories if (table["label"] == name).any()]

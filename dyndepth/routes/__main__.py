@@ -35,6 +35,7 @@ TEXTS = {
 }
 OUTPUT = "routes"
 PICTURES = (".png", ".svg", ".pdf")
+WHOLE = "drafts are not recorded, only the whole model, which verifies them: every block runs"
 LENGTH = 256
 """Tokens of an evaluation passage that are recorded; of one's own text all that the model takes."""
 
@@ -104,6 +105,8 @@ def _routes(given: list[str]) -> int:
     for index, job in enumerate(jobs, start=1):
         where = f"[{index}/{len(jobs)}] {job.label}"
         print(f"{where}: recording ({time.monotonic() - started:.0f} s)", flush=True)
+        if job.speculates:
+            print(f"{where}: {WHOLE}", flush=True)
         try:
             routes = job.record(loaded, texts, options)
             routes.save(output / f"{job.file}.safetensors")

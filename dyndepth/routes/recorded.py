@@ -28,6 +28,14 @@ class Recording:
     plan: CellSpec | None = None
     identity: Row | None = None
 
+    @property
+    def speculates(self) -> bool:
+        """Whether its method drafts what the whole model verifies."""
+        from dyndepth.common.registry import method_class, methods
+
+        name = self.plan.method if self.plan else str((self.identity or {})["method"])
+        return name in methods() and method_class(name).speculates
+
     def record(self, loaded: Loaded, texts: dict[str, str], options: dict[str, Any]) -> Any:
         """The routes of ``texts``, or of what the method writes after them (``generate``). Raises
         UserError if a cell can't be rebuilt as it was."""

@@ -12,7 +12,7 @@ class Round:
     Attributes:
         drafted: the tokens that were proposed, none where one was to be written alone.
         probabilities: what the draft gave to each of them, where it was asked; else empty.
-        accepted: how many of them, from the first, are what the whole model writes.
+        accepted: how many of them, from the first, the whole model takes, wherever the text ends.
         tokens: what was written: those, and one of the whole model's own. Fewer where the text
             came to its end.
         draft_s, verify_s: seconds, by the clock of the loop.
@@ -45,7 +45,8 @@ class Speculation:
 
     @property
     def accepted(self) -> int:
-        """Tokens of drafts that stand; the one that the whole model adds is not among them."""
+        """Tokens of drafts that the whole model takes, those after a text's end among them; the one
+        that it adds is not."""
         return sum(each.accepted for each in self.rounds)
 
     @property

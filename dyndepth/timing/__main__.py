@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dyndepth.common.commands import CHOICES, HELP, MODE_DEFAULT, Parser, run
+from dyndepth.common.digests import PACKAGE
 from dyndepth.common.errors import UserError
 from dyndepth.common.modes import EAGER
 from dyndepth.common.paths import EMBEDDED, check_file, path_of
@@ -101,15 +105,40 @@ def _timing(given: list[str]) -> None:
         method = fit_cached(method, model, corpus)
     how: dict[str, Any] = {"level": level, "seed": options.seed}
     how["compiled_dense"] = options.compiled_dense
-    rows = in_modes(
-        modes, options.mode, lambda mode: measure(model, method, corpus, mode=mode, **how)
-    )
+    with own_warnings_as_sentences():
+        rows = in_modes(
+            modes, options.mode, lambda mode: measure(model, method, corpus, mode=mode, **how)
+        )
     show_timing(f"{method!r} on {options.model}", rows)
     if not sys.stdout.isatty():
         # For programs; in a terminal so long a line would push the table out of sight.
         print(
             json.dumps({"timing": {"method": repr(method), "model": options.model, "rows": rows}})
         )
+
+
+@contextmanager
+def own_warnings_as_sentences() -> Iterator[None]:
+    """What the suite warns of is printed to standard error as it reads, without a line of code;
+    what a library warns of as ever."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+            print(f"dyndepth.timing: {message}", file=sys.stderr)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _asked(options: argparse.Namespace, device: str) -> str | Level:

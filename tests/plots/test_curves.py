@@ -598,6 +598,13 @@ class TestHeatmaps:
         assert [axis.get_title().split()[0] for axis in figure.axes[:2]] == list(TITLES.values())
         with pytest.raises(UserError, match="no method at the target speedup 7"):
             plots.executed_in_run(routing, target_speedup=7)
+        # What is lossless runs every block where nothing is drafted: no row beside the others.
+        apart = routing.assign(lossless=routing["method"] == "m0")
+        figure = plots.executed_in_run(apart, target_speedup=1.25)
+        assert figure.axes[0].collections[0].get_array().shape == (2, 4)
+        apart = routing[routing["method"] == "m0"].assign(lossless=True)
+        with pytest.raises(UserError, match=r"lossless methods alone .* 1.25 \(m0\)"):
+            plots.executed_in_run(apart, target_speedup=1.25)
 
 
 class TestParts:

@@ -15,6 +15,7 @@ from dyndepth import plots
 from dyndepth.common.errors import UserError
 from dyndepth.plots.texts import RANGES, ROW, ROWS
 from dyndepth.routes import __main__ as door
+from dyndepth.routes.__main__ import WHOLE
 from dyndepth.routes.own_text import PLAIN_SHADES, SHADES, own_texts, shaded, usable_shades
 from dyndepth.routes.trace import Routes
 
@@ -98,6 +99,13 @@ class TestTerminal:
             assert len(line) <= 80
         assert usable_shades("utf-8") == SHADES
         assert usable_shades("ascii") == usable_shades(None) == PLAIN_SHADES
+
+
+def test_of_drafts_it_says_that_they_are_not_recorded(command):
+    status, out, _ = command("--prompt", "to be", methods="self_speculation(draft=uls),uls")
+    assert status == 0
+    (said,) = [line for line in out if line.endswith(WHOLE)]
+    assert "self_speculation" in said
 
 
 @pytest.fixture(scope="module")

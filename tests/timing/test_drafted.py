@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from dyndepth.runtime.attach import attach
 from dyndepth.runtime.draft_costs import DraftCosts, by_bytes, predicted_speedup, step_bytes
 from dyndepth.sweep.grid import timeable, wanted
 from dyndepth.sweep.settings import Settings
+from dyndepth.timing import __main__ as door
 from dyndepth.timing import drafted as module
 from dyndepth.timing import rounds
 from dyndepth.timing.console import show_timing
@@ -145,6 +148,18 @@ def test_other_batches_are_left_out_with_one_warning(tiny, monkeypatch):
         timed(tiny(), Drafting(), level=Level(level.shapes[1:], 1, 6, 6, 0, 0.0, 0.0))
     monkeypatch.setitem(LEVELS, "quick", Level((Shape(1, 12, 2),), 1, 6, 6, 0, 0.0, 0.0))
     assert timed(tiny(), Drafting(), level="quick")[-1]["new_tokens"] == STEPS
+
+
+def test_the_command_s_warnings_are_sentences(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(door, "PACKAGE", Path(__file__).parent)  # whose lines called
+    level = Level((Shape(1, 12, 2), Shape(2, 6, 2)), 1, 6, 6, 0, 0.0, 0.0)
+    with warnings.catch_warnings(record=True) as others, door.own_warnings_as_sentences():
+        warnings.simplefilter("always")
+        timed(tiny(), Drafting(), level=level)
+        warnings.warn_explicit("of others", UserWarning, "elsewhere.py", 1)
+    assert "of others" in [str(each.message) for each in others]
+    own = "timing 2 x 6 + 2 is left out: drafting drafts for one sequence after another\n"
+    assert capsys.readouterr().err == "dyndepth.timing: " + own
 
 
 def test_likelihoods_are_dense_s(tiny):

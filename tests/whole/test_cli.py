@@ -285,6 +285,14 @@ def test_ls(capsys, what, holds):
     assert holds in capsys.readouterr().out
 
 
+def test_ls_says_which_methods_are_lossless_or_bounds(capsys):
+    assert door.main(["ls", "methods"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    kinds = {words[0]: words[1] for words in lines if len(words) > 1}
+    assert (kinds["self_speculation"], kinds["oracle"]) == ("lossless", "bound")
+    assert kinds["uls"] == "static"
+
+
 def test_ls_of_something_else(capsys):
     assert door.main(["ls", "cats"]) == 2
     assert "'cats'" in capsys.readouterr().err
