@@ -170,7 +170,7 @@ def _compare(
     found = compared(model, method, tokenizer, ids, settings, text, dense)
     if not quiet:
         lines = comparison_report(found, method.speculates, settings.temperature > 0)
-        _say("", *lines, *([] if found.equal else ["", dense.text]))
+        _say("", *lines, *([] if found.equal else ["", "dense's text:", dense.text]))
     return found.statistics()
 
 

@@ -57,7 +57,7 @@ def comparison_report(found: Comparison, lossless: bool, drawn: bool) -> list[st
         elif lossless:
             why = " (by rounding, where two tokens are as good as equally likely)"
         alike = _tokens(found.same) + (" that is" if found.same == 1 else " that are")
-        lines = [f"dense writes another text, after {alike} the same{why}; it is:"]
+        lines = [f"dense writes another text, after {alike} the same{why}"]
     faster = "faster" if found.speedup > 1 else "no faster"
     lines.append(
         f"rough time, {len(found.ratios)} interleaved pairs: dense {found.dense_s:.2f} s, "

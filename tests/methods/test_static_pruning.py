@@ -247,8 +247,12 @@ def test_text_is_asked_for(tiny):
 
 def test_without_a_fit_it_says_so(tiny, tiny_corpus):
     model = tiny()
-    with attach(model, StaticPruning()), pytest.raises(UserError, match="call fit"):
+    unfitted = StaticPruning(target_speedup=1.3)
+    with pytest.raises(UserError, match="is not fitted"), attach(model, unfitted):
+        pass
+    with attach(model, StaticPruning()) as trace:  # nothing goes, so there is nothing to choose
         model(torch.tensor([[1, 2, 3]], device=DEVICE))
+        assert trace.executed().tolist() == [[1.0, 1.0]] * 4
     fitted = StaticPruning(target_speedup=1.3, windows=2, length=16).fit(model, tiny_corpus)
     deeper = tiny(num_hidden_layers=5)
     with attach(deeper, fitted), pytest.raises(UserError, match="4 blocks, not 5"):

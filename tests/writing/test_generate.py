@@ -380,7 +380,8 @@ class TestCommand:
         monkeypatch.setattr(door, "_method", lambda options: load_method("uls", target_speedup=2))
         _, _, err = command("question", "--compare")
         assert "dense writes another text, after" in err
-        assert re.search(r"after (1 token that is|\d+ tokens that are) the same; it is:\n", err)
+        assert re.search(r"after (1 token that is|\d+ tokens that are) the same\n", err)
+        assert "\n\ndense's text:\n" in err
 
     def test_a_draft_of_the_whole_model_is_told(self, command):
         status, out, err = command(PROMPT, "--methods", "self_speculation(draft=uls)")
