@@ -55,8 +55,9 @@ def of(tasks: Iterable[str], metric: str = METRIC) -> tuple[tuple[str, str], ...
 
 
 def file_of(cell: Cell, folder: Path, kind: str = METRIC) -> Path:
-    """Where what was found of a run's cell lies; ``kind``: ``acceptance`` or ``transfer``."""
-    return folder / kind / f"{cell.key}.json"
+    """Where what was found of a run's cell lies; ``kind``: ``acceptance`` or ``transfer``. Texts of
+    another length have another file: they are not to be paired."""
+    return folder / kind / f"{cell.key}-{PROMPT}-{WRITTEN}.json"
 
 
 def record(cells: Sequence[Cell], settings: Settings, folder: Path) -> None:
@@ -265,6 +266,16 @@ def point(
             )
         )
     return averaged(points)
+
+
+def whole(like: Point) -> Point:
+    """Where every curve of acceptance ends: the whole model accepts all of its own drafts."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    count = len(like.documents)
+    return replace(like, fraction=1.0, outcomes=np.ones(count), flops=like.dense_flops, cells=())
 
 
 def _rate(row: Mapping[str, float]) -> float:

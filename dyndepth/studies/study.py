@@ -84,10 +84,11 @@ class Claim:
             with its first, by executed fraction. The last two use no B, and like ``similarity``
             no metrics. Of methods that draft: ``acceptance``: the accepted share of drafted tokens
             after prompts of each task, the mean over documents of what it is in each, with B
-            interpolated to the share of block FLOPs that A's drafts execute. ``transfer``: the
-            same of A as fitted on texts of each task against A as it is, fitted on the corpus.
-            ``identical``: the share of texts, of A and each B, that
-            are token by token what dense writes. Their metrics are tasks, see ``acceptance.of``.
+            interpolated to the share of block FLOPs that A's drafts execute, the whole model as its
+            own draft among B's points. ``transfer``: the same of A as fitted on texts of each task
+            against A as it is, fitted on the corpus. ``identical``: the share of texts, of A and
+            each B, that are token by token what dense writes. Their metrics are tasks, see
+            ``acceptance.of``.
         metrics: pairs of task and metric.
         published: the number that the source gives, in a few words.
     """

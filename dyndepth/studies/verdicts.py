@@ -245,7 +245,9 @@ def _methods(
                 yield _against(claim, row, target, point, [other[target]])
             continue
         against = curve(list(other.values()))
-        if claim.kind in INTERPOLATED and claim.kind != "acceptance":
+        if claim.kind == "acceptance":
+            against = curve([*other.values(), acceptance.whole(next(iter(other.values())))])
+        elif claim.kind in INTERPOLATED:
             dense = points(Pick(DENSE, b.recovery)).values()
             against = curve([*other.values(), *dense])
         for target, point in own.items():

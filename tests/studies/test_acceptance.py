@@ -256,6 +256,17 @@ def test_acceptance_is_compared_at_equal_draft_depth(by_hand):
     assert (found["verdict"], found["n"]) == ("better", COUNT)
 
 
+def test_curves_of_acceptance_end_at_the_whole_model(by_hand):
+    """Half way from .8 (60 %) to all of it (100 %) stands 80 %."""
+    cells, folder = by_hand
+    rows = [row(100, 65 + n, 5, flops=90.0, dense_flops=100.0) for n in range(COUNT)]
+    keep(folder, [cells["uls", 1.5]], one=rows)
+    found, *_ = verdicts.report(STUDY, list(cells.values()), "both", folder)
+    assert found["fraction_b"] == pytest.approx(0.9)
+    spread = sum(range(COUNT)) / COUNT / 100
+    assert found["value_b"] == pytest.approx((0.6 + spread + 1.0) / 2)
+
+
 def test_a_transfer_compares_fits_on_own_and_on_other_texts(by_hand):
     cells, folder = by_hand
     own = cells["uls", 1.5]
