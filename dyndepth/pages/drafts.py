@@ -55,7 +55,8 @@ def predictions(source: Source, options: dict[str, Any]) -> str:
     for row in rows:
         speed = number(row["best_predicted_speedup"], "{:.2f}x")
         never = row["best_length"] == "0"
-        told = "no draft pays" if never else f"{speed} at {row['best_length']}"
+        told = f"needs {number(row['break_even'], '{:.2f}')}" if never else speed
+        told += "" if never else f" at {row['best_length']}"
         found.setdefault(row["cell"], {"name": f"`{label(row)}`", "chance": row["chance"]})
         found[row["cell"]][row["shape"]] = told
     lines = [

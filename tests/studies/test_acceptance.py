@@ -388,4 +388,4 @@ def test_pages_show_what_was_accepted_and_what_it_would_come_to(tmp_path):
     assert share.startswith("| LM head's share")
     assert best.startswith("| `uls` | 0.86 | ")
     assert "x at " in best
-    assert worst.startswith("| `static_pruning` | 0.00 | no draft pays")
+    assert worst.startswith("| `static_pruning` | 0.00 | needs 0.")
