@@ -35,8 +35,8 @@ def _parser() -> Parser:
     built = Parser(
         "generate",
         "Write a text under any method, and say what it took.",
-        'A method that speculates writes what dense does: --methods "self_speculation('
-        'draft=static_pruning)" --speedups 1.25',
+        "One of the kind that `dyndepth ls methods` calls lossless writes what dense does, from "
+        "drafts by part of the model: give it --speedups above 1.",
     )
     add = built.add_argument
     add("prompt", metavar="PROMPT", help="words to go on after; - for standard input")

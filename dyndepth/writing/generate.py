@@ -57,9 +57,9 @@ def generate(  # type: ignore[misc]  # keywords are written out here alone
     ``prompt`` is a text, the messages of a conversation (``role`` and ``content``, put into words
     by the tokenizer's chat template), or a list of such: these are written one after another, and a
     list comes back. ``method`` is any method, or its spec
-    (``"self_speculation(draft=static_pruning, target_speedup=1.25)"``); one that speculates writes
-    what dense does. It is fitted where it needs to be, on ``corpus``, the name of
-    one, or the embedded text; the fit is kept and found again.
+    (``"name(parameter=value, target_speedup=1.25)"``); one that speculates writes what dense does.
+    It is fitted where it needs to be, on ``corpus``, the name of one, or the embedded text; the fit
+    is kept and found again.
 
     At ``temperature`` 0 the likeliest token is taken. Above it tokens are drawn, among the
     ``top_k`` likeliest or those that make up ``top_p``, from ``seed`` on (text i of a list: from

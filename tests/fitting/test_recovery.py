@@ -293,6 +293,10 @@ def test_every_method_is_recovered(tiny_corpus, name, phases):
         return load_method(name, target_speedup=speedup, **given, **cls.quick)
 
     before = snapshot(model)
+    if cls.speculates:  # adapters would be trained for another model than verifies
+        with pytest.raises(UserError, match="as it is verifies"):
+            recover_cached(build(), model, tiny_corpus, QUICK, progress=False)
+        return
     method, adapter = recover_cached(build(), model, tiny_corpus, QUICK, progress=False)
     assert_same(before, model)
     assert adapter.card["tokens"] == 3 * 2 * 24
