@@ -81,7 +81,7 @@ def test_the_command_notices_a_picture_of_other_numbers(
     shutil.copytree(REPOSITORY / "docs", source.root / "docs")
     for name in ("README.md", "results/README.md"):
         shutil.copy(REPOSITORY / name, source.root / name)
-    for name in ("skipgpt", "layer_selection", "relatives", "bounds"):
+    for name in ("skipgpt", "layer_selection", "lossless", "relatives", "bounds"):
         shutil.copytree(
             REPOSITORY / "results" / name,
             source.root / "results" / name,
