@@ -18,7 +18,7 @@ from torch import Tensor
 from dyndepth.common.errors import MethodFault, UserError
 from dyndepth.models.blocks import Block, Decoder
 from dyndepth.models.selection import additive
-from dyndepth.runtime.flops import Bill, Ledger
+from dyndepth.runtime.flops import Bill, BlockCosts, Forward, Ledger
 
 Run = Callable[[int, Callable[..., Tensor], Tensor, dict[str, Any]], Tensor]
 _BY_TOKEN = ("position_embeddings", "position_ids")
@@ -47,6 +47,7 @@ class Replay:
         self._watching = False
         self._seen: list[tuple[Tensor, dict[str, Any]]] = []
         self._last: Tensor | None = None
+        self._forward: Forward | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -57,6 +58,8 @@ class Replay:
         self._watching = True
         try:
             yield
+            # Others may follow before it is told what stands: a rule on logits may run the model.
+            self._forward = None if self._ledger is None else self._ledger.last
         except BaseException:
             self.forget()
             raise
@@ -101,16 +104,14 @@ class Replay:
         device, rows = rows.device, rows[None].to(hidden)
         given = _at(block, arguments, cache.layers[block.index], token, before, rows)
         if self._ledger is not None:
-            self._bill(self._ledger, layer, token, rows.shape[1], before)
+            self._bill(self._ledger.costs, layer, token, rows.shape[1], before)
         self.reran += 1
         return block.states(rows, given)[1][0].to(device)
 
-    @staticmethod
-    def _bill(ledger: Ledger, layer: int, token: int, count: int, before: int) -> None:
+    def _bill(self, costs: BlockCosts, layer: int, token: int, count: int, before: int) -> None:
         """To the token in whose place it was."""
-        last = ledger.last
+        last = self._forward
         assert last is not None
-        costs = ledger.costs
         each = costs.projections + costs.mlp + costs.score * (before + count)
         place = torch.zeros(last.batch, last.width, dtype=torch.bool)
         place[:, token] = True

@@ -17,6 +17,7 @@ from dyndepth.models.blocks import Decoder
 from dyndepth.models.caches import cache_argument
 from dyndepth.models.families import FAMILIES
 from dyndepth.runtime.attach import attach
+from dyndepth.runtime.choosing import Choice
 from dyndepth.runtime.graphs import Graphs
 from dyndepth.runtime.speculation import speculate
 
@@ -62,11 +63,12 @@ class Trying(Drafting):
             assert torch.equal(old.values, new.values)
 
 
-def write(model, method, limit=6, ends=lambda written: False, **given):
+def write(model, method, limit=6, ends=lambda written: False, choice=None, **given):
     """The text, prompt included, by a method over its own cache; and the trace."""
     prompt = ids(1, PROMPT)[0].tolist()
     with attach(model, method, **given) as trace:
-        rounds = speculate(model, trace, method, prompt, limit=limit, ends=ends, cache=method.cache)
+        how = {"limit": limit, "ends": ends, "choice": choice, "cache": method.cache}
+        rounds = speculate(model, trace, method, prompt, **how)
         text = prompt + [token for tokens in rounds for token in tokens]
     return text, trace
 
@@ -149,6 +151,23 @@ def test_ledger_equals_counter(tiny, family, reads):
     totals = trace.by_document()["a"]
     assert totals["total_flops"] == flops
     assert totals["block_flops"] == totals["dense_block_flops"]
+
+
+def test_a_rule_that_runs_the_model_bears_nothing_of_it(tiny):
+    """What is run again is billed to the verification, not to what ran last."""
+    model, again = tiny(), ids(1, 2)
+
+    def rule(tokens, logits):
+        model(again)
+        return logits.clone()
+
+    spent = []
+    for choice in (Choice(), Choice(rule)):
+        method = Trying(right=1, length=3)
+        _, trace = write(model, method, choice=choice)
+        assert any(len(each.drafted) > 1 for each in trace.speculation.rounds)
+        spent.append(trace.totals("generation")["by_cause"]["draft"])
+    assert spent[0] == spent[1]
 
 
 def test_a_text_that_ends_inside_a_draft(tiny):
